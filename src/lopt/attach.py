@@ -1,0 +1,320 @@
+"""Put boundaries on a live model: each block's backward runs inside the forward.
+
+Three kinds of hooks do it, and no forward is rewritten:
+
+- before the decoder: note which tokens are real;
+- before a block's first layer: note the block's input, the target of its reconstruction;
+- after a block's last layer: compute the local loss, run its backward at once (which frees the
+  block's graph) and hand the detached hidden state to the next block.
+
+Where gradients are off (evaluation, generation, log-probabilities of a reference) they do nothing.
+The switch is `torch.is_grad_enabled()`, not `module.training`: a plain loop that forgets
+`model.train()` would otherwise train end to end without a word.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lopt.blocks import Block, Blocks, base_model
+from lopt.config import LoPTConfig
+from lopt.models import retie_embeddings, shares_embeddings, untie_embeddings
+from lopt.objective import ReconstructionHead, reconstruction_loss
+from lopt.routers import RouterLoss, capture_paused
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+
+
+def attach(model: nn.Module, config: LoPTConfig | None = None) -> LoPT:
+    """Cut `model` into blocks and give every block but the last a local loss of its own.
+
+    Args:
+        model: a decoder-only causal LM of transformers, or a PEFT model around one. It is changed
+            in place and its outputs stay bit for bit what they were.
+        config: default `LoPTConfig()`: two blocks, λ = 10.
+
+    Returns:
+        The handle, which also undoes everything: `handle.detach()`.
+
+    Raises:
+        ValueError: not a decoder-only causal LM, more blocks than layers, already attached.
+    """
+    return LoPT(model, config or LoPTConfig())
+
+
+class LoPT:
+    """A model with boundaries on it.
+
+    Attributes:
+        blocks: the `Blocks`, in order.
+        heads: one reconstruction head per earlier block, in order (empty unless method is lopt).
+        loss_scale: factor on the local losses of the next forward. With gradient accumulation set
+            it to what scales the task loss, for example this micro-batch's share of the tokens.
+    """
+
+    def __init__(self, model: nn.Module, config: LoPTConfig) -> None:
+        if getattr(base_model(model), "_lopt", None) is not None:
+            raise ValueError("this model has boundaries already: call .detach() on its LoPT handle first")
+        self.model = model
+        self.config = config
+        self.blocks = Blocks(model, config)
+        self.loss_scale = 1.0
+        self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._untied = self._part_embeddings()
+        self.heads = nn.ModuleList(self._new_head(b) for b in self.blocks[:-1] if config.is_local)
+        self._losses: list[Tensor | None] = [None] * len(self.heads)
+        self._routers = RouterLoss(base_model(model).config.get_text_config(), len(self.blocks.layers))
+        self._target: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._observe: Callable[[int, Tensor], None] | None = None
+        self._hooks = self._add_hooks() if config.is_local and len(self.blocks) > 1 else []
+        if config.method == "frozen":
+            self._freeze_early_blocks()
+        base_model(model)._lopt = self
+
+    # -- what users call -------------------------------------------------------------------------
+
+    def local_losses(self) -> list[Tensor]:
+        """ℓ_b of every earlier block from the last training forward, detached, not weighted."""
+        return [loss for loss in self._losses if loss is not None]
+
+    def parameter_groups(
+        self, learning_rate: float, lr_k1: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups: `learning_rate` for the last block, `lr_k1` for all else.
+
+        The last block comes first, so that what reads the rate of group 0 reads `learning_rate`.
+        Weight decay is for matrices only. `lr_k1` defaults to the config's.
+        """
+        config = self.config if lr_k1 is None else self.config.replace(lr_k1=lr_k1)
+        early = config.early_learning_rate(learning_rate)
+        groups: list[dict[str, Any]] = []
+        for block in reversed(self.blocks):
+            last = block.index == len(self.blocks) - 1
+            parameters = self.block_parameters(block.index)
+            for decays in (True, False):
+                members = [p for p in parameters if (p.ndim >= 2) == decays]
+                if members:
+                    groups.append(
+                        {
+                            "params": members,
+                            "lr": learning_rate if last else early,
+                            "weight_decay": weight_decay if decays else 0.0,
+                            "block": block.index,
+                        }
+                    )
+        return groups
+
+    def block_parameters(self, index: int) -> list[nn.Parameter]:
+        """The trainable parameters of block `index` (from 0) and of its reconstruction head."""
+        own = [p for _, p in self.blocks.parameters(self.model, index) if p.requires_grad]
+        return own + (list(self.heads[index].parameters()) if index < len(self.heads) else [])
+
+    def warm_up_heads(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        progress: Callable[[int, list[float]], None] | None = None,
+    ) -> list[list[float]]:
+        """Let the heads alone learn to reconstruct from the unchanged blocks.
+
+        A head that is still random would send noise into a pretrained block. The forward stops at
+        the last boundary and keeps no graph; model, gradients and random state are left alone.
+
+        Args:
+            batches: model inputs (`input_ids` (B, T), `attention_mask` (B, T), ...; other keys
+                are ignored), taken in turn and again from the first when they run out.
+            steps: default `config.head_warmup_steps`.
+            learning_rate: peak of AdamW's rate, which falls linearly to zero; default
+                `config.head_warmup_lr`.
+            progress: called after each step with its number (from 1) and the local losses.
+
+        Returns:
+            The local losses of every step, one per earlier block.
+
+        Raises:
+            ValueError: `batches` is empty.
+        """
+        steps = self.config.head_warmup_steps if steps is None else steps
+        rate = self.config.head_warmup_lr if learning_rate is None else learning_rate
+        if not self.heads or not steps:
+            return []
+        optimizer = torch.optim.AdamW(self.heads.parameters(), lr=rate, weight_decay=0.0)
+        history: list[list[float]] = []
+        for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), start=1):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - (step - 1) / steps)
+            losses = self._reconstruct(batch)
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append([loss.item() for loss in losses])
+            if progress is not None:
+                progress(step, history[-1])
+        if not history:
+            raise ValueError("warm_up_heads needs at least one batch: pass some training batches")
+        return history
+
+    def detach(self) -> nn.Module:
+        """Remove every boundary and return the plain model.
+
+        Parameters are trainable again where they were, and embeddings that were parted are joined
+        again if training has not made them differ.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._untied:
+            retie_embeddings(base_model(self.model))
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._trainable.get(name, True))
+        base_model(self.model)._lopt = None
+        return self.model
+
+    # -- set-up ----------------------------------------------------------------------------------
+
+    def _part_embeddings(self) -> bool:
+        """Block 1 owns the embedding and block k the head, so one matrix cannot serve both."""
+        model = base_model(self.model)
+        shared = shares_embeddings(model) and model.get_input_embeddings().weight.requires_grad
+        if not shared or len(self.blocks) == 1:
+            return False
+        if self.config.tied_embeddings == "freeze":
+            model.get_input_embeddings().weight.requires_grad_(False)
+            return False
+        untie_embeddings(model)
+        self.blocks = Blocks(self.model, self.config)
+        return True
+
+    def _freeze_early_blocks(self) -> None:
+        for block in self.blocks[:-1]:
+            for _, parameter in self.blocks.parameters(self.model, block.index):
+                parameter.requires_grad_(False)
+
+    def _new_head(self, block: Block) -> ReconstructionHead:
+        weight = next(p for p in self.blocks.last_layer(block).parameters() if p.is_floating_point())
+        size = base_model(self.model).config.get_text_config().hidden_size
+        # Heads are small; in float32 they follow the small steps that bfloat16 would round away.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return ReconstructionHead(size, device=weight.device, dtype=dtype)
+
+    def _add_hooks(self) -> list[RemovableHandle]:
+        decoder = self.blocks.decoder
+        hooks = [decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)]
+        for block in self.blocks[:-1]:
+            before = functools.partial(self._before_block, block)
+            after = functools.partial(self._after_block, block)
+            first, last = self.blocks.first_layer(block), self.blocks.last_layer(block)
+            hooks.append(first.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(last.register_forward_hook(after))
+        return hooks
+
+    # -- hooks -----------------------------------------------------------------------------------
+
+    def _active(self) -> bool:
+        return self._observe is not None or torch.is_grad_enabled()
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._active():
+            return
+        self._routers.start()
+        self._mask = _real_tokens(args, kwargs)
+        for layer in self.blocks.layers:
+            _refuse_reentrant(layer)
+
+    def _before_block(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._active():
+            self._target = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    def _after_block(self, block: Block, module: nn.Module, args: tuple, output: Any) -> Any:
+        if not self._active():
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self._observe is not None:
+            self._observe(block.index, hidden)
+            return None
+        self._learn(block, hidden)
+        free = hidden.detach()
+        return (free, *output[1:]) if isinstance(output, tuple) else free
+
+    def _learn(self, block: Block, hidden: Tensor) -> None:
+        """The block's own objective and its whole backward; its graph is gone afterwards."""
+        loss = self._local_loss(block.index, hidden)
+        self._losses[block.index] = loss.detach()
+        objective = self.config.lambda_aux / len(self.heads) * loss
+        routers = self._routers.take(self._mask)
+        if routers is not None:
+            objective = objective + routers
+        with capture_paused(), torch.autocast(hidden.device.type, enabled=False):
+            (self.loss_scale * objective).backward()
+        self._routers.release()
+        self._target = None
+
+    def _local_loss(self, index: int, hidden: Tensor) -> Tensor:
+        assert self._target is not None
+        return reconstruction_loss(self.heads[index](hidden), self._target, self._mask)
+
+    def _reconstruct(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The local losses on `batch` with a graph through the heads only."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+
+        def observe(index: int, hidden: Tensor) -> None:
+            assert self._target is not None
+            pairs.append((hidden, self._target))
+            if index == len(self.heads) - 1:
+                raise _Seen  # nothing beyond the last boundary is needed
+
+        training, device = self.model.training, next(self.heads.parameters()).device
+        inputs = {k: v.to(device) for k, v in batch.items() if k in _INPUTS and v is not None}
+        self._observe = observe
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self.blocks.decoder(**inputs, use_cache=False)
+        except _Seen:
+            pass
+        finally:
+            self._observe = None
+            self.model.train(training)
+        return [
+            reconstruction_loss(head(hidden), target, self._mask)
+            for head, (hidden, target) in zip(self.heads, pairs, strict=True)
+        ]
+
+
+class _Seen(Exception):
+    """Ends a forward that has gone as far as the last boundary."""
+
+
+def _real_tokens(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The (B, T) mask of real tokens from the decoder's arguments; None if all are real."""
+    mask = kwargs.get("attention_mask")
+    inputs = kwargs.get("input_ids", args[0] if args else None)
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if mask is None or inputs is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise ValueError(
+            "local losses need the 2-D attention mask (batch, tokens) that says which tokens are real: "
+            "pass that one to the model"
+        )
+    return mask[:, -inputs.shape[1] :]
+
+
+def _refuse_reentrant(layer: nn.Module) -> None:
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    if not getattr(layer, "gradient_checkpointing", False) or not layer.training:
+        return
+    if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant"):
+        raise ValueError(
+            "reentrant gradient checkpointing silently gives no gradient behind a boundary: "
+            'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )

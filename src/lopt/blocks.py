@@ -1,0 +1,155 @@
+"""Find the decoder of a Hugging Face causal LM, split it, say which parameter belongs to whom.
+
+Adding an unknown architecture is one line in `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lopt.config import LoPTConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a decoder keeps its layers and what comes after them.
+
+    Every other module of the decoder (token and position embeddings and their norms) feeds the
+    first layer and so belongs to block 1.
+    """
+
+    layers: str = "layers"
+    final: tuple[str, ...] = ("norm",)
+
+
+# Keyed by `config.model_type`. Models laid out like Llama need no line.
+LAYOUTS: dict[str, Layout] = {
+    "gpt2": Layout("h", ("ln_f",)),
+    "gptj": Layout("h", ("ln_f",)),
+    "gpt_neo": Layout("h", ("ln_f",)),
+    "gpt_bigcode": Layout("h", ("ln_f",)),
+    "bloom": Layout("h", ("ln_f",)),
+    "falcon": Layout("h", ("ln_f",)),
+    "gpt_neox": Layout("layers", ("final_layer_norm",)),
+    "opt": Layout("layers", ("final_layer_norm", "project_out")),
+    "phi": Layout("layers", ("final_layernorm",)),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers `start` (included) to `stop` (excluded) of the decoder; `index` counts from 0."""
+
+    index: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"block {self.index + 1} (layers {self.start}-{self.stop - 1})"
+
+
+class Blocks(Sequence[Block]):
+    """The blocks of one model: where they begin and end and which parameters they own."""
+
+    def __init__(self, model: nn.Module, config: LoPTConfig) -> None:
+        base = base_model(model)
+        self.decoder, layout = find_decoder(base)
+        self.layers: list[nn.Module] = list(getattr(self.decoder, layout.layers))
+        spans = split(len(self.layers), config)
+        self._blocks = [Block(i, a, b) for i, (a, b) in enumerate(spans)]
+        self._owner = _owners(base, self.decoder, layout, self)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._blocks[index]
+
+    def first_layer(self, block: Block) -> nn.Module:
+        """The layer whose input is the block's input."""
+        return self.layers[block.start]
+
+    def last_layer(self, block: Block) -> nn.Module:
+        """The layer whose output is the block's output."""
+        return self.layers[block.stop - 1]
+
+    def owner(self, parameter: nn.Parameter) -> int:
+        """Index of the block a parameter belongs to; parameters added later belong to block 1."""
+        return self._owner.get(id(parameter), 0)
+
+    def parameters(self, model: nn.Module, index: int) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of `model` that belong to block `index`, in the model's order."""
+        for name, parameter in model.named_parameters():
+            if self.owner(parameter) == index:
+                yield name, parameter
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The causal LM itself, out of a PEFT wrapper if there is one."""
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(unwrapped, PreTrainedModel):
+        raise ValueError(
+            f"{type(unwrapped).__name__} is not a Hugging Face model: "
+            "pass what AutoModelForCausalLM.from_pretrained returns"
+        )
+    return unwrapped
+
+
+def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, Layout]:
+    """The module that holds the layers, and how it is laid out.
+
+    Raises:
+        ValueError: the model is an encoder, has no LM head or an unknown layout.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise ValueError(f"{name} is not a decoder-only causal LM with a head: use a ...ForCausalLM model")
+    decoder = model.get_decoder()
+    layout = LAYOUTS.get(config.model_type, Layout())
+    if not isinstance(getattr(decoder, layout.layers, None), nn.ModuleList):
+        raise ValueError(
+            f"{name} keeps its layers in an unknown place. If it is a decoder-only model, add one line: "
+            f"lopt.blocks.LAYOUTS['{config.model_type}'] = Layout(layers=..., final=(...,))"
+        )
+    return decoder, layout
+
+
+def split(num_layers: int, config: LoPTConfig) -> list[tuple[int, int]]:
+    """Contiguous (start, stop) spans, as even as possible, earlier blocks taking the remainder."""
+    if not config.is_cut:
+        return [(0, num_layers)]
+    starts = config.block_boundaries
+    if starts is None:
+        k = config.num_blocks
+        if k > num_layers:
+            raise ValueError(
+                f"--num_blocks {k} is more than the model's {num_layers} layers: use {num_layers} or fewer"
+            )
+        size, rest = divmod(num_layers, k)
+        starts = [b * size + min(b, rest) for b in range(1, k)]
+    elif starts and starts[-1] >= num_layers:
+        raise ValueError(
+            f"--block_boundaries {starts}: the model has {num_layers} layers, "
+            f"so the last boundary must be below {num_layers}"
+        )
+    return list(zip([0, *starts], [*starts, num_layers], strict=True))
+
+
+def _owners(model: PreTrainedModel, decoder: nn.Module, layout: Layout, blocks: Blocks) -> dict[int, int]:
+    """Map id(parameter) to block index."""
+    last = len(blocks) - 1
+    tail = [getattr(decoder, name) for name in layout.final if getattr(decoder, name, None) is not None]
+    owner = {id(p): last for module in (model.get_output_embeddings(), *tail) for p in module.parameters()}
+    # After the head: a matrix that the head shares with the embedding belongs to block 1.
+    owner.update({id(p): 0 for p in model.get_input_embeddings().parameters()})
+    layers: dict[int, int] = {}
+    for block in blocks:
+        for layer in blocks.layers[block.start : block.stop]:
+            for parameter in layer.parameters():
+                if layers.setdefault(id(parameter), block.index) != block.index:
+                    raise ValueError(f"{type(model).__name__} shares weights between layers: it cannot be cut into blocks")
+    return owner | layers

@@ -1,0 +1,125 @@
+"""Everything a user chooses about the method, in one validated, frozen dataclass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+METHODS = ("lopt", "e2e", "frozen", "lora")
+METHOD_ALIASES = {"ll": "lopt"}
+# An early block without a task gradient moves as fast as its learning rate lets it, because Adam
+# is blind to the size of the gradient. A tenth is what keeps a pretrained block intact
+# (docs/method.md, "The learning rate of earlier blocks").
+LR_K1_RATIO = 0.1
+
+
+@dataclass(frozen=True)
+class LoPTConfig:
+    """How the model is cut and what each block learns from (arXiv 2605.04913).
+
+    Raises:
+        ValueError: a value is out of range; the message names the flag and the fix.
+    """
+
+    method: Literal["lopt", "ll", "e2e", "frozen", "lora"] = field(
+        default="lopt",
+        metadata={
+            "help": "What the earlier blocks learn from: 'lopt' (or 'll') their own "
+            "reconstruction loss, 'e2e' the task loss through the whole depth, 'frozen' nothing, "
+            "'lora' adapters trained end to end."
+        },
+    )
+    num_blocks: int = field(
+        default=2,
+        metadata={"help": "k, the number of blocks the layers are split into; 1 is end to end."},
+    )
+    block_boundaries: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers (from 0) at which blocks 2..k start, for example '6 12'; overrides "
+            "--num_blocks. By default the layers are split evenly."
+        },
+    )
+    lambda_aux: float = field(
+        default=10.0,
+        metadata={"help": "λ, the weight of the mean local loss beside the task loss."},
+    )
+    lr_k1: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of every block but the last, the embedding and the heads. "
+            "Default: a tenth of --learning_rate (the published recipe uses the same)."
+        },
+    )
+    head_warmup_steps: int = field(
+        default=60,
+        metadata={
+            "help": "Steps in which the reconstruction heads alone learn, before the first "
+            "optimizer step. 0 is the published start."
+        },
+    )
+    head_warmup_lr: float = field(
+        default=3e-3, metadata={"help": "Learning rate of the head warm-up."}
+    )
+    tied_embeddings: Literal["untie", "freeze"] = field(
+        default="untie",
+        metadata={
+            "help": "What becomes of an embedding shared with the LM head: 'untie' trains two "
+            "copies, 'freeze' keeps the one matrix and does not train it."
+        },
+    )
+    clip: Literal["global", "block"] = field(
+        default="global",
+        metadata={
+            "help": "Clip --max_grad_norm over all gradients together ('global', as published: a "
+            "large gradient in one block shrinks every other block's step) or per block."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
+        _check(self.method in METHODS, "--method", self.method, "use one of lopt, ll, e2e, frozen, lora")
+        _check(self.num_blocks >= 1, "--num_blocks", self.num_blocks, "use 1 or more")
+        _check(_finite(self.lambda_aux), "--lambda_aux", self.lambda_aux, "use a finite number >= 0")
+        if self.lr_k1 is not None:
+            _check(_finite(self.lr_k1), "--lr_k1", self.lr_k1, "use a finite number >= 0")
+        _check(self.head_warmup_steps >= 0, "--head_warmup_steps", self.head_warmup_steps, "use 0 or more")
+        _check(_finite(self.head_warmup_lr), "--head_warmup_lr", self.head_warmup_lr, "use a finite number >= 0")
+        _check(
+            self.tied_embeddings in ("untie", "freeze"),
+            "--tied_embeddings", self.tied_embeddings, "use untie or freeze",
+        )  # fmt: skip
+        _check(self.clip in ("global", "block"), "--clip", self.clip, "use global or block")
+        bounds = self.block_boundaries
+        if bounds is not None:
+            object.__setattr__(self, "block_boundaries", list(bounds))
+            rising = all(a < b for a, b in zip([0, *bounds], bounds, strict=False))
+            _check(rising, "--block_boundaries", bounds, "use increasing layer numbers from 1 on, for example 6 12")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether earlier blocks learn from a local loss of their own."""
+        return self.method == "lopt"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the task gradient stops at a boundary."""
+        return self.method in ("lopt", "frozen")
+
+    def early_learning_rate(self, learning_rate: float) -> float:
+        """The learning rate of earlier blocks, the embedding and the heads."""
+        return LR_K1_RATIO * learning_rate if self.lr_k1 is None else self.lr_k1
+
+    def replace(self, **changes: Any) -> LoPTConfig:
+        """A copy with some fields changed, validated again."""
+        return replace(self, **changes)
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _check(condition: bool, flag: str, value: object, fix: str) -> None:
+    if not condition:
+        raise ValueError(f"{flag} {value} is not possible: {fix}")

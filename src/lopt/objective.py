@@ -1,0 +1,48 @@
+"""The local objective: a reconstruction head and the masked mean squared error.
+
+Shapes: B batch, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ReconstructionHead(nn.Sequential):
+    """`Linear(H/4→H) ∘ GELU ∘ Linear(H→H/4) ∘ LayerNorm(H)`; training only, never saved with the model.
+
+    Xavier-uniform weights with gain 0.1 and zero biases (DESIGN section 2, after arXiv 2605.04913).
+    """
+
+    def __init__(self, hidden_size: int, **factory: object) -> None:
+        narrow = max(1, hidden_size // 4)
+        super().__init__(
+            nn.LayerNorm(hidden_size, **factory),  # type: ignore[arg-type]
+            nn.Linear(hidden_size, narrow, **factory),  # type: ignore[arg-type]
+            nn.GELU(),
+            nn.Linear(narrow, hidden_size, **factory),  # type: ignore[arg-type]
+        )
+        for linear in (self[1], self[3]):
+            nn.init.xavier_uniform_(linear.weight, gain=0.1)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Predict a block's input from its output, (B, T, H) → (B, T, H), in the head's dtype."""
+        return super().forward(hidden.to(self[0].weight.dtype))
+
+
+def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over real tokens and channels of the squared error, in float32 or better.
+
+    Args:
+        prediction, target: (B, T, H); the target is a constant.
+        mask: (B, T), true or 1 at real tokens; None if every token is real.
+    """
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    error = prediction.to(wide) - target.to(wide)
+    if mask is None:
+        return error.square().mean()
+    # `where`, not a product: whatever a padded position holds, even NaN, must not count.
+    error = torch.where(mask.bool()[..., None], error, error.new_zeros(()))
+    return error.square().sum() / (mask.bool().sum().clamp(min=1) * error.shape[-1])

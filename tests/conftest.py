@@ -1,0 +1,121 @@
+"""Small random models of every supported architecture, and real data where it is present."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+torch.set_num_threads(int(os.environ.get("LOPT_TEST_THREADS", "1")))
+
+SHAPE = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.1, output_router_logits=True)
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "llama-tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=8),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SHAPE,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        tie_word_embeddings=True,
+    ),
+    "phi3": lambda: Phi3Config(**SHAPE),
+    "olmo2": lambda: Olmo2Config(**SHAPE),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=4, n_head=4, n_positions=64, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**SHAPE),
+    "opt": lambda: OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, pad_token_id=0,
+    ),
+    "phi": lambda: PhiConfig(**SHAPE),
+    "falcon": lambda: FalconConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0
+    ),
+    "mixtral": lambda: MixtralConfig(**SHAPE, **EXPERTS, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SHAPE, **EXPERTS, num_experts=4, moe_intermediate_size=16, head_dim=8
+    ),
+}  # fmt: skip
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A small random model, always the same for the same arguments."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype).train()
+    for parameter in model.parameters():  # the stock initialisation is too flat to tell errors apart
+        torch.nn.init.normal_(parameter.data, std=0.2) if parameter.ndim > 1 else None
+    return model
+
+
+def batch_of(lengths: list[int], side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random token rows of the given lengths, padded to the longest, labels on real tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        where = slice(0, length) if side == "right" else slice(width - length, width)
+        ids[row, where] = torch.randint(3, 97, (length,), generator=generator)
+        mask[row, where] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_model() -> Callable[..., PreTrainedModel]:
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Public benchmark data; see `LOPT_DATA_DIR` in CONTRIBUTING.md."""
+    root = os.environ.get("LOPT_DATA_DIR") or Path(__file__).parents[2] / "shared" / "data"
+    if not Path(root).is_dir():
+        pytest.skip(f"no benchmark data at {root}: set LOPT_DATA_DIR")
+    return Path(root)

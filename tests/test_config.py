@@ -1,0 +1,40 @@
+"""Every wrong value is named with its flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from lopt import LoPTConfig
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("method", ["sgd"]),
+        ("num_blocks", [0, -1]),
+        ("lambda_aux", [-1.0, math.nan, math.inf]),
+        ("lr_k1", [-1e-5, math.nan]),
+        ("head_warmup_steps", [-1]),
+        ("head_warmup_lr", [-1.0, math.inf]),
+        ("tied_embeddings", ["keep"]),
+        ("clip", ["none"]),
+        ("block_boundaries", [[0, 4], [6, 4], [4, 4], [-2]]),
+    ],
+)
+def test_wrong_values_name_their_flag(flag: str, values: list) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"--{flag} "):
+            LoPTConfig(**{flag: value})
+
+
+def test_defaults_and_alias() -> None:
+    config = LoPTConfig(method="ll")
+    assert config == LoPTConfig() and config.method == "lopt"
+    assert config.early_learning_rate(2e-5) == pytest.approx(2e-6)
+    assert LoPTConfig(lr_k1=2e-5).early_learning_rate(1.0) == 2e-5
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_blocks = 3  # type: ignore[misc]
+    assert all("help" in f.metadata for f in dataclasses.fields(LoPTConfig))
