@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     FalconConfig,
     Gemma3TextConfig,
@@ -21,6 +23,7 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -119,3 +122,33 @@ def shared_data() -> Path:
     if not Path(root).is_dir():
         pytest.skip(f"no benchmark data at {root}: set LOPT_DATA_DIR")
     return Path(root)
+
+
+def save_tiny(folder: Path, name: str = "llama", chat_template: str | None = None, **changes: object) -> Path:
+    """A small random model with a byte-level tokenizer, as a folder that from_pretrained reads."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    tiny(name, vocab_size=len(vocabulary), max_position_embeddings=512, **changes).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 little sums as question and answer, of different lengths."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"question": f"What is {a} plus {a * a}?", "answer": f"{a + a * a}" * (a % 3 + 1)} for a in range(48)]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from lopt.blocks import Block, Blocks, base_model
 from lopt.config import LoPTConfig
 from lopt.models import retie_embeddings, shares_embeddings, untie_embeddings
-from lopt.objective import ReconstructionHead, reconstruction_loss
+from lopt.objective import ReconstructionHead, channel_rms, reconstruction_loss
 from lopt.routers import RouterLoss, capture_paused
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
@@ -128,6 +128,8 @@ class LoPT:
 
         A head that is still random would send noise into a pretrained block. The forward stops at
         the last boundary and keeps no graph; model, gradients and random state are left alone.
+        Channels of a residual stream differ in size by orders of magnitude, so a head is trained
+        in units of each channel's root mean square, which its last layer takes over at the end.
 
         Args:
             batches: model inputs (`input_ids` (B, T), `attention_mask` (B, T), ...; other keys
@@ -149,10 +151,16 @@ class LoPT:
             return []
         optimizer = torch.optim.AdamW(self.heads.parameters(), lr=rate, weight_decay=0.0)
         history: list[list[float]] = []
+        units: list[Tensor] = []
         for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), start=1):
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1 - (step - 1) / steps)
-            losses = self._reconstruct(batch)
+            pairs, mask = self._boundaries(batch)
+            units = units or [channel_rms(target, mask) for _, target in pairs]
+            losses = [
+                reconstruction_loss(unit * head(hidden), target, mask)
+                for head, unit, (hidden, target) in zip(self.heads, units, pairs, strict=True)
+            ]
             torch.stack(losses).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -161,6 +169,8 @@ class LoPT:
                 progress(step, history[-1])
         if not history:
             raise ValueError("warm_up_heads needs at least one batch: pass some training batches")
+        for head, unit in zip(self.heads, units, strict=True):
+            head.scale_output(unit)
         return history
 
     def detach(self) -> nn.Module:
@@ -262,8 +272,8 @@ class LoPT:
         assert self._target is not None
         return reconstruction_loss(self.heads[index](hidden), self._target, self._mask)
 
-    def _reconstruct(self, batch: Mapping[str, Any]) -> list[Tensor]:
-        """The local losses on `batch` with a graph through the heads only."""
+    def _boundaries(self, batch: Mapping[str, Any]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """Output and input (B, T, H) of every earlier block on `batch`, and the mask (B, T)."""
         pairs: list[tuple[Tensor, Tensor]] = []
 
         def observe(index: int, hidden: Tensor) -> None:
@@ -284,10 +294,7 @@ class LoPT:
         finally:
             self._observe = None
             self.model.train(training)
-        return [
-            reconstruction_loss(head(hidden), target, self._mask)
-            for head, (hidden, target) in zip(self.heads, pairs, strict=True)
-        ]
+        return pairs, self._mask
 
 
 class _Seen(Exception):

@@ -60,7 +60,7 @@ class LoPTConfig:
         },
     )
     head_warmup_lr: float = field(
-        default=3e-3, metadata={"help": "Learning rate of the head warm-up."}
+        default=1e-2, metadata={"help": "Learning rate of the head warm-up."}
     )
     tied_embeddings: Literal["untie", "freeze"] = field(
         default="untie",
@@ -70,10 +70,10 @@ class LoPTConfig:
         },
     )
     clip: Literal["global", "block"] = field(
-        default="global",
+        default="block",
         metadata={
-            "help": "Clip --max_grad_norm over all gradients together ('global', as published: a "
-            "large gradient in one block shrinks every other block's step) or per block."
+            "help": "Clip --max_grad_norm per block, or over all gradients together ('global', as "
+            "published: a large gradient in one block shrinks every other block's step)."
         },
     )
 

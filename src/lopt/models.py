@@ -2,9 +2,112 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lopt.packaged import PACKAGED_MODEL, packaged_model
+
+ALIASES = {
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+}
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def resolve_model(name: str) -> str:
+    """A folder or hub id for an alias, the packaged model's name, a folder or a hub id.
+
+    Raises:
+        ValueError: `name` looks like a folder and there is none.
+    """
+    if name == PACKAGED_MODEL:
+        return str(packaged_model())
+    if name in ALIASES:
+        return ALIASES[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name):
+        raise ValueError(f"--model_name_or_path {name} is not a folder: give one that holds config.json and weights")
+    return name
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a decoder-only causal LM from safetensors.
+
+    Args:
+        name: alias, folder or hub id (see `resolve_model`).
+        dtype: of the weights. float32 keeps what small steps add; bfloat16 halves the memory and
+            rounds small steps away (docs/memory.md).
+
+    Raises:
+        ValueError: not found, not reachable, not a decoder-only causal LM, not safetensors.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not possible: use one of {', '.join(DTYPES)}")
+    path = resolve_model(name)
+    where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        _check_causal(name, AutoConfig.from_pretrained(path, **where))
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            **where,
+        )
+    except OSError as error:
+        raise ValueError(f"--model_name_or_path {name} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model; a missing pad token becomes the end-of-text token.
+
+    Raises:
+        ValueError: there is none, or it has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        raise ValueError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model(model: nn.Module, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Save what `AutoModelForCausalLM.from_pretrained` loads, with no trace of lopt.
+
+    Raises:
+        ValueError: `folder` holds a model already.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a model already: choose another folder")
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def shares_embeddings(model: PreTrainedModel) -> bool:
@@ -34,3 +137,19 @@ def _set_tying(model: PreTrainedModel, tied: bool) -> None:
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = tied
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _check_causal(name: str, config: Any) -> None:
+    """Refuse encoders by their config, before any weight is read."""
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    bidirectional = architecture.endswith(("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification"))
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
+    if config.is_encoder_decoder or bidirectional or not known:
+        raise ValueError(
+            f"--model_name_or_path {name} is a {architecture or config.model_type}, not a decoder-only causal LM: "
+            "use a model whose architecture ends in ForCausalLM or LMHeadModel"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

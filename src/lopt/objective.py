@@ -31,6 +31,19 @@ class ReconstructionHead(nn.Sequential):
         """Predict a block's input from its output, (B, T, H) → (B, T, H), in the head's dtype."""
         return super().forward(hidden.to(self[0].weight.dtype))
 
+    @torch.no_grad()
+    def scale_output(self, factor: Tensor) -> None:
+        """Multiply what the head predicts by `factor` (H,), channel by channel, for good."""
+        self[3].weight.mul_(factor[:, None])
+        self[3].bias.mul_(factor)
+
+
+def channel_rms(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """(H,) root mean square over real tokens of `hidden` (B, T, H), in float32 or better."""
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    rows = wide.flatten(0, 1) if mask is None else wide[mask.bool()]
+    return rows.square().mean(0).sqrt().clamp(min=torch.finfo(wide.dtype).tiny)
+
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over real tokens and channels of the squared error, in float32 or better.

@@ -1,0 +1,96 @@
+"""Groups of flags that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import TrlParser
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is loaded."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder, a hub id, an alias (qwen3-4b, qwen2.5-7b, qwen2.5-32b, llama3.1-8b) or "
+            "gemma3-270m, the packaged model that needs no hub."
+        },
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of the weights: float32, bfloat16 (half the memory, loses small steps) or auto."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "For example sdpa, eager, flash_attention_2."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters of --method lora."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters of --method lora."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter. Default: every linear layer but the head."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows, from where."""
+
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Local JSON, JSONL, Parquet or CSV: one or more files."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use a random subset of this many rows."})
+    held_out: float = field(
+        default=0.0,
+        metadata={"help": "Rows kept back for evaluation: a share below 1, or a number of rows."},
+    )
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Longest sequence in tokens; the same as --max_length."}
+    )
+
+
+@dataclass
+class RunArguments:
+    """What to do with an output folder that holds a run already."""
+
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in --output_dir."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in a folder that holds a run; its checkpoints are removed."}
+    )
+
+
+def parse(command: str, groups: Sequence[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Flags and `--config file.yaml` (flags win) into one instance per dataclass.
+
+    Raises:
+        ValueError: the YAML file is missing, broken or has unknown keys.
+    """
+    parser = TrlParser(groups, prog=f"lopt {command}")
+    arguments = list(arguments)
+    if "--config" in arguments:
+        _check_yaml(arguments)
+    return parser.parse_args_and_config(arguments)
+
+
+def _check_yaml(arguments: list[str]) -> None:
+    position = arguments.index("--config") + 1
+    if position >= len(arguments):
+        raise ValueError("--config needs a YAML file")
+    path = Path(arguments[position])
+    if not path.is_file():
+        raise ValueError(f"--config {path} is not a file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} must hold flags, one 'name: value' per line")

@@ -1,0 +1,53 @@
+"""`lopt COMMAND`: finds the command and turns a user's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import lopt
+
+# Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
+COMMANDS = {
+    "sft": "supervised fine-tuning by LoPT, end to end, with frozen early blocks or LoRA",
+    "demo": "post-train a small real model on this machine and see what it learned and kept",
+}
+USAGE = "usage: lopt COMMAND [--flag value ...]   (lopt COMMAND --help lists the flags)\n\ncommands:\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for a user's mistake)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE + "\n".join(f"  {name:8} {what}" for name, what in COMMANDS.items()))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"lopt {lopt.__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"lopt: error: there is no command {command!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(command, rest)
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run `lopt.cli.<command>`; LOPT_DEBUG=1 shows where an error comes from."""
+    try:
+        importlib.import_module(f"lopt.cli.{command}").main(list(arguments))
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("LOPT_DEBUG"):
+            raise
+        message = " ".join(str(error).split())
+        print(f"lopt {command}: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nlopt {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

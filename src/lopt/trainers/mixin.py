@@ -1,0 +1,251 @@
+"""What turns a TRL trainer into a LoPT trainer: `class MyTrainer(LoPTMixin, trl.SomeTrainer)`.
+
+The trainer keeps its own loop, loss and data. Added are: the boundaries, the head warm-up, one
+learning rate per kind of block, clipping that knows the blocks, heads in checkpoints, a stop at
+the first non-finite number, and what a LoPT run should log.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from lopt.attach import LoPT, attach
+from lopt.blocks import Blocks
+from lopt.config import LoPTConfig
+from lopt.memory import MemoryTracker
+from lopt.optim import clip_gradients
+
+HEADS_NAME = "reconstruction_heads.safetensors"
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient is not a finite number; raised before the optimizer step."""
+
+
+class LoPTMixin:
+    """Goes in front of a TRL trainer class and takes one argument more, `lopt_config`.
+
+    Attributes:
+        lopt: the handle on the attached model.
+    """
+
+    def __init__(self, model: Any, *args: Any, lopt_config: LoPTConfig | None = None, **kwargs: Any) -> None:
+        config = lopt_config or LoPTConfig()
+        if isinstance(model, nn.Module):  # before the trainer spends time on data
+            Blocks(model, config)
+        super().__init__(model, *args, **kwargs)
+        _check_settings(self, config)
+        with torch.random.fork_rng():  # heads start the same, whatever ran before
+            torch.manual_seed(self.args.seed)
+            self.lopt: LoPT = attach(self.model, config)
+        self._step_tokens = 0
+        self._micro_batch = 0
+        self._throughput = _Throughput()
+        self.add_callback(_Heads(self))
+
+    # -- optimizer -------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer `--optim` names, over the handle's parameter groups."""
+        if self.optimizer is None and self.lopt.config.is_cut:
+            factory, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if {"params", "model", "optimizer_dict"} & options.keys() or not isinstance(factory, type):
+                raise ValueError(
+                    f"--optim {self.args.optim} makes its own parameter groups and cannot serve blocks: "
+                    "use one such as adamw_torch_fused"
+                )
+            groups = self.lopt.parameter_groups(self.args.learning_rate, weight_decay=self.args.weight_decay)
+            self.optimizer = factory(groups, **options)
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self._clip(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float:
+        return super()._get_grad_norm(model, self._clip(math.inf) if grad_norm is None else grad_norm)
+
+    def _clip(self, max_norm: float) -> Tensor:
+        self.accelerator.unscale_gradients()
+        norms = clip_gradients(self.lopt, max_norm)
+        total = torch.linalg.vector_norm(norms)
+        if not torch.isfinite(total) and not self.args.fp16:  # a float16 scaler skips such a step
+            raise NonFiniteError(self._where(f"the gradient norms of the blocks are {norms.tolist()}"))
+        if len(norms) > 1:
+            share = (norms / total.clamp(min=1e-30)).square().tolist()
+            for block, value in enumerate(share, start=1):
+                self._metrics["train"][f"grad_share/block_{block}"].append(value)
+        return total
+
+    # -- one micro-batch -------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """All micro-batches of one optimizer step; counts their real tokens."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._step_tokens = sum(_real_tokens(batch) for batch in batches)
+        self._micro_batch = 0
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward with the local backwards inside, then the task backward of the last block."""
+        self._micro_batch += 1
+        tokens = _real_tokens(inputs)
+        # Each micro-batch counts by its tokens, as in the task loss: λ does not grow with
+        # accumulation, and one batch of 4 is four of 1.
+        share = tokens / self._step_tokens if tokens else 1 / self.current_gradient_accumulation_steps
+        scaler = self.accelerator.scaler
+        self.lopt.loss_scale = share * (scaler.get_scale() if scaler is not None else 1.0)
+        with self._throughput.measure(tokens, self.model, self.optimizer):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        losses = [loss, *self.lopt.local_losses()]
+        values = torch.stack([x.float() for x in losses]).tolist()
+        if not all(math.isfinite(v) for v in values):
+            names = ["the loss", *(f"the local loss of block {b}" for b in range(1, len(values)))]
+            bad = "; ".join(f"{n} is {v}" for n, v in zip(names, values, strict=True) if not math.isfinite(v))
+            raise NonFiniteError(self._where(bad, inputs))
+        for block, value in enumerate(values[1:], start=1):
+            self._metrics["train"][f"local_loss/block_{block}"].append(value)
+        return loss
+
+    def _where(self, what: str, inputs: Any = None) -> str:
+        count = self.current_gradient_accumulation_steps
+        text = f"step {self.state.global_step + 1}, batch {self._micro_batch} of {count}: {what}"
+        if isinstance(inputs, Mapping) and "input_ids" in inputs:
+            first = self.processing_class.decode(inputs["input_ids"][0], skip_special_tokens=True)
+            text += f" (the batch starts with {first[:60]!r})"
+        return text + "; stopped before the optimizer step. Look at that batch or lower --learning_rate"
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds tokens per second, peak memory and the earlier blocks' rate to a training log."""
+        if "loss" in logs and "learning_rate" in logs and self.model.training:
+            logs.update(self._throughput.report())
+            if self.lopt.heads:
+                early = self.lopt.config.early_learning_rate(self.args.learning_rate)
+                logs["learning_rate_k1"] = logs["learning_rate"] * early / self.args.learning_rate
+        super().log(logs, *args, **kwargs)
+
+    # -- heads -----------------------------------------------------------------------------------
+
+    def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
+        """Batches for the head warm-up: training rows in an order of their own."""
+        shuffle = not isinstance(self.train_dataset, IterableDataset)
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            collate_fn=self.data_collator,
+        )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.lopt.heads and self.args.should_save:
+            safetensors.torch.save_file(self.lopt.heads.state_dict(), Path(output_dir) / HEADS_NAME)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.lopt.heads and checkpoint is not None:
+            path = Path(checkpoint) / HEADS_NAME
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with --method lopt")
+            self.lopt.heads.load_state_dict(safetensors.torch.load_file(path, device=str(self.args.device)))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+class _Heads(TrainerCallback):
+    """The heads are not part of the model, so the trainer's loop does not know them."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lopt: LoPT = self.trainer.lopt
+        steps = lopt.config.head_warmup_steps
+        if not lopt.heads or not steps or state.global_step > 0:  # a resumed run has warm heads
+            return
+        with tqdm(total=steps, desc="Head warm-up", unit="step", disable=args.disable_tqdm) as bar:
+
+            def show(step: int, losses: list[float]) -> None:
+                bar.update()
+                bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses))
+
+            with torch.random.fork_rng(), self.trainer.compute_loss_context_manager():
+                history = lopt.warm_up_heads(self.trainer.head_warm_up_batches(), progress=show)
+        self.trainer.head_warmup_history = history
+        ends = [f"block {b}: {a:.3g} → {z:.3g}" for b, (a, z) in enumerate(zip(history[0], history[-1], strict=True), 1)]
+        tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.lopt.heads.zero_grad()
+
+
+class _Throughput:
+    """Tokens per second and peak memory since the last report.
+
+    On a CPU the live bytes of tensors are counted; on a GPU the allocator knows them.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.started, self.peak = 0, time.perf_counter(), 0
+
+    def measure(self, tokens: int, model: nn.Module, optimizer: Any) -> Any:
+        self.tokens += tokens
+        return _PeakOf(self, model, getattr(optimizer, "optimizer", optimizer))
+
+    def report(self) -> dict[str, float]:
+        """Values since the last report, which starts anew."""
+        elapsed = time.perf_counter() - self.started
+        logs = {"tokens_per_second": self.tokens / elapsed, "peak_memory_gib": self.peak / 2**30}
+        self.tokens, self.started, self.peak = 0, time.perf_counter(), 0
+        return logs
+
+
+class _PeakOf:
+    def __init__(self, throughput: _Throughput, model: nn.Module, optimizer: Any) -> None:
+        self.throughput = throughput
+        device = next(model.parameters()).device
+        self.tracker = None if device.type == "cuda" else MemoryTracker(model, optimizer=optimizer)
+
+    def __enter__(self) -> None:
+        if self.tracker is not None:
+            self.tracker.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.tracker is None:
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self.tracker.__exit__(*error)
+            peak = self.tracker.peak.total
+        self.throughput.peak = max(self.throughput.peak, peak)
+
+
+def _real_tokens(batch: Any) -> int:
+    """Real tokens of a micro-batch; 0 if it is not made of token rows."""
+    if not isinstance(batch, Mapping):
+        return 0
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else 0
+
+
+def _check_settings(trainer: Any, config: LoPTConfig) -> None:
+    if not config.is_cut:
+        return
+    args = trainer.args
+    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "--gradient_checkpointing_kwargs with use_reentrant=true gives no gradient behind a boundary: "
+            "leave it out or set it to false"
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or args.world_size > 1:
+        raise ValueError(f"--method {config.method} runs in one process so far: start it without a launcher")
