@@ -149,6 +149,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 little sums as question and answer, of different lengths."""
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [{"question": f"What is {a} plus {a * a}?", "answer": f"{a + a * a}" * (a % 3 + 1)} for a in range(48)]
+    rows = [
+        {"question": f"What is {a} plus {a * a}?", "answer": f"{a + a * a}" * (a % 3 + 1)} for a in range(48)
+    ]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return path

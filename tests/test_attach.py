@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from conftest import batch_of, tiny
 from torch import Tensor, nn
 
+from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
 from lopt.objective import ReconstructionHead
 
@@ -30,22 +30,19 @@ def joint_gradients(model: nn.Module, heads: nn.ModuleList, starts: list[int], b
     objective: Tensor | float = 0.0
     for batch in batches:
         mask = batch["attention_mask"][..., None].to(next(model.parameters()).dtype)
-        entered, handles = [], []
-        for start in starts:  # the graph is cut in front of every block but the first
+        entered: list[Tensor] = []  # what enters each block; the graph is cut in front of all but the first
 
-            def cut(module, args, kwargs):
-                entered.append(args[0])
-                return (args[0].detach(), *args[1:]), kwargs
+        def note(module, args, kwargs, entered=entered):
+            entered.append(args[0])
+            return ((args[0].detach() if len(entered) > 1 else args[0]), *args[1:]), kwargs
 
-            handles.append(layers[start].register_forward_pre_hook(cut, with_kwargs=True))
-        first: list[Tensor] = []
-        handles.append(layers[0].register_forward_pre_hook(lambda m, a: first.append(a[0].detach())))
+        handles = [layers[i].register_forward_pre_hook(note, with_kwargs=True) for i in (0, *starts)]
         hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
         for handle in handles:
             handle.remove()
         objective = objective + task_loss(model.lm_head(hidden), batch["labels"]) / targets
-        inputs = [first[0], *[h.detach() for h in entered[:-1]]]
-        for head, hidden, target in zip(heads, entered, inputs, strict=True):
+        for head, hidden, target in zip(heads, entered[1:], entered[:-1], strict=True):
+            target = target.detach()
             error = (head(hidden) - target) * mask
             objective = objective + lam / len(heads) * error.pow(2).sum() / (tokens * error.shape[-1])
     objective.backward()
@@ -67,7 +64,9 @@ def eager_gradients(model: nn.Module, handle, batches) -> dict:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
-def test_eager_gradients_equal_one_joint_backward(k: int, checkpointing: bool, dtype, tolerance: float) -> None:
+def test_eager_gradients_equal_one_joint_backward(
+    k: int, checkpointing: bool, dtype, tolerance: float
+) -> None:
     model = tiny("llama", dtype)
     batches = [batch_of([9, 5, 2]), batch_of([4], seed=1), batch_of([3, 11], side="left", seed=2)]
     if checkpointing:
@@ -177,7 +176,9 @@ def test_each_blocks_graph_is_gone_before_the_next_one_starts() -> None:
             lambda m, args: seen.append(args[0].grad_fn is None and not args[0].requires_grad)
         )
         earlier = [p for _, p in handle.blocks.parameters(model, block.index - 1)]
-        layer.register_forward_pre_hook(lambda m, a, ps=earlier: seen.append(all(p.grad is not None for p in ps)))
+        layer.register_forward_pre_hook(
+            lambda m, a, ps=earlier: seen.append(all(p.grad is not None for p in ps))
+        )
     model(**batch_of([5, 3]))
     assert seen == [True] * 6
 

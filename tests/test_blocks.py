@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import tiny
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
+from conftest import tiny
 from lopt import LoPTConfig
 from lopt.blocks import Blocks, split
 
@@ -42,9 +42,13 @@ def test_owners(architecture: str) -> None:
 
 
 def test_an_encoder_is_refused() -> None:
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
     with pytest.raises(ValueError, match="add one line"):
         Blocks(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), LoPTConfig())
-    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=2, num_heads=2, vocab_size=50))
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=2, num_heads=2, vocab_size=50)
+    )
     with pytest.raises(ValueError, match="not a decoder-only"):
         Blocks(t5, LoPTConfig())

@@ -13,7 +13,7 @@ def test_head_is_the_papers() -> None:
     head = ReconstructionHead(64)
     assert [tuple(p.shape) for p in head.parameters()] == [(64,), (64,), (16, 64), (16,), (64, 16), (64,)]
     bound = 0.1 * (6 / (64 + 16)) ** 0.5
-    for linear in (head[1], head[3]):
+    for linear in (head.down, head.up):
         assert linear.weight.abs().max() <= bound and linear.weight.std() > bound / 3
         assert not linear.bias.any()
     assert head(torch.randn(2, 3, 64, dtype=torch.bfloat16)).dtype == torch.float32

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from conftest import tiny
 from transformers.utils.output_capturing import _active_collector
 
+from conftest import tiny
 from lopt.routers import RouterLoss, capture_paused
 
 

@@ -77,7 +77,8 @@ class LoPT:
         self._hooks = self._add_hooks() if config.is_local and len(self.blocks) > 1 else []
         if config.method == "frozen":
             self._freeze_early_blocks()
-        base_model(model)._lopt = self
+        base: Any = base_model(model)
+        base._lopt = self
 
     # -- what users call -------------------------------------------------------------------------
 
@@ -170,6 +171,7 @@ class LoPT:
         if not history:
             raise ValueError("warm_up_heads needs at least one batch: pass some training batches")
         for head, unit in zip(self.heads, units, strict=True):
+            assert isinstance(head, ReconstructionHead)
             head.scale_output(unit)
         return history
 
@@ -186,7 +188,8 @@ class LoPT:
             retie_embeddings(base_model(self.model))
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._trainable.get(name, True))
-        base_model(self.model)._lopt = None
+        base: Any = base_model(self.model)
+        base._lopt = None
         return self.model
 
     # -- set-up ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -66,7 +67,7 @@ class Blocks(Sequence[Block]):
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         return self._blocks[index]
 
     def first_layer(self, block: Block) -> nn.Module:
@@ -90,7 +91,8 @@ class Blocks(Sequence[Block]):
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The causal LM itself, out of a PEFT wrapper if there is one."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    unwrapped = model if unwrap is None else unwrap()
     if not isinstance(unwrapped, PreTrainedModel):
         raise ValueError(
             f"{type(unwrapped).__name__} is not a Hugging Face model: "
@@ -151,5 +153,7 @@ def _owners(model: PreTrainedModel, decoder: nn.Module, layout: Layout, blocks: 
         for layer in blocks.layers[block.start : block.stop]:
             for parameter in layer.parameters():
                 if layers.setdefault(id(parameter), block.index) != block.index:
-                    raise ValueError(f"{type(model).__name__} shares weights between layers: it cannot be cut into blocks")
+                    raise ValueError(
+                        f"{type(model).__name__} shares weights between layers: it cannot be cut into blocks"
+                    )
     return owner | layers

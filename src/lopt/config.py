@@ -59,9 +59,7 @@ class LoPTConfig:
             "optimizer step. 0 is the published start."
         },
     )
-    head_warmup_lr: float = field(
-        default=1e-2, metadata={"help": "Learning rate of the head warm-up."}
-    )
+    head_warmup_lr: float = field(default=1e-2, metadata={"help": "Learning rate of the head warm-up."})
     tied_embeddings: Literal["untie", "freeze"] = field(
         default="untie",
         metadata={
@@ -85,7 +83,9 @@ class LoPTConfig:
         if self.lr_k1 is not None:
             _check(_finite(self.lr_k1), "--lr_k1", self.lr_k1, "use a finite number >= 0")
         _check(self.head_warmup_steps >= 0, "--head_warmup_steps", self.head_warmup_steps, "use 0 or more")
-        _check(_finite(self.head_warmup_lr), "--head_warmup_lr", self.head_warmup_lr, "use a finite number >= 0")
+        _check(
+            _finite(self.head_warmup_lr), "--head_warmup_lr", self.head_warmup_lr, "use a finite number >= 0"
+        )
         _check(
             self.tied_embeddings in ("untie", "freeze"),
             "--tied_embeddings", self.tied_embeddings, "use untie or freeze",
@@ -95,7 +95,12 @@ class LoPTConfig:
         if bounds is not None:
             object.__setattr__(self, "block_boundaries", list(bounds))
             rising = all(a < b for a, b in zip([0, *bounds], bounds, strict=False))
-            _check(rising, "--block_boundaries", bounds, "use increasing layer numbers from 1 on, for example 6 12")
+            _check(
+                rising,
+                "--block_boundaries",
+                bounds,
+                "use increasing layer numbers from 1 on, for example 6 12",
+            )
 
     @property
     def is_local(self) -> bool:

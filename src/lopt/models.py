@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lopt.packaged import PACKAGED_MODEL, packaged_model
@@ -36,7 +42,9 @@ def resolve_model(name: str) -> str:
     if path.is_dir():
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name):
-        raise ValueError(f"--model_name_or_path {name} is not a folder: give one that holds config.json and weights")
+        raise ValueError(
+            f"--model_name_or_path {name} is not a folder: give one that holds config.json and weights"
+        )
     return name
 
 
@@ -90,13 +98,17 @@ def load_tokenizer(
     except OSError as error:
         raise ValueError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
+        raise ValueError(
+            f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def save_model(model: nn.Module, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_model(
+    model: nn.Module, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Save what `AutoModelForCausalLM.from_pretrained` loads, with no trace of lopt.
 
     Raises:
@@ -105,7 +117,8 @@ def save_model(model: nn.Module, folder: str | Path, tokenizer: PreTrainedTokeni
     folder = Path(folder)
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a model already: choose another folder")
-    model.save_pretrained(folder)
+    save: Any = model.save_pretrained
+    save(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -125,7 +138,8 @@ def untie_embeddings(model: PreTrainedModel) -> None:
 
 def retie_embeddings(model: PreTrainedModel) -> bool:
     """Join head and embedding again if they are still equal; says whether it did."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     if not torch.equal(embedding.weight, head.weight):
         return False
     head.weight = embedding.weight
@@ -142,12 +156,14 @@ def _set_tying(model: PreTrainedModel, tied: bool) -> None:
 def _check_causal(name: str, config: Any) -> None:
     """Refuse encoders by their config, before any weight is read."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    bidirectional = architecture.endswith(("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification"))
+    bidirectional = architecture.endswith(
+        ("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification")
+    )
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
     if config.is_encoder_decoder or bidirectional or not known:
         raise ValueError(
-            f"--model_name_or_path {name} is a {architecture or config.model_type}, not a decoder-only causal LM: "
-            "use a model whose architecture ends in ForCausalLM or LMHeadModel"
+            f"--model_name_or_path {name} is a {architecture or config.model_type}, "
+            "not a decoder-only causal LM: use a model whose architecture ends in ForCausalLM or LMHeadModel"
         )
 
 

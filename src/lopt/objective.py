@@ -7,35 +7,36 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 
-class ReconstructionHead(nn.Sequential):
+class ReconstructionHead(nn.Module):
     """`Linear(H/4→H) ∘ GELU ∘ Linear(H→H/4) ∘ LayerNorm(H)`; training only, never saved with the model.
 
-    Xavier-uniform weights with gain 0.1 and zero biases (DESIGN section 2, after arXiv 2605.04913).
+    Xavier-uniform weights with gain 0.1 and zero biases (after arXiv 2605.04913).
     """
 
-    def __init__(self, hidden_size: int, **factory: object) -> None:
-        narrow = max(1, hidden_size // 4)
-        super().__init__(
-            nn.LayerNorm(hidden_size, **factory),  # type: ignore[arg-type]
-            nn.Linear(hidden_size, narrow, **factory),  # type: ignore[arg-type]
-            nn.GELU(),
-            nn.Linear(narrow, hidden_size, **factory),  # type: ignore[arg-type]
-        )
-        for linear in (self[1], self[3]):
+    def __init__(
+        self, hidden_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        bottleneck = max(1, hidden_size // 4)
+        self.norm = nn.LayerNorm(hidden_size, device=device, dtype=dtype)
+        self.down = nn.Linear(hidden_size, bottleneck, device=device, dtype=dtype)
+        self.up = nn.Linear(bottleneck, hidden_size, device=device, dtype=dtype)
+        for linear in (self.down, self.up):
             nn.init.xavier_uniform_(linear.weight, gain=0.1)
             nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Predict a block's input from its output, (B, T, H) → (B, T, H), in the head's dtype."""
-        return super().forward(hidden.to(self[0].weight.dtype))
+        return self.up(gelu(self.down(self.norm(hidden.to(self.norm.weight.dtype)))))
 
     @torch.no_grad()
     def scale_output(self, factor: Tensor) -> None:
         """Multiply what the head predicts by `factor` (H,), channel by channel, for good."""
-        self[3].weight.mul_(factor[:, None])
-        self[3].bias.mul_(factor)
+        self.up.weight.mul_(factor[:, None])
+        self.up.bias.mul_(factor)
 
 
 def channel_rms(hidden: Tensor, mask: Tensor | None) -> Tensor:

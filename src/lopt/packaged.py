@@ -65,7 +65,7 @@ def _convert(scratch: Path) -> Path:
         bar.update()
         bar.set_postfix_str("saving")
         # The weights are plain float32 by now; transformers still has them down as quantized.
-        model.hf_quantizer = None
+        delattr(model, "hf_quantizer")
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(made)

@@ -37,11 +37,15 @@ class RouterLoss:
         logits = _captured()[self._seen :]
         if not logits:
             return None
+        config = self._config
         loss = load_balancing_loss_func(
-            tuple(logits), self._config.num_experts, self._config.num_experts_per_tok, mask
+            tuple(logits),  # type: ignore[arg-type]
+            config.num_experts,
+            config.num_experts_per_tok,
+            mask,
         )
-        coefficient = getattr(self._config, "router_aux_loss_coef", 0.0)
-        return coefficient * len(logits) / self._num_layers * loss
+        assert isinstance(loss, Tensor)
+        return getattr(config, "router_aux_loss_coef", 0.0) * len(logits) / self._num_layers * loss
 
     def release(self) -> None:
         """Turn the captured logits into constants, once their block's backward is done."""

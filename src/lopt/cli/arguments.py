@@ -25,7 +25,9 @@ class ModelArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str = field(
         default="float32",
-        metadata={"help": "Dtype of the weights: float32, bfloat16 (half the memory, loses small steps) or auto."},
+        metadata={
+            "help": "Dtype of the weights: float32, bfloat16 (half the memory, loses small steps) or auto."
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "For example sdpa, eager, flash_attention_2."}
@@ -33,7 +35,8 @@ class ModelArguments:
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters of --method lora."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters of --method lora."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get an adapter. Default: every linear layer but the head."}
+        default=None,
+        metadata={"help": "Modules that get an adapter. Default: every linear layer but the head."},
     )
 
 
@@ -45,7 +48,9 @@ class DataArguments:
         default=None, metadata={"help": "Local JSON, JSONL, Parquet or CSV: one or more files."}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Its configuration, if it has several."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "Its split."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     max_samples: int | None = field(default=None, metadata={"help": "Use a random subset of this many rows."})
@@ -62,9 +67,12 @@ class DataArguments:
 class RunArguments:
     """What to do with an output folder that holds a run already."""
 
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in --output_dir."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the newest checkpoint in --output_dir."}
+    )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in a folder that holds a run; its checkpoints are removed."}
+        default=False,
+        metadata={"help": "Start anew in a folder that holds a run; its checkpoints are removed."},
     )
 
 

@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        print(f"lopt: error: there is no command {command!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"lopt: error: there is no command {command!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return 2
     return run(command, rest)
 
@@ -37,7 +39,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run `lopt.cli.<command>`; LOPT_DEBUG=1 shows where an error comes from."""
     try:
         importlib.import_module(f"lopt.cli.{command}").main(list(arguments))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, ImportError, FileNotFoundError) as error:
         if os.environ.get("LOPT_DEBUG"):
             raise
         message = " ".join(str(error).split())

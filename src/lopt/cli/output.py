@@ -26,7 +26,9 @@ def prepare_output(output_dir: str, *, resume: bool, overwrite: bool) -> str | N
     if resume:
         last = get_last_checkpoint(str(folder)) if checkpoints else None
         if last is None:
-            raise ValueError(f"--resume: there is no checkpoint in {folder}: check --output_dir or leave --resume out")
+            raise ValueError(
+                f"--resume: there is no checkpoint in {folder}: check --output_dir or leave --resume out"
+            )
         return last
     if checkpoints or any((folder / name).exists() for name in _SIGNS_OF_A_RUN):
         if not overwrite:

@@ -17,6 +17,7 @@ from lopt.data import format_rows, load_rows, split_held_out
 from lopt.models import load_model, load_tokenizer, resolve_model
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.mixin import check_settings
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -49,25 +50,27 @@ def main(arguments: Sequence[str]) -> None:
     _train_and_save(trainer, checkpoint)
 
 
-def _check(model_args: ModelArguments, data_args: DataArguments, config: LoPTConfig, args: LoPTSFTConfig) -> None:
+def _check(
+    model_args: ModelArguments, data_args: DataArguments, config: LoPTConfig, args: LoPTSFTConfig
+) -> None:
     if model_args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: give a folder, a hub id or gemma3-270m (the packaged model)")
+        raise ValueError(
+            "--model_name_or_path is missing: give a folder, a hub id or gemma3-270m (the packaged model)"
+        )
     if data_args.max_seq_length is not None:
         args.max_length = data_args.max_seq_length
     if args.max_length is not None and args.max_length < 2:
         raise ValueError(f"--max_length {args.max_length} leaves nothing to predict: use 2 or more")
     if config.method == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
-    if config.is_cut and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise ValueError(
-            "--gradient_checkpointing_kwargs with use_reentrant=true gives no gradient behind a boundary: "
-            "leave it out or set it to false"
-        )
+    check_settings(args, config)
     if data_args.held_out and args.eval_strategy == "no":
         args.eval_strategy = "epoch"
 
 
-def _load_data(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig) -> tuple[Any, Any, Any]:
+def _load_data(
+    model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig
+) -> tuple[Any, Any, Any]:
     """Training rows, held-out rows and the tokenizer; rows first, since they fail first."""
     rows = load_rows(
         train_file=data_args.train_file,
@@ -109,6 +112,6 @@ def _train_and_save(trainer: LoPTSFTTrainer, checkpoint: str | None) -> None:
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
     trainer.save_model()
-    folder = Path(trainer.args.output_dir)
+    folder = Path(str(trainer.args.output_dir))
     (folder / "lopt_config.json").write_text(json.dumps(asdict(trainer.lopt.config), indent=2) + "\n")
     print(f"The model is in {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")

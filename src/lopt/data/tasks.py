@@ -50,6 +50,11 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Problem]] = {
 }
 """Name of a reasoning-gym data set -> how one of its items becomes a `Problem`."""
 
+# Sums that a model of a few hundred million parameters can learn in minutes.
+_OPTIONS: dict[str, dict[str, int]] = {
+    "chain_sum": dict(min_terms=2, max_terms=4, min_digits=1, max_digits=2)
+}
+
 
 def running_sums(expression: str) -> str:
     """The chain of thought of a sum: "4 - 1 - 7" gives "4 - 1 = 3\\n3 - 7 = -4".
@@ -155,4 +160,5 @@ def _items(name: str, size: int, seed: int) -> Any:
         raise ImportError("tasks need reasoning-gym: pip install lopt[demo]") from error
     # Item i is drawn with seed + i, so seeds 1 and 2 as they are would share all items but one.
     digest = hashlib.sha256(f"{name}:{seed}".encode()).digest()
-    return reasoning_gym.create_dataset(name, size=size, seed=int.from_bytes(digest[:6]))
+    options = _OPTIONS.get(name, {})
+    return reasoning_gym.create_dataset(name, size=size, seed=int.from_bytes(digest[:6]), **options)

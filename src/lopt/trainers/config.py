@@ -13,20 +13,16 @@ class LoPTSFTConfig(SFTConfig):
     """`trl.SFTConfig` where a LoPT run wants other defaults.
 
     No gradient checkpointing (one block's activations are what it would save), bfloat16 autocast
-    only where the hardware has it, nothing reported anywhere unless asked.
+    only where the hardware has it, two checkpoints kept.
     """
 
     gradient_checkpointing: bool = field(
         default=False,
         metadata={"help": "Recompute activations in the backward: less memory, about a third slower."},
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Mixed precision in bfloat16. Default: where the GPU supports it."},
-    )
-    report_to: None | str | list[str] = field(
-        default="none",
-        metadata={"help": "Where logs go beside the console: tensorboard, wandb, trackio, ..., all or none."},
     )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "How many checkpoints to keep; the oldest go first."}

@@ -8,23 +8,27 @@ the first non-finite number, and what a LoPT run should log.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from lopt.attach import LoPT, attach
 from lopt.blocks import Blocks
 from lopt.config import LoPTConfig
-from lopt.memory import MemoryTracker
 from lopt.optim import clip_gradients
+from lopt.trainers.throughput import Throughput
+
+if TYPE_CHECKING:  # what the mixin is put in front of
+    from transformers import Trainer
+else:
+    Trainer = object
 
 HEADS_NAME = "reconstruction_heads.safetensors"
 
@@ -33,26 +37,37 @@ class NonFiniteError(ValueError):
     """A loss or gradient is not a finite number; raised before the optimizer step."""
 
 
-class LoPTMixin:
+class LoPTMixin(Trainer):
     """Goes in front of a TRL trainer class and takes one argument more, `lopt_config`.
 
     Attributes:
         lopt: the handle on the attached model.
+        throughput: speed and peak memory.
+        head_warmup_history: the local losses of every step of the head warm-up.
     """
+
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    _metrics: Any  # TRL's: what is averaged into the next log
 
     def __init__(self, model: Any, *args: Any, lopt_config: LoPTConfig | None = None, **kwargs: Any) -> None:
         config = lopt_config or LoPTConfig()
-        if isinstance(model, nn.Module):  # before the trainer spends time on data
+        # Before the trainer spends time on data:
+        if isinstance(model, nn.Module):
             Blocks(model, config)
+        settings = args[0] if args else kwargs.get("args")
+        if settings is not None:
+            check_settings(settings, config)
         super().__init__(model, *args, **kwargs)
-        _check_settings(self, config)
         with torch.random.fork_rng():  # heads start the same, whatever ran before
             torch.manual_seed(self.args.seed)
             self.lopt: LoPT = attach(self.model, config)
         self._step_tokens = 0
         self._micro_batch = 0
-        self._throughput = _Throughput()
-        self.add_callback(_Heads(self))
+        self.throughput = Throughput()
+        self.head_warmup_history: list[list[float]] = []
+        self.add_callback(_LoopHooks(self))
 
     # -- optimizer -------------------------------------------------------------------------------
 
@@ -105,7 +120,7 @@ class LoPTMixin:
         share = tokens / self._step_tokens if tokens else 1 / self.current_gradient_accumulation_steps
         scaler = self.accelerator.scaler
         self.lopt.loss_scale = share * (scaler.get_scale() if scaler is not None else 1.0)
-        with self._throughput.measure(tokens, self.model, self.optimizer):
+        with self.throughput.micro_batch(tokens, _size(inputs), self.model, self.optimizer):
             loss = super().training_step(model, inputs, *args, **kwargs)
         losses = [loss, *self.lopt.local_losses()]
         values = torch.stack([x.float() for x in losses]).tolist()
@@ -128,7 +143,7 @@ class LoPTMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds tokens per second, peak memory and the earlier blocks' rate to a training log."""
         if "loss" in logs and "learning_rate" in logs and self.model.training:
-            logs.update(self._throughput.report())
+            logs.update(self.throughput.report())
             if self.lopt.heads:
                 early = self.lopt.config.early_learning_rate(self.args.learning_rate)
                 logs["learning_rate_k1"] = logs["learning_rate"] * early / self.args.learning_rate
@@ -137,11 +152,15 @@ class LoPTMixin:
     # -- heads -----------------------------------------------------------------------------------
 
     def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
-        """Batches for the head warm-up: training rows in an order of their own."""
+        """Batches for the head warm-up: training rows in an order of their own.
+
+        Rows per batch as in an optimizer step, up to 8 (a micro-batch if that is more).
+        """
         shuffle = not isinstance(self.train_dataset, IterableDataset)
+        rows = self.args.per_device_train_batch_size
         return DataLoader(
             self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
+            batch_size=max(rows, min(8, rows * self.args.gradient_accumulation_steps)),
             shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.args.seed),
             collate_fn=self.data_collator,
@@ -161,8 +180,8 @@ class LoPTMixin:
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
-class _Heads(TrainerCallback):
-    """The heads are not part of the model, so the trainer's loop does not know them."""
+class _LoopHooks(TrainerCallback):
+    """What has to happen between the steps of a loop that does not know the heads."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -181,52 +200,20 @@ class _Heads(TrainerCallback):
             with torch.random.fork_rng(), self.trainer.compute_loss_context_manager():
                 history = lopt.warm_up_heads(self.trainer.head_warm_up_batches(), progress=show)
         self.trainer.head_warmup_history = history
-        ends = [f"block {b}: {a:.3g} → {z:.3g}" for b, (a, z) in enumerate(zip(history[0], history[-1], strict=True), 1)]
+        ends = [
+            f"block {b}: {a:.3g} → {z:.3g}"
+            for b, (a, z) in enumerate(zip(history[0], history[-1], strict=True), 1)
+        ]
         tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.throughput.begin_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.lopt.heads.zero_grad()
 
-
-class _Throughput:
-    """Tokens per second and peak memory since the last report.
-
-    On a CPU the live bytes of tensors are counted; on a GPU the allocator knows them.
-    """
-
-    def __init__(self) -> None:
-        self.tokens, self.started, self.peak = 0, time.perf_counter(), 0
-
-    def measure(self, tokens: int, model: nn.Module, optimizer: Any) -> Any:
-        self.tokens += tokens
-        return _PeakOf(self, model, getattr(optimizer, "optimizer", optimizer))
-
-    def report(self) -> dict[str, float]:
-        """Values since the last report, which starts anew."""
-        elapsed = time.perf_counter() - self.started
-        logs = {"tokens_per_second": self.tokens / elapsed, "peak_memory_gib": self.peak / 2**30}
-        self.tokens, self.started, self.peak = 0, time.perf_counter(), 0
-        return logs
-
-
-class _PeakOf:
-    def __init__(self, throughput: _Throughput, model: nn.Module, optimizer: Any) -> None:
-        self.throughput = throughput
-        device = next(model.parameters()).device
-        self.tracker = None if device.type == "cuda" else MemoryTracker(model, optimizer=optimizer)
-
-    def __enter__(self) -> None:
-        if self.tracker is not None:
-            self.tracker.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        if self.tracker is None:
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self.tracker.__exit__(*error)
-            peak = self.tracker.peak.total
-        self.throughput.peak = max(self.throughput.peak, peak)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.throughput.end_step()
 
 
 def _real_tokens(batch: Any) -> int:
@@ -238,14 +225,27 @@ def _real_tokens(batch: Any) -> int:
     return batch["input_ids"].numel() if "input_ids" in batch else 0
 
 
-def _check_settings(trainer: Any, config: LoPTConfig) -> None:
+def _size(batch: Any) -> int:
+    """Tokens of a micro-batch, padding included; 0 if it is not made of token rows."""
+    return batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else 0
+
+
+def check_settings(args: TrainingArguments, config: LoPTConfig) -> None:
+    """Refuse what cannot work with boundaries, before any work.
+
+    Raises:
+        ValueError: reentrant checkpointing, several processes, DeepSpeed or FSDP.
+    """
     if not config.is_cut:
         return
-    args = trainer.args
-    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if checkpointing.get("use_reentrant"):
         raise ValueError(
             "--gradient_checkpointing_kwargs with use_reentrant=true gives no gradient behind a boundary: "
             "leave it out or set it to false"
         )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or args.world_size > 1:
-        raise ValueError(f"--method {config.method} runs in one process so far: start it without a launcher")
+    if args.deepspeed or args.fsdp or args.world_size > 1:
+        raise ValueError(
+            f"--method {config.method} runs in one process so far: start it without a launcher, "
+            "--deepspeed and --fsdp"
+        )

@@ -20,13 +20,17 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
     counted and reported, never trained on; nothing left is a ValueError.
     """
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
+    ) -> Any:
         # Without packing first: it is there that TRL drops rows without a label, and packing
         # would hide them among others.
         prepared = super()._prepare_dataset(dataset, processing_class, args, False, *rest)
         if isinstance(prepared, Dataset) and not self._skip_prepare_dataset:
             _report_dropped(len(dataset), prepared, args.max_length, rest[-1] if rest else "train")
-        return super()._prepare_dataset(prepared, processing_class, args, True, *rest) if packing else prepared
+        return (
+            super()._prepare_dataset(prepared, processing_class, args, True, *rest) if packing else prepared
+        )
 
 
 def _report_dropped(rows: int, prepared: Dataset, max_length: int, name: str) -> None:
@@ -38,5 +42,9 @@ def _report_dropped(rows: int, prepared: Dataset, max_length: int, name: str) ->
         )
     if dropped:
         logger.warning(
-            "%d of %d %s rows are left out: their prompt alone reaches --max_length %s", dropped, rows, name, max_length
+            "%d of %d %s rows are left out: their prompt alone reaches --max_length %s",
+            dropped,
+            rows,
+            name,
+            max_length,
         )

@@ -1,0 +1,57 @@
+"""`lopt demo`: post-train a small real model on this machine, see what it learned and what it kept."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lopt.cli.arguments import parse
+from lopt.cli.output import prepare_output
+from lopt.packaged import PACKAGED_MODEL
+
+
+@dataclass
+class DemoArguments:
+    """What to play with. Every default is the demo of the README."""
+
+    model: str = field(
+        default=PACKAGED_MODEL, metadata={"help": "A folder, a hub id, or the packaged gemma3-270m."}
+    )
+    task: str = field(
+        default="chain_sum", metadata={"help": "A reasoning-gym task: chain_sum or gsm_symbolic."}
+    )
+    method: Literal["lopt", "e2e", "frozen"] = field(
+        default="lopt", metadata={"help": "What the earlier blocks learn from."}
+    )
+    num_blocks: int = field(default=2, metadata={"help": "k, the number of blocks."})
+    steps: int = field(default=60, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=8, metadata={"help": "Problems per step."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the last block."})
+    held_out: int = field(default=64, metadata={"help": "Problems kept back for the examination."})
+    seed: int = field(default=0, metadata={"help": "Seed of problems, heads and order."})
+    output_dir: str = field(default="outputs/demo", metadata={"help": "Where model, figures and report go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace an earlier demo in that folder."}
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check the arguments, then run the demo."""
+    (args,) = parse("demo", (DemoArguments,), arguments)
+    for package in ("reasoning_gym", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError('the demo needs a few packages more: pip install "lopt[demo]"')
+    for flag, value in (
+        ("--steps", args.steps),
+        ("--batch_size", args.batch_size),
+        ("--held_out", args.held_out),
+    ):
+        if value < 1:
+            raise ValueError(f"{flag} {value} is not possible: use 1 or more")
+    prepare_output(args.output_dir, resume=False, overwrite=args.overwrite_output_dir)
+
+    from lopt.demo import run_demo  # after the checks: this import takes seconds
+
+    run_demo(args)

@@ -1,0 +1,67 @@
+"""Greedy completions in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, greedily, without special tokens.
+
+    Args:
+        progress: label of a progress bar with an ETA; no bar if None.
+    """
+    generate: Any = model.generate
+    training, side = model.training, tokenizer.padding_side
+    model.eval()
+    tokenizer.padding_side = "left"  # so that every row goes on where its prompt ends
+    texts: list[str] = []
+    batches = [prompts[at : at + batch_size] for at in range(0, len(prompts), batch_size)]
+    with tqdm(
+        total=len(batches) * max_new_tokens, desc=progress, unit="token", disable=progress is None
+    ) as bar:
+        for done, batch in enumerate(batches, start=1):
+            inputs = tokenizer(list(batch), return_tensors="pt", padding=True).to(model.device)
+            output = generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                top_k=None,
+                top_p=None,
+                pad_token_id=tokenizer.pad_token_id,
+                streamer=_Ticks(bar),
+            )
+            new = output[:, inputs["input_ids"].shape[1] :]
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+            bar.update(done * max_new_tokens - bar.n)  # a batch may end early
+    tokenizer.padding_side = side
+    model.train(training)
+    return texts
+
+
+class _Ticks(BaseStreamer):
+    """Moves a progress bar with every generated token."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.ndim == 1:  # the prompt comes first, as a matrix
+            self.bar.update()
+
+    def end(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,71 @@
+"""How fast a run is and how much memory it holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lopt.memory import MemoryPeak, MemoryTracker
+
+COUNTED_ALWAYS = 4  # by then the optimizer's state is there
+
+
+class Throughput:
+    """Time, tokens and peak memory of optimizer steps.
+
+    Evaluation, checkpoints and data loading between steps do not count as time. On a GPU the
+    allocator is asked for the peak. On a CPU the live bytes of tensors are counted, which costs
+    time, so only in the first micro-batches and in any that is larger than all before it.
+
+    Attributes:
+        peak: the largest peak of the run, by category (None on a GPU).
+    """
+
+    def __init__(self) -> None:
+        self.peak: MemoryPeak | None = None
+        self._started = 0.0
+        self._counted, self._largest = 0, 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tokens, self._seconds, self._steps = 0, 0.0, 0
+
+    def begin_step(self) -> None:
+        """The first micro-batch of an optimizer step is about to run."""
+        self._started = time.perf_counter()
+
+    def end_step(self) -> None:
+        """The optimizer has stepped."""
+        self._seconds += time.perf_counter() - self._started
+        self._steps += 1
+
+    @contextmanager
+    def micro_batch(self, tokens: int, size: int, model: nn.Module, optimizer: Any) -> Iterator[None]:
+        """Forward and backward of a micro-batch of so many real tokens and, with padding, `size`."""
+        self._tokens += tokens
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        if on_gpu or (self._counted >= COUNTED_ALWAYS and size <= self._largest):
+            yield
+            return
+        self._counted, self._largest = self._counted + 1, max(self._largest, size)
+        with MemoryTracker(model, optimizer=getattr(optimizer, "optimizer", optimizer)) as tracker:
+            yield
+        if self.peak is None or tracker.peak.total > self.peak.total:
+            self.peak = tracker.peak
+
+    def report(self) -> dict[str, float]:
+        """Speed of the optimizer steps since the last report, and the run's peak so far."""
+        seconds, steps = max(self._seconds, 1e-9), max(self._steps, 1)
+        peak = torch.cuda.max_memory_allocated() if self.peak is None else self.peak.total
+        figures = {
+            "tokens_per_second": self._tokens / seconds,
+            "seconds_per_step": seconds / steps,
+            "peak_memory_gib": peak / 2**30,
+        }
+        self._reset()
+        return figures

@@ -1,0 +1,180 @@
+"""`lopt sft` through its command line: equivalence classes, golden losses, resume, what is saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import save_tiny
+from lopt.cli.main import main
+from lopt.evaluation import completion_loss
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+Run = Callable[..., tuple[Path, list[float]]]
+
+
+@pytest.fixture
+def sft(tiny_folder: Path, sums_file: Path, tmp_path: Path) -> Run:
+    """Run `lopt sft` on little sums; returns the output folder and the losses of all steps."""
+
+    def run(
+        name: str = "out", *flags: str, model: Path = tiny_folder, steps: int = 5
+    ) -> tuple[Path, list[float]]:
+        folder = tmp_path / name
+        arguments = {
+            "--model_name_or_path": model,
+            "--train_file": sums_file,
+            "--output_dir": folder,
+            "--max_steps": steps,
+            "--logging_steps": 1,
+            "--learning_rate": 1e-3,
+            "--head_warmup_steps": 5,
+            "--per_device_train_batch_size": 4,
+        }
+        for flag, value in zip(flags[::2], flags[1::2], strict=True):
+            arguments[flag] = value
+        assert main(["sft", *(str(x) for pair in arguments.items() for x in pair)]) == 0
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return folder, [row["loss"] for row in history if "loss" in row]
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("k", ["2", "4"])
+def test_batches_accumulation_and_checkpointing_are_the_same_run(sft: Run, k: str) -> None:
+    folder, losses = sft("batch", "--num_blocks", k)
+    variants = {
+        "accumulation": ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"],
+        "uneven": ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"],
+        "checkpointing": ["--gradient_checkpointing", "true"],
+    }
+    for name, flags in variants.items():
+        other, other_losses = sft(name, "--num_blocks", k, *flags)
+        assert other_losses == pytest.approx(losses, rel=1e-5), name
+        for key, value in weights(folder).items():
+            torch.testing.assert_close(weights(other)[key], value, rtol=1e-3, atol=2e-5, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("case", ["lopt-k2", "lopt-k4", "e2e"])
+def test_golden_losses(sft: Run, case: str) -> None:
+    """20 steps; after a wanted change of numbers delete the file, run once and look at the diff."""
+    method, _, k = case.partition("-k")
+    _, losses = sft("golden", "--method", method, "--num_blocks", k or "1", steps=20)
+    path = GOLDEN / f"{case}.json"
+    if not path.exists():
+        path.write_text(json.dumps(losses) + "\n")
+        pytest.fail(f"wrote {path}: look at it and run again")
+    assert losses == pytest.approx(json.loads(path.read_text()), rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("method", ["lopt", "ll", "e2e", "frozen"])
+def test_what_moves(sft: Run, tiny_folder: Path, method: str) -> None:
+    folder, _ = sft("moved", "--method", method, "--num_blocks", "2")
+    before, after = weights(tiny_folder), weights(folder)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        early = any(part in name for part in ("embed_tokens", "layers.0.", "layers.1."))
+        assert torch.equal(value, after[name]) == (method == "frozen" and early), name
+
+
+def test_lora_saves_an_adapter(sft: Run) -> None:
+    pytest.importorskip("peft")
+    folder, losses = sft("lora", "--method", "lora", "--lora_r", "4")
+    assert (folder / "adapter_model.safetensors").is_file() and losses[-1] < losses[0]
+
+
+def test_the_saved_model_is_plain_and_says_the_same(sft: Run, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "tied", "llama-tied")
+    folder, _ = sft("plain", "--num_blocks", "4", "--held_out", "8", model=model)
+    assert set(weights(folder)) == set(weights(model)) | {"lm_head.weight"}
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer as T\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(folder)!r}); t = T.from_pretrained({str(folder)!r})\n"
+        "assert not torch.equal(m.lm_head.weight, m.model.embed_tokens.weight)\n"
+        "m.generate(**t('What is', return_tensors='pt'), max_new_tokens=3)\n"
+        "assert not any(name.split('.')[0] == 'lopt' for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    evaluated = json.loads((folder / "eval_results.json").read_text())["eval_loss"]
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    from lopt.data import format_rows, load_rows, split_held_out
+
+    rows = format_rows(load_rows(train_file=sums_rows(folder)), tokenizer)
+    _, held_out = split_held_out(rows, 8, 42)
+    pairs = [(row["prompt"], row["completion"] + tokenizer.eos_token) for row in held_out]
+    assert completion_loss(loaded, tokenizer, pairs) == pytest.approx(evaluated, rel=1e-5)
+
+
+def sums_rows(folder: Path) -> str:
+    """The training file that a run of this module's fixture used."""
+    return (folder.parent / "sums").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _note_file(tmp_path: Path, sums_file: Path) -> None:
+    (tmp_path / "sums").write_text(str(sums_file))
+
+
+@pytest.mark.parametrize("k", ["2", "3"])
+def test_resume_is_bit_for_bit(sft: Run, tmp_path: Path, k: str) -> None:
+    """Stopped at step 4 of 8 and resumed: optimizer, schedule, heads, dropout, order of rows."""
+    model = save_tiny(tmp_path / "dropout", "llama-tied", attention_dropout=0.2)
+    flags = ["--num_blocks", k, "--save_steps", "4", "--gradient_accumulation_steps", "2"]
+    whole, _ = sft("whole", *flags, model=model, steps=8)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed, _ = sft("resumed", *flags, "--resume", "true", model=model, steps=8)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_logs_tell_what_the_blocks_do(sft: Run) -> None:
+    folder, _ = sft("logs", "--num_blocks", "3", "--report_to", "tensorboard", "--clip", "global")
+    row = json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
+    shares = [row[f"grad_share/block_{b}"] for b in (1, 2, 3)]
+    assert sum(shares) == pytest.approx(1, rel=1e-5) and row["local_loss/block_2"] > 0
+    assert row["learning_rate_k1"] == pytest.approx(0.1 * row["learning_rate"])
+    assert row["tokens_per_second"] > 0 and row["peak_memory_gib"] > 0 and row["seconds_per_step"] > 0
+    assert list(folder.rglob("events.out.tfevents*"))
+
+
+def test_yaml_and_flags_and_a_chat_template(sft: Run, tmp_path: Path, sums_file: Path) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    model = save_tiny(tmp_path / "chat", chat_template=template)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"num_blocks: 4\nlearning_rate: 1.0e-3\nblock_boundaries: [1, 2]\ntrain_file: ['{sums_file}']\n"
+    )
+    folder, losses = sft(
+        "yaml", "--config", str(config), "--packing", "true", "--max_seq_length", "64", model=model
+    )
+    assert json.loads((folder / "lopt_config.json").read_text())["block_boundaries"] == [1, 2]
+    assert len(losses) == 5
+
+
+def test_rows_that_are_too_long_are_counted(sft: Run, sums_file: Path, tmp_path: Path, caplog) -> None:
+    mixed = tmp_path / "mixed.jsonl"
+    long = json.dumps({"question": "why " * 200, "answer": "so"})
+    mixed.write_text(sums_file.read_text() + f"{long}\n{long}\n")
+    for name, packing in (("long", "false"), ("packed", "true")):
+        caplog.clear()
+        sft(name, "--train_file", str(mixed), "--max_seq_length", "100", "--packing", packing)
+        assert "2 of 50 train rows are left out: their prompt alone reaches --max_length 100" in caplog.text

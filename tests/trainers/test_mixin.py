@@ -1,0 +1,118 @@
+"""The mixin on a real TRL trainer: stops, mixture of experts, clipping, single process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, TrainerCallback
+
+from conftest import save_tiny, tiny
+from lopt import LoPTConfig
+from lopt.trainers import LoPTSFTTrainer, NonFiniteError
+from lopt.trainers.config import LoPTSFTConfig
+
+
+@pytest.fixture
+def make_trainer(tiny_folder: Path, tmp_path: Path):
+    def make(model=None, config: LoPTConfig | None = None, **changes) -> LoPTSFTTrainer:
+        rows = [{"prompt": f"Question {i} ", "completion": f"answer {i * i}"} for i in range(16)]
+        settings = dict(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        return LoPTSFTTrainer(
+            model or tiny("llama", vocab_size=260, max_position_embeddings=256),
+            args=LoPTSFTConfig(**{**settings, **changes}),
+            lopt_config=config or LoPTConfig(head_warmup_steps=2),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+        )
+
+    return make
+
+
+class Poison(TrainerCallback):
+    """Spoils a weight before step 3."""
+
+    def __init__(self, parameter: torch.nn.Parameter, value: float) -> None:
+        self.parameter, self.value = parameter, value
+        self.steps: list[int] = []
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            self.parameter.data.fill_(self.value)
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.steps.append(state.global_step + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lm_head.weight", ["step 3, batch 1 of 2", "the loss is nan", "Question"]),
+        ("model.layers.0.mlp.up_proj.weight", ["step 3", "the local loss of block 1 is nan"]),
+    ],
+)
+def test_a_non_finite_number_stops_before_the_optimizer_step(
+    make_trainer, name: str, words: list[str]
+) -> None:
+    trainer = make_trainer()
+    poison = Poison(trainer.model.get_parameter(name), float("nan"))
+    trainer.add_callback(poison)
+    with pytest.raises(NonFiniteError) as error:
+        trainer.train()
+    assert all(word in str(error.value) for word in words), error.value
+    assert poison.steps == [1, 2]
+
+
+def test_mixture_of_experts(make_trainer) -> None:
+    trainer = make_trainer(tiny("mixtral", vocab_size=260, max_position_embeddings=256))
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert all(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters() if "gate" in n)
+    assert "aux_loss" in trainer.state.log_history[0]
+
+
+def test_heads_are_trained_and_their_gradients_do_not_pile_up(make_trainer) -> None:
+    trainer = make_trainer()
+    before = [p.clone() for p in trainer.lopt.heads.parameters()]
+    trainer.train()
+    heads = list(trainer.lopt.heads.parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before, heads, strict=True))
+    assert all(p.grad is None for p in heads)
+
+
+def test_the_first_run_of_random_numbers_is_the_trainers(make_trainer) -> None:
+    """Heads and their warm-up leave no trace in the random state: all methods see the same order."""
+    states = []
+    for method in ("lopt", "e2e", "frozen"):
+        trainer = make_trainer(config=LoPTConfig(method=method, head_warmup_steps=2))
+        trainer.train()
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+def test_mistakes(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--num_blocks 9"):
+        make_trainer(config=LoPTConfig(num_blocks=9))
+    with pytest.raises(ValueError, match="use_reentrant"):
+        make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    monkeypatch.setattr(LoPTSFTConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="one process"):
+        make_trainer()
+
+
+def test_a_bare_folder_name_works_as_in_trl(make_trainer, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "by_name")
+    trainer = make_trainer(str(folder), model_init_kwargs={"dtype": "float32"})
+    trainer.train()
+    assert trainer.state.global_step == 4
