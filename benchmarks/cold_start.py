@@ -10,6 +10,7 @@ and after: the loss on held-out GSM8K answers and on ARC questions, which have n
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 from lopt import LoPTConfig, attach
 from lopt.optim import clip_gradients
+from lopt.report import line_plot
 
 RUNS: dict[str, dict] = {
     "e2e": dict(method="e2e"),
@@ -112,6 +114,25 @@ def train(name: str, args: argparse.Namespace, data: dict[str, list]) -> Iterato
         yield dict(step=step + 1, loss=loss.item(), local=local, norms=norms.tolist(), seconds=seconds)
 
 
+def summarise(runs: dict[str, dict], picture: Path) -> None:
+    """Print the table of docs/experiments.md and draw the curves for k = 2."""
+    print(f"{'run':16} {'training, last 5':>18} {'GSM8K':>8} {'ARC':>8} {'seconds per step':>18}")
+    for name, run in runs.items():
+        steps = [row for row in run["record"] if "loss" in row]
+        end = [row for row in run["record"] if "gsm8k" in row][-1]
+        last = sum(row["loss"] for row in steps[-5:]) / 5
+        seconds = sorted(row["seconds"] for row in steps)[len(steps) // 2]
+        print(f"{name:16} {last:18.3f} {end['gsm8k']:8.3f} {end['arc']:8.3f} {seconds:18.1f}")
+    shown = {name: run for name, run in runs.items() if "k=" not in name or "k=2" in name}
+    curves = {
+        name: [(row["step"], row["loss"]) for row in run["record"] if "loss" in row]
+        for name, run in shown.items()
+    }
+    alt = "Training loss over the first steps by method; the published start does not come down"
+    svg = line_plot(curves, title="Training loss, GSM8K", x_label="step", y_label="nats per token", alt=alt)
+    picture.write_text(svg.replace("currentColor", "#7a7f87") + "\n")  # an <img> has no page to inherit from
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,7 +141,7 @@ def main() -> None:
         "--model", required=True, help="folder of a causal LM, e.g. the packaged Gemma 3 270M"
     )
     parser.add_argument("--data_dir", type=Path, required=True, help="holds gsm8k/ and arc_challenge/")
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--schedule_steps", type=int, default=50, help="length of the learning-rate schedule")
     parser.add_argument("--eval_every", type=int, default=20)
@@ -145,7 +166,9 @@ def main() -> None:
             print(name, json.dumps(row)[:200], flush=True)
         results["runs"][name] = {"config": RUNS[name] | json.loads(args.override), "record": record}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1))
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        gc.collect()  # a model and its handle point at each other, and each is gigabytes
+    summarise(results["runs"], args.output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

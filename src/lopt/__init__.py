@@ -1,7 +1,31 @@
 """Post-training of decoder-only language models by block-local learning (LoPT)."""
 
+from typing import TYPE_CHECKING, Any
+
 from lopt.attach import LoPT, attach
 from lopt.config import LoPTConfig
+from lopt.models import load_model, save_model
+
+if TYPE_CHECKING:
+    from lopt.trainers import LoPTMixin, LoPTSFTTrainer
 
 __version__ = "0.1.0"
-__all__ = ["LoPT", "LoPTConfig", "__version__", "attach"]
+__all__ = [
+    "LoPT",
+    "LoPTConfig",
+    "LoPTMixin",
+    "LoPTSFTTrainer",
+    "__version__",
+    "attach",
+    "load_model",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Trainers on demand: a plain PyTorch loop need not import TRL."""
+    if name in ("LoPTMixin", "LoPTSFTTrainer"):
+        import lopt.trainers
+
+        return getattr(lopt.trainers, name)
+    raise AttributeError(f"module 'lopt' has no attribute {name!r}")

@@ -49,7 +49,7 @@ def run_demo(args: DemoArguments) -> dict[str, Any]:
     exam = _Exam(args.task, held_out, tokenizer)
     before, answers_before = exam.sit(model, "Examination before")
     trainer = _trainer(args, model, tokenizer, train)
-    watch = _Watch(exam, model, every=max(1, args.steps // 4))
+    watch = _Watch(exam, model, every=max(1, -(-args.steps // 3)))
     trainer.add_callback(watch)
     trainer.train()
     after, answers_after = exam.sit(model, "Examination after ")

@@ -1,0 +1,130 @@
+"""Time per step: LoPT beside end to end, in pairs within one process.
+
+A machine's speed drifts, so each pair of steps is timed back to back and the median of the ratios
+counts. "model" is large beside its LM head; "big head" is not, and shows what the head costs: its
+work is the same in every method, so it hides what the blocks save.
+
+    python benchmarks/step_time.py [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lopt import LoPTConfig, attach
+from lopt.memory import peak_memory
+
+SHAPE = dict(
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+)
+VOCABULARIES = {"model": 512, "big head": 32000}
+
+
+def make_step(vocabulary: int, config: LoPTConfig, args: argparse.Namespace, checkpointing: bool = False):
+    """One training step (forward, backwards, AdamW) and its peak in bytes: activations, everything."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=vocabulary)).to(args.device).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    handle = attach(model, config)
+    optimizer = torch.optim.AdamW(handle.parameter_groups(1e-4), fused=True)
+    ids = torch.randint(0, vocabulary, (args.batch, args.tokens), device=args.device)
+
+    def forward_backward() -> None:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        cross_entropy(logits.float(), ids[:, 1:].flatten()).backward()
+
+    def step() -> None:
+        forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    for parameter in [*model.parameters(), *handle.heads.parameters()]:
+        parameter.grad = torch.zeros_like(parameter)
+    peak = peak_memory(forward_backward, model, handle.heads, optimizer=optimizer)
+    optimizer.zero_grad()
+    return step, {"activations": peak.activations, "peak memory": peak.total}
+
+
+def ratio(a: Callable[[], None], b: Callable[[], None], pairs: int) -> dict:
+    """Median time of `a` over `b` in alternating pairs."""
+    times: list[tuple[float, float]] = []
+    for pair in range(pairs):
+        seconds = {}
+        for f in (a, b) if pair % 2 else (b, a):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            f()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[f] = time.perf_counter() - started
+        times.append((seconds[a], seconds[b]))
+    ratios = [x / y for x, y in times]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    medians = [statistics.median(t[i] for t in times) for i in (0, 1)]
+    return {"ratio": statistics.median(ratios), "quartiles": [low, high], "seconds": medians, "pairs": pairs}
+
+
+def over(a: dict[str, int], b: dict[str, int]) -> dict[str, float]:
+    return {name: a[name] / b[name] for name in a}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_time.json"))
+    args = parser.parse_args()
+    on_gpu = args.device.startswith("cuda")
+    results: dict = {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "shape": SHAPE | {"batch": args.batch, "tokens": args.tokens},
+    }
+    e2e = LoPTConfig(method="e2e")
+    for name, vocabulary in VOCABULARIES.items():
+        plain, plain_bytes = make_step(vocabulary, e2e, args)
+        cases = {f"eager k={k} / e2e": LoPTConfig(num_blocks=k) for k in (2, 4)}
+        cases["frozen k=2 / e2e"] = LoPTConfig(method="frozen", num_blocks=2)
+        for case, config in cases.items():
+            step, peak = make_step(vocabulary, config, args)
+            results[f"{name}: {case}"] = ratio(step, plain, args.pairs) | over(peak, plain_bytes)
+        recomputed, recomputed_bytes = make_step(vocabulary, e2e, args, checkpointing=True)
+        lopt, peak = make_step(vocabulary, LoPTConfig(num_blocks=4), args)
+        results[f"{name}: e2e recomputed / eager k=4 not"] = ratio(recomputed, lopt, args.pairs) | over(
+            recomputed_bytes, peak
+        )
+        for case, row in results.items():
+            if case.startswith(name):
+                print(case.ljust(44), {k: round(row[k], 3) for k in ("ratio", "activations", "peak memory")})
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
