@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+import lopt
 from lopt.config import LoPTConfig
 from lopt.data import Problem, is_correct, prompt, train_and_held_out
 from lopt.demo_report import write_demo_report
@@ -164,7 +165,8 @@ def _facts(args: DemoArguments, trainer: LoPTSFTTrainer, model: PreTrainedModel)
             "lr_k1": config.early_learning_rate(args.learning_rate),
         },
         "versions": {
-            name: version(name) for name in ("lopt", "torch", "transformers", "trl", "reasoning-gym")
+            "lopt": lopt.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "trl", "reasoning-gym")},
         },
         "device": torch.cuda.get_device_name()
         if cuda

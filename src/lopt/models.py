@@ -71,7 +71,11 @@ def load_model(
     path = resolve_model(name)
     where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
     try:
-        _check_causal(name, AutoConfig.from_pretrained(path, **where))
+        config = AutoConfig.from_pretrained(path, **where)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
+    _check_causal(name, config)
+    try:
         return AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -79,8 +83,8 @@ def load_model(
             use_safetensors=True,
             **where,
         )
-    except OSError as error:
-        raise ValueError(f"--model_name_or_path {name} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
 
 
 def load_tokenizer(
@@ -91,11 +95,12 @@ def load_tokenizer(
     Raises:
         ValueError: there is none, or it has no end-of-text token.
     """
+    path = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
+            path, revision=revision, trust_remote_code=trust_remote_code
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token is None:
         raise ValueError(
@@ -165,6 +170,10 @@ def _check_causal(name: str, config: Any) -> None:
             f"--model_name_or_path {name} is a {architecture or config.model_type}, "
             "not a decoder-only causal LM: use a model whose architecture ends in ForCausalLM or LMHeadModel"
         )
+
+
+def _cannot_load(name: str, error: Exception) -> ValueError:
+    return ValueError(f"--model_name_or_path {name} cannot be loaded: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-_SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json")
+_SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json", "results.json")
 
 
 def prepare_output(output_dir: str, *, resume: bool, overwrite: bool) -> str | None:
