@@ -29,9 +29,7 @@ def test_demo(method: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     blocks = 3 if method == "lopt" else 1
     assert len(results["blocks"]) == blocks and len(results["train"]) == 4
     assert all(len(row["local_loss"]) == blocks - 1 for row in results["train"])
-    assert all(
-        results["memory"][part] > 0 for part in ("parameters", "gradients", "optimizer", "activations")
-    )
+    assert all(results["memory"][part] > 0 for part in ("parameters", "activations"))
     assert len(results["head_warmup"]) == (60 if method == "lopt" else 0)
     page = (out / "report.html").read_text()
     assert page.count("<svg") >= 3 and "held-out" in page
