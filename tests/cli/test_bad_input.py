@@ -106,6 +106,14 @@ def test_mistake(
     assert {k: v for k, v in snapshot(tmp).items() if k in before} == before
 
 
+def test_a_run_that_explodes_stops_and_names_the_step(tmp: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = {"--learning_rate": "1e30", "--output_dir": "{tmp}/exploded", "--head_warmup_steps": 0}
+    assert main(command(tmp, flags)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 2, batch 1 of 1" in error and "stopped before the optimizer step" in error
+    assert not (tmp / "exploded" / "config.json").exists()
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 

@@ -28,7 +28,7 @@ class DemoArguments:
     num_blocks: int = field(default=2, metadata={"help": "k, the number of blocks."})
     steps: int = field(default=60, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=8, metadata={"help": "Problems per step."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the last block."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the last block."})
     held_out: int = field(default=64, metadata={"help": "Problems kept back for the examination."})
     seed: int = field(default=0, metadata={"help": "Seed of problems, heads and order."})
     output_dir: str = field(default="outputs/demo", metadata={"help": "Where model, figures and report go."})

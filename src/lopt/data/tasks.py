@@ -52,7 +52,7 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Problem]] = {
 
 # Sums that a model of a few hundred million parameters can learn in minutes.
 _OPTIONS: dict[str, dict[str, int]] = {
-    "chain_sum": dict(min_terms=2, max_terms=4, min_digits=1, max_digits=2)
+    "chain_sum": dict(min_terms=2, max_terms=4, min_digits=1, max_digits=1)
 }
 
 
