@@ -56,9 +56,10 @@ def test_seeds_are_apart_and_repeatable(name):
     first = make_task(name, 200, seed=1)
     assert first == make_task(name, 200, seed=1)
     assert first[:50] == make_task(name, 50, seed=1)
-    # The generator's own seeds 1 and 2 would share 199 of 200.
+    # The generator's own seeds 1 and 2 would share 199 of 200. A third of the sums have two terms,
+    # of which there are 200 in all, so a few are shared by chance.
     other = {problem.question for problem in make_task(name, 200, seed=2)}
-    assert len(other & {problem.question for problem in first}) < 10
+    assert len(other & {problem.question for problem in first}) < 30
 
 
 @pytest.mark.parametrize("name", TASKS)
