@@ -14,6 +14,8 @@ import gc
 import json
 import time
 from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -158,7 +160,11 @@ def main() -> None:
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {"runs": {}}
     results["device"] = f"CPU, {torch.get_num_threads()} threads"
-    results["torch"] = torch.__version__
+    results["date"] = date.today().isoformat()
+    results["settings"] = (
+        f"rows of at most {args.max_tokens} tokens, batch {BATCH}, {args.steps} steps, AdamW 2e-5"
+    )
+    results["versions"] = {name: version(name) for name in ("torch", "transformers")}
     for name in args.runs:
         record: list[dict] = []
         for row in train(name, args, data):
