@@ -118,13 +118,12 @@ def train(name: str, args: argparse.Namespace, data: dict[str, list]) -> Iterato
 
 def summarise(runs: dict[str, dict], picture: Path) -> None:
     """Print the table of docs/experiments.md and draw the curves for k = 2."""
-    print(f"{'run':16} {'training, last 5':>18} {'GSM8K':>8} {'ARC':>8} {'seconds per step':>18}")
+    print(f"{'run':16} {'training, last 5':>18} {'GSM8K':>8} {'ARC':>8}")
     for name, run in runs.items():
         steps = [row for row in run["record"] if "loss" in row]
         end = [row for row in run["record"] if "gsm8k" in row][-1]
         last = sum(row["loss"] for row in steps[-5:]) / 5
-        seconds = sorted(row["seconds"] for row in steps)[len(steps) // 2]
-        print(f"{name:16} {last:18.3f} {end['gsm8k']:8.3f} {end['arc']:8.3f} {seconds:18.1f}")
+        print(f"{name:16} {last:18.3f} {end['gsm8k']:8.3f} {end['arc']:8.3f}")
     shown = {name: run for name, run in runs.items() if "k=" not in name or "k=2" in name}
     curves = {
         name: [(row["step"], row["loss"]) for row in run["record"] if "loss" in row]

@@ -139,7 +139,6 @@ def _trainer(
             logging_steps=1,
             save_strategy="no",
             seed=args.seed,
-            dataloader_pin_memory=False,
         ),
         train_dataset=rows,
         processing_class=tokenizer,

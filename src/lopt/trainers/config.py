@@ -31,6 +31,8 @@ class LoPTSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # Pinned pages serve copies to a GPU; without one torch only warns about them.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.activation_checkpointing is None:  # the new name of the same flag
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
