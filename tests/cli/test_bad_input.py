@@ -116,10 +116,3 @@ def test_a_run_that_explodes_stops_and_names_the_step(tmp: Path, capsys: pytest.
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture) -> None:
-    assert main([]) == 2 and "sft" in capsys.readouterr().out
-    assert main(["--help"]) == 0
-    assert main(["fly"]) == 2 and "there is no command 'fly'" in capsys.readouterr().err
-    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("lopt ")

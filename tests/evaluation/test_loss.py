@@ -1,4 +1,4 @@
-"""Losses against the model's own, and completions against generate one by one."""
+"""Losses against the model's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lopt.evaluation import complete, completion_loss, text_loss
+from lopt.evaluation import completion_loss, text_loss
 
 PAIRS = [("What is 1 plus 1?", " two"), ("And this?", " a longer one"), ("", "x")]
 
@@ -42,11 +42,3 @@ def test_text_loss_reads_windows(loaded) -> None:
     assert text_loss(model, tokenizer, text, tokens=48, window=16) == pytest.approx(sum(losses) / 3, rel=1e-5)
     with pytest.raises(ValueError, match="too short"):
         text_loss(model, tokenizer, "")
-
-
-def test_completions_do_not_depend_on_the_batch(loaded) -> None:
-    model, tokenizer = loaded
-    prompts = ["What is", "A much longer prompt than", "x"]
-    together = complete(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
-    alone = [complete(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
-    assert together == alone and tokenizer.padding_side == "right"

@@ -1,0 +1,37 @@
+"""Time is that of steps, tokens are counted, and memory is counted where it can grow."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from lopt.trainers.throughput import COUNTED_ALWAYS, Throughput
+
+
+def test_figures_of_steps() -> None:
+    throughput, model = Throughput(), torch.nn.Linear(4, 4)
+    for _ in range(2):
+        throughput.begin_step()
+        with throughput.micro_batch(tokens=30, size=40, model=model, optimizer=None):
+            time.sleep(0.02)
+        throughput.end_step()
+        time.sleep(0.05)  # between steps: evaluation, checkpoints
+    figures = throughput.report()
+    assert 0.02 <= figures["seconds_per_step"] < 0.05
+    assert figures["tokens_per_second"] == pytest.approx(30 / figures["seconds_per_step"])
+    assert throughput.report()["tokens_per_second"] == 0  # starts anew
+
+
+def test_memory_is_counted_again_when_a_batch_is_larger() -> None:
+    throughput, model = Throughput(), torch.nn.Linear(1, 1)
+    sizes = [8] * (COUNTED_ALWAYS + 2) + [1000]
+    peaks = []
+    for size in sizes:
+        with throughput.micro_batch(tokens=size, size=size, model=model, optimizer=None):
+            torch.ones(size)
+        assert throughput.peak is not None
+        peaks.append(throughput.peak.total)
+    assert peaks[:-1] == [peaks[0]] * (len(sizes) - 1)
+    assert peaks[-1] - peaks[0] == 4 * (1000 - 8)
