@@ -260,7 +260,8 @@ class LoPT:
 
     def _learn(self, block: Block, hidden: Tensor) -> None:
         """The block's own objective and its whole backward; its graph is gone afterwards."""
-        loss = self._local_loss(block.index, hidden)
+        assert self._target is not None
+        loss = reconstruction_loss(self.heads[block.index](hidden), self._target, self._mask)
         self._losses[block.index] = loss.detach()
         objective = self.config.lambda_aux / len(self.heads) * loss
         routers = self._routers.take(self._mask)
@@ -270,10 +271,6 @@ class LoPT:
             (self.loss_scale * objective).backward()
         self._routers.release()
         self._target = None
-
-    def _local_loss(self, index: int, hidden: Tensor) -> Tensor:
-        assert self._target is not None
-        return reconstruction_loss(self.heads[index](hidden), self._target, self._mask)
 
     def _boundaries(self, batch: Mapping[str, Any]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Output and input (B, T, H) of every earlier block on `batch`, and the mask (B, T)."""

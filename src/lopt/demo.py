@@ -50,7 +50,7 @@ def run_demo(args: DemoArguments) -> dict[str, Any]:
     exam = _Exam(args.task, held_out, tokenizer)
     before, answers_before = exam.sit(model, "Examination before")
     trainer = _trainer(args, model, tokenizer, train)
-    watch = _Watch(exam, model, every=max(1, -(-args.steps // 3)))
+    watch = _Watch(exam, model, every=-(-args.steps // 3))
     trainer.add_callback(watch)
     trainer.train()
     after, answers_after = exam.sit(model, "Examination after ")
@@ -83,10 +83,10 @@ class _Exam:
         self.text = "\n\n".join(topics[name] for name in ("assert", "lambda", "import", "with"))
         self.pairs = [(prompt(p), f" {p.solution}{tokenizer.eos_token}") for p in problems]
 
-    def losses(self, model: PreTrainedModel, problems: int | None = None) -> dict[str, float]:
+    def losses(self, model: PreTrainedModel) -> dict[str, float]:
         """Mean loss of held-out solutions and of unrelated text, in nats per token."""
         return {
-            "loss": completion_loss(model, self.tokenizer, self.pairs[:problems]),
+            "loss": completion_loss(model, self.tokenizer, self.pairs),
             "retention_loss": text_loss(model, self.tokenizer, self.text, tokens=RETENTION_TOKENS),
         }
 
@@ -126,8 +126,8 @@ def _trainer(
     rows = Dataset.from_list([{"prompt": prompt(p), "completion": f" {p.solution}"} for p in problems])
     return LoPTSFTTrainer(
         model,
-        # The shared embedding of this model is 168 of its 268 million parameters; to keep it as it
-        # is changes no curve and makes a step a third faster (docs/experiments.md).
+        # The shared embedding is 168 of the packaged model's 268 million parameters: to keep it as
+        # it is saves a third of a step (docs/experiments.md).
         lopt_config=LoPTConfig(method=args.method, num_blocks=args.num_blocks, tied_embeddings="freeze"),
         args=LoPTSFTConfig(
             output_dir=args.output_dir,
