@@ -7,12 +7,14 @@ from lopt.config import LoPTConfig
 from lopt.models import load_model, save_model
 
 if TYPE_CHECKING:
-    from lopt.trainers import LoPTMixin, LoPTSFTTrainer
+    from lopt.trainers import LoPTDPOTrainer, LoPTGRPOTrainer, LoPTMixin, LoPTSFTTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "LoPT",
     "LoPTConfig",
+    "LoPTDPOTrainer",
+    "LoPTGRPOTrainer",
     "LoPTMixin",
     "LoPTSFTTrainer",
     "__version__",
@@ -24,7 +26,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Trainers on demand: a plain PyTorch loop need not import TRL."""
-    if name in ("LoPTMixin", "LoPTSFTTrainer"):
+    if name in __all__:
         import lopt.trainers
 
         return getattr(lopt.trainers, name)

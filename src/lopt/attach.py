@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from lopt.blocks import Block, Blocks, base_model
@@ -57,6 +58,8 @@ class LoPT:
         heads: one reconstruction head per earlier block, in order (empty unless method is lopt).
         loss_scale: factor on the local losses of the next forward. With gradient accumulation set
             it to what scales the task loss, for example this micro-batch's share of the tokens.
+        after_local_backward: called with the index of an earlier block when its gradients of this
+            forward are complete; `lopt.distributed` averages them over ranks there.
     """
 
     def __init__(self, model: nn.Module, config: LoPTConfig) -> None:
@@ -66,6 +69,7 @@ class LoPT:
         self.config = config
         self.blocks = Blocks(model, config)
         self.loss_scale = 1.0
+        self.after_local_backward: Callable[[int], None] | None = None
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self._untied = self._part_embeddings()
         self.heads = nn.ModuleList(self._new_head(b) for b in self.blocks[:-1] if config.is_local)
@@ -91,32 +95,28 @@ class LoPT:
     ) -> list[dict[str, Any]]:
         """Optimizer groups: `learning_rate` for the last block, `lr_k1` for all else.
 
-        The last block comes first, so that what reads the rate of group 0 reads `learning_rate`.
-        Weight decay is for matrices only. `lr_k1` defaults to the config's.
+        The last block comes first, so that what reads the rate of group 0 reads `learning_rate`;
+        the groups of heads (`"heads": True`) come at the end. Weight decay is for matrices only.
+        `lr_k1` defaults to the config's.
         """
         config = self.config if lr_k1 is None else self.config.replace(lr_k1=lr_k1)
         early = config.early_learning_rate(learning_rate)
         groups: list[dict[str, Any]] = []
         for block in reversed(self.blocks):
-            last = block.index == len(self.blocks) - 1
-            parameters = self.block_parameters(block.index)
-            for decays in (True, False):
-                members = [p for p in parameters if (p.ndim >= 2) == decays]
-                if members:
-                    groups.append(
-                        {
-                            "params": members,
-                            "lr": learning_rate if last else early,
-                            "weight_decay": weight_decay if decays else 0.0,
-                            "block": block.index,
-                        }
-                    )
+            rate = learning_rate if block.index == len(self.blocks) - 1 else early
+            parameters = self._own_parameters(block.index)
+            groups += _groups(parameters, weight_decay, lr=rate, block=block.index, heads=False)
+        for index, head in enumerate(self.heads):
+            groups += _groups(list(head.parameters()), weight_decay, lr=early, block=index, heads=True)
         return groups
 
     def block_parameters(self, index: int) -> list[nn.Parameter]:
         """The trainable parameters of block `index` (from 0) and of its reconstruction head."""
-        own = [p for _, p in self.blocks.parameters(self.model, index) if p.requires_grad]
-        return own + (list(self.heads[index].parameters()) if index < len(self.heads) else [])
+        heads = list(self.heads[index].parameters()) if index < len(self.heads) else []
+        return self._own_parameters(index) + heads
+
+    def _own_parameters(self, index: int) -> list[nn.Parameter]:
+        return [p for _, p in self.blocks.parameters(self.model, index) if p.requires_grad]
 
     def warm_up_heads(
         self,
@@ -204,7 +204,6 @@ class LoPT:
             model.get_input_embeddings().weight.requires_grad_(False)
             return False
         untie_embeddings(model)
-        self.blocks = Blocks(self.model, self.config)
         return True
 
     def _freeze_early_blocks(self) -> None:
@@ -271,15 +270,19 @@ class LoPT:
             (self.loss_scale * objective).backward()
         self._routers.release()
         self._target = None
+        if self.after_local_backward is not None:
+            self.after_local_backward(block.index)
 
     def _boundaries(self, batch: Mapping[str, Any]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Output and input (B, T, H) of every earlier block on `batch`, and the mask (B, T)."""
         pairs: list[tuple[Tensor, Tensor]] = []
 
+        sharded = isinstance(self.model, FSDPModule)
+
         def observe(index: int, hidden: Tensor) -> None:
             assert self._target is not None
             pairs.append((hidden, self._target))
-            if index == len(self.heads) - 1:
+            if index == len(self.heads) - 1 and not sharded:
                 raise _Seen  # nothing beyond the last boundary is needed
 
         training, device = self.model.training, next(self.heads.parameters()).device
@@ -288,7 +291,10 @@ class LoPT:
         self.model.eval()
         try:
             with torch.no_grad():
-                self.blocks.decoder(**inputs, use_cache=False)
+                if sharded:  # FSDP2 must see its root enter and leave
+                    self.model(**inputs, use_cache=False, logits_to_keep=1)
+                else:
+                    self.blocks.decoder(**inputs, use_cache=False)
         except _Seen:
             pass
         finally:
@@ -299,6 +305,14 @@ class LoPT:
 
 class _Seen(Exception):
     """Ends a forward that has gone as far as the last boundary."""
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float, **settings: Any) -> list[dict[str, Any]]:
+    """Matrices, which decay, and the rest, which does not, as optimizer groups."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    rest = [p for p in parameters if p.ndim < 2]
+    pairs = ((matrices, weight_decay), (rest, 0.0))
+    return [{"params": members, "weight_decay": decay, **settings} for members, decay in pairs if members]
 
 
 def _real_tokens(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -62,7 +62,8 @@ class Blocks(Sequence[Block]):
         self.layers: list[nn.Module] = list(getattr(self.decoder, layout.layers))
         spans = split(len(self.layers), config)
         self._blocks = [Block(i, a, b) for i, (a, b) in enumerate(spans)]
-        self._owner = _owners(base, self.decoder, layout, self)
+        self._base, self._layout = base, layout
+        self._owners()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -79,14 +80,33 @@ class Blocks(Sequence[Block]):
         return self.layers[block.stop - 1]
 
     def owner(self, parameter: nn.Parameter) -> int:
-        """Index of the block a parameter belongs to; parameters added later belong to block 1."""
-        return self._owner.get(id(parameter), 0)
+        """Index of the block a parameter belongs to; what no layer, head or final norm has is block 1's."""
+        return self._owners().get(id(parameter), 0)
 
     def parameters(self, model: nn.Module, index: int) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of `model` that belong to block `index`, in the model's order."""
+        owners = self._owners()  # anew: untying and sharding put other parameters in the modules
         for name, parameter in model.named_parameters():
-            if self.owner(parameter) == index:
+            if owners.get(id(parameter), 0) == index:
                 yield name, parameter
+
+    def _owners(self) -> dict[int, int]:
+        """Map id(parameter) to block index."""
+        base, decoder, last = self._base, self.decoder, len(self) - 1
+        tail = [m for name in self._layout.final if (m := getattr(decoder, name, None)) is not None]
+        owner = {id(p): last for module in (base.get_output_embeddings(), *tail) for p in module.parameters()}
+        # After the head: a matrix that the head shares with the embedding belongs to block 1.
+        owner.update({id(p): 0 for p in base.get_input_embeddings().parameters()})
+        layers: dict[int, int] = {}
+        for block in self:
+            for layer in self.layers[block.start : block.stop]:
+                for parameter in layer.parameters():
+                    if layers.setdefault(id(parameter), block.index) != block.index:
+                        raise ValueError(
+                            f"{type(base).__name__} shares weights between layers: "
+                            "it cannot be cut into blocks"
+                        )
+        return owner | layers
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -139,21 +159,3 @@ def split(num_layers: int, config: LoPTConfig) -> list[tuple[int, int]]:
             f"so the last boundary must be below {num_layers}"
         )
     return list(zip([0, *starts], [*starts, num_layers], strict=True))
-
-
-def _owners(model: PreTrainedModel, decoder: nn.Module, layout: Layout, blocks: Blocks) -> dict[int, int]:
-    """Map id(parameter) to block index."""
-    last = len(blocks) - 1
-    tail = [getattr(decoder, name) for name in layout.final if getattr(decoder, name, None) is not None]
-    owner = {id(p): last for module in (model.get_output_embeddings(), *tail) for p in module.parameters()}
-    # After the head: a matrix that the head shares with the embedding belongs to block 1.
-    owner.update({id(p): 0 for p in model.get_input_embeddings().parameters()})
-    layers: dict[int, int] = {}
-    for block in blocks:
-        for layer in blocks.layers[block.start : block.stop]:
-            for parameter in layer.parameters():
-                if layers.setdefault(id(parameter), block.index) != block.index:
-                    raise ValueError(
-                        f"{type(model).__name__} shares weights between layers: it cannot be cut into blocks"
-                    )
-    return owner | layers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lopt.attach import LoPT
@@ -15,22 +16,33 @@ def clip_gradients(lopt: LoPT, max_norm: float = math.inf) -> Tensor:
     """Clip the accumulated gradients to `max_norm`, all together or per block (`config.clip`).
 
     All together, as published, one block's large gradient shrinks every other block's step; the
-    norms returned here show it.
+    norms returned here show it. Gradients that are sharded (FSDP2) count whole.
 
     Returns:
         (k,) the gradient norm of every block, its head included, before clipping.
     """
-    blocks = [lopt.block_parameters(b.index) for b in lopt.blocks]
-    norms = torch.stack([_norm(parameters) for parameters in blocks])
+    blocks = [_by_kind(lopt.block_parameters(b.index)) for b in lopt.blocks]
+    device = next(lopt.model.parameters()).device
+    norms = torch.stack([_norm(kinds, device) for kinds in blocks])
     if math.isfinite(max_norm):
         total = torch.linalg.vector_norm(norms)
-        for parameters, norm in zip(blocks, norms, strict=True):
-            clip_grads_with_norm_(parameters, max_norm, norm if lopt.config.clip == "block" else total)
+        for kinds, norm in zip(blocks, norms, strict=True):
+            for parameters in kinds:
+                clip_grads_with_norm_(parameters, max_norm, norm if lopt.config.clip == "block" else total)
     return norms
 
 
-def _norm(parameters: list[torch.nn.Parameter]) -> Tensor:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros((), device=parameters[0].device if parameters else None)
-    return get_total_norm(gradients).float()
+def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters with a gradient, whole and sharded ones apart: one operation cannot take both."""
+    learning = [p for p in parameters if p.grad is not None]
+    whole = [p for p in learning if not isinstance(p.grad, DTensor)]
+    sharded = [p for p in learning if isinstance(p.grad, DTensor)]
+    return [kind for kind in (whole, sharded) if kind]
+
+
+def _norm(kinds: list[list[nn.Parameter]], device: torch.device) -> Tensor:
+    if not kinds:
+        return torch.zeros((), device=device)
+    norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(whole)).float()

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from conftest import save_tiny, tiny
 from lopt import LoPTConfig
 from lopt.trainers import LoPTSFTTrainer, NonFiniteError
+from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
 
 
@@ -106,9 +107,14 @@ def test_mistakes(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
         make_trainer(config=LoPTConfig(num_blocks=9))
     with pytest.raises(ValueError, match="use_reentrant"):
         make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    monkeypatch.setattr(LoPTSFTConfig, "world_size", 2)
-    with pytest.raises(ValueError, match="one process"):
-        make_trainer()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="does not run on DeepSpeed"):
+        check_settings(LoPTSFTConfig.__new__(LoPTSFTConfig), LoPTConfig())
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="needs FSDP2"):
+        check_settings(LoPTSFTConfig.__new__(LoPTSFTConfig), LoPTConfig())
 
 
 def test_a_bare_folder_name_works_as_in_trl(make_trainer, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ def test_figures_of_steps() -> None:
     throughput, model = Throughput(), torch.nn.Linear(4, 4)
     for _ in range(2):
         throughput.begin_step()
-        with throughput.micro_batch(tokens=30, size=40, model=model, optimizer=None):
+        throughput.count(30)
+        with throughput.micro_batch(size=40, model=model, optimizer=None):
             time.sleep(0.02)
         throughput.end_step()
         time.sleep(0.05)  # between steps: evaluation, checkpoints
@@ -29,7 +30,7 @@ def test_memory_is_counted_again_when_a_batch_is_larger() -> None:
     sizes = [8] * (COUNTED_ALWAYS + 2) + [1000]
     peaks = []
     for size in sizes:
-        with throughput.micro_batch(tokens=size, size=size, model=model, optimizer=None):
+        with throughput.micro_batch(size=size, model=model, optimizer=None):
             torch.ones(size)
         assert throughput.peak is not None
         peaks.append(throughput.peak.total)

@@ -16,8 +16,8 @@ from lopt.config import LoPTConfig
 from lopt.data import format_rows, load_rows, split_held_out
 from lopt.models import load_model, load_tokenizer, resolve_model
 from lopt.trainers import LoPTSFTTrainer
+from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
-from lopt.trainers.mixin import check_settings
 
 
 def main(arguments: Sequence[str]) -> None:

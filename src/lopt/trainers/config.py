@@ -1,16 +1,26 @@
-"""TRL's SFTConfig with the defaults of the command line."""
+"""TRL's configs with the defaults of the command line."""
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from trl import SFTConfig
+from trl import GRPOConfig, SFTConfig
+
+if TYPE_CHECKING:  # what the defaults are put in front of
+    from transformers import TrainingArguments
+else:
+    TrainingArguments = object
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
-class LoPTSFTConfig(SFTConfig):
-    """`trl.SFTConfig` where a LoPT run wants other defaults.
+class _Defaults(TrainingArguments):
+    """Where a LoPT run wants other defaults.
 
     No gradient checkpointing (one block's activations are what it would save), bfloat16 autocast
     only where the hardware has it, two checkpoints kept.
@@ -36,3 +46,45 @@ class LoPTSFTConfig(SFTConfig):
         if self.activation_checkpointing is None:  # the new name of the same flag
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+
+
+@dataclass
+class LoPTSFTConfig(_Defaults, SFTConfig):
+    """`trl.SFTConfig` with the defaults above."""
+
+
+@dataclass
+class LoPTGRPOConfig(_Defaults, GRPOConfig):
+    """`trl.GRPOConfig` with the defaults above, which makes room for whole groups of completions.
+
+    A generation batch smaller than a group is spread over more micro-batches of the same optimizer
+    step, if that holds enough of them: the policy does not change in between. What cannot work is a
+    ValueError.
+    """
+
+    def __post_init__(self) -> None:
+        if self.generation_batch_size is None:
+            self.steps_per_generation = self._whole_groups(
+                self.steps_per_generation or self.gradient_accumulation_steps
+            )
+        super().__post_init__()
+
+    def _whole_groups(self, steps: int) -> int:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))  # the launcher's; not set up here yet
+        rows, group = self.per_device_train_batch_size * ranks, self.num_generations
+        if not group or rows * steps % group == 0:
+            return steps
+        count = self.gradient_accumulation_steps
+        for more in range(steps + 1, count + 1):
+            if count % more == 0 and rows * more % group == 0:
+                logger.warning(
+                    "--steps_per_generation %d gives %d completions at a time, not whole groups of "
+                    "--num_generations %d: using %d, still within one optimizer step",
+                    steps, rows * steps, group, more,
+                )  # fmt: skip
+                return more
+        raise ValueError(
+            f"--num_generations {group} does not divide the {rows * steps} completions generated at a time "
+            f"({rows} per micro-batch on all processes x --steps_per_generation {steps}): "
+            "change --num_generations, --per_device_train_batch_size or --gradient_accumulation_steps"
+        )

@@ -1,14 +1,16 @@
 """What turns a TRL trainer into a LoPT trainer: `class MyTrainer(LoPTMixin, trl.SomeTrainer)`.
 
 The trainer keeps its own loop, loss and data. Added are: the boundaries, the head warm-up, one
-learning rate per kind of block, clipping that knows the blocks, heads in checkpoints, a stop at
-the first non-finite number, and what a LoPT run should log.
+learning rate per kind of block, clipping that knows the blocks, gradients of earlier blocks averaged
+over ranks, heads in checkpoints, a stop at the first non-finite number, and what a LoPT run should
+log.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from lopt.attach import LoPT, attach
 from lopt.blocks import Blocks
 from lopt.config import LoPTConfig
+from lopt.distributed import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
 from lopt.optim import clip_gradients
+from lopt.trainers.checks import check_settings
+from lopt.trainers.labels import labels_only
 from lopt.trainers.throughput import Throughput
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -54,17 +59,23 @@ class LoPTMixin(Trainer):
     def __init__(self, model: Any, *args: Any, lopt_config: LoPTConfig | None = None, **kwargs: Any) -> None:
         config = lopt_config or LoPTConfig()
         # Before the trainer spends time on data:
-        if isinstance(model, nn.Module):
-            Blocks(model, config)
         settings = args[0] if args else kwargs.get("args")
         if settings is not None:
-            check_settings(settings, config)
+            check_settings(settings, config, model)
+        if isinstance(model, nn.Module):
+            Blocks(model, config)
         super().__init__(model, *args, **kwargs)
         with torch.random.fork_rng():  # heads start the same, whatever ran before
             torch.manual_seed(self.args.seed)
             self.lopt: LoPT = attach(self.model, config)
+        self.lopt.heads.to(self.args.device)
+        self._reduction: GradientReduction | None = None
+        if self.args.world_size > 1 and self.lopt.heads:
+            state = self.accelerator.gradient_state
+            self._reduction = GradientReduction(self.lopt, is_last=lambda: state.sync_gradients)
         self._step_tokens = 0
         self._micro_batch = 0
+        self._share = 1.0
         self.throughput = Throughput()
         self.head_warmup_history: list[list[float]] = []
         self.add_callback(_LoopHooks(self))
@@ -80,9 +91,21 @@ class LoPTMixin(Trainer):
                     f"--optim {self.args.optim} makes its own parameter groups and cannot serve blocks: "
                     "use one such as adamw_torch_fused"
                 )
-            groups = self.lopt.parameter_groups(self.args.learning_rate, weight_decay=self.args.weight_decay)
+            # FSDP2 replaces the parameters it knows, so the heads join when it is done.
+            groups = [g for g in self._parameter_groups() if not (g["heads"] and self.is_fsdp_enabled)]
             self.optimizer = factory(groups, **options)
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule `--lr_scheduler_type` names, over all blocks."""
+        if self.is_fsdp_enabled and self.lr_scheduler is None:
+            for group in self._parameter_groups():
+                if group["heads"]:
+                    self.optimizer.add_param_group(group)  # type: ignore[union-attr]
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return self.lopt.parameter_groups(self.args.learning_rate, weight_decay=self.args.weight_decay)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self._clip(self.args.max_grad_norm)
@@ -105,25 +128,57 @@ class LoPTMixin(Trainer):
     # -- one micro-batch -------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """All micro-batches of one optimizer step; counts their real tokens."""
+        """All micro-batches of one optimizer step; counts their real tokens on all ranks."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self._step_tokens = sum(_real_tokens(batch) for batch in batches)
+        if self.drop_repeated_rows(batches):
+            items = self._get_num_items_in_batch(batches, self.args.device)
+        tokens = [_real_tokens(batch) for batch in batches]
+        if None not in tokens:
+            self._step_tokens = int(self._sum(sum(t for t in tokens if t is not None)))
         self._micro_batch = 0
         return batches, items
+
+    def drop_repeated_rows(self, batches: list[Any]) -> bool:
+        """Take out rows that only fill up the last batch of an epoch; says whether it did.
+
+        Several ranks need batches of one size, so the data loader repeats rows at the end of an
+        epoch. A trainer whose loss is a mean over tokens can leave them out (`LoPTSFTTrainer`).
+        """
+        return False
+
+    def loss_share(self, inputs: Any) -> float:
+        """This micro-batch's part of what the optimizer step's loss is a mean of, times the ranks.
+
+        It counts by tokens, as in the task loss: λ does not grow with accumulation, and one batch of
+        4 is four of 1. Gradients are averaged over ranks afterwards, hence the factor.
+        """
+        tokens = _real_tokens(inputs)
+        if tokens is None or not self._step_tokens:
+            return 1 / self.current_gradient_accumulation_steps
+        return tokens / self._step_tokens * self.args.world_size
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = super()._prepare_inputs(inputs)
+        if self.model.training:
+            scaler = self.accelerator.scaler
+            self._share = self.loss_share(inputs)
+            self.lopt.loss_scale = self._share * (scaler.get_scale() if scaler is not None else 1.0)
+            self.throughput.count(_real_tokens(inputs) or 0)
+        return inputs
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's loss; on a CPU the LM head scores only the positions that have a label."""
+        with labels_only() if self.args.device.type == "cpu" else nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Forward with the local backwards inside, then the task backward of the last block."""
         self._micro_batch += 1
-        tokens = _real_tokens(inputs)
-        # Each micro-batch counts by its tokens, as in the task loss: λ does not grow with
-        # accumulation, and one batch of 4 is four of 1.
-        share = tokens / self._step_tokens if tokens else 1 / self.current_gradient_accumulation_steps
-        scaler = self.accelerator.scaler
-        self.lopt.loss_scale = share * (scaler.get_scale() if scaler is not None else 1.0)
-        with self.throughput.micro_batch(tokens, _size(inputs), self.model, self.optimizer):
+        with self.throughput.micro_batch(_size(inputs), self.model, self.optimizer):
             loss = super().training_step(model, inputs, *args, **kwargs)
-        losses = [loss, *self.lopt.local_losses()]
-        values = torch.stack([x.float() for x in losses]).tolist()
+        if self._reduction is not None:
+            self._reduction.wait()
+        values = self._mean(torch.stack([x.float() for x in (loss, *self.lopt.local_losses())])).tolist()
         if not all(math.isfinite(v) for v in values):
             names = ["the loss", *(f"the local loss of block {b}" for b in range(1, len(values)))]
             bad = "; ".join(f"{n} is {v}" for n, v in zip(names, values, strict=True) if not math.isfinite(v))
@@ -131,6 +186,20 @@ class LoPTMixin(Trainer):
         for block, value in enumerate(values[1:], start=1):
             self._metrics["train"][f"local_loss/block_{block}"].append(value)
         return loss
+
+    def _sum(self, value: float) -> float:
+        """Sum over ranks."""
+        if self.args.world_size == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(value, device=self.args.device), "sum").item()
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks by their shares, so that all of them see the same and stop together."""
+        if self.args.world_size == 1:
+            return values
+        weighted = torch.cat([values, values.new_ones(1)]) * self._share
+        total = self.accelerator.reduce(weighted, "sum")
+        return total[:-1] / total[-1]
 
     def _where(self, what: str, inputs: Any = None) -> str:
         count = self.current_gradient_accumulation_steps
@@ -143,7 +212,9 @@ class LoPTMixin(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds tokens per second, peak memory and the earlier blocks' rate to a training log."""
         if "loss" in logs and "learning_rate" in logs and self.model.training:
-            logs.update(self.throughput.report())
+            figures = self.throughput.report()
+            figures["tokens_per_second"] = self._sum(figures["tokens_per_second"])
+            logs.update(figures)
             if self.lopt.heads:
                 early = self.lopt.config.early_learning_rate(self.args.learning_rate)
                 logs["learning_rate_k1"] = logs["learning_rate"] * early / self.args.learning_rate
@@ -152,32 +223,73 @@ class LoPTMixin(Trainer):
     # -- heads -----------------------------------------------------------------------------------
 
     def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
-        """Batches for the head warm-up: training rows in an order of their own.
+        """Batches for the head warm-up: training rows in an order of their own, the same on all ranks.
 
         Rows per batch as in an optimizer step, up to 8 (a micro-batch if that is more).
         """
         shuffle = not isinstance(self.train_dataset, IterableDataset)
-        rows = self.args.per_device_train_batch_size
+        rows = self.args.per_device_train_batch_size * self.args.world_size
         return DataLoader(
             self.train_dataset,
-            batch_size=max(rows, min(8, rows * self.args.gradient_accumulation_steps)),
+            batch_size=max(
+                self.args.per_device_train_batch_size, min(8, rows * self.args.gradient_accumulation_steps)
+            ),
             shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.args.seed),
             collate_fn=self.data_collator,
         )
 
+    def warm_up_heads(self) -> None:
+        """Let the heads learn, with a progress bar; what they reached is in `head_warmup_history`."""
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        with tqdm(
+            total=self.lopt.config.head_warmup_steps, desc="Head warm-up", unit="step", disable=hidden
+        ) as bar:
+
+            def show(step: int, losses: list[float]) -> None:
+                bar.update()
+                bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses))
+
+            with torch.random.fork_rng(), self.compute_loss_context_manager():
+                history = self.lopt.warm_up_heads(self.head_warm_up_batches(), progress=show)
+        if self._reduction is not None:
+            self._reduction.broadcast_heads()
+        self.head_warmup_history = history
+        ends = [
+            f"block {b}: {a:.3g} → {z:.3g}"
+            for b, (a, z) in enumerate(zip(history[0], history[-1], strict=True), 1)
+        ]
+        if self.is_world_process_zero():
+            tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.lopt.heads and self.args.should_save:
             safetensors.torch.save_file(self.lopt.heads.state_dict(), Path(output_dir) / HEADS_NAME)
-        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer = self._bare_optimizer()
+        if self.lopt.heads and self.args.should_save:
+            save_heads_optimizer(optimizer, output_dir)
+        with heads_apart(optimizer):
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.lopt.heads and checkpoint is not None:
-            path = Path(checkpoint) / HEADS_NAME
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with --method lopt")
-            self.lopt.heads.load_state_dict(safetensors.torch.load_file(path, device=str(self.args.device)))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.lopt.heads:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint) / HEADS_NAME
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with --method lopt")
+        self.lopt.heads.load_state_dict(safetensors.torch.load_file(path, device=str(self.args.device)))
+        if not self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = self._bare_optimizer()
+        with heads_apart(optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        load_heads_optimizer(optimizer, checkpoint)
+
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
 
 
 class _LoopHooks(TrainerCallback):
@@ -188,23 +300,9 @@ class _LoopHooks(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lopt: LoPT = self.trainer.lopt
-        steps = lopt.config.head_warmup_steps
-        if not lopt.heads or not steps or state.global_step > 0:  # a resumed run has warm heads
-            return
-        with tqdm(total=steps, desc="Head warm-up", unit="step", disable=args.disable_tqdm) as bar:
-
-            def show(step: int, losses: list[float]) -> None:
-                bar.update()
-                bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses))
-
-            with torch.random.fork_rng(), self.trainer.compute_loss_context_manager():
-                history = lopt.warm_up_heads(self.trainer.head_warm_up_batches(), progress=show)
-        self.trainer.head_warmup_history = history
-        ends = [
-            f"block {b}: {a:.3g} → {z:.3g}"
-            for b, (a, z) in enumerate(zip(history[0], history[-1], strict=True), 1)
-        ]
-        tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
+        # A resumed run has warm heads.
+        if lopt.heads and lopt.config.head_warmup_steps and state.global_step == 0:
+            self.trainer.warm_up_heads()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.throughput.begin_step()
@@ -216,36 +314,16 @@ class _LoopHooks(TrainerCallback):
         self.trainer.throughput.end_step()
 
 
-def _real_tokens(batch: Any) -> int:
-    """Real tokens of a micro-batch; 0 if it is not made of token rows."""
+def _real_tokens(batch: Any) -> int | None:
+    """Real tokens of the rows that have a label; None if the batch is not made of token rows."""
     if not isinstance(batch, Mapping):
-        return 0
+        return None
     if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
-    return batch["input_ids"].numel() if "input_ids" in batch else 0
+        mask, labels = batch["attention_mask"], batch.get("labels")
+        return int((mask if labels is None else mask[(labels != -100).any(-1)]).sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else None
 
 
 def _size(batch: Any) -> int:
     """Tokens of a micro-batch, padding included; 0 if it is not made of token rows."""
     return batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else 0
-
-
-def check_settings(args: TrainingArguments, config: LoPTConfig) -> None:
-    """Refuse what cannot work with boundaries, before any work.
-
-    Raises:
-        ValueError: reentrant checkpointing, several processes, DeepSpeed or FSDP.
-    """
-    if not config.is_cut:
-        return
-    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
-    if checkpointing.get("use_reentrant"):
-        raise ValueError(
-            "--gradient_checkpointing_kwargs with use_reentrant=true gives no gradient behind a boundary: "
-            "leave it out or set it to false"
-        )
-    if args.deepspeed or args.fsdp or args.world_size > 1:
-        raise ValueError(
-            f"--method {config.method} runs in one process so far: start it without a launcher, "
-            "--deepspeed and --fsdp"
-        )

@@ -44,10 +44,13 @@ class Throughput:
         self._seconds += time.perf_counter() - self._started
         self._steps += 1
 
-    @contextmanager
-    def micro_batch(self, tokens: int, size: int, model: nn.Module, optimizer: Any) -> Iterator[None]:
-        """Forward and backward of a micro-batch of so many real tokens and, with padding, `size`."""
+    def count(self, tokens: int) -> None:
+        """So many real tokens are trained on."""
         self._tokens += tokens
+
+    @contextmanager
+    def micro_batch(self, size: int, model: nn.Module, optimizer: Any) -> Iterator[None]:
+        """Forward and backward of a micro-batch of `size` tokens, padding included (0 if not known)."""
         on_gpu = next(model.parameters()).device.type == "cuda"
         if on_gpu or (self._counted >= COUNTED_ALWAYS and size <= self._largest):
             yield

@@ -1,0 +1,60 @@
+"""Settings that cannot work with boundaries, refused before any work."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from lopt.blocks import base_model
+from lopt.config import LoPTConfig
+from lopt.models import shares_embeddings
+
+
+def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = None) -> None:
+    """Refuse what cannot work with boundaries; `model` is looked at if it is loaded already.
+
+    Raises:
+        ValueError: reentrant checkpointing, DeepSpeed, FSDP 1, vLLM with an untied embedding.
+    """
+    if not config.is_cut:
+        return
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "--gradient_checkpointing_kwargs with use_reentrant=true gives no gradient behind a boundary: "
+            "leave it out or set it to false"
+        )
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise ValueError(
+            f"--method {config.method} does not run on DeepSpeed, whose engine runs one backward per step: "
+            "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
+        )
+    if _fsdp_version(args) == 1:
+        raise ValueError(
+            f"--method {config.method} needs FSDP2, which shards parameter by parameter: set fsdp_version: 2 "
+            "(examples/fsdp2.yaml)"
+        )
+    if getattr(args, "use_vllm", False) and isinstance(model, nn.Module):
+        _check_vllm(config, model)
+
+
+def _fsdp_version(args: TrainingArguments) -> int | None:
+    """1 or 2, None without FSDP; set by --fsdp or by accelerate's launcher."""
+    plugin = getattr(args, "fsdp_plugin_args", None)
+    if args.fsdp and plugin:
+        return int(plugin.get("fsdp_version", 1))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        return int(os.environ.get("FSDP_VERSION", "1"))
+    return None
+
+
+def _check_vllm(config: LoPTConfig, model: nn.Module) -> None:
+    base = base_model(model)
+    if config.tied_embeddings == "untie" and shares_embeddings(base):
+        raise ValueError(
+            "--use_vllm: vLLM would go on generating with the tied LM head while training unties it: "
+            "add --tied_embeddings freeze"
+        )

@@ -1,0 +1,69 @@
+"""Group relative policy optimization by LoPT: TRL's GRPOTrainer with boundaries.
+
+Rollouts, old and reference log-probabilities run without gradients, so they see a plain model; the
+local losses belong to the training forward alone, over the real tokens of prompt and completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from trl import GRPOTrainer
+
+from lopt.trainers.mixin import LoPTMixin
+
+
+class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` and one argument more, `lopt_config`."""
+
+    args: Any
+    _buffered_inputs: Any  # TRL's: the micro-batches of the current generation batch
+    _generated: Any = None
+    _generated_tokens: Tensor
+
+    def loss_share(self, inputs: Any) -> float:
+        """This micro-batch's part of the optimizer step, by tokens where those are known.
+
+        Micro-batches of one generation batch share its part by their tokens. If an optimizer step
+        spans several generation batches (`steps_per_generation` below the accumulation), each counts
+        by its number of micro-batches: the tokens of a later one are not known yet.
+        """
+        if self._buffered_inputs is not self._generated:
+            self._generated = self._buffered_inputs
+            tokens = torch.tensor([_tokens(batch) for batch in self._generated], device=self.args.device)
+            self._generated_tokens = self.accelerator.reduce(tokens, "sum")
+        count = self.current_gradient_accumulation_steps
+        here = self._step % self.args.steps_per_generation
+        first = here - (self._micro_batch - 1)
+        start, stop = max(first, 0), min(first + count, len(self._generated))
+        total = int(self._generated_tokens[start:stop].sum())
+        return _tokens(inputs) / total * (stop - start) / count * self.args.world_size
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        if self.model.training:
+            self.throughput.count(_tokens(prepared))
+        return prepared
+
+    def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
+        """Prompts of the training rows, 8 or more a batch, the same on all ranks."""
+        return DataLoader(
+            self.train_dataset,
+            batch_size=max(8, self.args.per_device_train_batch_size),
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            collate_fn=self._prompts,
+        )
+
+    def _prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]
+        return dict(self.processing_class.pad({"input_ids": ids}, return_tensors="pt"))
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    """Real tokens of prompts and completions."""
+    return int(batch["prompt_mask"].sum() + batch["completion_mask"].sum())

@@ -1,0 +1,156 @@
+"""One process of `tests/test_distributed.py`: trains tiny models and writes what came out.
+
+    torchrun --nproc_per_node N ranks.py FOLDER {ddp,fsdp2} CASE...
+
+A case is TRAINER-METHOD, for example `sft-lopt2`, `grpo-e2e`; the global batch does not depend on N.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
+
+from conftest import tiny
+from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
+
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
+
+
+def allow_fsdp_on_cpu() -> None:
+    """accelerate offers FSDP on accelerators only; all it does there works on gloo as well."""
+    start = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        kinds = (DistributedType.MULTI_CPU, DistributedType.FSDP)
+        if fsdp_plugin is not None and self.distributed_type in kinds:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def settings(folder: Path, sharded: bool, **changes: Any) -> dict[str, Any]:
+    common = dict(
+        output_dir=str(folder),
+        max_steps=5,
+        logging_steps=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        optim="sgd",  # Adam turns the rounding of a small gradient into a full step
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=True,
+        report_to="none",
+    )
+    return common | ({"fsdp": True, "fsdp_config": FSDP} if sharded and RANKS > 1 else {}) | changes
+
+
+def sft(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTSFTTrainer:
+    # 11 rows in batches of 4: the last batch of an epoch has 3, so rank 0 gets 2 and rank 1 gets 1.
+    rows = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(11)]
+    return LoPTSFTTrainer(
+        tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
+        args=LoPTSFTConfig(**settings(folder, sharded, per_device_train_batch_size=4 // RANKS)),
+        lopt_config=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+def sft_empty(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTSFTTrainer:
+    """As `sft`, with accumulation, and in the last batch nothing is left for rank 1."""
+    rows = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(10)]
+    sizes = dict(per_device_train_batch_size=4 // RANKS, gradient_accumulation_steps=2)
+    return LoPTSFTTrainer(
+        tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
+        args=LoPTSFTConfig(**settings(folder, sharded, **sizes)),
+        lopt_config=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTGRPOTrainer:
+    rows = [{"prompt": f"Question {i}: "} for i in range(12)]
+
+    def fixed(prompts: list[str], trainer: LoPTGRPOTrainer) -> dict[str, Any]:
+        first = RANK * len(prompts)
+        texts = [f"{(first + i) % 4 * len(p)} is so" * ((first + i) % 3 + 1) for i, p in enumerate(prompts)]
+        return {
+            "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
+            "completion_ids": [tokenizer(t)["input_ids"] for t in texts],
+            "logprobs": None,
+        }
+
+    return LoPTGRPOTrainer(
+        tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
+        reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
+        rollout_func=fixed,
+        args=LoPTGRPOConfig(
+            **settings(
+                folder, sharded, per_device_train_batch_size=4 // RANKS, gradient_accumulation_steps=2,
+                num_generations=4, steps_per_generation=1, loss_type="grpo", beta=0.0,
+            )
+        ),
+        lopt_config=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
+
+
+MAKE = {"sft": sft, "sft_empty": sft_empty, "grpo": grpo}
+
+
+def config_of(method: str) -> LoPTConfig:
+    if method == "e2e":
+        return LoPTConfig(method="e2e")
+    return LoPTConfig(num_blocks=int(method.removeprefix("lopt")), head_warmup_steps=3, lr_k1=1e-3)
+
+
+def main() -> None:
+    folder, mode, *cases = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    if mode == "fsdp2":
+        allow_fsdp_on_cpu()
+    for case in cases:
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+        name, method = case.split("-")
+        trainer = MAKE[name](Path(folder) / "run", config_of(method), tokenizer, mode == "fsdp2")
+        trainer.train()
+        sharded = [isinstance(p, DTensor) for p in trainer.model.parameters()]
+        assert all(sharded) if mode == "fsdp2" and RANKS > 1 else not any(sharded)
+        whole = {
+            n.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for n, p in trainer.model.named_parameters()
+        }
+        heads = {f"head.{n}": p.detach().clone() for n, p in trainer.lopt.heads.named_parameters()}
+        # What decides the weights on one rank must decide them on all.
+        if RANK == 0:
+            stem = Path(folder) / f"{case}.{mode}.{RANKS}"
+            save_file(whole | heads, f"{stem}.safetensors")
+            logs = [row for row in trainer.state.log_history if "loss" in row]
+            Path(f"{stem}.json").write_text(json.dumps(logs))
+        print("done", case, mode, RANKS, flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
