@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     FalconConfig,
     Gemma3TextConfig,
@@ -23,12 +22,13 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from small_model import byte_tokenizer
 
 torch.set_num_threads(int(os.environ.get("LOPT_TEST_THREADS", "1")))
 
@@ -126,17 +126,10 @@ def shared_data() -> Path:
 
 def save_tiny(folder: Path, name: str = "llama", chat_template: str | None = None, **changes: object) -> Path:
     """A small random model with a byte-level tokenizer, as a folder that from_pretrained reads."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    tokenizer = byte_tokenizer()
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
-    tiny(name, vocab_size=len(vocabulary), max_position_embeddings=512, **changes).save_pretrained(folder)
+    tiny(name, vocab_size=len(tokenizer), max_position_embeddings=512, **changes).save_pretrained(folder)
     return folder
 
 
