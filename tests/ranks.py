@@ -117,6 +117,34 @@ def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoP
 MAKE = {"sft": sft, "sft_empty": sft_empty, "grpo": grpo}
 
 
+def resume(folder: Path, tokenizer: Any, sharded: bool) -> None:
+    """A run that goes on from its checkpoint at step 2 ends where the whole run ended, bit for bit."""
+    ends = []
+    for checkpoint in (None, str(folder / "resume" / "checkpoint-2")):
+        rows = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(24)]
+        changes = dict(save_strategy="steps", save_steps=2, max_steps=4, optim="adamw_torch")
+        trainer = LoPTSFTTrainer(
+            tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
+            args=LoPTSFTConfig(**settings(folder / "resume", sharded, **changes)),
+            lopt_config=LoPTConfig(num_blocks=2, head_warmup_steps=3),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append(weights_of(trainer))
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """Whole weights of model and heads."""
+    whole = {
+        n.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for n, p in trainer.model.named_parameters()
+    }
+    return whole | {f"head.{n}": p.detach().clone() for n, p in trainer.lopt.heads.named_parameters()}
+
+
 def config_of(method: str) -> LoPTConfig:
     if method == "e2e":
         return LoPTConfig(method="e2e")
@@ -131,20 +159,19 @@ def main() -> None:
     for case in cases:
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
+        if case == "resume":
+            resume(Path(folder), tokenizer, mode == "fsdp2")
+            (Path(folder) / f"resume.{mode}").touch()
+            continue
         name, method = case.split("-")
         trainer = MAKE[name](Path(folder) / "run", config_of(method), tokenizer, mode == "fsdp2")
         trainer.train()
         sharded = [isinstance(p, DTensor) for p in trainer.model.parameters()]
         assert all(sharded) if mode == "fsdp2" and RANKS > 1 else not any(sharded)
-        whole = {
-            n.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-            for n, p in trainer.model.named_parameters()
-        }
-        heads = {f"head.{n}": p.detach().clone() for n, p in trainer.lopt.heads.named_parameters()}
-        # What decides the weights on one rank must decide them on all.
+        whole = weights_of(trainer)
         if RANK == 0:
             stem = Path(folder) / f"{case}.{mode}.{RANKS}"
-            save_file(whole | heads, f"{stem}.safetensors")
+            save_file(whole, f"{stem}.safetensors")
             logs = [row for row in trainer.state.log_history if "loss" in row]
             Path(f"{stem}.json").write_text(json.dumps(logs))
         print("done", case, mode, RANKS, flush=True)

@@ -18,11 +18,11 @@ WORKER = Path(__file__).parent / "ranks.py"
 
 
 def launch(folder: Path, ranks: int, mode: str) -> None:
-    paths = [str(WORKER.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(WORKER.parent), str(WORKER.parents[1] / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
-        [*torchrun, str(WORKER), str(folder), mode, *CASES],
+        [*torchrun, str(WORKER), str(folder), mode, *CASES, "resume"],
         env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-6000:]
@@ -51,6 +51,12 @@ def test_two_ranks_are_one(outcomes: Path, case: str, mode: str) -> None:
     for row, other in zip(logs, other_logs, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=2e-5, abs=2e-6)
         assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_resume_is_bit_for_bit(outcomes: Path, mode: str) -> None:
+    """Compared by the ranks themselves, see `ranks.resume`."""
+    assert (outcomes / f"resume.{mode}").is_file()
 
 
 def test_the_runs_moved_the_weights(outcomes: Path) -> None:

@@ -279,7 +279,7 @@ class LoPTMixin(Trainer):
         path = Path(checkpoint) / HEADS_NAME
         if not path.is_file():
             raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with --method lopt")
-        self.lopt.heads.load_state_dict(safetensors.torch.load_file(path, device=str(self.args.device)))
+        self.lopt.heads.load_state_dict(safetensors.torch.load_file(path))
         if not self.is_fsdp_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = self._bare_optimizer()
