@@ -34,10 +34,6 @@ class _Defaults(TrainingArguments):
         default=None,
         metadata={"help": "Mixed precision in bfloat16. Default: where the GPU supports it."},
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Let DDP look for parameters without a gradient in every forward. Costs time."},
-    )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "How many checkpoints to keep; the oldest go first."}
     )
