@@ -109,34 +109,6 @@ def test_exactly_one_source():
     assert "both" in error_of(train_file="a.jsonl", dataset_name="b")
 
 
-def test_hub_arguments_and_errors(monkeypatch):
-    calls = []
-
-    def load(*args: object, **kwargs: object) -> Dataset:
-        calls.append((args, kwargs))
-        return Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(files, "load_dataset", load)
-    load_rows(dataset_name="org/data", dataset_config="main", split="test", revision="abc")
-    assert calls == [(("org/data", "main"), {"split": "test", "revision": "abc"})]
-    for error, expected in [
-        (
-            ConnectionError("Couldn't reach 'org/data'\non the Hub"),
-            "use --train_file with a local copy",
-        ),
-        (FileNotFoundError("Dataset 'org/data' doesn't exist"), "doesn't exist"),
-        (ValueError("Config name is missing.\nPlease pick one"), "missing. Please pick one"),
-        (RuntimeError("Dataset scripts are no longer supported"), "no longer supported"),
-    ]:
-
-        def fail(*_args: object, error: Exception = error, **_kwargs: object) -> None:
-            raise error
-
-        monkeypatch.setattr(files, "load_dataset", fail)
-        message = error_of(dataset_name="org/data")
-        assert message.startswith("--dataset_name") and expected in message
-
-
 def test_held_out_rows_are_no_training_rows():
     rows = Dataset.from_list(ROWS)
     assert split_held_out(rows, 0) == (rows, None)
