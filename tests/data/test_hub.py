@@ -71,8 +71,8 @@ def test_without_a_connection_a_preset_says_how_to_fetch_it(monkeypatch: pytest.
 
     monkeypatch.setattr(hub, "load_dataset", fail)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with pytest.raises(ValueError, match="--dataset_preset tulu3: .*`lopt data download --dataset tulu3"):
+    with pytest.raises(ValueError, match=r"--dataset_preset tulu3: .*`lopt data download --dataset tulu3"):
         load_rows(preset="tulu3")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="--dataset_preset tulu3: HF_HUB_OFFLINE is set"):
+    with pytest.raises(ValueError, match=r"--dataset_preset tulu3: HF_HUB_OFFLINE is set"):
         load_rows(preset="tulu3")
