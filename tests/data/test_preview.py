@@ -115,7 +115,8 @@ def test_text_cannot_drive_the_terminal(tiny_folder: Path) -> None:
     assert "\\x1b" in text and "\\x9b" in text and "\\u202e" in text
 
 
-def test_real_data(shared_data: Path, model: Path, capsys) -> None:
+def test_real_data(shared_data: Path, model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("LOPT_CACHE", str(tmp_path))
     flags = ["--model_name_or_path", str(model), "--max_samples", "20", "--rows", "1"]
     flags += ["--dataset_preset", "alpaca", "--train_file", str(shared_data / "alpaca" / "train.jsonl")]
     assert main(["data", "preview", *flags]) == 0
