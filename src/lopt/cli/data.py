@@ -46,7 +46,7 @@ class PreviewArguments:
 def main(arguments: Sequence[str]) -> None:
     """Find the subcommand and run it."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE + "\n".join(f"  {name:8} {what}" for name, what in SUBCOMMANDS.items()))
+        print(USAGE + "\n".join(f"  {name:10} {what}" for name, what in SUBCOMMANDS.items()))
         if not arguments:
             raise ValueError(f"name a subcommand: {' or '.join(SUBCOMMANDS)}")
         return

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from lopt.data.hub import load_hub
+from lopt.data.hub import load_hub, one_line
 from lopt.data.presets import PRESETS, Preset, find_preset, show_licence
 
 
@@ -45,11 +45,11 @@ def download(
         overwrite: Replace files. Without it, a preset whose file is there is left alone.
 
     Raises:
-        ValueError: after all were tried, with the names of those that failed and why; `folder` is not
-            a folder that can be written to.
+        ValueError: after all were tried, with the names of those that failed, each of which has printed
+            why; `folder` is not a folder that can be written to.
     """
     folder = _made(Path(folder)) if folder is not None else None
-    failed: dict[str, str] = {}
+    failed = []
     for preset in presets:
         path = folder / f"{preset.name}.parquet" if folder is not None else None
         if path is not None and path.exists() and not overwrite:
@@ -58,11 +58,10 @@ def download(
         try:
             _download_one(preset, path, revision)
         except (ValueError, OSError) as error:
-            failed[preset.name] = " ".join(str(error).split())
-            print(f"{preset.name}: failed")
+            failed.append(preset.name)
+            print(f"{preset.name}: failed. {one_line(error, limit=1000)}")
     if failed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        raise ValueError(f"{len(failed)} not downloaded ({', '.join(failed)}). {reasons}")
+        raise ValueError(f"not downloaded: {', '.join(failed)} (the reasons are above); try these again")
 
 
 def _made(folder: Path) -> Path:
