@@ -85,7 +85,9 @@ def accuracy(model: Any, tokenizer: Any, problems: list) -> float:
     return mean(REWARDS["procedural"](None, texts, answer=[p.answer for p in problems]))
 
 
-def run(model: Any, tokenizer: Any, config: LoPTConfig, data: tuple[list, list], args: Any, seed: int) -> dict:
+def run(
+    model: Any, tokenizer: Any, config: LoPTConfig, data: tuple[list, list], args: Any, seed: int
+) -> dict:
     train, held_out = data
     rows = [{"prompt": prompt(p), "answer": p.answer} for p in train]
     settings = common(args.steps, args.learning_rate, seed) | dict(
@@ -166,7 +168,8 @@ def main() -> None:
     results: dict[str, Any] = {
         "device": f"CPU, {torch.get_num_threads()} threads",
         "date": date.today().isoformat(),
-        "settings": {k: v for k, v in vars(args).items() if k != "output"} | dict(group=GROUP, prompts=PROMPTS),
+        "settings": {k: v for k, v in vars(args).items() if k != "output"}
+        | dict(group=GROUP, prompts=PROMPTS),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         "runs": {name: {} for name in args.methods},
         "summary": {},

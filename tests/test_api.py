@@ -35,7 +35,9 @@ def test_the_readmes_tree_is_true() -> None:
     for path in files:
         assert path.name in named or path.name == "__init__.py", f"{path} is not in the README's tree"
     everything = {
-        p.name for folder in ("src", "docs", "tests", "benchmarks") for p in (ROOT / folder).rglob("*")
+        p.name
+        for folder in ("src", "docs", "tests", "benchmarks", "scripts")
+        for p in (ROOT / folder).rglob("*")
     }
     everything |= {p.name for p in ROOT.iterdir()}
     assert named <= everything, named - everything

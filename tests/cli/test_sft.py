@@ -170,6 +170,12 @@ def test_yaml_and_flags_and_a_chat_template(sft: Run, tmp_path: Path, sums_file:
     assert len(losses) == 5
 
 
+def test_a_preset_with_a_local_copy_is_the_same_run(sft: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("LOPT_CACHE", str(tmp_path / "cache"))
+    _, losses = sft("file")
+    assert sft("preset", "--dataset_preset", "gsm8k")[1] == losses
+
+
 def test_rows_that_are_too_long_are_counted(sft: Run, sums_file: Path, tmp_path: Path, caplog) -> None:
     mixed = tmp_path / "mixed.jsonl"
     long = json.dumps({"question": "why " * 200, "answer": "so"})

@@ -109,34 +109,6 @@ def test_exactly_one_source():
     assert "both" in error_of(train_file="a.jsonl", dataset_name="b")
 
 
-def test_hub_arguments_and_errors(monkeypatch):
-    calls = []
-
-    def load(*args: object, **kwargs: object) -> Dataset:
-        calls.append((args, kwargs))
-        return Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(files, "load_dataset", load)
-    load_rows(dataset_name="org/data", dataset_config="main", split="test", revision="abc")
-    assert calls == [(("org/data", "main"), {"split": "test", "revision": "abc"})]
-    for error, expected in [
-        (
-            ConnectionError("Couldn't reach 'org/data'\non the Hub"),
-            "use --train_file with a local copy",
-        ),
-        (FileNotFoundError("Dataset 'org/data' doesn't exist"), "doesn't exist"),
-        (ValueError("Config name is missing.\nPlease pick one"), "missing. Please pick one"),
-        (RuntimeError("Dataset scripts are no longer supported"), "no longer supported"),
-    ]:
-
-        def fail(*_args: object, error: Exception = error, **_kwargs: object) -> None:
-            raise error
-
-        monkeypatch.setattr(files, "load_dataset", fail)
-        message = error_of(dataset_name="org/data")
-        assert message.startswith("--dataset_name") and expected in message
-
-
 def test_held_out_rows_are_no_training_rows():
     rows = Dataset.from_list(ROWS)
     assert split_held_out(rows, 0) == (rows, None)
@@ -149,6 +121,39 @@ def test_held_out_rows_are_no_training_rows():
     for wrong in (20, 0.99, -1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="--held_out"):
             split_held_out(rows, wrong)
+
+
+def test_a_stream_has_the_order_of_its_seed(tmp_path):
+    write(tmp_path / "a.jsonl", jsonl(ROWS))
+    write(tmp_path / "a.csv", "question,answer\n" + "".join(f"q{i},{i}\n" for i in range(20)))
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        path = tmp_path / f"a{suffix}"
+        order = list(load_rows(path, streaming=True, seed=1))
+        assert order != ROWS and sorted(order, key=lambda row: int(row["answer"])) == ROWS, suffix
+        stream = load_rows(path, streaming=True, seed=1)
+        assert [list(stream), list(stream)] == [order, order], suffix
+        assert list(load_rows(path, streaming=True, seed=2)) != order
+        assert list(load_rows(path, streaming=True, seed=1, max_samples=6)) == order[:6]
+    near = [int(row["answer"]) for row in load_rows(path, streaming=True, shuffle_buffer=4)]
+    assert all(answer <= place + 4 for place, answer in enumerate(near))
+    train, held_out = split_held_out(load_rows(path, streaming=True, seed=1), 7)
+    assert [*held_out, *train] == order
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b" \n\n", "no rows"),
+        ("a.csv", b"question,answer\n", "no rows"),
+        ("a.jsonl", b'{"a": \n', "cannot read"),
+        ("a.parquet", b"junk", "cannot read"),
+    ],
+)
+def test_a_bad_file_is_refused_before_its_stream_is_used(tmp_path, name, content, expected):
+    message = error_of(train_file=write(tmp_path / name, content), streaming=True)
+    assert message.startswith("--train_file") and name in message and expected in message
 
 
 def test_real_data(shared_data):

@@ -175,6 +175,28 @@ def test_the_row_number_counts_from_the_start_of_the_data():
         format_rows(rows, PLAIN)
 
 
+def test_a_stream_gives_the_same_examples():
+    answers = [None, "", " "] * 400 + ["a", "2"]
+    sums = Dataset.from_list([{"question": "q", "answer": answer, "id": 1} for answer in answers])
+    alpaca = Dataset.from_list([{"instruction": "do", "input": "x", "output": "o"}] * 3)
+    for rows in (sums, alpaca, Dataset.from_list([{"messages": DIALOGUE}])):
+        for tokenizer in (CHATTY, PLAIN):
+            stream = format_rows(rows.to_iterable_dataset(), tokenizer)
+            assert list(stream) == format_rows(rows, tokenizer).to_list()
+            assert stream.column_names == ["prompt", "completion"]
+    empty = Dataset.from_list([{"question": "q", "answer": ""}] * 3).to_iterable_dataset()
+    with pytest.raises(ValueError, match="`answer` is empty in every row of the stream"):
+        format_rows(empty, PLAIN)
+
+
+def test_a_bad_row_of_a_stream_is_named_with_its_start():
+    rows = Dataset.from_list(
+        [{"prompt": "p", "completion": "c"}] * 3 + [{"prompt": "", "completion": "lost"}]
+    )
+    with pytest.raises(ValueError, match=r"row 3 \(from 0\).* it starts with .*'completion': 'lost'"):
+        format_rows(rows.to_iterable_dataset(), PLAIN)
+
+
 def test_assistant_only_needs_turns():
     for tokenizer, row in [(PLAIN, {"messages": DIALOGUE}), (CHATTY, {"text": "x"})]:
         with pytest.raises(ValueError, match="--assistant_only_loss"):

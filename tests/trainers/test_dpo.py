@@ -76,7 +76,9 @@ def test_the_two_lines_of_the_readme_make_any_trainer_one(tiny_folder: Path, tmp
     class LoPTKTOTrainer(LoPTMixin, KTOTrainer):
         pass
 
-    rows = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(PAIRS)]
+    rows = [
+        {"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(PAIRS)
+    ]
     trainer = LoPTKTOTrainer(
         LlamaForCausalLM.from_pretrained(tiny_folder),
         args=KTOConfig(

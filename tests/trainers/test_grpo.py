@@ -121,7 +121,13 @@ def test_rollouts_old_and_reference_log_probabilities_are_the_plain_models(make,
         seen[plain] = trainer._buffered_inputs
     for ours, theirs in zip(seen[False], seen[True], strict=True):
         assert {"old_per_token_logps", "ref_per_token_logps", "completion_ids"} <= ours.keys()
-        for key in ("prompt_ids", "completion_ids", "old_per_token_logps", "ref_per_token_logps", "advantages"):
+        for key in (
+            "prompt_ids",
+            "completion_ids",
+            "old_per_token_logps",
+            "ref_per_token_logps",
+            "advantages",
+        ):
             assert torch.equal(ours[key], theirs[key]), key
 
 
@@ -139,7 +145,13 @@ def test_end_to_end_is_trls_own_run(make) -> None:
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_every_parameter_moves_and_the_reference_does_not(make, k: int) -> None:
-    trainer = make(LoPTConfig(num_blocks=k, head_warmup_steps=3), sampled=True, beta=0.1, max_steps=3, optim="adamw_torch")
+    trainer = make(
+        LoPTConfig(num_blocks=k, head_warmup_steps=3),
+        sampled=True,
+        beta=0.1,
+        max_steps=3,
+        optim="adamw_torch",
+    )
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     reference = {n: p.detach().clone() for n, p in trainer.ref_model.named_parameters()}
     trainer.train()

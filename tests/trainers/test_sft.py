@@ -14,6 +14,7 @@ from conftest import tiny
 from lopt import LoPTConfig
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.sft import RowCounts
 
 
 @pytest.mark.parametrize("completion_only", [True, False])
@@ -46,3 +47,28 @@ def test_end_to_end_is_trls_own_run(tiny_folder: Path, tmp_path: Path, completio
     assert plain.keys() == ours.keys()
     for name, parameter in plain.items():
         torch.testing.assert_close(ours[name], parameter, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("packing", "kept"), [(None, 6), ("bfd", 6), ("wrapped", 17), ("bfd_split", 17)])
+def test_what_max_length_takes_away(tiny_folder: Path, tmp_path: Path, caplog, packing, kept) -> None:
+    """Rows of 20 tokens at --max_length 8: cut and said so, unless packing carries them over."""
+    rows = [{"prompt": "ab", "completion": "c" * 17}] * 3 + [{"prompt": "a" * 9, "completion": "b" * 8}]
+    trainer = LoPTSFTTrainer(
+        tiny("llama", vocab_size=260, max_position_embeddings=256),
+        args=LoPTSFTConfig(
+            output_dir=str(tmp_path), max_length=8, packing=packing is not None,
+            packing_strategy=packing or "bfd",
+        ),
+        lopt_config=LoPTConfig(method="e2e"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+    )  # fmt: skip
+    tokens = [token for row in trainer.train_dataset for token in row["input_ids"]]
+    assert tokens.count(trainer.processing_class.encode("c")[0]) == 3 * kept
+    assert all(any(label != -100 for label in row["labels"]) for row in trainer.train_dataset)
+    if kept == 6:
+        assert trainer.row_counts["train"] == RowCounts(rows=4, dropped=1, cut=3)
+        assert "1 of 4 train rows are left out" in caplog.text
+        assert "3 of 4 train rows are cut at --max_length 8" in caplog.text
+    else:
+        assert not caplog.text

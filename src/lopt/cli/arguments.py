@@ -10,6 +10,9 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from lopt.data.files import SHUFFLE_BUFFER
+from lopt.data.presets import PRESETS
+
 
 @dataclass
 class ModelArguments:
@@ -47,6 +50,12 @@ class DataArguments:
     train_file: list[str] | None = field(
         default=None, metadata={"help": "Local JSON, JSONL, Parquet or CSV: one or more files."}
     )
+    dataset_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": f"A public data set: {', '.join(PRESETS)}. From the hub, or from a copy in --train_file."
+        },
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the hub."})
     dataset_config: str | None = field(
         default=None, metadata={"help": "Its configuration, if it has several."}
@@ -57,6 +66,14 @@ class DataArguments:
     held_out: float = field(
         default=0.0,
         metadata={"help": "Rows kept back for evaluation: a share below 1, or a number of rows."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read rows when they are needed, for data larger than memory. Needs --max_steps."},
+    )
+    shuffle_buffer: int = field(
+        default=SHUFFLE_BUFFER,
+        metadata={"help": "With --streaming: how many rows the next one is drawn from at random."},
     )
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Longest sequence in tokens; the same as --max_length."}

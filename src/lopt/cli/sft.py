@@ -12,9 +12,9 @@ from typing import Any
 from lopt.blocks import Blocks
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, parse
 from lopt.cli.output import prepare_output
+from lopt.cli.rows import check_rows, sft_rows
 from lopt.config import LoPTConfig
-from lopt.data import format_rows, load_rows, split_held_out
-from lopt.models import load_model, load_tokenizer, resolve_model
+from lopt.models import load_model
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
@@ -25,11 +25,14 @@ def main(arguments: Sequence[str]) -> None:
     model_args, data_args, run_args, config, args = parse(
         "sft", (ModelArguments, DataArguments, RunArguments, LoPTConfig, LoPTSFTConfig), arguments
     )
-    _check(model_args, data_args, config, args)
+    check(model_args, data_args, args)
+    check_settings(args, config)
+    if config.method == "lora" and importlib.util.find_spec("peft") is None:
+        raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
     checkpoint = prepare_output(
         args.output_dir, resume=run_args.resume, overwrite=run_args.overwrite_output_dir
     )
-    train_rows, held_out_rows, tokenizer = _load_data(model_args, data_args, args)
+    rows = sft_rows(model_args, data_args, args)
     model = load_model(
         model_args.model_name_or_path,
         dtype=model_args.dtype,
@@ -42,17 +45,20 @@ def main(arguments: Sequence[str]) -> None:
         model,
         args=args,
         lopt_config=config,
-        train_dataset=train_rows,
-        eval_dataset=held_out_rows,
-        processing_class=tokenizer,
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out,
+        processing_class=rows.tokenizer,
         peft_config=_lora(model_args) if config.method == "lora" else None,
     )
     _train_and_save(trainer, checkpoint)
 
 
-def _check(
-    model_args: ModelArguments, data_args: DataArguments, config: LoPTConfig, args: LoPTSFTConfig
-) -> None:
+def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig) -> None:
+    """Check what model and data flags say together, and carry it over into `args`.
+
+    Raises:
+        ValueError: no model, a sequence length that leaves nothing to predict, an impossible stream.
+    """
     if model_args.model_name_or_path is None:
         raise ValueError(
             "--model_name_or_path is missing: give a folder, a hub id or gemma3-270m (the packaged model)"
@@ -61,35 +67,9 @@ def _check(
         args.max_length = data_args.max_seq_length
     if args.max_length is not None and args.max_length < 2:
         raise ValueError(f"--max_length {args.max_length} leaves nothing to predict: use 2 or more")
-    if config.method == "lora" and importlib.util.find_spec("peft") is None:
-        raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
-    check_settings(args, config)
+    check_rows(data_args, args.max_steps)
     if data_args.held_out and args.eval_strategy == "no":
         args.eval_strategy = "epoch"
-
-
-def _load_data(
-    model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig
-) -> tuple[Any, Any, Any]:
-    """Training rows, held-out rows and the tokenizer; rows first, since they fail first."""
-    rows = load_rows(
-        train_file=data_args.train_file,
-        dataset_name=data_args.dataset_name,
-        dataset_config=data_args.dataset_config,
-        split=data_args.dataset_split,
-        revision=data_args.dataset_revision,
-        max_samples=data_args.max_samples,
-        seed=args.seed,
-    )
-    model_args.model_name_or_path = resolve_model(str(model_args.model_name_or_path))
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-    )
-    rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
-    train_rows, held_out_rows = split_held_out(rows, data_args.held_out, args.seed)
-    return train_rows, held_out_rows, tokenizer
 
 
 def _lora(model_args: ModelArguments) -> Any:

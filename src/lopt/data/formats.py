@@ -32,8 +32,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
+
+from lopt.data.files import column_names
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +98,17 @@ def infer_format(column_names: Iterable[str]) -> Format:
 
 
 def format_rows(
-    rows: Dataset,
+    rows: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     assistant_only: bool = False,
-) -> Dataset:
+) -> Dataset | IterableDataset:
     """Turn rows into what TRL's `SFTTrainer` takes, by the tables in this module's docstring.
 
     Rows whose completion (or `text`) is empty or None are dropped, and a warning says how many.
     A number as a completion becomes text, a whole one without a decimal point.
+
+    Of a stream, rows are formatted when they are needed: empty ones are skipped without a count, and
+    a malformed one raises its error, with its number in the order of the stream, when it is reached.
 
     Args:
         rows: Rows whose columns `infer_format` accepts.
@@ -112,14 +117,15 @@ def format_rows(
             than the last alone. Turns after the last assistant message are dropped either way.
 
     Returns:
-        A data set with the columns `prompt` and `completion`, or `messages`, or `text` only.
+        A data set, or a stream, with the columns `prompt` and `completion`, or `messages`, or `text`.
 
     Raises:
         ValueError: Columns that fit no format; a prompt that is empty or not text, or messages that
             are malformed, with the row (from 0) and the column; no row left; `assistant_only`
             without a chat template or on `text` rows.
     """
-    fmt = infer_format(rows.column_names)
+    names = column_names(rows)
+    fmt = infer_format(names)
     chat = bool(tokenizer.chat_template)
     if assistant_only and not chat:
         raise ValueError(
@@ -128,27 +134,33 @@ def format_rows(
     if assistant_only and fmt.kind == "text":
         raise ValueError("--assistant_only_loss needs messages or prompts, not `text` rows: drop it")
     keep_messages = assistant_only and fmt.kind == "messages"
-    used = [name for name in rows.column_names if name in fmt.columns + fmt.optional]
-    made = rows.select_columns(used).map(
-        _convert_batch,
+    used = [name for name in names if name in fmt.columns + fmt.optional]
+    options: dict[str, Any] = dict(
         batched=True,
         with_indices=True,
         fn_kwargs={"fmt": fmt, "chat": chat, "keep_messages": keep_messages},
         remove_columns=used,
         features=_features(fmt, chat, keep_messages),
-        # The cache is keyed by this function's name, so it would outlive a change of templates.
-        load_from_cache_file=False,
-        desc="Formatting rows",
     )
-    dropped = len(rows) - len(made)
-    if len(made) == 0:
-        raise ValueError(
-            f"{_SOURCE}: no row left, `{fmt.columns[-1]}` is empty in all {len(rows)} rows: fill it"
-        )
-    if dropped:
-        column = fmt.columns[-1]
-        logger.warning("dropped %d of %d rows whose `%s` is empty", dropped, len(rows), column)
+    if isinstance(rows, IterableDataset):
+        made = rows.select_columns(used).map(_convert_streamed, **options)
+        if next(iter(made), None) is None:
+            raise ValueError(
+                f"{_SOURCE}: no row left, `{fmt.columns[-1]}` is empty in every row of the stream: fill it"
+            )
+        return made
+    # The cache is keyed by the function's name, so it would outlive a change of templates.
+    options |= {"load_from_cache_file": False, "desc": "Formatting rows"}
+    made = rows.select_columns(used).map(_convert_batch, **options)
+    _report_empty(len(rows), len(made), fmt.columns[-1])
     return made
+
+
+def _report_empty(rows: int, made: int, column: str) -> None:
+    if not made:
+        raise ValueError(f"{_SOURCE}: no row left, `{column}` is empty in all {rows} rows: fill it")
+    if made < rows:
+        logger.warning("dropped %d of %d rows whose `%s` is empty", rows - made, rows, column)
 
 
 def question_prompt(question: str) -> str:
@@ -197,6 +209,23 @@ def _convert_batch(
         made.append(example)
     names = _features(fmt, chat, keep_messages)
     return {name: [example[name] for example in made] for name in names}
+
+
+def _convert_streamed(
+    batch: Mapping[str, list[Any]], indices: list[int], **options: Any
+) -> dict[str, list[Any]]:
+    """`_convert_batch` where a row's number alone does not find it: the stream is not in file order."""
+    made: dict[str, list[Any]] = {}
+    for position, index in enumerate(indices):
+        row = {name: [values[position]] for name, values in batch.items()}
+        try:
+            one = _convert_batch(row, [index], **options)
+        except ValueError as error:
+            start = repr({name: value for name, (value,) in row.items()})[:100]
+            raise ValueError(f"{error}; in the order of the stream, it starts with {start}") from error
+        for name, values in one.items():
+            made.setdefault(name, []).extend(values)
+    return made
 
 
 def _convert(row: dict[str, Any], index: int, fmt: Format, chat: bool) -> dict[str, Any] | None:

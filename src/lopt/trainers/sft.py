@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import SFTTrainer
 
@@ -14,13 +17,44 @@ from lopt.trainers.mixin import LoPTMixin
 
 logger = logging.getLogger(__name__)
 
+IGNORED = -100
+"""The label of a token that is not trained on."""
+LOOK_AHEAD = 10_000
+"""Rows of a stream among which one must have something to train on."""
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the rows of a data set when they were prepared for training.
+
+    Attributes:
+        rows: Rows given.
+        dropped: Rows left out, since their prompt alone reaches `max_length`.
+        cut: Rows kept whose end lies beyond `max_length` and is not trained on.
+    """
+
+    rows: int
+    dropped: int
+    cut: int
+
 
 class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
     """`trl.SFTTrainer` and one argument more, `lopt_config`.
 
     Rows that `max_length` leaves without a trainable token (the prompt alone is too long) are
-    counted and reported, never trained on; nothing left is a ValueError.
+    counted and reported, never trained on; nothing left is a ValueError. A stream
+    (`datasets.IterableDataset`) is trained on pass after pass until `max_steps`, each in the same
+    order; such rows of it are skipped without a count.
+
+    Attributes:
+        row_counts: What was reported, by name of the data set; streams have no entry.
+        whole_rows: The tokenized rows before `max_length` cuts them, likewise.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.row_counts: dict[str, RowCounts] = {}
+        self.whole_rows: dict[str, Dataset] = {}
+        super().__init__(*args, **kwargs)
 
     def drop_repeated_rows(self, batches: list[Any]) -> bool:
         """Leave out what only fills up an epoch's last batch; a rank left with nothing trains on nothing.
@@ -40,35 +74,90 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         # One row stays, so that this rank takes part in every collective operation.
         kept = {k: v[: max(real, 1)] if isinstance(v, Tensor) else v for k, v in last.items()}
         if not real:
-            kept["labels"] = torch.full_like(kept["labels"], -100)
+            kept["labels"] = torch.full_like(kept["labels"], IGNORED)
         batches[-1] = kept
         return True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """All micro-batches of one optimizer step.
+
+        Raises:
+            ValueError: none of them has a label. Only decay and the local losses would move weights.
+        """
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if batches and items is not None and not int(items):
+            raise ValueError(
+                f"step {self.state.global_step + 1}: no token of its rows has a label, so there is nothing "
+                "to learn; stopped before the optimizer step. Look at the data with `lopt data preview`"
+            )
+        return batches, items
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # Without end, so that a run is one epoch: at the end of a stream, Trainer would carry the
+        # gradient of an incomplete step over, and a resumed run would not find its place again.
+        if kwargs.get("is_training") and isinstance(dataset, IterableDataset):
+            dataset = dataset.repeat(None)
+        return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> Any:
-        # Without packing first: it is there that TRL drops rows without a label, and packing
-        # would hide them among others.
-        prepared = super()._prepare_dataset(dataset, processing_class, args, False, *rest)
-        if isinstance(prepared, Dataset) and not self._skip_prepare_dataset:
-            _report_dropped(len(dataset), prepared, args.max_length, rest[-1] if rest else "train")
-        return (
-            super()._prepare_dataset(prepared, processing_class, args, True, *rest) if packing else prepared
-        )
+        if self._skip_prepare_dataset:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+
+        def prepare(rows: Any, packing: bool = False, **changes: Any) -> Any:
+            changed = copy.copy(args)
+            vars(changed).update(changes)
+            return super(LoPTSFTTrainer, self)._prepare_dataset(
+                rows, processing_class, changed, packing, *rest
+            )
+
+        name = rest[-1] if rest else "train"
+        if isinstance(dataset, IterableDataset):
+            if next(iter(prepare(dataset.take(LOOK_AHEAD))), None) is None:
+                raise ValueError(_nothing_left(name, f"first {LOOK_AHEAD:,}", args.max_length))
+            return prepare(prepare(dataset), packing=True) if packing else prepare(dataset)
+        # TRL leaves out what is done. Tokens and labels first, to see what cutting takes away; packing
+        # last, since it would hide rows without a label among others.
+        whole = prepare(dataset, max_length=None)
+        if packing and args.packing_strategy != "bfd":  # rows go on in the next sequence, none is cut
+            return prepare(whole, packing=True).filter(_has_label)
+        made = prepare(whole)
+        longer = longer_rows(whole, args.max_length) if args.max_length is not None else []
+        cut = len(prepare(longer)) if len(longer) else 0  # the others of them are dropped
+        self.whole_rows[name] = whole
+        self.row_counts[name] = RowCounts(len(whole), len(whole) - len(made), cut)
+        _report(self.row_counts[name], args.max_length, name)
+        return prepare(made, packing=True) if packing else made
 
 
-def _report_dropped(rows: int, prepared: Dataset, max_length: int, name: str) -> None:
-    dropped = rows - len(prepared)
-    if not len(prepared):
-        raise ValueError(
-            f"no trainable token is left in the {name} rows: the prompt of each of the {rows} rows alone "
-            f"reaches --max_length {max_length}. Raise it or shorten the prompts"
-        )
-    if dropped:
+def longer_rows(whole: Dataset, max_length: int) -> Dataset:
+    """Those of the tokenized rows that have more than `max_length` tokens."""
+    tables = whole.with_format("arrow").iter(1000)
+    lengths = [n for table in tables for n in pc.list_value_length(table["input_ids"]).to_pylist()]
+    return whole.select([position for position, length in enumerate(lengths) if length > max_length])
+
+
+def _has_label(row: dict[str, Any]) -> bool:
+    return any(label != IGNORED for label in row["labels"])
+
+
+def _nothing_left(name: str, rows: str, max_length: int | None) -> str:
+    return (
+        f"no trainable token is left in the {name} rows: the prompt of each of the {rows} rows alone "
+        f"reaches --max_length {max_length}. Raise it or shorten the prompts"
+    )
+
+
+def _report(counts: RowCounts, max_length: int | None, name: str) -> None:
+    if counts.dropped == counts.rows:
+        raise ValueError(_nothing_left(name, str(counts.rows), max_length))
+    of = f"{counts.rows} {name} rows are"
+    if counts.dropped:
         logger.warning(
-            "%d of %d %s rows are left out: their prompt alone reaches --max_length %s",
-            dropped,
-            rows,
-            name,
-            max_length,
+            "%d of %s left out: their prompt alone reaches --max_length %s", counts.dropped, of, max_length
+        )
+    if counts.cut:
+        logger.warning(
+            "%d of %s cut at --max_length %s, their end is not trained on", counts.cut, of, max_length
         )

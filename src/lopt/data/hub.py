@@ -1,0 +1,75 @@
+"""Data sets on the Hugging Face Hub, and what to do where they cannot be had."""
+
+from __future__ import annotations
+
+import os
+
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
+
+from lopt.data.presets import PRESETS
+
+
+def load_hub(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    *,
+    streaming: bool = False,
+    flag: str = "--dataset_name",
+) -> Dataset | IterableDataset:
+    """Load one split of a data set on the Hub; what was loaded before comes from the local cache.
+
+    Args:
+        name: Name on the Hub.
+        config: Its configuration, where it has several.
+        split: Its split.
+        revision: Branch, tag or commit.
+        streaming: Read rows when they are needed rather than all of them now.
+        flag: The flag that the user named the data set with, for messages.
+
+    Raises:
+        ValueError: One line that begins with `flag`: no connection, no access, no such data set,
+            configuration, split or revision, no rows.
+    """
+    options = {"streaming": True} if streaming else {}
+    try:
+        rows = load_dataset(name, config, split=split, revision=revision, **options)
+        empty = next(iter(rows), None) is None  # a stream fails here rather than when it is opened
+    except ConnectionError as error:
+        raise ValueError(_offline(name, error, flag)) from error
+    # RuntimeError is what `datasets` raises for a repository that needs a loading script.
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        if "gated" in str(error).lower():
+            raise ValueError(
+                f"{flag}: {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, "
+                "then log in with `hf auth login`"
+            ) from error
+        raise ValueError(f"{flag}: cannot load {name}, --dataset_split {split}: {one_line(error)}") from error
+    if empty:
+        raise ValueError(f"{flag}: {name}, --dataset_split {split}, has no rows: name another")
+    return rows
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an exception says, in one line of at most `limit` characters and three dots."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _offline(name: str, error: ConnectionError, flag: str) -> str:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return (
+            f"{flag}: HF_HUB_OFFLINE is set and {name} is not in the cache: unset it to download, "
+            "or use --train_file with a local copy"
+        )
+    preset = next((preset for preset in PRESETS.values() if preset.hub_id == name), None)
+    fetch = (
+        f"`lopt data download --dataset {preset.name} --write_parquet`" if preset else "`load_dataset` there"
+    )
+    return (
+        f"{flag}: cannot reach the Hub for {name} ({one_line(error)}): connect, or use --train_file with a "
+        f"local copy: run {fetch} on a machine with a connection and bring the file, or its HF_HOME folder "
+        "and set HF_HUB_OFFLINE=1"
+    )

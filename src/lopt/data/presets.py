@@ -1,0 +1,101 @@
+"""Named public data sets: where they are, which columns count, under which licence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lopt.packaged import cache_folder
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A data set on the Hub that `--dataset_preset` knows by name.
+
+    Attributes:
+        name: What the user types.
+        hub_id: Its name on the Hub.
+        config: Its configuration there, where it has several.
+        split: The split to train on.
+        columns: The columns that are used; a local copy must have them, whatever else it holds.
+        use: What it is meant for. Rows for "grpo" have an answer that can be checked, and serve "sft" too.
+        licence: Its licence, in a few words.
+    """
+
+    name: str
+    hub_id: str
+    columns: tuple[str, ...]
+    use: Literal["sft", "grpo"]
+    licence: str
+    config: str | None = None
+    split: str = "train"
+
+    @property
+    def url(self) -> str:
+        """The page with the licence in full."""
+        return f"https://huggingface.co/datasets/{self.hub_id}"
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("metamathqa", "meta-math/MetaMathQA", ("query", "response"), "sft", "MIT"),
+        Preset(
+            "alpaca",
+            "tatsu-lab/alpaca",
+            ("instruction", "input", "output"),
+            "sft",
+            "CC BY-NC 4.0 (research only, no commercial use)",
+        ),
+        Preset(
+            "tulu3",
+            "allenai/tulu-3-sft-mixture",
+            ("messages",),
+            "sft",
+            "ODC-BY 1.0 (parts are under other licences, some of them non-commercial)",
+        ),
+        Preset("gsm8k", "openai/gsm8k", ("question", "answer"), "grpo", "MIT", config="main"),
+        Preset("numinamath", "AI-MO/NuminaMath-CoT", ("problem", "solution"), "grpo", "Apache-2.0"),
+    )
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"--dataset_preset {name} is unknown: use one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def check_columns(preset: Preset, found: Iterable[str], where: str) -> None:
+    """Refuse rows that cannot be a copy of the preset.
+
+    Raises:
+        ValueError: columns are missing; names them, and those that `where` (a file, the Hub) has.
+    """
+    found = list(found)
+    missing = [name for name in preset.columns if name not in found]
+    if missing:
+        raise ValueError(
+            f"--dataset_preset {preset.name}: {where} has no column {', '.join(missing)} "
+            f"(it has {', '.join(found) or 'none'}): give a copy of {preset.hub_id}, "
+            "or leave --dataset_preset out to have the columns recognised"
+        )
+
+
+def show_licence(preset: Preset) -> None:
+    """Print the preset's licence, once per machine; a file in the cache folder remembers it."""
+    seen = cache_folder() / "licences_shown" / preset.name
+    if seen.exists():
+        return
+    print(f"{preset.name} is {preset.hub_id}, licence: {preset.licence}. Terms: {preset.url}")
+    try:
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        seen.touch()
+    except OSError:
+        return  # a cache that cannot be written to: the line comes again next time
