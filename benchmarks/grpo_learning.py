@@ -39,7 +39,7 @@ METHODS: dict[str, LoPTConfig] = {
     "lopt k=4": LoPTConfig(num_blocks=4),
     "frozen k=2": LoPTConfig(method="frozen", num_blocks=2),
 }
-TASK, GROUP, PROMPTS, LENGTH = "chain_sum", 8, 8, 36
+TASK, GROUP, PROMPTS, LENGTH = "chain_sum", 8, 8, 48
 
 
 def prompt(problem: Problem) -> str:

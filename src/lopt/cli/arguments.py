@@ -81,6 +81,33 @@ class DataArguments:
 
 
 @dataclass
+class TaskArguments:
+    """What GRPO asks and how it marks the answers."""
+
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "gsm8k or numinamath, whose rows come from the hub or from --train_file, or chain_sum or "
+            "gsm_symbolic, whose problems are made on the spot. Default: what --dataset_preset names."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: gsm8k, math, procedural or your own as module:function, which is "
+            "called as TRL does. Default: the task's."
+        },
+    )
+    instruction: str | None = field(
+        default=None,
+        metadata={"help": "What the prompt asks for after the question, '' for nothing. Default: the task's."},
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Leave out rows whose prompt has more tokens."}
+    )
+
+
+@dataclass
 class RunArguments:
     """What to do with an output folder that holds a run already."""
 

@@ -1,12 +1,25 @@
-"""From flags to the rows that a run trains on."""
+"""From flags to the rows that a run trains on, and what rewards its answers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lopt.cli.arguments import DataArguments, ModelArguments
-from lopt.data import format_rows, load_rows, split_held_out
+from lopt.cli.arguments import DataArguments, ModelArguments, TaskArguments
+from lopt.data import (
+    QUESTION_TASKS,
+    TASKS,
+    format_rows,
+    load_rows,
+    procedural_rows,
+    question_rows,
+    split_held_out,
+)
 from lopt.models import load_tokenizer, resolve_model
+from lopt.rewards import REWARDS, checked, load_reward
+
+PROBLEMS = 5_000
+"""How many problems of a procedural task are made, unless --max_samples says otherwise."""
 
 
 class SFTRows(NamedTuple):
@@ -50,6 +63,71 @@ def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
     rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
     train, held_out = split_held_out(rows, data_args.held_out, args.seed)
     return SFTRows(train, held_out, tokenizer, read)
+
+
+class GRPORows(NamedTuple):
+    """Prompts with the columns that the rewards need."""
+
+    train: Any
+    held_out: Any
+    tokenizer: Any
+    rewards: list[Callable[..., Any]]
+
+
+def check_task(task_args: TaskArguments, data_args: DataArguments) -> None:
+    """Settle which task is meant, and refuse what names none or cannot be had.
+
+    Raises:
+        ValueError: an unknown task or reward, neither task nor reward, rows for a procedural task.
+    """
+    preset = data_args.dataset_preset
+    if task_args.task is None and preset in QUESTION_TASKS:
+        task_args.task = preset
+    task = task_args.task
+    if task is not None and task not in QUESTION_TASKS:
+        raise ValueError(f"--task must be one of {', '.join(QUESTION_TASKS)}, not {task}")
+    if task is None and not task_args.reward_funcs:
+        raise ValueError(
+            f"nothing says what a right answer is: give --task ({', '.join(QUESTION_TASKS)}) or "
+            "--reward_funcs module:function"
+        )
+    if data_args.streaming:
+        raise ValueError("--streaming is for lopt sft: GRPO's prompts are short, leave it out")
+    if task in TASKS or any([data_args.train_file, data_args.dataset_name, preset]):
+        return
+    if task is None:
+        raise ValueError("--reward_funcs needs prompts: give --train_file or --dataset_name")
+    data_args.dataset_preset = task  # the page's `--task gsm8k` names the rows as well
+
+
+def grpo_rows(
+    model_args: ModelArguments, data_args: DataArguments, task_args: TaskArguments, args: Any
+) -> GRPORows:
+    """Prompts, tokenizer and rewards of a GRPO run."""
+    task = task_args.task
+    specs = task_args.reward_funcs or [QUESTION_TASKS[str(task)].reward]
+    rewards = [checked(load_reward(spec)) for spec in specs]
+    if task in TASKS and not any([data_args.train_file, data_args.dataset_name, data_args.dataset_preset]):
+        rows = procedural_rows(str(task), data_args.max_samples or PROBLEMS, args.seed)
+    else:
+        rows = read_rows(data_args, args.seed)
+    tokenizer = load_tokenizer(
+        str(model_args.model_name_or_path),
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    rows = question_rows(
+        rows,
+        tokenizer,
+        task,
+        instruction=task_args.instruction,
+        max_prompt_length=task_args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    if any(spec in REWARDS for spec in specs) and "answer" not in rows.column_names:
+        raise ValueError(f"--reward_funcs {' '.join(specs)} needs a column `answer` in the rows")
+    train, held_out = split_held_out(rows, data_args.held_out, args.seed)
+    return GRPORows(train, held_out, tokenizer, rewards)
 
 
 def check_rows(data_args: DataArguments, max_steps: int) -> None:

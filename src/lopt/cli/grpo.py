@@ -1,0 +1,60 @@
+"""`lopt grpo`: reinforcement learning from checked answers (GRPO) by LoPT, end to end or frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments, parse
+from lopt.cli.rows import check_task, grpo_rows
+from lopt.cli.training import adapters, check_run, load, prepare, train_and_save
+from lopt.config import LoPTConfig
+from lopt.trainers import LoPTGRPOTrainer
+from lopt.trainers.config import LoPTGRPOConfig
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
+    model_args, data_args, task_args, run_args, config, args = parse(
+        "grpo",
+        (ModelArguments, DataArguments, TaskArguments, RunArguments, LoPTConfig, LoPTGRPOConfig),
+        arguments,
+    )
+    check_task(task_args, data_args)
+    check(data_args, args)
+    check_run(model_args, config, args)
+    checkpoint = prepare(model_args, run_args, args)
+    rows = grpo_rows(model_args, data_args, task_args, args)
+    if model_args.model_revision is not None:  # what TRL loads the reference model with
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": model_args.model_revision}
+    trainer = LoPTGRPOTrainer(
+        load(model_args, config, args),
+        reward_funcs=rows.rewards,
+        args=args,
+        lopt_config=config,
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out,
+        processing_class=rows.tokenizer,
+        peft_config=adapters(model_args, config),
+    )
+    train_and_save(trainer, checkpoint)
+
+
+def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:
+    """Check what the data flags and the trainer's say together.
+
+    Raises:
+        ValueError: a sequence length, which GRPO has two of; evaluation batches without whole groups.
+    """
+    if data_args.max_seq_length is not None:
+        raise ValueError("--max_seq_length is for lopt sft: use --max_prompt_length and --max_completion_length")
+    if not data_args.held_out:
+        return
+    if args.eval_strategy == "no":
+        args.eval_strategy = "epoch"
+    group = args.num_generations_eval or args.num_generations or 1
+    rows = args.per_device_eval_batch_size * args.world_size
+    if rows % group:
+        raise ValueError(
+            f"--held_out: {group} generations do not divide the {rows} rows of an evaluation batch: change "
+            "--per_device_eval_batch_size or --num_generations_eval"
+        )

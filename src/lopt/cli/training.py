@@ -1,0 +1,98 @@
+"""What every training command does around its trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments
+
+from lopt.blocks import Blocks
+from lopt.cli.arguments import ModelArguments, RunArguments
+from lopt.cli.output import prepare_output
+from lopt.config import LoPTConfig
+from lopt.models import load_model, resolve_model
+from lopt.trainers.checks import check_settings
+
+
+def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:
+    """Refuse what is known to be impossible before anything is read.
+
+    Raises:
+        ValueError: no model, no peft, settings that do not go with the method.
+    """
+    check_model(model_args)
+    check_settings(args, config)
+    if config.method == "lora" and importlib.util.find_spec("peft") is None:
+        raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
+
+
+def check_model(model_args: ModelArguments) -> None:
+    """Refuse a command without a model."""
+    if model_args.model_name_or_path is None:
+        raise ValueError(
+            "--model_name_or_path is missing: give a folder, a hub id or gemma3-270m (the packaged model)"
+        )
+
+
+def prepare(model_args: ModelArguments, run_args: RunArguments, args: TrainingArguments) -> str | None:
+    """Check the output folder and find the model, the first process before all others.
+
+    Returns:
+        The checkpoint to go on from, if any.
+    """
+    with args.main_process_first(desc="output folder and model"):
+        checkpoint = prepare_output(
+            str(args.output_dir), resume=run_args.resume, overwrite=run_args.overwrite_output_dir
+        )
+        model_args.model_name_or_path = resolve_model(str(model_args.model_name_or_path))
+    return checkpoint
+
+
+def load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
+    """The model, and a line on how it is cut."""
+    model = load_model(
+        str(model_args.model_name_or_path),
+        dtype=model_args.dtype,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
+    blocks = Blocks(model, config)
+    if args.process_index == 0:
+        print(f"{model_args.model_name_or_path}: " + ", ".join(map(str, blocks)))
+    return model
+
+
+def adapters(model_args: ModelArguments, config: LoPTConfig) -> Any:
+    """The adapters of --method lora, None for other methods."""
+    if config.method != "lora":
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        target_modules=model_args.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def train_and_save(trainer: Any, checkpoint: str | None) -> None:
+    """Train, evaluate on what was held out, save the plain model and what belongs to it."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(str(trainer.args.output_dir))
+        (folder / "lopt_config.json").write_text(json.dumps(asdict(trainer.lopt.config), indent=2) + "\n")
+        print(f"The model is in {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+    trainer.accelerator.end_training()
