@@ -10,7 +10,6 @@ weights and sees the same problems in the same order. It takes about MINUTES min
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import math
@@ -142,9 +141,12 @@ def draw(results: dict, path: Path, width: int = 10) -> None:
         smooth = [mean(x for s in steps[max(0, i - width + 1) : i + 1] for x in s) for i in range(len(steps))]
         curves[name] = [(i + 1, y) for i, y in enumerate(smooth)]
     svg = line_plot(
-        curves, title=f"Mean reward of the rollouts (mean of {len(runs)} seeds, {width} steps)", x_label="step",
-        y_label="share of right answers", alt="Mean reward over the steps of GRPO by method; all rise",
-    )  # fmt: skip
+        curves,
+        title=f"Reward of the rollouts, mean of {len(runs)} seeds and {width} steps",
+        x_label="step",
+        y_label="share of right answers",
+        alt="Mean reward over the steps of GRPO by method; all rise",
+    )
     path.write_text(svg.replace("currentColor", "#7a7f87") + "\n")
 
 
@@ -176,7 +178,8 @@ def main() -> None:
     }
     for seed in args.seeds:
         for name in args.methods:
-            model = copy.deepcopy(start)
+            model = new_model(tokenizer)  # no copy: TRL's forward of `start` would stay bound to `start`
+            model.load_state_dict(start.state_dict())
             outcome = run(model, tokenizer, METHODS[name], (warm, held_out), args, seed)
             results["runs"][name][str(seed)] = outcome
             first, last = gain(outcome["reward"])

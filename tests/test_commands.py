@@ -130,4 +130,8 @@ def test_downloads_without_a_connection_say_what_to_do(place: Path) -> None:
             [sys.executable, str(ROOT / "scripts/download_datasets.py"), *shlex.split(line)[2:]],
             cwd=place, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        assert run.returncode == 2 and "not downloaded: metamathqa" in run.stderr and "connect" in run.stdout + run.stderr
+        assert (
+            run.returncode == 2
+            and "not downloaded: metamathqa" in run.stderr
+            and "connect" in run.stdout + run.stderr
+        )

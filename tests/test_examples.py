@@ -67,7 +67,9 @@ def test_every_command_of_the_page_has_its_file() -> None:
     contents = [yaml.safe_load((FOLDER / name).read_text()) for name in RUNS]
     for words in commands():
         flags = {
-            w.removeprefix("--"): words[i + 1] for i, w in enumerate(words[:-1]) if w.removeprefix("--") in SHARED
+            w.removeprefix("--"): words[i + 1]
+            for i, w in enumerate(words[:-1])
+            if w.removeprefix("--") in SHARED
         }
         method = "e2e" if "e2e" in words else "lopt"
         found = [

@@ -100,7 +100,7 @@ class TaskArguments:
     )
     instruction: str | None = field(
         default=None,
-        metadata={"help": "What the prompt asks for after the question, '' for nothing. Default: the task's."},
+        metadata={"help": "What the prompt says after the question, '' for nothing. Default: the task's."},
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Leave out rows whose prompt has more tokens."}

@@ -46,7 +46,7 @@ def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:
         ValueError: a sequence length, which GRPO has two of; evaluation batches without whole groups.
     """
     if data_args.max_seq_length is not None:
-        raise ValueError("--max_seq_length is for lopt sft: use --max_prompt_length and --max_completion_length")
+        raise ValueError("--max_seq_length is for lopt sft: use --max_prompt_length, --max_completion_length")
     if not data_args.held_out:
         return
     if args.eval_strategy == "no":

@@ -12,6 +12,7 @@ import lopt
 # Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
 COMMANDS = {
     "sft": "supervised fine-tuning by LoPT, end to end, with frozen early blocks or LoRA",
+    "grpo": "reinforcement learning from checked answers, by the same methods",
     "data": "download public data sets, preview what the model is trained on",
     "demo": "post-train a small real model on this machine and see what it learned and kept",
 }

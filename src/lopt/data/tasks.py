@@ -135,13 +135,18 @@ def is_correct(text: str, problem: Problem) -> bool:
 
     "36.0" is therefore right where the answer is "36".
     """
+    return answer_is(text, problem.answer)
+
+
+def answer_is(text: str, wanted: str) -> bool:
+    """`is_correct` for an answer without its problem."""
     answer = extract_answer(text)
     if answer is None:
         return False
-    given, wanted = _number(answer), _number(problem.answer)
-    if given is None or wanted is None:
-        return answer == problem.answer
-    return given == wanted
+    left, right = _number(answer), _number(wanted)
+    if left is None or right is None:
+        return answer == wanted
+    return left == right
 
 
 def _number(text: str) -> Decimal | None:
