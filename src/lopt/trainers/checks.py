@@ -19,6 +19,12 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
     Raises:
         ValueError: reentrant checkpointing, DeepSpeed, FSDP 1, vLLM with an untied embedding.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"the launcher started {launched} processes, which do not find each other ({args.world_size} seen): "
+            "each would train alone. On CPUs add --use_cpu"
+        )
     if not config.is_cut:
         return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}

@@ -41,6 +41,8 @@ class _Defaults(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # Said aloud, or several processes on CPUs would each train alone without a word.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # Pinned pages serve copies to a GPU; without one torch only warns about them.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.activation_checkpointing is None:  # the new name of the same flag
