@@ -11,7 +11,6 @@ from transformers import BertConfig, BertForMaskedLM
 from conftest import save_tiny
 from lopt.cli.main import main
 
-GOOD = object()
 CASES: dict[str, tuple[dict[str, object], str]] = {
     "no model": ({"--model_name_or_path": None}, "--model_name_or_path is missing"),
     "missing model": (
@@ -51,6 +50,57 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
 }
 
 
+# The same mistakes in `lopt grpo`; what it asks of rows is another matter.
+OF_SFT = ("no rows given", "unknown columns", "prompts too long", "held out everything")
+GRPO: dict[str, tuple[dict[str, object], str]] = {
+    **{name: case for name, case in CASES.items() if name not in OF_SFT},
+    "no rows, no task": ({"--train_file": None, "--task": None}, "nothing says what a right answer is"),
+    "own reward, no rows": (
+        {"--train_file": None, "--task": None, "--reward_funcs": "{module}:good"},
+        "--train_file or --dataset_name",
+    ),
+    "unknown task": ({"--task": "chess"}, "--task must be one of gsm8k, numinamath"),
+    "columns of another task": ({"--task": "numinamath"}, "--task numinamath needs the columns `problem`"),
+    "task without answers": ({"--train_file": "{tmp}/unanswered.jsonl"}, "none of the 4 rows has an answer"),
+    "prompts all too long": ({"--max_prompt_length": 8}, "--max_prompt_length 8: all 48 prompts are longer"),
+    "wrong length flag": ({"--max_seq_length": 64}, "--max_prompt_length"),
+    "groups that do not fit": ({"--num_generations": 3}, "--num_generations 3 does not divide the 4"),
+    "one generation": ({"--num_generations": 1}, "at least 2 generations"),
+    "evaluation without whole groups": (
+        {"--held_out": 8, "--per_device_eval_batch_size": 3},
+        "--per_device_eval_batch_size",
+    ),
+    "held out everything": ({"--held_out": 48}, "--held_out"),
+    "streaming": ({"--streaming": "true"}, "--streaming is for lopt sft"),
+    "unknown reward": ({"--reward_funcs": "praise"}, "--reward_funcs"),
+    "reward module missing": ({"--reward_funcs": "nowhere_to_be_found:f"}, "nowhere_to_be_found"),
+    "reward function missing": ({"--reward_funcs": "{module}:nothing"}, "nothing"),
+    "reward raises": ({"--reward_funcs": "{module}:broken"}, "What is"),
+    "reward of the wrong length": (
+        {"--reward_funcs": "{module}:short"},
+        "returned 3 values for 4 completions",
+    ),
+    "reward that is no number": ({"--reward_funcs": "{module}:text"}, "text"),
+    "tied head and vLLM": (
+        {"--model_name_or_path": "{tmp}/tied", "--use_vllm": "true"},
+        "--tied_embeddings freeze",
+    ),
+}
+REWARDS = """
+def good(completions, **_):
+    return [0.0] * len(completions)
+
+def broken(completions, **_):
+    raise KeyError("no such thing")
+
+def short(completions, **_):
+    return [1.0] * (len(completions) - 1)
+
+def text(completions, **_):
+    return ["high"] * len(completions)
+"""
+
+
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory: pytest.TempPathFactory, sums_file: Path) -> Path:
     folder = tmp_path_factory.mktemp("bad")
@@ -67,35 +117,48 @@ def tmp(tmp_path_factory: pytest.TempPathFactory, sums_file: Path) -> Path:
     (folder / "rows.xml").write_text("<rows/>")
     (folder / "empty.jsonl").write_text("")
     (folder / "columns.jsonl").write_text(json.dumps({"spam": "a", "eggs": "b"}) + "\n")
+    (folder / "unanswered.jsonl").write_text(
+        "\n".join(json.dumps({"question": f"Why {i}?", "answer": "nobody knows"}) for i in range(4)) + "\n"
+    )
+    (folder / "bad_rewards.py").write_text(REWARDS)
+    save_tiny(folder / "tied", "llama-tied")
     (folder / "unknown.yaml").write_text("colour: red\n")
     return folder
 
 
-def command(tmp: Path, changes: dict[str, object]) -> list[str]:
+OF_GRPO = {"--task": "gsm8k", "--num_generations": 4, "--per_device_train_batch_size": 4}
+OF_GRPO |= {"--max_completion_length": 4, "--head_warmup_steps": 1, "--per_device_eval_batch_size": 4}
+
+
+def command(tmp: Path, changes: dict[str, object], name: str = "sft") -> list[str]:
     flags: dict[str, object] = {
         "--model_name_or_path": "{tmp}/model",
         "--train_file": "{tmp}/good.jsonl",
         "--output_dir": "{tmp}/out",
         "--max_steps": 2,
         "--num_blocks": 2,
+        **(OF_GRPO if name == "grpo" else {}),
         **changes,
     }
     words: list[str] = []
     for flag, value in flags.items():
         if value is not None:
-            words += [flag, *(value if isinstance(value, list) else [str(value).replace("{tmp}", str(tmp))])]
-    return ["sft", *words]
+            text = str(value).replace("{tmp}", str(tmp)).replace("{module}", "bad_rewards")
+            words += [flag, *(value if isinstance(value, list) else [text])]
+    return [name, *words]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("name", "case"), [*(("sft", case) for case in CASES), *(("grpo", case) for case in GRPO)]
+)
 def test_mistake(
-    case: str, tmp: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str, case: str, tmp: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes, message = CASES[case]
+    changes, message = (CASES if name == "sft" else GRPO)[case]
     monkeypatch.chdir(tmp)
     before = snapshot(tmp)
     try:
-        code = main(command(tmp, changes))
+        code = main(command(tmp, changes, name))
     except SystemExit as stop:  # argparse's own way out
         code = stop.code
     error = capsys.readouterr().err
