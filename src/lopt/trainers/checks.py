@@ -22,8 +22,8 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
         raise ValueError(
-            f"the launcher started {launched} processes, which do not find each other ({args.world_size} seen): "
-            "each would train alone. On CPUs add --use_cpu"
+            f"the launcher started {launched} processes, which do not find each other: "
+            f"each would train alone (world size {args.world_size}). On CPUs add --use_cpu"
         )
     if not config.is_cut:
         return
