@@ -45,7 +45,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if os.environ.get("LOPT_DEBUG"):
             raise
         message = " ".join(str(error).split())
-        print(f"lopt {command}: error: {message}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"[rank {rank}] "
+        print(f"{where}lopt {command}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nlopt {command}: interrupted", file=sys.stderr)

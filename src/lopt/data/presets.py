@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -91,7 +92,7 @@ def check_columns(preset: Preset, found: Iterable[str], where: str) -> None:
 def show_licence(preset: Preset) -> None:
     """Print the preset's licence, once per machine; a file in the cache folder remembers it."""
     seen = cache_folder() / "licences_shown" / preset.name
-    if seen.exists():
+    if seen.exists() or os.environ.get("RANK", "0") != "0":
         return
     print(f"{preset.name} is {preset.hub_id}, licence: {preset.licence}. Terms: {preset.url}")
     try:

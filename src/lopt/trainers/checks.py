@@ -38,7 +38,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"--method {config.method} does not run on DeepSpeed, whose engine runs one backward per step: "
             "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
         )
-    if _fsdp_version(args) == 1:
+    if fsdp_version(args) == 1:
         raise ValueError(
             f"--method {config.method} needs FSDP2, which shards parameter by parameter: set fsdp_version: 2 "
             "(examples/fsdp2.yaml)"
@@ -47,7 +47,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         _check_vllm(config, model)
 
 
-def _fsdp_version(args: TrainingArguments) -> int | None:
+def fsdp_version(args: TrainingArguments) -> int | None:
     """1 or 2, None without FSDP; set by --fsdp or by accelerate's launcher."""
     plugin = getattr(args, "fsdp_plugin_args", None)
     if args.fsdp and plugin:

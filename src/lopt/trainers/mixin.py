@@ -26,7 +26,7 @@ from lopt.blocks import Blocks
 from lopt.config import LoPTConfig
 from lopt.distributed import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
 from lopt.optim import clip_gradients
-from lopt.trainers.checks import check_settings
+from lopt.trainers.checks import check_settings, fsdp_version
 from lopt.trainers.labels import labels_only
 from lopt.trainers.throughput import Throughput
 
@@ -65,6 +65,8 @@ class LoPTMixin(Trainer):
         if isinstance(model, nn.Module):
             Blocks(model, config)
         super().__init__(model, *args, **kwargs)
+        if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
+            raise ValueError("FSDP needs GPUs, on CPUs accelerate would run DDP: leave FSDP out")
         with torch.random.fork_rng():  # heads start the same, whatever ran before
             torch.manual_seed(self.args.seed)
             self.lopt: LoPT = attach(self.model, config)
