@@ -67,7 +67,7 @@ def test_tracker_refuses_double_entry_and_hooks_are_removed() -> None:
     assert not optimizer._optimizer_step_pre_hooks
 
 
-@pytest.mark.parametrize("prepare", [lambda o: o, Accelerator(cpu=True).prepare_optimizer])
+@pytest.mark.parametrize("prepare", [lambda o: o, lambda o: Accelerator(cpu=True).prepare_optimizer(o)])
 def test_training_step_categories(prepare: Callable[..., torch.optim.Optimizer]) -> None:
     model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 50), nn.BatchNorm1d(50))
     parameter_bytes = 4 * (30 * 40 + 40 + 40 * 50 + 50 + 50 + 50)
