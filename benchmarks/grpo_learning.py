@@ -3,7 +3,7 @@
 A byte-level Llama of half a million parameters learns one-digit sums by SFT on a mixture: half of the
 answers are worked out step by step, half are guesses. It goes on by GRPO with nothing but the
 checker's verdict, from which it can learn that working a sum out pays. Every method starts from the
-same weights and sees the same problems in the same order. It takes about MINUTES minutes on a CPU.
+same weights and sees the same problems in the same order. It takes about half an hour on a CPU.
 
     python benchmarks/grpo_learning.py
 """
@@ -152,7 +152,7 @@ def draw(results: dict, path: Path, width: int = 10) -> None:
         curves[name] = [(i + 1, y) for i, y in enumerate(smooth)]
     svg = line_plot(
         curves,
-        title=f"Reward of the rollouts, mean of {len(runs)} seeds and {width} steps",
+        title=f"Reward ({len(runs)} seeds, mean of {width} steps)",
         x_label="step",
         y_label="share of right answers",
         alt="Mean reward over the steps of GRPO by method; all rise",
