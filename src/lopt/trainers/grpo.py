@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from trl import GRPOTrainer
 
 from lopt.trainers.mixin import LoPTMixin
@@ -54,7 +54,7 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         return DataLoader(
             self.train_dataset,
             batch_size=max(8, self.args.per_device_train_batch_size),
-            shuffle=True,
+            shuffle=not isinstance(self.train_dataset, IterableDataset),
             generator=torch.Generator().manual_seed(self.args.seed),
             collate_fn=self._prompts,
         )
