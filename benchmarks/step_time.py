@@ -10,6 +10,7 @@ work is the same in every method, so it hides what the blocks save.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -50,17 +51,29 @@ def make_step(vocabulary: int, config: LoPTConfig, args: argparse.Namespace, che
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         cross_entropy(logits.float(), ids[:, 1:].flatten()).backward()
 
+    steps = itertools.count()
+
     def step() -> None:
+        handle.learns_locally = next(steps) % config.local_every == 0
         forward_backward()
         optimizer.step()
         optimizer.zero_grad()
 
     step()
+    steps = itertools.count()  # a whole cycle of `local_every` steps is timed
     for parameter in [*model.parameters(), *handle.heads.parameters()]:
         parameter.grad = torch.zeros_like(parameter)
     peak = peak_memory(forward_backward, model, handle.heads, optimizer=optimizer)
     optimizer.zero_grad()
     return step, {"activations": peak.activations, "peak memory": peak.total}
+
+
+def repeat(step: Callable[[], None], times: int) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
 
 
 def ratio(a: Callable[[], None], b: Callable[[], None], pairs: int) -> dict:
@@ -119,6 +132,14 @@ def main() -> None:
         results[f"{name}: e2e recomputed / eager k=4 not"] = ratio(recomputed, lopt, args.pairs) | over(
             recomputed_bytes, peak
         )
+        for k in (2, 4):
+            lazy, peak = make_step(vocabulary, LoPTConfig(num_blocks=k, local_every=8), args)
+            for other, step, size in (
+                ("", plain, plain_bytes),
+                (" recomputed", recomputed, recomputed_bytes),
+            ):
+                cycles = ratio(repeat(lazy, 8), repeat(step, 8), max(3, args.pairs // 3))
+                results[f"{name}: local_every=8 k={k} / e2e{other}"] = cycles | over(peak, size)
         for case, row in results.items():
             if case.startswith(name):
                 print(case.ljust(44), {k: round(row[k], 3) for k in ("ratio", "activations", "peak memory")})

@@ -317,3 +317,46 @@ def test_a_plain_loop_in_eval_mode_still_learns_locally() -> None:
     handle = attach(model)
     model(**batch_of([5, 3]))
     assert all(p.grad is not None for p in handle.block_parameters(0))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_resting_early_blocks_have_no_gradient_and_change_nothing(name: str, checkpointing: bool) -> None:
+    """Between the steps of `local_every` the last block learns exactly what it learns otherwise."""
+    model, batch = tiny(name), batch_of([9, 5, 2])
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    handle = attach(model, LoPTConfig(num_blocks=3))
+    expected = model(**batch)
+    expected.loss.backward()
+    last = {n: p.grad.clone() for n, p in handle.blocks.parameters(model, 2)}
+    model.zero_grad()
+    handle.heads.zero_grad()
+    handle.learns_locally = False
+    actual = model(**batch)
+    actual.loss.backward()
+    assert torch.equal(actual.logits, expected.logits) and not handle.local_losses()
+    for name_, gradient in last.items():
+        torch.testing.assert_close(model.get_parameter(name_).grad, gradient, rtol=1e-6, atol=1e-9)
+    for index in (0, 1):
+        assert all(p.grad is None for p in handle.block_parameters(index))
+    handle.learns_locally = True
+    model(**batch).loss.backward()
+    assert len(handle.local_losses()) == 2
+
+
+def test_gradients_are_on_again_after_an_error() -> None:
+    model = tiny("llama")
+    handle = attach(model, LoPTConfig(num_blocks=2))
+    handle.learns_locally = False
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("in the middle")
+
+    hook = handle.blocks.layers[0].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        model(**batch_of([4]))
+    assert torch.is_grad_enabled()
+    hook.remove()
+    model(**batch_of([4])).loss.backward()
+    assert model.lm_head.weight.grad is not None

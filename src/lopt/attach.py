@@ -58,6 +58,8 @@ class LoPT:
         heads: one reconstruction head per earlier block, in order (empty unless method is lopt).
         loss_scale: factor on the local losses of the next forward. With gradient accumulation set
             it to what scales the task loss, for example this micro-batch's share of the tokens.
+        learns_locally: whether earlier blocks learn in the next forward. If not, they run without
+            gradients, as on the steps between those of `config.local_every`, which trainers count.
         after_local_backward: called with the index of an earlier block when its gradients of this
             forward are complete; `lopt.distributed` averages them over ranks there.
     """
@@ -69,6 +71,7 @@ class LoPT:
         self.config = config
         self.blocks = Blocks(model, config)
         self.loss_scale = 1.0
+        self.learns_locally = True
         self.after_local_backward: Callable[[int], None] | None = None
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self._untied = self._part_embeddings()
@@ -78,6 +81,7 @@ class LoPT:
         self._target: Tensor | None = None
         self._mask: Tensor | None = None
         self._observe: Callable[[int, Tensor], None] | None = None
+        self._resting = False
         self._hooks = self._add_hooks() if config.is_local and len(self.blocks) > 1 else []
         if config.method == "frozen":
             self._freeze_early_blocks()
@@ -220,7 +224,11 @@ class LoPT:
 
     def _add_hooks(self) -> list[RemovableHandle]:
         decoder = self.blocks.decoder
-        hooks = [decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)]
+        hooks = [
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            # Also after an error: gradients must not stay off.
+            decoder.register_forward_hook(self._after_decoder, always_call=True),
+        ]
         for block in self.blocks[:-1]:
             before = functools.partial(self._before_block, block)
             after = functools.partial(self._after_block, block)
@@ -237,16 +245,32 @@ class LoPT:
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._active():
             return
+        self._losses = [None] * len(self.heads)
+        if not self.learns_locally and self._observe is None:
+            self._resting = True
+            torch.set_grad_enabled(False)
+            return
         self._routers.start()
         self._mask = _real_tokens(args, kwargs)
         for layer in self.blocks.layers:
             _refuse_reentrant(layer)
+
+    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._resting:
+            self._wake_up()
+
+    def _wake_up(self) -> None:
+        self._resting = False
+        torch.set_grad_enabled(True)
 
     def _before_block(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._active():
             self._target = (args[0] if args else kwargs["hidden_states"]).detach()
 
     def _after_block(self, block: Block, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._resting and block.index == len(self.heads) - 1:
+            self._wake_up()  # the last block learns in every step
+            return None
         if not self._active():
             return None
         hidden = output[0] if isinstance(output, tuple) else output

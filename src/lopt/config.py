@@ -52,6 +52,13 @@ class LoPTConfig:
             "Default: a tenth of --learning_rate (the published recipe uses the same)."
         },
     )
+    local_every: int = field(
+        default=1,
+        metadata={
+            "help": "Earlier blocks learn on every N-th optimizer step and run without gradients on the "
+            "others, which makes those faster. 1 is the published recipe."
+        },
+    )
     head_warmup_steps: int = field(
         default=60,
         metadata={
@@ -82,6 +89,7 @@ class LoPTConfig:
         _check(_finite(self.lambda_aux), "--lambda_aux", self.lambda_aux, "use a finite number >= 0")
         if self.lr_k1 is not None:
             _check(_finite(self.lr_k1), "--lr_k1", self.lr_k1, "use a finite number >= 0")
+        _check(self.local_every >= 1, "--local_every", self.local_every, "use 1 or more")
         _check(self.head_warmup_steps >= 0, "--head_warmup_steps", self.head_warmup_steps, "use 0 or more")
         _check(
             _finite(self.head_warmup_lr), "--head_warmup_lr", self.head_warmup_lr, "use a finite number >= 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -91,6 +92,24 @@ def test_what_moves(sft: Run, tiny_folder: Path, method: str) -> None:
         assert torch.equal(value, after[name]) == (method == "frozen" and early), name
 
 
+def test_local_every(sft: Run, tiny_folder: Path) -> None:
+    """Early blocks move in steps 1 and 4 of 5, and their optimizer has counted those only."""
+    flags = ["--num_blocks", "2", "--local_every", "3", "--save_steps", "1", "--save_total_limit", "9"]
+    folder, _losses = sft("lazy", *flags, "--lr_k1", "1e-3")
+    whole, _ = sft("eager", "--num_blocks", "2", "--lr_k1", "1e-3")
+    saved = [weights(tiny_folder), *(weights(folder / f"checkpoint-{step}") for step in range(1, 6))]
+    early = "model.layers.0.mlp.up_proj.weight"
+    moved = [not torch.equal(a[early], b[early]) for a, b in itertools.pairwise(saved)]
+    assert moved == [True, False, False, True, False]
+    late = "model.layers.3.mlp.up_proj.weight"
+    assert all(not torch.equal(a[late], b[late]) for a, b in itertools.pairwise(saved))
+    state = torch.load(folder / "checkpoint-5/optimizer.pt", weights_only=True)
+    assert {int(s["step"]) for s in state["state"].values()} == {2, 5}
+    assert not torch.equal(weights(whole)[early], weights(folder)[early])
+    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert ["local_loss/block_1" in row for row in logs if "loss" in row] == moved
+
+
 def test_lora_saves_an_adapter(sft: Run) -> None:
     pytest.importorskip("peft")
     folder, losses = sft("lora", "--method", "lora", "--lora_r", "4")
@@ -130,11 +149,12 @@ def _note_file(tmp_path: Path, sums_file: Path) -> None:
     (tmp_path / "sums").write_text(str(sums_file))
 
 
-@pytest.mark.parametrize("k", ["2", "3"])
-def test_resume_is_bit_for_bit(sft: Run, tmp_path: Path, k: str) -> None:
-    """Stopped at step 4 of 8 and resumed: optimizer, schedule, heads, dropout, order of rows."""
+@pytest.mark.parametrize(("k", "every"), [("2", "1"), ("3", "3")])
+def test_resume_is_bit_for_bit(sft: Run, tmp_path: Path, k: str, every: str) -> None:
+    """Stopped at step 4 of 8 and resumed: optimizer, schedule, heads, dropout, order of rows, phase."""
     model = save_tiny(tmp_path / "dropout", "llama-tied", attention_dropout=0.2)
     flags = ["--num_blocks", k, "--save_steps", "4", "--gradient_accumulation_steps", "2"]
+    flags += ["--local_every", every]
     whole, _ = sft("whole", *flags, model=model, steps=8)
     (tmp_path / "resumed").mkdir()
     shutil.copytree(whole / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")

@@ -307,6 +307,8 @@ class _LoopHooks(TrainerCallback):
             self.trainer.warm_up_heads()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lopt: LoPT = self.trainer.lopt
+        lopt.learns_locally = state.global_step % lopt.config.local_every == 0
         self.trainer.throughput.begin_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
