@@ -148,7 +148,9 @@ def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
 def config_of(method: str) -> LoPTConfig:
     if method == "e2e":
         return LoPTConfig(method="e2e")
-    return LoPTConfig(num_blocks=int(method.removeprefix("lopt")), head_warmup_steps=3, lr_k1=1e-3)
+    kind, k = method[:-1], int(method[-1])
+    schedule = "block_major" if kind == "staged" else "eager"
+    return LoPTConfig(num_blocks=k, schedule=schedule, head_warmup_steps=3, lr_k1=1e-3)
 
 
 def main() -> None:

@@ -58,6 +58,8 @@ class LoPT:
         heads: one reconstruction head per earlier block, in order (empty unless method is lopt).
         loss_scale: factor on the local losses of the next forward. With gradient accumulation set
             it to what scales the task loss, for example this micro-batch's share of the tokens.
+        hooks: everything that hangs on the model's modules; `detach` removes it.
+        only: index of the one block that a forward is for (`lopt.schedule`); None for all.
         learns_locally: whether earlier blocks learn in the next forward. If not, they run without
             gradients, as on the steps between those of `config.local_every`, which trainers count.
         after_local_backward: called with the index of an earlier block when its gradients of this
@@ -71,6 +73,7 @@ class LoPT:
         self.config = config
         self.blocks = Blocks(model, config)
         self.loss_scale = 1.0
+        self.only: int | None = None
         self.learns_locally = True
         self.after_local_backward: Callable[[int], None] | None = None
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -82,7 +85,7 @@ class LoPT:
         self._mask: Tensor | None = None
         self._observe: Callable[[int, Tensor], None] | None = None
         self._resting = False
-        self._hooks = self._add_hooks() if config.is_local and len(self.blocks) > 1 else []
+        self.hooks = self._add_hooks() if config.is_local and len(self.blocks) > 1 else []
         if config.method == "frozen":
             self._freeze_early_blocks()
         base: Any = base_model(model)
@@ -185,9 +188,9 @@ class LoPT:
         Parameters are trainable again where they were, and embeddings that were parted are joined
         again if training has not made them differ.
         """
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
-        self._hooks = []
+        self.hooks = []
         if self._untied:
             retie_embeddings(base_model(self.model))
         for name, parameter in self.model.named_parameters():
@@ -239,7 +242,9 @@ class LoPT:
 
     # -- hooks -----------------------------------------------------------------------------------
 
-    def _active(self) -> bool:
+    def _active(self, block: Block | None = None) -> bool:
+        if block is not None and self.only not in (None, block.index):
+            return False
         return self._observe is not None or torch.is_grad_enabled()
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -264,14 +269,14 @@ class LoPT:
         torch.set_grad_enabled(True)
 
     def _before_block(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._active():
+        if self._active(block):
             self._target = (args[0] if args else kwargs["hidden_states"]).detach()
 
     def _after_block(self, block: Block, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._resting and block.index == len(self.heads) - 1:
             self._wake_up()  # the last block learns in every step
             return None
-        if not self._active():
+        if not self._active(block):
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         if self._observe is not None:

@@ -52,6 +52,13 @@ class LoPTConfig:
             "Default: a tenth of --learning_rate (the published recipe uses the same)."
         },
     )
+    schedule: Literal["eager", "block_major"] = field(
+        default="eager",
+        metadata={
+            "help": "'eager': each micro-batch runs through all blocks. 'block_major': all micro-batches of "
+            "an optimizer step run through one block, which is stepped before the next one begins."
+        },
+    )
     local_every: int = field(
         default=1,
         metadata={
@@ -89,6 +96,15 @@ class LoPTConfig:
         _check(_finite(self.lambda_aux), "--lambda_aux", self.lambda_aux, "use a finite number >= 0")
         if self.lr_k1 is not None:
             _check(_finite(self.lr_k1), "--lr_k1", self.lr_k1, "use a finite number >= 0")
+        _check(
+            self.schedule in ("eager", "block_major"),
+            "--schedule", self.schedule, "use eager or block_major",
+        )  # fmt: skip
+        if self.schedule == "block_major":
+            _check(self.method == "lopt", "--schedule block_major with --method", self.method,
+                   "only lopt has blocks that learn on their own; leave --schedule out")  # fmt: skip
+            _check(self.clip == "block", "--schedule block_major with --clip", self.clip,
+                   "a block is stepped before the others' gradients exist; use --clip block")  # fmt: skip
         _check(self.local_every >= 1, "--local_every", self.local_every, "use 1 or more")
         _check(self.head_warmup_steps >= 0, "--head_warmup_steps", self.head_warmup_steps, "use 0 or more")
         _check(

@@ -31,6 +31,11 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "boundaries out of order": ({"--block_boundaries": ["2", "1"]}, "--block_boundaries [2, 1]"),
     "boundary beyond the layers": ({"--block_boundaries": ["2", "4"]}, "--block_boundaries [2, 4]"),
     "never learning locally": ({"--local_every": 0}, "--local_every 0"),
+    "block-major, global clipping": (
+        {"--schedule": "block_major", "--clip": "global"},
+        "use --clip block",
+    ),
+    "block-major, end to end": ({"--schedule": "block_major", "--method": "e2e"}, "leave --schedule out"),
     "lambda < 0": ({"--lambda_aux": "-1"}, "--lambda_aux -1.0"),
     "lambda not finite": ({"--lambda_aux": "nan"}, "--lambda_aux nan"),
     "held out everything": ({"--held_out": 48}, "--held_out"),

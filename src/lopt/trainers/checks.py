@@ -17,7 +17,8 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
     """Refuse what cannot work with boundaries; `model` is looked at if it is loaded already.
 
     Raises:
-        ValueError: reentrant checkpointing, DeepSpeed, FSDP 1, vLLM with an untied embedding.
+        ValueError: reentrant checkpointing, DeepSpeed, FSDP 1, vLLM with an untied embedding; block-major
+            with FSDP, a gradient scaler or routers.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
@@ -43,8 +44,21 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"--method {config.method} needs FSDP2, which shards parameter by parameter: set fsdp_version: 2 "
             "(examples/fsdp2.yaml)"
         )
+    if config.schedule == "block_major":
+        _check_block_major(args, model)
     if getattr(args, "use_vllm", False) and isinstance(model, nn.Module):
         _check_vllm(config, model)
+
+
+def _check_block_major(args: TrainingArguments, model: Any) -> None:
+    if fsdp_version(args) is not None:
+        raise ValueError("--schedule block_major does not run on FSDP2: use --schedule eager, or DDP")
+    if args.fp16:
+        raise ValueError("--schedule block_major steps blocks without a gradient scaler: use --bf16")
+    if isinstance(model, nn.Module) and getattr(model.config, "output_router_logits", False):
+        raise ValueError(
+            "--schedule block_major cannot balance routers over all layers at once: use --schedule eager"
+        )
 
 
 def fsdp_version(args: TrainingArguments) -> int | None:

@@ -38,16 +38,14 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
             self._generated_tokens = self.accelerator.reduce(tokens, "sum")
         count = self.current_gradient_accumulation_steps
         here = self._step % self.args.steps_per_generation
-        first = here - (self._micro_batch - 1)
+        first = here - (self.micro_batch - 1)
         start, stop = max(first, 0), min(first + count, len(self._generated))
         total = int(self._generated_tokens[start:stop].sum())
         return _tokens(inputs) / total * (stop - start) / count * self.args.world_size
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        prepared = super()._prepare_inputs(inputs)
-        if self.model.training:
-            self.throughput.count(_tokens(prepared))
-        return prepared
+    def real_tokens(self, inputs: Any) -> int | None:
+        """Real tokens of prompts and completions."""
+        return _tokens(inputs)
 
     def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
         """Prompts of the training rows, 8 or more a batch, the same on all ranks."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
@@ -25,7 +26,8 @@ from lopt.attach import LoPT, attach
 from lopt.blocks import Blocks
 from lopt.config import LoPTConfig
 from lopt.distributed import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
-from lopt.optim import clip_gradients
+from lopt.optim import clip_block, clip_gradients
+from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
 from lopt.trainers.labels import labels_only
 from lopt.trainers.throughput import Throughput
@@ -48,6 +50,10 @@ class LoPTMixin(Trainer):
     Attributes:
         lopt: the handle on the attached model.
         throughput: speed and peak memory.
+        micro_batch: number of the current micro-batch in its optimizer step, from 1.
+        share: the part of the optimizer step that it counts for (`loss_share`).
+        reduction: averages gradients over ranks; None without a launcher.
+        block_major: the block-major schedule; None in the eager one.
         head_warmup_history: the local losses of every step of the head warm-up.
     """
 
@@ -71,13 +77,14 @@ class LoPTMixin(Trainer):
             torch.manual_seed(self.args.seed)
             self.lopt: LoPT = attach(self.model, config)
         self.lopt.heads.to(self.args.device)
-        self._reduction: GradientReduction | None = None
-        if self.args.world_size > 1 and self.lopt.heads:
-            state = self.accelerator.gradient_state
-            self._reduction = GradientReduction(self.lopt, is_last=lambda: state.sync_gradients)
+        self.reduction: GradientReduction | None = None
+        if dist.is_initialized() and self.lopt.heads:  # a launcher's single process is in DDP as well
+            self.reduction = GradientReduction(self.lopt, is_last=self._is_last_micro_batch)
+        staged = config.schedule == "block_major" and self.lopt.heads
+        self.block_major = BlockMajorSteps(self) if staged else None
         self._step_tokens = 0
-        self._micro_batch = 0
-        self._share = 1.0
+        self.micro_batch = 0
+        self.share = 1.0
         self.throughput = Throughput()
         self.head_warmup_history: list[list[float]] = []
         self.add_callback(_LoopHooks(self))
@@ -117,15 +124,24 @@ class LoPTMixin(Trainer):
 
     def _clip(self, max_norm: float) -> Tensor:
         self.accelerator.unscale_gradients()
-        norms = clip_gradients(self.lopt, max_norm)
+        if self.block_major is not None and self.block_major.norms:  # stepped already, but for the last
+            last = clip_block(self.lopt, len(self.lopt.blocks) - 1, max_norm)
+            norms = torch.stack([*self.block_major.norms, last])
+        else:
+            norms = clip_gradients(self.lopt, max_norm)
+        self.check_norms(norms)
         total = torch.linalg.vector_norm(norms)
-        if not torch.isfinite(total) and not self.args.fp16:  # a float16 scaler skips such a step
-            raise NonFiniteError(self._where(f"the gradient norms of the blocks are {norms.tolist()}"))
         if len(norms) > 1:
             share = (norms / total.clamp(min=1e-30)).square().tolist()
             for block, value in enumerate(share, start=1):
                 self._metrics["train"][f"grad_share/block_{block}"].append(value)
         return total
+
+    def check_norms(self, norms: Iterable[Tensor]) -> None:
+        """Stop before the step at a gradient that is not finite; a float16 scaler skips such a step."""
+        values = [float(norm) for norm in norms]
+        if not all(map(math.isfinite, values)) and not self.args.fp16:
+            raise NonFiniteError(self._where(f"the gradient norms of the blocks are {values}"))
 
     # -- one micro-batch -------------------------------------------------------------------------
 
@@ -137,7 +153,10 @@ class LoPTMixin(Trainer):
         tokens = [_real_tokens(batch) for batch in batches]
         if None not in tokens:
             self._step_tokens = int(self._sum(sum(t for t in tokens if t is not None)))
-        self._micro_batch = 0
+        self.micro_batch = 0
+        self._batches = batches
+        if self.block_major is not None:
+            self.block_major.begin_step()
         return batches, items
 
     def drop_repeated_rows(self, batches: list[Any]) -> bool:
@@ -159,35 +178,64 @@ class LoPTMixin(Trainer):
             return 1 / self.current_gradient_accumulation_steps
         return tokens / self._step_tokens * self.args.world_size
 
+    def real_tokens(self, inputs: Any) -> int | None:
+        """Real tokens of a prepared micro-batch; None if it is not made of token rows."""
+        return _real_tokens(inputs)
+
     def _prepare_inputs(self, inputs: Any) -> Any:
+        if self.block_major is not None and self.model.training:
+            prepared = self.block_major.inputs()
+            if prepared is not None:
+                return prepared
         inputs = super()._prepare_inputs(inputs)
         if self.model.training:
             scaler = self.accelerator.scaler
-            self._share = self.loss_share(inputs)
-            self.lopt.loss_scale = self._share * (scaler.get_scale() if scaler is not None else 1.0)
-            self.throughput.count(_real_tokens(inputs) or 0)
+            self.share = self.loss_share(inputs)
+            self.lopt.loss_scale = self.share * (scaler.get_scale() if scaler is not None else 1.0)
+            self.throughput.count(self.real_tokens(inputs) or 0)
         return inputs
+
+    def _is_last_micro_batch(self) -> bool:
+        if self.block_major is not None and self.lopt.only is not None:
+            return self.block_major.is_last_micro_batch()
+        return self.accelerator.gradient_state.sync_gradients
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss; on a CPU the LM head scores only the positions that have a label."""
-        with labels_only() if self.args.device.type == "cpu" else nullcontext():
+        staged = self.block_major is not None and self.lopt.only is None
+        stage = self.block_major.stage() if staged and self.block_major is not None else nullcontext()
+        with stage, labels_only() if self.args.device.type == "cpu" else nullcontext():
             return super().compute_loss(model, *args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward with the local backwards inside, then the task backward of the last block."""
-        self._micro_batch += 1
+        self.micro_batch += 1
         with self.throughput.micro_batch(_size(inputs), self.model, self.optimizer):
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        if self._reduction is not None:
-            self._reduction.wait()
-        values = self._mean(torch.stack([x.float() for x in (loss, *self.lopt.local_losses())])).tolist()
-        if not all(math.isfinite(v) for v in values):
-            names = ["the loss", *(f"the local loss of block {b}" for b in range(1, len(values)))]
-            bad = "; ".join(f"{n} is {v}" for n, v in zip(names, values, strict=True) if not math.isfinite(v))
-            raise NonFiniteError(self._where(bad, inputs))
-        for block, value in enumerate(values[1:], start=1):
-            self._metrics["train"][f"local_loss/block_{block}"].append(value)
+            if self.block_major is not None and self.micro_batch == 1 and self.lopt.learns_locally:
+                self.block_major.run_early_blocks(self._batches, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.reduction is not None:
+            self.reduction.wait()
+        for block, local in enumerate(self.lopt.local_losses()):
+            self.log_local(block, local, inputs)
+        self._checked_mean("the loss", loss, inputs)
         return loss
+
+    def log_local(self, block: int, loss: Tensor, inputs: Any = None) -> None:
+        """Note the local loss of block `block` (from 0) on a micro-batch; it must be finite."""
+        value = self._checked_mean(f"the local loss of block {block + 1}", loss, inputs)
+        self._metrics["train"][f"local_loss/block_{block + 1}"].append(value)
+
+    def _checked_mean(self, name: str, value: Tensor, inputs: Any) -> float:
+        """Mean over ranks by their shares, so that all of them see the same and stop together."""
+        mean = float(value)
+        if self.args.world_size > 1:
+            pair = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)]) * self.share
+            total, weight = self.accelerator.reduce(pair, "sum").tolist()
+            mean = total / weight
+        if not math.isfinite(mean):
+            raise NonFiniteError(self._where(f"{name} is {mean}", inputs))
+        return mean
 
     def _sum(self, value: float) -> float:
         """Sum over ranks."""
@@ -195,17 +243,9 @@ class LoPTMixin(Trainer):
             return value
         return self.accelerator.reduce(torch.tensor(value, device=self.args.device), "sum").item()
 
-    def _mean(self, values: Tensor) -> Tensor:
-        """Mean over ranks by their shares, so that all of them see the same and stop together."""
-        if self.args.world_size == 1:
-            return values
-        weighted = torch.cat([values, values.new_ones(1)]) * self._share
-        total = self.accelerator.reduce(weighted, "sum")
-        return total[:-1] / total[-1]
-
     def _where(self, what: str, inputs: Any = None) -> str:
         count = self.current_gradient_accumulation_steps
-        text = f"step {self.state.global_step + 1}, batch {self._micro_batch} of {count}: {what}"
+        text = f"step {self.state.global_step + 1}, batch {self.micro_batch} of {count}: {what}"
         if isinstance(inputs, Mapping) and "input_ids" in inputs:
             first = self.processing_class.decode(inputs["input_ids"][0], skip_special_tokens=True)
             text += f" (the batch starts with {first[:60]!r})"
@@ -254,8 +294,8 @@ class LoPTMixin(Trainer):
 
             with torch.random.fork_rng(), self.compute_loss_context_manager():
                 history = self.lopt.warm_up_heads(self.head_warm_up_batches(), progress=show)
-        if self._reduction is not None:
-            self._reduction.broadcast_heads()
+        if self.reduction is not None:
+            self.reduction.broadcast_heads()
         self.head_warmup_history = history
         ends = [
             f"block {b}: {a:.3g} → {z:.3g}"
@@ -269,7 +309,7 @@ class LoPTMixin(Trainer):
             safetensors.torch.save_file(self.lopt.heads.state_dict(), Path(output_dir) / HEADS_NAME)
         if not self.is_fsdp_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
-        optimizer = self._bare_optimizer()
+        optimizer = self.bare_optimizer()
         if self.lopt.heads and self.args.should_save:
             save_heads_optimizer(optimizer, output_dir)
         with heads_apart(optimizer):
@@ -284,12 +324,12 @@ class LoPTMixin(Trainer):
         self.lopt.heads.load_state_dict(safetensors.torch.load_file(path))
         if not self.is_fsdp_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer = self._bare_optimizer()
+        optimizer = self.bare_optimizer()
         with heads_apart(optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
         load_heads_optimizer(optimizer, checkpoint)
 
-    def _bare_optimizer(self) -> torch.optim.Optimizer:
+    def bare_optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizer
         return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
 
