@@ -107,10 +107,10 @@ class LoPTMixin(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule `--lr_scheduler_type` names, over all blocks."""
-        if self.is_fsdp_enabled and self.lr_scheduler is None:
+        if self.is_fsdp_enabled and not any(g.get("heads") for g in self.bare_optimizer().param_groups):
             for group in self._parameter_groups():
                 if group["heads"]:
-                    self.optimizer.add_param_group(group)  # type: ignore[union-attr]
+                    self.bare_optimizer().add_param_group(group)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
