@@ -50,10 +50,7 @@ class GradientReduction:
         self._is_last = is_last
         self._running: list[dist.Work] = []
         names = [
-            name
-            for block in lopt.blocks[:-1]
-            for name, _ in lopt.blocks.parameters(lopt.model, block.index)
-            if lopt.heads
+            name for block in lopt.blocks[:-1] for name, _ in lopt.blocks.parameters(lopt.model, block.index)
         ]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(lopt.model, names)
         lopt.after_local_backward = self._start

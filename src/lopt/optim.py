@@ -21,26 +21,26 @@ def clip_gradients(lopt: LoPT, max_norm: float = math.inf) -> Tensor:
     Returns:
         (k,) the gradient norm of every block, its head included, before clipping.
     """
-    norms = torch.stack([clip_block(lopt, b.index) for b in lopt.blocks])
-    if math.isfinite(max_norm):
-        total = torch.linalg.vector_norm(norms)
-        for block, norm in zip(lopt.blocks, norms, strict=True):
-            _scale(lopt, block.index, max_norm, norm if lopt.config.clip == "block" else total)
+    blocks = [_by_kind(lopt.block_parameters(b.index)) for b in lopt.blocks]
+    norms = torch.stack([_norm(lopt, kinds) for kinds in blocks])
+    total = torch.linalg.vector_norm(norms)
+    for kinds, norm in zip(blocks, norms, strict=True):
+        _scale(kinds, max_norm, norm if lopt.config.clip == "block" else total)
     return norms
 
 
 def clip_block(lopt: LoPT, index: int, max_norm: float = math.inf) -> Tensor:
     """Clip the gradient of block `index` (from 0) and its head; returns its norm before clipping."""
     kinds = _by_kind(lopt.block_parameters(index))
-    norm = _norm(kinds, next(lopt.model.parameters()).device)
-    if math.isfinite(max_norm):
-        _scale(lopt, index, max_norm, norm)
+    norm = _norm(lopt, kinds)
+    _scale(kinds, max_norm, norm)
     return norm
 
 
-def _scale(lopt: LoPT, index: int, max_norm: float, norm: Tensor) -> None:
-    for parameters in _by_kind(lopt.block_parameters(index)):
-        clip_grads_with_norm_(parameters, max_norm, norm)
+def _scale(kinds: list[list[nn.Parameter]], max_norm: float, norm: Tensor) -> None:
+    if math.isfinite(max_norm):
+        for parameters in kinds:
+            clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -51,9 +51,9 @@ def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     return [kind for kind in (whole, sharded) if kind]
 
 
-def _norm(kinds: list[list[nn.Parameter]], device: torch.device) -> Tensor:
+def _norm(lopt: LoPT, kinds: list[list[nn.Parameter]]) -> Tensor:
     if not kinds:
-        return torch.zeros((), device=device)
+        return torch.zeros((), device=next(lopt.model.parameters()).device)
     norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(whole)).float()

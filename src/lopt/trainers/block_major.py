@@ -50,8 +50,8 @@ class BlockMajorSteps:
             if trainer.reduction is not None:
                 trainer.reduction.wait()
             norm = clip_block(trainer.lopt, block.index, trainer.args.max_grad_norm or math.inf)
-            trainer.check_norms([*self.norms, norm])
             self.norms.append(norm)
+            trainer.check_norms(torch.stack(self.norms))
             trainer.bare_optimizer().step()  # only this block has gradients
             for parameter in trainer.lopt.block_parameters(block.index):
                 parameter.grad = None
@@ -65,7 +65,8 @@ class BlockMajorSteps:
 
     def stage(self) -> AbstractContextManager[None]:
         """What a training forward runs in: only the last block, if the earlier ones are done."""
-        if not self.norms or not torch.is_grad_enabled():
+        early = self._trainer.lopt.only is not None
+        if early or not self.norms or not torch.is_grad_enabled():
             return nullcontext()
         return self._schedule.last_block(self._trainer.micro_batch - 1)
 
@@ -97,4 +98,4 @@ class BlockMajorSteps:
             with trainer.compute_loss_context_manager():
                 trainer.compute_loss(trainer.model, copy, num_items_in_batch=items)
 
-        trainer.log_local(block.index, self._schedule.run_early(block, slot, forward))
+        trainer.log_losses({block.index: self._schedule.run_early(block, slot, forward)})

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from trl import GRPOTrainer
 
 from lopt.trainers.mixin import LoPTMixin
@@ -25,8 +24,8 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     _generated: Any = None
     _generated_tokens: Tensor
 
-    def loss_share(self, inputs: Any) -> float:
-        """This micro-batch's part of the optimizer step, by tokens where those are known.
+    def loss_share(self, tokens: int | None) -> float:
+        """The part of the optimizer step that a micro-batch is, by tokens where those are known.
 
         Micro-batches of one generation batch share its part by their tokens. If an optimizer step
         spans several generation batches (`steps_per_generation` below the accumulation), each counts
@@ -34,34 +33,26 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         """
         if self._buffered_inputs is not self._generated:
             self._generated = self._buffered_inputs
-            tokens = torch.tensor([_tokens(batch) for batch in self._generated], device=self.args.device)
-            self._generated_tokens = self.accelerator.reduce(tokens, "sum")
+            counts = [self.real_tokens(batch) for batch in self._generated]
+            self._generated_tokens = self.accelerator.reduce(
+                torch.tensor(counts, device=self.args.device), "sum"
+            )
         count = self.current_gradient_accumulation_steps
         here = self._step % self.args.steps_per_generation
         first = here - (self.micro_batch - 1)
         start, stop = max(first, 0), min(first + count, len(self._generated))
         total = int(self._generated_tokens[start:stop].sum())
-        return _tokens(inputs) / total * (stop - start) / count * self.args.world_size
+        assert tokens is not None
+        return tokens / total * (stop - start) / count * self.args.world_size
 
     def real_tokens(self, inputs: Any) -> int | None:
         """Real tokens of prompts and completions."""
-        return _tokens(inputs)
+        return int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
 
     def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
         """Prompts of the training rows, 8 or more a batch, the same on all ranks."""
-        return DataLoader(
-            self.train_dataset,
-            batch_size=max(8, self.args.per_device_train_batch_size),
-            shuffle=not isinstance(self.train_dataset, IterableDataset),
-            generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self._prompts,
-        )
+        return self.warm_up_loader(max(8, self.args.per_device_train_batch_size), self._prompts)
 
     def _prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]
         return dict(self.processing_class.pad({"input_ids": ids}, return_tensors="pt"))
-
-
-def _tokens(batch: Mapping[str, Any]) -> int:
-    """Real tokens of prompts and completions."""
-    return int(batch["prompt_mask"].sum() + batch["completion_mask"].sum())

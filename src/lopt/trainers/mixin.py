@@ -9,7 +9,7 @@ log.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,9 +137,9 @@ class LoPTMixin(Trainer):
                 self._metrics["train"][f"grad_share/block_{block}"].append(value)
         return total
 
-    def check_norms(self, norms: Iterable[Tensor]) -> None:
+    def check_norms(self, norms: Tensor) -> None:
         """Stop before the step at a gradient that is not finite; a float16 scaler skips such a step."""
-        values = [float(norm) for norm in norms]
+        values = norms.tolist()
         if not all(map(math.isfinite, values)) and not self.args.fp16:
             raise NonFiniteError(self._where(f"the gradient norms of the blocks are {values}"))
 
@@ -167,13 +167,12 @@ class LoPTMixin(Trainer):
         """
         return False
 
-    def loss_share(self, inputs: Any) -> float:
-        """This micro-batch's part of what the optimizer step's loss is a mean of, times the ranks.
+    def loss_share(self, tokens: int | None) -> float:
+        """The part of the optimizer step's mean that a micro-batch of so many tokens is, times the ranks.
 
         It counts by tokens, as in the task loss: λ does not grow with accumulation, and one batch of
         4 is four of 1. Gradients are averaged over ranks afterwards, hence the factor.
         """
-        tokens = _real_tokens(inputs)
         if tokens is None or not self._step_tokens:
             return 1 / self.current_gradient_accumulation_steps
         return tokens / self._step_tokens * self.args.world_size
@@ -190,9 +189,10 @@ class LoPTMixin(Trainer):
         inputs = super()._prepare_inputs(inputs)
         if self.model.training:
             scaler = self.accelerator.scaler
-            self.share = self.loss_share(inputs)
+            tokens = self.real_tokens(inputs)
+            self.share = self.loss_share(tokens)
             self.lopt.loss_scale = self.share * (scaler.get_scale() if scaler is not None else 1.0)
-            self.throughput.count(self.real_tokens(inputs) or 0)
+            self.throughput.count(tokens or 0)
         return inputs
 
     def _is_last_micro_batch(self) -> bool:
@@ -202,8 +202,7 @@ class LoPTMixin(Trainer):
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss; on a CPU the LM head scores only the positions that have a label."""
-        staged = self.block_major is not None and self.lopt.only is None
-        stage = self.block_major.stage() if staged and self.block_major is not None else nullcontext()
+        stage = nullcontext() if self.block_major is None else self.block_major.stage()
         with stage, labels_only() if self.args.device.type == "cpu" else nullcontext():
             return super().compute_loss(model, *args, **kwargs)
 
@@ -216,26 +215,27 @@ class LoPTMixin(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.reduction is not None:
             self.reduction.wait()
-        for block, local in enumerate(self.lopt.local_losses()):
-            self.log_local(block, local, inputs)
-        self._checked_mean("the loss", loss, inputs)
+        self.log_losses(dict(enumerate(self.lopt.local_losses())), loss, inputs)
         return loss
 
-    def log_local(self, block: int, loss: Tensor, inputs: Any = None) -> None:
-        """Note the local loss of block `block` (from 0) on a micro-batch; it must be finite."""
-        value = self._checked_mean(f"the local loss of block {block + 1}", loss, inputs)
-        self._metrics["train"][f"local_loss/block_{block + 1}"].append(value)
+    def log_losses(self, local: dict[int, Tensor], loss: Tensor | None = None, inputs: Any = None) -> None:
+        """Note the local losses of a micro-batch by block (from 0); they and `loss` must be finite.
 
-    def _checked_mean(self, name: str, value: Tensor, inputs: Any) -> float:
-        """Mean over ranks by their shares, so that all of them see the same and stop together."""
-        mean = float(value)
+        They are means over ranks by their shares, so that all of them see the same and stop together.
+        """
+        named = {f"the local loss of block {block + 1}": value for block, value in local.items()}
+        if loss is not None:
+            named["the loss"] = loss
+        means = torch.stack([value.float() for value in named.values()])
         if self.args.world_size > 1:
-            pair = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)]) * self.share
-            total, weight = self.accelerator.reduce(pair, "sum").tolist()
-            mean = total / weight
-        if not math.isfinite(mean):
-            raise NonFiniteError(self._where(f"{name} is {mean}", inputs))
-        return mean
+            total = self.accelerator.reduce(torch.cat([means, means.new_ones(1)]) * self.share, "sum")
+            means = total[:-1] / total[-1]
+        values = means.tolist()
+        bad = [f"{n} is {v}" for n, v in zip(named, values, strict=True) if not math.isfinite(v)]
+        if bad:
+            raise NonFiniteError(self._where("; ".join(bad), inputs))
+        for block, value in zip(local, values, strict=False):
+            self._metrics["train"][f"local_loss/block_{block + 1}"].append(value)
 
     def _sum(self, value: float) -> float:
         """Sum over ranks."""
@@ -269,16 +269,18 @@ class LoPTMixin(Trainer):
 
         Rows per batch as in an optimizer step, up to 8 (a micro-batch if that is more).
         """
-        shuffle = not isinstance(self.train_dataset, IterableDataset)
-        rows = self.args.per_device_train_batch_size * self.args.world_size
+        rows = self.args.per_device_train_batch_size
+        step = rows * self.args.world_size * self.args.gradient_accumulation_steps
+        return self.warm_up_loader(max(rows, min(8, step)), self.data_collator)
+
+    def warm_up_loader(self, batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader:
+        """Training rows in an order of their own, the same on all ranks."""
         return DataLoader(
             self.train_dataset,
-            batch_size=max(
-                self.args.per_device_train_batch_size, min(8, rows * self.args.gradient_accumulation_steps)
-            ),
-            shuffle=shuffle,
+            batch_size=batch_size,
+            shuffle=not isinstance(self.train_dataset, IterableDataset),
             generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self.data_collator,
+            collate_fn=collate,
         )
 
     def warm_up_heads(self) -> None:
@@ -330,6 +332,7 @@ class LoPTMixin(Trainer):
         load_heads_optimizer(optimizer, checkpoint)
 
     def bare_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, which steps whenever it is told to."""
         optimizer: Any = self.optimizer
         return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
 
