@@ -305,14 +305,13 @@ class LoPT:
     def _boundaries(self, batch: Mapping[str, Any]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Output and input (B, T, H) of every earlier block on `batch`, and the mask (B, T)."""
         pairs: list[tuple[Tensor, Tensor]] = []
-
         sharded = isinstance(self.model, FSDPModule)
 
         def observe(index: int, hidden: Tensor) -> None:
             assert self._target is not None
             pairs.append((hidden, self._target))
             if index == len(self.heads) - 1 and not sharded:
-                raise _Seen  # nothing beyond the last boundary is needed
+                raise BoundaryReached  # nothing beyond the last boundary is needed
 
         training, device = self.model.training, next(self.heads.parameters()).device
         inputs = {k: v.to(device) for k, v in batch.items() if k in _INPUTS and v is not None}
@@ -324,7 +323,7 @@ class LoPT:
                     self.model(**inputs, use_cache=False, logits_to_keep=1)
                 else:
                     self.blocks.decoder(**inputs, use_cache=False)
-        except _Seen:
+        except BoundaryReached:
             pass
         finally:
             self._observe = None
@@ -332,8 +331,8 @@ class LoPT:
         return pairs, self._mask
 
 
-class _Seen(Exception):
-    """Ends a forward that has gone as far as the last boundary."""
+class BoundaryReached(Exception):
+    """Ends a forward that has gone as far as it needs to; never leaves this package."""
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float, **settings: Any) -> list[dict[str, Any]]:

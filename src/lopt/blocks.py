@@ -63,7 +63,7 @@ class Blocks(Sequence[Block]):
         spans = split(len(self.layers), config)
         self._blocks = [Block(i, a, b) for i, (a, b) in enumerate(spans)]
         self._base, self._layout = base, layout
-        self._owners()
+        self._owners()  # refuses layers that share weights
 
     def __len__(self) -> int:
         return len(self._blocks)

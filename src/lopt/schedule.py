@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lopt.attach import LoPT
+from lopt.attach import BoundaryReached, LoPT
 from lopt.blocks import Block
 
 
@@ -49,7 +49,7 @@ class BlockMajor:
         Returns:
             The local loss, detached, not weighted.
         """
-        with self._only(block, slot), suppress(_Boundary):
+        with self._only(block, slot), suppress(BoundaryReached):
             forward()
         (loss,) = self._lopt.local_losses()
         return loss
@@ -94,10 +94,6 @@ class BlockMajor:
             if self._lopt.only == block.index:
                 self._tuples = isinstance(output, tuple)  # block 1 comes first, before any layer hands on
                 self.stash[self._slot] = output[0] if self._tuples else output
-                raise _Boundary
+                raise BoundaryReached
 
         return keep
-
-
-class _Boundary(Exception):
-    """Ends a forward at the boundary of the block whose stage it is."""

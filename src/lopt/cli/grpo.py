@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments, parse
 from lopt.cli.rows import check_task, grpo_rows
-from lopt.cli.training import adapters, check_run, load, prepare, train_and_save
+from lopt.cli.training import check_run, prepare, run
 from lopt.config import LoPTConfig
 from lopt.trainers import LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
@@ -26,17 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     rows = grpo_rows(model_args, data_args, task_args, args)
     if model_args.model_revision is not None:  # what TRL loads the reference model with
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": model_args.model_revision}
-    trainer = LoPTGRPOTrainer(
-        load(model_args, config, args),
-        reward_funcs=rows.rewards,
-        args=args,
-        lopt_config=config,
-        train_dataset=rows.train,
-        eval_dataset=rows.held_out,
-        processing_class=rows.tokenizer,
-        peft_config=adapters(model_args, config),
-    )
-    train_and_save(trainer, checkpoint)
+    run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, reward_funcs=rows.rewards)
 
 
 def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:

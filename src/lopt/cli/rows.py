@@ -15,7 +15,7 @@ from lopt.data import (
     question_rows,
     split_held_out,
 )
-from lopt.models import load_tokenizer, resolve_model
+from lopt.models import load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
 
 PROBLEMS = 5_000
@@ -54,15 +54,18 @@ def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
     """Rows and tokenizer of an SFT run; rows first, since they fail first."""
     rows = read_rows(data_args, args.seed)
     read = None if data_args.streaming else len(rows)
-    model_args.model_name_or_path = resolve_model(str(model_args.model_name_or_path))
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+    tokenizer = _tokenizer(model_args, args)
     rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
     train, held_out = split_held_out(rows, data_args.held_out, args.seed)
     return SFTRows(train, held_out, tokenizer, read)
+
+
+def _tokenizer(model_args: ModelArguments, args: Any) -> Any:
+    return load_tokenizer(
+        str(model_args.model_name_or_path),
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 class GRPORows(NamedTuple):
@@ -93,11 +96,15 @@ def check_task(task_args: TaskArguments, data_args: DataArguments) -> None:
         )
     if data_args.streaming:
         raise ValueError("--streaming is for lopt sft: GRPO's prompts are short, leave it out")
-    if task in TASKS or any([data_args.train_file, data_args.dataset_name, preset]):
+    if task in TASKS or _names_rows(data_args):
         return
     if task is None:
         raise ValueError("--reward_funcs needs prompts: give --train_file or --dataset_name")
     data_args.dataset_preset = task  # the page's `--task gsm8k` names the rows as well
+
+
+def _names_rows(data_args: DataArguments) -> bool:
+    return any([data_args.train_file, data_args.dataset_name, data_args.dataset_preset])
 
 
 def grpo_rows(
@@ -107,15 +114,11 @@ def grpo_rows(
     task = task_args.task
     specs = task_args.reward_funcs or [QUESTION_TASKS[str(task)].reward]
     rewards = [checked(load_reward(spec)) for spec in specs]
-    if task in TASKS and not any([data_args.train_file, data_args.dataset_name, data_args.dataset_preset]):
+    if task in TASKS and not _names_rows(data_args):
         rows = procedural_rows(str(task), data_args.max_samples or PROBLEMS, args.seed)
     else:
         rows = read_rows(data_args, args.seed)
-    tokenizer = load_tokenizer(
-        str(model_args.model_name_or_path),
-        revision=model_args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+    tokenizer = _tokenizer(model_args, args)
     rows = question_rows(
         rows,
         tokenizer,

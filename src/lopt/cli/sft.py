@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, parse
 from lopt.cli.rows import check_rows, sft_rows
-from lopt.cli.training import adapters, check_model, check_run, load, prepare, train_and_save
+from lopt.cli.training import check_model, check_run, prepare, run
 from lopt.config import LoPTConfig
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
@@ -21,16 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     check_run(model_args, config, args)
     checkpoint = prepare(model_args, run_args, args)
     rows = sft_rows(model_args, data_args, args)
-    trainer = LoPTSFTTrainer(
-        load(model_args, config, args),
-        args=args,
-        lopt_config=config,
-        train_dataset=rows.train,
-        eval_dataset=rows.held_out,
-        processing_class=rows.tokenizer,
-        peft_config=adapters(model_args, config),
-    )
-    train_and_save(trainer, checkpoint)
+    run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint)
 
 
 def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig) -> None:

@@ -52,7 +52,7 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, args: TrainingAr
     return checkpoint
 
 
-def load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
+def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
     """The model, and a line on how it is cut."""
     model = load_model(
         str(model_args.model_name_or_path),
@@ -67,7 +67,7 @@ def load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTraine
     return model
 
 
-def adapters(model_args: ModelArguments, config: LoPTConfig) -> Any:
+def _adapters(model_args: ModelArguments, config: LoPTConfig) -> Any:
     """The adapters of --method lora, None for other methods."""
     if config.method != "lora":
         return None
@@ -81,8 +81,36 @@ def adapters(model_args: ModelArguments, config: LoPTConfig) -> Any:
     )
 
 
-def train_and_save(trainer: Any, checkpoint: str | None) -> None:
-    """Train, evaluate on what was held out, save the plain model and what belongs to it."""
+def run(
+    trainer_class: Any,
+    rows: Any,
+    model_args: ModelArguments,
+    config: LoPTConfig,
+    args: Any,
+    checkpoint: str | None,
+    **more: Any,
+) -> None:
+    """Load the model, train it on `rows`, evaluate on what was held out, save it.
+
+    Args:
+        rows: `train`, `held_out` and `tokenizer`, from `lopt.cli.rows`.
+        checkpoint: what to go on from.
+        more: arguments of this trainer only.
+    """
+    trainer = trainer_class(
+        _load(model_args, config, args),
+        args=args,
+        lopt_config=config,
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out,
+        processing_class=rows.tokenizer,
+        peft_config=_adapters(model_args, config),
+        **more,
+    )
+    _train_and_save(trainer, checkpoint)
+
+
+def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
