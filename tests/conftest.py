@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,3 +148,16 @@ def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return path
+
+
+def fixed_rollouts(tokenizer: Any, text: Callable[[int, str], str]) -> Callable[..., dict[str, Any]]:
+    """A rollout function for TRL: completion i of a batch is `text(i, prompt)`, whatever the model says."""
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        return {
+            "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
+            "completion_ids": [tokenizer(text(i, p))["input_ids"] for i, p in enumerate(prompts)],
+            "logprobs": None,
+        }
+
+    return rollout

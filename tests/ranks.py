@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
-from conftest import tiny
+from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 
@@ -61,47 +61,37 @@ def settings(folder: Path, sharded: bool, **changes: Any) -> dict[str, Any]:
     return common | ({"fsdp": True, "fsdp_config": FSDP} if sharded and RANKS > 1 else {}) | changes
 
 
-def sft(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTSFTTrainer:
-    # 11 rows in batches of 4: the last batch of an epoch has 3, so rank 0 gets 2 and rank 1 gets 1.
-    rows = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(11)]
+def sft(
+    folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool, rows: int = 11, **changes: Any
+) -> LoPTSFTTrainer:
+    """11 rows in batches of 4: the last batch of an epoch has 3, so rank 0 gets 2 and rank 1 gets 1."""
+    data = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(rows)]
+    sizes = dict(per_device_train_batch_size=4 // RANKS)
     return LoPTSFTTrainer(
         tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
-        args=LoPTSFTConfig(**settings(folder, sharded, per_device_train_batch_size=4 // RANKS)),
+        args=LoPTSFTConfig(**settings(folder, sharded, **sizes | changes)),
         lopt_config=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(data),
         processing_class=tokenizer,
     )
 
 
 def sft_empty(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTSFTTrainer:
     """As `sft`, with accumulation, and in the last batch nothing is left for rank 1."""
-    rows = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(10)]
-    sizes = dict(per_device_train_batch_size=4 // RANKS, gradient_accumulation_steps=2)
-    return LoPTSFTTrainer(
-        tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
-        args=LoPTSFTConfig(**settings(folder, sharded, **sizes)),
-        lopt_config=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
+    return sft(folder, config, tokenizer, sharded, rows=10, gradient_accumulation_steps=2)
 
 
 def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTGRPOTrainer:
     rows = [{"prompt": f"Question {i}: "} for i in range(12)]
 
-    def fixed(prompts: list[str], trainer: LoPTGRPOTrainer) -> dict[str, Any]:
-        first = RANK * len(prompts)
-        texts = [f"{(first + i) % 4 * len(p)} is so" * ((first + i) % 3 + 1) for i, p in enumerate(prompts)]
-        return {
-            "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
-            "completion_ids": [tokenizer(t)["input_ids"] for t in texts],
-            "logprobs": None,
-        }
+    def text(i: int, prompt: str) -> str:
+        number = RANK * (4 // RANKS) + i  # in the batch of all ranks
+        return f"{number % 4 * len(prompt)} is so" * (number % 3 + 1)
 
     return LoPTGRPOTrainer(
         tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
         reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
-        rollout_func=fixed,
+        rollout_func=fixed_rollouts(tokenizer, text),
         args=LoPTGRPOConfig(
             **settings(
                 folder, sharded, per_device_train_batch_size=4 // RANKS, gradient_accumulation_steps=2,
@@ -121,14 +111,10 @@ def resume(folder: Path, tokenizer: Any, sharded: bool) -> None:
     """A run that goes on from its checkpoint at step 2 ends where the whole run ended, bit for bit."""
     ends = []
     for checkpoint in (None, str(folder / "resume" / "checkpoint-2")):
-        rows = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(24)]
         changes = dict(save_strategy="steps", save_steps=2, max_steps=4, optim="adamw_torch")
-        trainer = LoPTSFTTrainer(
-            tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
-            args=LoPTSFTConfig(**settings(folder / "resume", sharded, **changes)),
-            lopt_config=LoPTConfig(num_blocks=2, head_warmup_steps=3),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
+        config = LoPTConfig(num_blocks=2, head_warmup_steps=3)
+        trainer = sft(
+            folder / "resume", config, tokenizer, sharded, rows=24, per_device_train_batch_size=8, **changes
         )
         trainer.train(resume_from_checkpoint=checkpoint)
         ends.append(weights_of(trainer))

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig
 
-from conftest import tiny
+from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTDPOTrainer, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.trainers import NonFiniteError
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
@@ -106,14 +106,7 @@ def test_each_block_is_stepped_once_and_with_its_own_gradient_only(run, monkeypa
 def test_grpo(tiny_folder: Path, tmp_path: Path, generation: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
 
-    def fixed(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        texts = ["so be it " * (i % 3 + 1) for i, _ in enumerate(prompts)]
-        return {
-            "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
-            "completion_ids": [tokenizer(t)["input_ids"] for t in texts],
-            "logprobs": None,
-        }
-
+    fixed = fixed_rollouts(tokenizer, lambda i, prompt: "so be it " * (i % 3 + 1))
     ends = []
     for schedule in ("eager", "block_major"):
         trainer = LoPTGRPOTrainer(

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from conftest import save_tiny
+from conftest import fixed_rollouts, save_tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
 
@@ -27,12 +27,7 @@ def length_reward(completions: list[str], **_: Any) -> list[float]:
 def make(tiny_folder: Path, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
 
-    def fixed(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        return {
-            "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
-            "completion_ids": [tokenizer(TEXTS[i % 4])["input_ids"] for i in range(len(prompts))],
-            "logprobs": None,
-        }
+    fixed = fixed_rollouts(tokenizer, lambda i, prompt: TEXTS[i % 4])
 
     def build(config: LoPTConfig | None = None, plain: bool = False, sampled: bool = False, **changes: Any):
         settings = dict(
@@ -71,7 +66,6 @@ def early_gradients(trainer: LoPTGRPOTrainer) -> dict[str, torch.Tensor]:
         for name, parameter in trainer.lopt.blocks.parameters(trainer.model, 0):
             taken[name] = parameter.grad.clone()
 
-    trainer.train_sampler_order = None
     trainer.create_optimizer().register_step_pre_hook(grab)
     trainer.train()
     return taken

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, TrainerCallback
 from conftest import save_tiny, tiny
 from lopt import LoPTConfig
 from lopt.trainers import LoPTSFTTrainer, NonFiniteError
-from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
 
 
@@ -102,26 +101,15 @@ def test_the_first_run_of_random_numbers_is_the_trainers(make_trainer) -> None:
     assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
 
 
-def test_mistakes(make_trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    args = LoPTSFTConfig(output_dir=str(tmp_path))
+def test_mistakes(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--num_blocks 9"):
         make_trainer(config=LoPTConfig(num_blocks=9))
     with pytest.raises(ValueError, match="use_reentrant"):
         make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="does not run on DeepSpeed"):
-        check_settings(args, LoPTConfig())
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(ValueError, match="needs FSDP2"):
-        check_settings(args, LoPTConfig())
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match="FSDP needs GPUs"):
         make_trainer()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="each would train alone"):
-        check_settings(args, LoPTConfig())
 
 
 def test_a_bare_folder_name_works_as_in_trl(make_trainer, tmp_path: Path) -> None:
