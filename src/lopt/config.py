@@ -59,6 +59,20 @@ class LoPTConfig:
             "an optimizer step run through one block, which is stepped before the next one begins."
         },
     )
+    offload: Literal["none", "optimizer", "block"] = field(
+        default="none",
+        metadata={
+            "help": "What --schedule block_major keeps in host memory while the device does not need it: "
+            "'optimizer' state, or 'block': weights and optimizer state of all blocks but the one at work."
+        },
+    )
+    prefetch_gib: float = field(
+        default=2.0,
+        metadata={
+            "help": "With --offload: GiB of device memory for what is on its way in or out, beside the block "
+            "at work. More of it hides more of the copying."
+        },
+    )
     local_every: int = field(
         default=1,
         metadata={
@@ -105,6 +119,13 @@ class LoPTConfig:
                    "only lopt has blocks that learn on their own; leave --schedule out")  # fmt: skip
             _check(self.clip == "block", "--schedule block_major with --clip", self.clip,
                    "a block is stepped before the others' gradients exist; use --clip block")  # fmt: skip
+        _check(
+            self.offload in ("none", "optimizer", "block"),
+            "--offload", self.offload, "use none, optimizer or block",
+        )  # fmt: skip
+        _check(self.offload == "none" or self.schedule == "block_major", "--offload", self.offload,
+               "only one block at a time can be on the device; add --schedule block_major")  # fmt: skip
+        _check(_finite(self.prefetch_gib), "--prefetch_gib", self.prefetch_gib, "use a finite number >= 0")
         _check(self.local_every >= 1, "--local_every", self.local_every, "use 1 or more")
         _check(self.head_warmup_steps >= 0, "--head_warmup_steps", self.head_warmup_steps, "use 0 or more")
         _check(

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils import _python_dispatch as python_dispatch
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["MemoryPeak", "MemoryTracker", "format_bytes", "peak_memory"]
+__all__ = ["MemoryPeak", "MemoryTracker", "format_bytes", "host_tensor", "in_host_memory", "peak_memory"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class MemoryPeak:
     gradients: int  # storages that are, or were, the .grad of a tracked parameter
     optimizer: int  # tensors in the optimizer's state, step counters included
     activations: int  # all else: activations, their gradients, temporaries, inputs
+    host: int = 0  # made by `host_tensor`: not on the device, so not in the total
 
     @property
     def total(self) -> int:
-        """Sum of the four categories, in bytes."""
+        """Sum of the categories on the device, in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
@@ -140,6 +141,33 @@ class MemoryTracker:
                 self._ledger.classify(buffer, "parameters")
 
 
+def host_tensor(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A tensor, made by `make`, that counts as host memory: on a CPU it and the device are one."""
+    global _making_host
+    _making_host = True
+    try:
+        tensor = make()
+    finally:
+        _making_host = False
+    for part in _dense_parts(tensor):
+        storage = part.untyped_storage()
+        _HOST[storage._cdata] = weakref.ref(storage, partial(_forget_host, storage._cdata))
+    return tensor
+
+
+def in_host_memory(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` lies in what `host_tensor` made."""
+    return all(part.untyped_storage()._cdata in _HOST for part in _dense_parts(tensor))
+
+
+_HOST: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+_making_host = False
+
+
+def _forget_host(key: int, _: object) -> None:
+    _HOST.pop(key, None)
+
+
 def peak_memory(
     function: Callable[[], object],
     *modules: nn.Module,
@@ -181,7 +209,7 @@ class _Ledger:
     """
 
     def __init__(self, device: torch.device | None) -> None:
-        self.live = dict.fromkeys(("parameters", "gradients", "optimizer", "activations"), 0)
+        self.live = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "host"), 0)
         self.peak = dict(self.live)
         self._device = device
         self.entries: dict[int, _Entry] = {}
@@ -201,7 +229,7 @@ class _Ledger:
         """Count `tensor` under `category`, in the peak too if it was already live then."""
         for part in _dense_parts(tensor):
             entry = self._entry(part)
-            if entry is None or entry.category == category:
+            if entry is None or entry.category in (category, "host"):
                 continue
             live_at_peak = entry.birth <= self._peak_clock
             for totals in (self.live, self.peak) if live_at_peak else (self.live,):
@@ -217,7 +245,7 @@ class _Ledger:
     def mark_peak(self) -> None:
         """Make the present totals the peak."""
         self.peak = dict(self.live)
-        self._peak_total, self._peak_clock = sum(self.peak.values()), self._clock
+        self._peak_total, self._peak_clock = self._total, self._clock
 
     def _entry(self, tensor: torch.Tensor) -> _Entry | None:
         storage = tensor.untyped_storage()
@@ -226,7 +254,8 @@ class _Ledger:
             want, device = self._device, tensor.device  # a fake tensor's storage is on "meta"
             if want and (device.type != want.type or want.index not in (None, device.index)):
                 return None
-            entry = _Entry(0, "activations", 0, weakref.ref(storage, partial(self._free, key)))
+            category = "host" if _making_host or key in _HOST else "activations"
+            entry = _Entry(0, category, 0, weakref.ref(storage, partial(self._free, key)))
             self.entries[key] = entry
         if entry.nbytes != (nbytes := storage.nbytes()):
             self._update(entry, nbytes)
@@ -237,14 +266,16 @@ class _Ledger:
         self._clock += 1
         entry.birth, entry.nbytes = self._clock, nbytes
         self.live[entry.category] += change
-        self._total += change
+        if entry.category != "host":
+            self._total += change
         if self._total > self._peak_total:
             self.mark_peak()
 
     def _free(self, key: int, _: object) -> None:
         entry = self.entries.pop(key)
         self.live[entry.category] -= entry.nbytes
-        self._total -= entry.nbytes
+        if entry.category != "host":
+            self._total -= entry.nbytes
 
 
 class _Watcher(python_dispatch.TorchDispatchMode):

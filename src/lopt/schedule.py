@@ -14,22 +14,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lopt.attach import BoundaryReached, LoPT
-from lopt.blocks import Block
+from lopt.blocks import Block, base_model
+from lopt.memory import host_tensor
+from lopt.offload import Offload
 
 
 class BlockMajor:
     """Runs the blocks of an attached model one at a time.
 
+    For each block in order: `enter` it, let every micro-batch pass (`run_early`, and for the last block
+    `last_block`), clip and step it, `leave` it; then `end_step`. docs/memory.md has a whole loop.
+
+    Args:
+        lopt: the handle.
+        offload: moves what the block at work does not need to host memory.
+
     Attributes:
-        stash: for each micro-batch the output (B, T, H) of the block it went through last.
+        stash: for each micro-batch the output (B, T, H) of the block it went through last; in host
+            memory if weights are.
     """
 
-    def __init__(self, lopt: LoPT) -> None:
-        self.stash: dict[int, Tensor] = {}
+    def __init__(self, lopt: LoPT, offload: Offload | None = None) -> None:
+        self.stash: dict[int, Tensor] = HostStash() if offload and offload.weights else {}
         self._lopt = lopt
+        self._offload = offload
+        self._embedding: Any = base_model(lopt.model).get_input_embeddings()
         self._slot = 0
         self._tuples = False
         for block in lopt.blocks[1:]:
@@ -40,19 +53,37 @@ class BlockMajor:
         for block in lopt.blocks[:-1]:
             lopt.hooks.append(lopt.blocks.last_layer(block).register_forward_hook(self._keep(block)))
 
-    def run_early(self, block: Block, slot: int, forward: Callable[[], Any]) -> Tensor:
-        """Let micro-batch `slot` pass through an earlier block, with its local backward.
+    def enter(self, block: Block) -> None:
+        """All micro-batches go through `block` next."""
+        if self._offload is not None:
+            self._offload.enter(block.index, self._learns(block))
+
+    def leave(self, block: Block) -> None:
+        """They have, and the block has been stepped, if it learns in this optimizer step."""
+        if self._offload is not None:
+            self._offload.leave(block.index, self._learns(block))
+
+    def end_step(self) -> None:
+        """The last block has been stepped: weights that travel are in host memory."""
+        if self._offload is not None:
+            self._offload.settle()
+
+    def _learns(self, block: Block) -> bool:
+        return self._lopt.learns_locally or block.index == len(self._lopt.blocks) - 1
+
+    def run_early(self, block: Block, slot: int, forward: Callable[[], Any]) -> Tensor | None:
+        """Let micro-batch `slot` pass through an earlier block, with its local backward if it learns.
 
         Args:
             forward: calls the model on the micro-batch; it is ended at the block's boundary.
 
         Returns:
-            The local loss, detached, not weighted.
+            The local loss, detached, not weighted; None if earlier blocks rest.
         """
-        with self._only(block, slot), suppress(BoundaryReached):
+        learns = self._learns(block)
+        with self._only(block, slot), torch.set_grad_enabled(learns), suppress(BoundaryReached):
             forward()
-        (loss,) = self._lopt.local_losses()
-        return loss
+        return self._lopt.local_losses()[0] if learns else None
 
     @contextmanager
     def last_block(self, slot: int) -> Iterator[None]:
@@ -64,18 +95,27 @@ class BlockMajor:
     @contextmanager
     def _only(self, block: Block, slot: int) -> Iterator[None]:
         self._slot, self._lopt.only = slot, block.index
-        before = self._lopt.blocks.layers[: block.start]
-        own = [vars(layer).get("forward") for layer in before]
-        for layer in before:
-            layer.forward = self._hand_on
+        stand_ins: dict[Any, Callable[..., Any]] = {
+            layer: self._hand_on for layer in self._lopt.blocks.layers[: block.start]
+        }
+        if stand_ins:
+            stand_ins[self._embedding] = self._no_embedding
+        own: dict[Any, Any] = {module: vars(module).get("forward") for module in stand_ins}
+        for module, forward in stand_ins.items():
+            module.forward = forward
         try:
             yield
         finally:
             self._lopt.only = None
-            for layer, forward in zip(before, own, strict=True):
-                del layer.forward
+            for module, forward in own.items():
+                del module.forward
                 if forward is not None:
-                    layer.forward = forward
+                    module.forward = forward
+
+    def _no_embedding(self, input_ids: Tensor) -> Tensor:
+        """In place of an embedding that nobody reads: zeros (B, T, E)."""
+        weight = self._embedding.weight
+        return weight.new_zeros((*input_ids.shape, weight.shape[1]), device=input_ids.device)
 
     def _hand_on(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden_states,) if self._tuples else hidden_states
@@ -97,3 +137,21 @@ class BlockMajor:
                 raise BoundaryReached
 
         return keep
+
+
+class HostStash(dict[int, Tensor]):
+    """Boundaries in host memory: pinned and copied on the computation's own stream if that is a GPU's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._device = torch.device("cpu")
+
+    def __setitem__(self, slot: int, boundary: Tensor) -> None:
+        self._device = boundary.device
+        on_gpu = self._device.type == "cuda"
+        copy = host_tensor(lambda: torch.empty_like(boundary, device="cpu", pin_memory=on_gpu))
+        super().__setitem__(slot, copy.copy_(boundary, non_blocking=True))
+
+    def __getitem__(self, slot: int) -> Tensor:
+        host = super().__getitem__(slot)
+        return torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
 from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTDPOTrainer, LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.memory import in_host_memory
 from lopt.trainers import NonFiniteError
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 
@@ -28,18 +29,26 @@ def run(tiny_folder: Path, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
 
     def train(
-        schedule: str, k: int, name: str = "llama-tied", config: dict | None = None, **changes: Any
+        schedule: str,
+        k: int,
+        name: str = "llama-tied",
+        config: dict | None = None,
+        folder: str = "run",
+        checkpoint: Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        **changes: Any,
     ) -> tuple[dict[str, torch.Tensor], list[dict], Any]:
         trainer = LoPTSFTTrainer(
-            tiny(name, vocab_size=260, max_position_embeddings=256),
-            args=LoPTSFTConfig(output_dir=str(tmp_path / schedule), **COMMON | changes),
+            tiny(name, dtype, vocab_size=260, max_position_embeddings=256),
+            args=LoPTSFTConfig(output_dir=str(tmp_path / folder), **COMMON | changes),
             lopt_config=LoPTConfig(
                 num_blocks=k, schedule=schedule, head_warmup_steps=2, lr_k1=1e-2, **config or {}
             ),
             train_dataset=Dataset.from_list(ROWS),
+            eval_dataset=Dataset.from_list(ROWS[:6]),
             processing_class=tokenizer,
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         return state(trainer), [r for r in trainer.state.log_history if "loss" in r], trainer
 
     return train
@@ -69,6 +78,10 @@ def test_weights_are_those_of_the_eager_schedule(run, k: int, accumulation: int)
     eager, eager_logs, _ = run("eager", k, **flags)
     staged, logs, _ = run("block_major", k, **flags)
     same(eager, staged)
+    for offload in ("optimizer", "block"):
+        travelled, _, trainer = run("block_major", k, config={"offload": offload}, **flags)
+        same(eager, travelled)
+        assert in_host_memory(trainer.model.get_input_embeddings().weight) == (offload == "block")
     for row, other in zip(eager_logs, logs, strict=True):
         assert other.keys() == row.keys()
         for key in row:
@@ -84,9 +97,66 @@ def test_every_architecture(run, name: str) -> None:
     same(eager, staged)
 
 
-def test_local_every(run) -> None:
-    flags = dict(gradient_accumulation_steps=3, per_device_train_batch_size=2, config={"local_every": 3})
-    same(run("eager", 4, **flags)[0], run("block_major", 4, **flags)[0])
+@pytest.mark.parametrize("offload", ["none", "optimizer", "block"])
+def test_local_every(run, offload: str) -> None:
+    flags = dict(gradient_accumulation_steps=3, per_device_train_batch_size=2, optim="adamw_torch_fused")
+    eager, _, _ = run("eager", 4, config={"local_every": 3}, **flags)
+    staged, _, trainer = run("block_major", 4, config={"local_every": 3, "offload": offload}, **flags)
+    same(eager, staged, tolerance=1e-4)  # AdamW makes large steps out of small differences
+    steps = {float(s["step"]) for s in trainer.bare_optimizer().state.values()}
+    assert steps == {10, 4}  # steps 1, 4, 7 and 10 for the earlier blocks
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "offload": dict(config={"offload": "block", "prefetch_gib": 1e-5}),
+    "optimizer": dict(config={"offload": "optimizer"}, optim="NAdam"),
+    "bfloat16": dict(config={"offload": "block"}, dtype=torch.bfloat16, state_dtype="bfloat16"),
+    "masters": dict(config={"offload": "block", "local_every": 2}, dtype=torch.bfloat16, master_weights=True),
+    "low bit": dict(config={"offload": "block"}, dtype=torch.bfloat16, optim="adamw_torch_8bit"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_resumed_run_is_bit_for_bit_the_whole_one(run, tmp_path: Path, monkeypatch, name: str) -> None:
+    if name == "low bit":
+        pytest.importorskip("torchao")
+    flags: dict[str, Any] = dict(
+        optim="adamw_torch_fused", save_strategy="steps", save_steps=3, save_total_limit=9, max_steps=8, learning_rate=1e-3,
+        gradient_accumulation_steps=4, per_device_train_batch_size=2, eval_strategy="steps", eval_steps=2,
+    ) | SETTINGS[name]  # fmt: skip
+    with torch.compiler.set_stance("force_eager"):
+        whole, _, _ = run("block_major", 3, folder="whole", **flags)
+        resumed, _, _ = run(
+            "block_major", 3, folder="resumed", checkpoint=tmp_path / "whole" / "checkpoint-3", **flags
+        )
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
+
+
+def test_what_is_saved_is_what_was_trained(run, tmp_path: Path) -> None:
+    flags = dict(optim="adamw_torch_fused", config={"offload": "block"}, per_device_train_batch_size=2)
+    end, _, trainer = run("block_major", 3, eval_strategy="steps", eval_steps=5, **flags)
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for key, value in loaded.named_parameters():
+        assert torch.equal(value, end[key]), key
+    other = LoPTSFTTrainer(
+        loaded, args=LoPTSFTConfig(output_dir=str(tmp_path / "other"), **COMMON), lopt_config=LoPTConfig(),
+        train_dataset=Dataset.from_list(ROWS), eval_dataset=Dataset.from_list(ROWS[:6]),
+        processing_class=trainer.processing_class,
+    )  # fmt: skip
+    assert other.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_best_checkpoint_comes_back(run) -> None:
+    flags = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_steps=6)
+    best = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+    ends = [
+        run("block_major", 3, config={"offload": offload}, folder=offload, **flags, **best)[0]
+        for offload in ("none", "block")
+    ]
+    same(*ends, tolerance=0.0)
 
 
 def test_each_block_is_stepped_once_and_with_its_own_gradient_only(run, monkeypatch) -> None:

@@ -31,30 +31,44 @@ class BlockMajorSteps:
     def __init__(self, trainer: Any) -> None:
         self.norms: list[Tensor] = []
         self._trainer = trainer
-        self._schedule = BlockMajor(trainer.lopt)
+        self._schedule = BlockMajor(trainer.lopt, trainer.offload)
+        self._ready = False
         self._prepared: list[tuple[Any, float, float]] = []
         self._slot: int | None = None
 
     def begin_step(self) -> None:
         """A new optimizer step: forget the last one."""
-        self.norms, self._prepared, self._slot = [], [], None
+        self.norms, self._prepared, self._slot, self._ready = [], [], None, False
+
+    def end_step(self) -> None:
+        """The last block has been stepped as well."""
+        self._schedule.end_step()
 
     def run_early_blocks(self, batches: list[Any], items: Any) -> None:
-        """All micro-batches through all blocks but the last; steps each block."""
+        """All micro-batches through all blocks but the last; steps each block that learns."""
         trainer = self._trainer
         trainer.model.train()
         self._prepared = list(self._prepare(batches))
         for block in trainer.lopt.blocks[:-1]:
+            self._schedule.enter(block)
             for slot in range(len(batches)):
                 self._run(block, slot, items)
-            if trainer.reduction is not None:
-                trainer.reduction.wait()
-            norm = clip_block(trainer.lopt, block.index, trainer.args.max_grad_norm or math.inf)
-            self.norms.append(norm)
-            trainer.check_norms(torch.stack(self.norms))
-            trainer.bare_optimizer().step()  # only this block has gradients
-            for parameter in trainer.lopt.block_parameters(block.index):
-                parameter.grad = None
+            if trainer.lopt.learns_locally:
+                self._step(block)
+            self._schedule.leave(block)
+        self._schedule.enter(trainer.lopt.blocks[-1])
+        self._ready = True
+
+    def _step(self, block: Block) -> None:
+        trainer = self._trainer
+        if trainer.reduction is not None:
+            trainer.reduction.wait()
+        norm = clip_block(trainer.lopt, block.index, trainer.args.max_grad_norm or math.inf)
+        self.norms.append(norm)
+        trainer.check_norms(torch.stack(self.norms))
+        trainer.bare_optimizer().step()  # only this block has gradients
+        for parameter in trainer.lopt.block_parameters(block.index):
+            parameter.grad = None
 
     def inputs(self) -> Any:
         """The prepared inputs of the current micro-batch; None if nothing is prepared."""
@@ -66,7 +80,7 @@ class BlockMajorSteps:
     def stage(self) -> AbstractContextManager[None]:
         """What a training forward runs in: only the last block, if the earlier ones are done."""
         early = self._trainer.lopt.only is not None
-        if early or not self.norms or not torch.is_grad_enabled():
+        if early or not self._ready or not torch.is_grad_enabled():
             return nullcontext()
         return self._schedule.last_block(self._trainer.micro_batch - 1)
 
@@ -98,4 +112,6 @@ class BlockMajorSteps:
             with trainer.compute_loss_context_manager():
                 trainer.compute_loss(trainer.model, copy, num_items_in_batch=items)
 
-        trainer.log_losses({block.index: self._schedule.run_early(block, slot, forward)})
+        loss = self._schedule.run_early(block, slot, forward)
+        if loss is not None:
+            trainer.log_losses({block.index: loss})

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.training_args import OptimizerNames
 from trl import GRPOConfig, SFTConfig
+
+from lopt.trainers.optimizer import is_torch_optimizer, torch_options
 
 if TYPE_CHECKING:  # what the defaults are put in front of
     from transformers import TrainingArguments
@@ -37,6 +40,24 @@ class _Defaults(TrainingArguments):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "How many checkpoints to keep; the oldest go first."}
     )
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={
+            "help": "A name that transformers knows (adamw_torch_fused, adamw_torch_8bit, adamw_torch_4bit, "
+            "sgd, adafactor, ...) or a class of torch.optim (NAdam, RMSprop, ...)."
+        },
+    )
+    master_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "With weights in bfloat16: keep float32 masters in the optimizer's state (4 bytes per "
+            "parameter) instead of rounding stochastically."
+        },
+    )
+    state_dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of the optimizer's state between steps: float32 or bfloat16 (half of it)."},
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -47,7 +68,18 @@ class _Defaults(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.activation_checkpointing is None:  # the new name of the same flag
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.state_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--state_dtype {self.state_dtype} is not possible: use float32 or bfloat16")
+        own = str(self.optim) if is_torch_optimizer(self.optim) else None
+        if own is not None:
+            torch_options(self)
+            self.optim = OptimizerNames.ADAMW_TORCH  # whatever transformers knows
+        elif self.optim not in list(OptimizerNames):
+            raise ValueError(
+                f"--optim {self.optim} is no class of torch.optim and none of {', '.join(OptimizerNames)}"
+            )
         super().__post_init__()
+        self.optim = own or self.optim
 
 
 @dataclass

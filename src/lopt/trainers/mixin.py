@@ -26,11 +26,14 @@ from lopt.attach import LoPT, attach
 from lopt.blocks import Blocks
 from lopt.config import LoPTConfig
 from lopt.distributed import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
+from lopt.offload import Offload
 from lopt.optim import clip_block, clip_gradients
 from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
 from lopt.trainers.labels import labels_only
+from lopt.trainers.optimizer import block_optimizer, optimizer_factory
 from lopt.trainers.throughput import Throughput
+from lopt.trainers.travel import TravellingWeights
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from transformers import Trainer
@@ -44,7 +47,7 @@ class NonFiniteError(ValueError):
     """A loss or gradient is not a finite number; raised before the optimizer step."""
 
 
-class LoPTMixin(Trainer):
+class LoPTMixin(TravellingWeights, Trainer):
     """Goes in front of a TRL trainer class and takes one argument more, `lopt_config`.
 
     Attributes:
@@ -70,6 +73,7 @@ class LoPTMixin(Trainer):
             check_settings(settings, config, model)
         if isinstance(model, nn.Module):
             Blocks(model, config)
+        self.weights_travel = config.offload == "block"
         super().__init__(model, *args, **kwargs)
         if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
             raise ValueError("FSDP needs GPUs, on CPUs accelerate would run DDP: leave FSDP out")
@@ -81,6 +85,9 @@ class LoPTMixin(Trainer):
         if dist.is_initialized() and self.lopt.heads:  # a launcher's single process is in DDP as well
             self.reduction = GradientReduction(self.lopt, is_last=self._is_last_micro_batch)
         staged = config.schedule == "block_major" and self.lopt.heads
+        if staged and config.offload != "none":
+            ahead = int(config.prefetch_gib * 2**30)
+            self.offload = Offload(self.lopt, self.args.device, ahead, weights=self.weights_travel)
         self.block_major = BlockMajorSteps(self) if staged else None
         self._step_tokens = 0
         self.micro_batch = 0
@@ -93,16 +100,13 @@ class LoPTMixin(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer `--optim` names, over the handle's parameter groups."""
-        if self.optimizer is None and self.lopt.config.is_cut:
-            factory, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if {"params", "model", "optimizer_dict"} & options.keys() or not isinstance(factory, type):
-                raise ValueError(
-                    f"--optim {self.args.optim} makes its own parameter groups and cannot serve blocks: "
-                    "use one such as adamw_torch_fused"
-                )
-            # FSDP2 replaces the parameters it knows, so the heads join when it is done.
-            groups = [g for g in self._parameter_groups() if not (g["heads"] and self.is_fsdp_enabled)]
-            self.optimizer = factory(groups, **options)
+        if self.optimizer is None and self.lopt.config.method != "lora":
+            make = optimizer_factory(self)
+            if self.is_fsdp_enabled:
+                # FSDP2 replaces the parameters it knows, so the heads join when it is done.
+                self.optimizer = make([g for g in self._parameter_groups() if not g["heads"]])
+            else:
+                self.optimizer = block_optimizer(self, self._parameter_groups(), make)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -210,7 +214,7 @@ class LoPTMixin(Trainer):
         """Forward with the local backwards inside, then the task backward of the last block."""
         self.micro_batch += 1
         with self.throughput.micro_batch(_size(inputs), self.model, self.optimizer):
-            if self.block_major is not None and self.micro_batch == 1 and self.lopt.learns_locally:
+            if self.block_major is not None and self.micro_batch == 1:
                 self.block_major.run_early_blocks(self._batches, num_items_in_batch)
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.reduction is not None:
@@ -358,6 +362,8 @@ class _LoopHooks(TrainerCallback):
         self.trainer.lopt.heads.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.block_major is not None:
+            self.trainer.block_major.end_step()
         self.trainer.throughput.end_step()
 
 

@@ -1,0 +1,120 @@
+"""From a trainer's settings to the optimizer of its blocks."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lopt.memory import format_bytes
+from lopt.optim import PART_BYTES, BlockOptimizer, Precision, state_bytes
+
+Groups = list[dict[str, Any]]
+Make = Callable[[Groups], Optimizer]
+
+
+def optimizer_factory(trainer: Any) -> Make:
+    """What makes the optimizer that `--optim` names out of parameter groups.
+
+    Raises:
+        ValueError: it makes groups of its own, as layer-wise optimizers do.
+    """
+    args = trainer.args
+    if is_torch_optimizer(args.optim):
+        options = torch_options(args)
+        return lambda groups: getattr(torch.optim, args.optim)(groups, **options)
+    factory, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    if {"params", "model", "optimizer_dict"} & options.keys() or not isinstance(factory, type):
+        raise ValueError(
+            f"--optim {args.optim} makes its own parameter groups and cannot serve blocks: "
+            "use one such as adamw_torch_fused"
+        )
+    return lambda groups: factory(groups, **options)
+
+
+def is_torch_optimizer(name: Any) -> bool:
+    """Whether `name` is that of a class of torch.optim."""
+    found = getattr(torch.optim, str(name), None)
+    return isinstance(found, type) and issubclass(found, Optimizer) and found is not Optimizer
+
+
+def torch_options(args: Any) -> dict[str, Any]:
+    """Arguments of a torch.optim class: those of the flags that it knows, then `--optim_args`.
+
+    Raises:
+        ValueError: `--optim_args` is not a list of name=value, or has a name the class does not know.
+    """
+    known = inspect.signature(getattr(torch.optim, args.optim)).parameters
+    flags = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "fused": True if "fused" in known else None,
+    }
+    options = {name: value for name, value in flags.items() if name in known and value is not None}
+    for pair in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+        name, _, value = pair.partition("=")
+        if name not in known:
+            raise ValueError(f"--optim_args {pair}: torch.optim.{args.optim} takes {', '.join(known)}")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"--optim_args {pair}: write name=value, for example momentum=0.9") from error
+    return options
+
+
+def block_optimizer(trainer: Any, groups: Groups, make: Make) -> BlockOptimizer:
+    """That optimizer behind the face that steps part by part; its state travels with `--offload`.
+
+    Raises:
+        ValueError: host memory is too small for the state.
+    """
+    args, offload = trainer.args, trainer.offload
+    precision = Precision(
+        # A TRL config of the user's own has neither flag.
+        masters=getattr(args, "master_weights", False),
+        state_dtype=getattr(torch, getattr(args, "state_dtype", "float32")),
+        seed=args.seed,
+    )
+    if offload is None:
+        return BlockOptimizer(groups, make, precision=precision)
+    parameters = [p for group in groups for p in group["params"]]
+    _check_host_memory(parameters, make, precision)
+    part_bytes = min(PART_BYTES, int(trainer.lopt.config.prefetch_gib * 2**30) // 8)
+    optimizer = BlockOptimizer(
+        groups, make, precision=precision, part_bytes=part_bytes, conveyor=offload.conveyor
+    )
+    offload.optimizer = optimizer
+    return optimizer
+
+
+def _check_host_memory(parameters: list[Tensor], make: Make, precision: Precision) -> None:
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        counts[parameter.dtype] += parameter.numel()
+    need = sum(state_bytes(make, precision, dtype) * count for dtype, count in counts.items())
+    have = free_host_memory()
+    if need > have:
+        raise ValueError(
+            f"--offload keeps {format_bytes(int(need))} of optimizer state in host memory, of which "
+            f"{format_bytes(have)} are free: use --state_dtype bfloat16, --optim adamw_torch_8bit, or a "
+            "machine with more memory"
+        )
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that this process may still use: the machine's, or its control group's if less."""
+    free = psutil.virtual_memory().available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        pass
+    return free
