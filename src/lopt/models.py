@@ -61,13 +61,13 @@ def load_model(
     Args:
         name: alias, folder or hub id (see `resolve_model`).
         dtype: of the weights. float32 keeps what small steps add; bfloat16 halves the memory and
-            rounds small steps away (docs/memory.md).
+            needs an optimizer that does not round small steps away (`lopt.optim`).
 
     Raises:
         ValueError: not found, not reachable, not a decoder-only causal LM, not safetensors.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is not possible: use one of {', '.join(DTYPES)}")
+        raise ValueError(f"--param_dtype {dtype} is not possible: use one of {', '.join(DTYPES)}")
     path = resolve_model(name)
     where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
     try:

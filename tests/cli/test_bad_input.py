@@ -44,7 +44,17 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "output is a file": ({"--output_dir": "{tmp}/rows.xml"}, "is a file"),
     "output holds a run": ({"--output_dir": "{tmp}/model"}, "--overwrite_output_dir"),
     "reentrant": ({"--gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "use_reentrant"),
-    "dtype": ({"--dtype": "int8"}, "--dtype int8"),
+    "dtype": ({"--param_dtype": "int8"}, "--param_dtype int8"),
+    "dtype of the state": ({"--state_dtype": "int8"}, "--state_dtype int8"),
+    "offload without the schedule": ({"--offload": "block"}, "add --schedule block_major"),
+    "unknown offload": ({"--schedule": "block_major", "--offload": "disk"}, "invalid choice: 'disk'"),
+    "prefetch < 0": ({"--prefetch_gib": "-1"}, "--prefetch_gib -1.0"),
+    "unknown optimizer": ({"--optim": "adamm"}, "--optim adamm is no class of torch.optim"),
+    "unknown argument of the optimizer": (
+        {"--optim": "NAdam", "--optim_args": "speed=9"},
+        "torch.optim.NAdam takes",
+    ),
+    "broken argument of the optimizer": ({"--optim": "SGD", "--optim_args": "momentum"}, "momentum=0.9"),
     "optimizer that is missing": (
         {"--optim": "galore_adamw", "--optim_target_modules": "q_proj"},
         "galore_torch",

@@ -69,11 +69,19 @@ def test_batches_accumulation_and_checkpointing_are_the_same_run(sft: Run, k: st
             torch.testing.assert_close(weights(other)[key], value, rtol=1e-3, atol=2e-5, msg=f"{name}: {key}")
 
 
-@pytest.mark.parametrize("case", ["lopt-k2", "lopt-k4", "e2e"])
+GOLDEN_CASES: dict[str, list[str]] = {
+    "e2e": ["--method", "e2e"],
+    "lopt-k2": ["--num_blocks", "2"],
+    "lopt-k4": ["--num_blocks", "4"],
+    "block-major-bf16": ["--num_blocks", "4", "--schedule", "block_major", "--offload", "block",
+                         "--param_dtype", "bfloat16", "--gradient_accumulation_steps", "2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_golden_losses(sft: Run, case: str) -> None:
     """20 steps; after a wanted change of numbers delete the file, run once and look at the diff."""
-    method, _, k = case.partition("-k")
-    _, losses = sft("golden", "--method", method, "--num_blocks", k or "1", steps=20)
+    _, losses = sft("golden", *GOLDEN_CASES[case], steps=20)
     path = GOLDEN / f"{case}.json"
     if not path.exists():
         path.write_text(json.dumps(losses) + "\n")
@@ -90,6 +98,16 @@ def test_what_moves(sft: Run, tiny_folder: Path, method: str) -> None:
     for name, value in before.items():
         early = any(part in name for part in ("embed_tokens", "layers.0.", "layers.1."))
         assert torch.equal(value, after[name]) == (method == "frozen" and early), name
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer", "block"])
+def test_block_major_is_eager(sft: Run, offload: str) -> None:
+    flags = ["--num_blocks", "3", "--gradient_accumulation_steps", "2"]
+    folder, losses = sft("eager", *flags)
+    other, other_losses = sft(offload, *flags, "--schedule", "block_major", "--offload", offload)
+    assert other_losses == pytest.approx(losses, rel=1e-6)
+    for key, value in weights(folder).items():
+        torch.testing.assert_close(weights(other)[key], value, rtol=1e-5, atol=1e-7, msg=key)
 
 
 def test_local_every(sft: Run, tiny_folder: Path) -> None:

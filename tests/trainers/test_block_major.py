@@ -121,8 +121,9 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_one(run, tmp_path: Path, monkeyp
     if name == "low bit":
         pytest.importorskip("torchao")
     flags: dict[str, Any] = dict(
-        optim="adamw_torch_fused", save_strategy="steps", save_steps=3, save_total_limit=9, max_steps=8, learning_rate=1e-3,
-        gradient_accumulation_steps=4, per_device_train_batch_size=2, eval_strategy="steps", eval_steps=2,
+        optim="adamw_torch_fused", save_strategy="steps", save_steps=3, save_total_limit=9, max_steps=8,
+        learning_rate=1e-3, gradient_accumulation_steps=4, per_device_train_batch_size=2,
+        eval_strategy="steps", eval_steps=2,
     ) | SETTINGS[name]  # fmt: skip
     with torch.compiler.set_stance("force_eager"):
         whole, _, _ = run("block_major", 3, folder="whole", **flags)

@@ -8,7 +8,7 @@ import pytest
 
 from lopt import LoPTConfig
 from lopt.trainers.checks import check_settings
-from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 
 
 def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -24,3 +24,22 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="each would train alone"):
         check_settings(args, LoPTConfig())
+
+
+BLOCK = LoPTConfig(schedule="block_major", offload="block")
+
+
+def test_weights_that_travel_are_for_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    args = LoPTSFTConfig(output_dir=str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match="use --offload optimizer"):
+        check_settings(args, BLOCK)
+    check_settings(args, BLOCK.replace(offload="optimizer"))
+
+
+def test_weights_that_travel_are_not_for_vllm(tmp_path: Path) -> None:
+    args = LoPTGRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8)
+    args.use_vllm = True
+    with pytest.raises(ValueError, match="weights that are not on the device"):
+        check_settings(args, BLOCK)

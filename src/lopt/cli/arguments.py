@@ -26,10 +26,12 @@ class ModelArguments:
         },
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: str = field(
+    param_dtype: str = field(
         default="float32",
         metadata={
-            "help": "Dtype of the weights: float32, bfloat16 (half the memory, loses small steps) or auto."
+            "aliases": ["--dtype"],
+            "help": "Dtype of the weights: float32, bfloat16 (half the memory; updates are rounded "
+            "stochastically, or follow --master_weights) or auto.",
         },
     )
     attn_implementation: str | None = field(

@@ -56,7 +56,7 @@ def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrain
     """The model, and a line on how it is cut."""
     model = load_model(
         str(model_args.model_name_or_path),
-        dtype=model_args.dtype,
+        dtype=model_args.param_dtype,
         revision=model_args.model_revision,
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=args.trust_remote_code,

@@ -18,7 +18,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
 
     Raises:
         ValueError: reentrant checkpointing, DeepSpeed, FSDP 1, vLLM with an untied embedding; block-major
-            with FSDP, a gradient scaler or routers.
+            with FSDP, a gradient scaler or routers; weights that travel with several processes or vLLM.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
@@ -45,16 +45,27 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             "(examples/fsdp2.yaml)"
         )
     if config.schedule == "block_major":
-        _check_block_major(args, model)
+        _check_block_major(args, config, model)
     if getattr(args, "use_vllm", False) and isinstance(model, nn.Module):
         _check_vllm(config, model)
 
 
-def _check_block_major(args: TrainingArguments, model: Any) -> None:
+def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
     if fsdp_version(args) is not None:
         raise ValueError("--schedule block_major does not run on FSDP2: use --schedule eager, or DDP")
     if args.fp16:
         raise ValueError("--schedule block_major steps blocks without a gradient scaler: use --bf16")
+    if config.offload == "block" and args.world_size > 1:
+        raise ValueError(
+            "--offload block keeps the whole model in the host memory of each of the "
+            f"{args.world_size} processes, which cannot average its gradients: use --offload optimizer, "
+            "one process, or FSDP2 with --schedule eager"
+        )
+    if config.offload == "block" and getattr(args, "use_vllm", False):
+        raise ValueError(
+            "--offload block with --use_vllm: vLLM would read weights that are not on the device: "
+            "use --offload optimizer"
+        )
     if isinstance(model, nn.Module) and getattr(model.config, "output_router_logits", False):
         raise ValueError(
             "--schedule block_major cannot balance routers over all layers at once: use --schedule eager"

@@ -1,0 +1,95 @@
+"""`--optim`: any class of torch.optim, what transformers knows, and enough host memory for its state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from conftest import tiny
+from lopt import LoPTConfig, LoPTSFTTrainer
+from lopt.trainers import optimizer as module
+from lopt.trainers.config import LoPTSFTConfig
+
+ROWS = [{"prompt": f"Question {i} ", "completion": "answer"} for i in range(8)]
+
+SETTINGS: dict[str, Any] = dict(max_steps=2, disable_tqdm=True, report_to="none", save_strategy="no")
+
+
+@pytest.fixture
+def trainer(tiny_folder: Path, tmp_path: Path):
+    def make(config: LoPTConfig | None = None, **flags: Any) -> LoPTSFTTrainer:
+        return LoPTSFTTrainer(
+            tiny("llama", vocab_size=260),
+            args=LoPTSFTConfig(
+                output_dir=str(tmp_path), max_steps=2, disable_tqdm=True, report_to="none", **flags
+            ),
+            lopt_config=config or LoPTConfig(head_warmup_steps=1),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "expected"),
+    [
+        (dict(optim="NAdam", adam_beta1=0.8), torch.optim.NAdam, dict(betas=(0.8, 0.999))),
+        (dict(optim="SGD", optim_args="momentum=0.5, nesterov=True"), torch.optim.SGD,
+         dict(momentum=0.5, nesterov=True, fused=True)),
+        (dict(optim="adamw_torch_fused"), torch.optim.AdamW, dict(fused=True)),
+        (dict(optim="rmsprop"), torch.optim.RMSprop, {}),
+    ],
+)  # fmt: skip
+def test_names(trainer, flags: dict, kind: type, expected: dict) -> None:
+    made = trainer(**flags, learning_rate=3e-3)
+    assert made.args.optim == flags["optim"]
+    made.train()
+    inner = made.bare_optimizer().optimizer
+    assert type(inner) is kind
+    for group in inner.param_groups:
+        assert expected.items() <= group.items()
+    assert made.state.log_history[-1]["train_loss"] > 0
+
+
+@pytest.mark.parametrize("method", ["e2e", "frozen", "lopt"])
+def test_small_steps_move_bfloat16_weights_by_every_method(trainer, method: str) -> None:
+    """AdamW's first steps are as large as the learning rate, here a fiftieth of a bfloat16's last place."""
+    made = trainer(LoPTConfig(method=method, head_warmup_steps=1, lr_k1=1e-5), learning_rate=1e-5)
+    made.model.bfloat16()
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    made.train()
+    for name, parameter in made.model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            share = (parameter != before[name]).float().mean().item()
+            assert (share == 0) if not parameter.requires_grad else 0.001 < share < 0.3, (name, share)
+
+
+def test_too_little_host_memory_is_said_before_the_first_step(trainer, monkeypatch) -> None:
+    monkeypatch.setattr(module, "free_host_memory", lambda: 100_000)
+    config = LoPTConfig(schedule="block_major", offload="optimizer", head_warmup_steps=1)
+    with pytest.raises(ValueError, match=r"--offload keeps .* KiB of optimizer state .* 97.7 KiB are free"):
+        trainer(config).train()
+    trainer(config, optim="SGD").train()  # has no state
+
+
+def test_free_host_memory_is_the_control_groups_if_less(monkeypatch, tmp_path: Path) -> None:
+    files = {"/sys/fs/cgroup/memory.max": "5000", "/sys/fs/cgroup/memory.current": "2000"}
+    real = open
+
+    def fake(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path) in files:
+            made = tmp_path / Path(path).name
+            made.write_text(files[str(path)])
+            return real(made)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", fake)
+    assert module.free_host_memory() == 3000
+    files["/sys/fs/cgroup/memory.max"] = "max"
+    assert module.free_host_memory() > 10**6
