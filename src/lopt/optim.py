@@ -20,6 +20,8 @@ from lopt.conveyor import Cargo, Conveyor, dense_parts
 
 PART_BYTES = 256 * 2**20
 """Parameters that are stepped together, in bytes of weights; it bounds what a step adds for a while."""
+ROUNDED_AT_ONCE = 2**24
+"""Numbers that are rounded stochastically together."""
 MASTER = "master"
 """Name of a parameter's float32 master in the optimizer's state."""
 
@@ -120,8 +122,6 @@ class BlockOptimizer(Optimizer):
         with self._standing_in(part), self._wide_state(part), self._only(part):
             self.optimizer.step()
         if self._conveyor is not None:
-            for parameter in part.parameters:
-                parameter.grad = None
             self._conveyor.give_back(part.state)
 
     @contextmanager
@@ -134,9 +134,12 @@ class BlockOptimizer(Optimizer):
             master = self.state[stand_in].get(MASTER) if stand_in in self.state else None
             stand_in.data = p.data.to(stand_in.dtype) if master is None else master
             stand_in.grad = gradient.to(stand_in.dtype)
+            if self._conveyor is not None:
+                p.grad = None
         yield
         for p in learning:
             stand_in = self._stand_ins[p]
+            stand_in.grad = None
             if _rounded(p) and self._precision.masters:
                 self.state[stand_in][MASTER] = stand_in.data
                 p.data.copy_(stand_in.data)
@@ -144,7 +147,6 @@ class BlockOptimizer(Optimizer):
                 round_stochastically(stand_in.data, p.data, self._noise(p))
             elif stand_in.data.untyped_storage()._cdata != p.data.untyped_storage()._cdata:
                 p.data.copy_(stand_in.data)  # an optimizer that does not work in place
-            stand_in.grad = None
             stand_in.data = stand_in.data.new_empty(0)
 
     @contextmanager
@@ -293,11 +295,13 @@ def round_stochastically(wide: Tensor, narrow: Tensor, noise: torch.Generator | 
     """Write float32 `wide` into bfloat16 `narrow`, up or down with the odds that keep it on average.
 
     A bfloat16 is the upper half of a float32: random bits are added to the lower half, which is then
-    cut off.
+    cut off. Row by row, so that the random bits take little memory.
     """
-    bits = torch.randint(0, 1 << 16, wide.shape, generator=noise, dtype=torch.int32, device=wide.device)
-    bits.add_(wide.view(torch.int32)).bitwise_and_(-(1 << 16))
-    narrow.copy_(bits.view(torch.float32))
+    rows = max(1, ROUNDED_AT_ONCE * len(wide) // max(wide.numel(), 1))
+    for some, target in zip(wide.split(rows), narrow.split(rows), strict=True):
+        bits = torch.randint(0, 1 << 16, some.shape, generator=noise, dtype=torch.int32, device=some.device)
+        bits.add_(some.view(torch.int32)).bitwise_and_(-(1 << 16))
+        target.copy_(bits.view(torch.float32))
 
 
 def _rounded(p: Tensor) -> bool:

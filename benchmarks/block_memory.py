@@ -1,0 +1,212 @@
+"""Peak device memory of whole optimizer steps, by shape, schedule and offload; exact, without a GPU.
+
+Fake tensors have shapes and no data, so a 72B model is trained here as it would be on a GPU: the same
+model code, schedule, offload and optimizer, every tensor counted while it lives, host memory apart.
+Weights and gradients in bfloat16, updated in float32 and rounded stochastically; AdamW state in float32 or
+bfloat16; 4 x 1,024 tokens a micro-batch, 8 micro-batches an optimizer step; TRL's fused LM head. The second
+optimizer step is measured, when the state is there.
+
+    python benchmarks/block_memory.py [--only qwen2.5-7b]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import nullcontext
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from lopt import LoPTConfig, attach
+from lopt.memory import MemoryPeak, MemoryTracker
+from lopt.offload import Offload
+from lopt.optim import BlockOptimizer, Precision, clip_block, clip_gradients
+from lopt.schedule import BlockMajor
+
+QWEN2 = dict(model_type="qwen2", vocab_size=152064, num_key_value_heads=8, tie_word_embeddings=False)
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-4b": dict(
+        model_type="qwen3", hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b": QWEN2 | dict(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+    "llama3.1-8b": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+    ),
+    "qwen2.5-32b": QWEN2 | dict(
+        hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
+    ),
+    "qwen2.5-72b": QWEN2 | dict(
+        hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
+    ),
+}  # fmt: skip
+
+
+class Loop:
+    """Optimizer steps of one setting."""
+
+    def __init__(self, shape: dict, args: argparse.Namespace, setting: dict[str, Any]) -> None:
+        s = dict(method="lopt", k=2, schedule="eager", offload="none", checkpointing=False) | setting
+        options = dict(shape)
+        if "layers" in s:
+            options["num_hidden_layers"] = s["layers"]
+        model_type = options.pop("model_type")
+        config = AutoConfig.for_model(model_type, **options, attn_implementation="sdpa")
+        self.model = AutoModelForCausalLM.from_config(config, dtype=s.get("dtype", torch.bfloat16)).train()
+        add_fused_lm_head(self.model)
+        if s["checkpointing"]:
+            self.model.activation_checkpointing_enable()
+        method = LoPTConfig(
+            method=s["method"], num_blocks=s["k"], schedule=s["schedule"], offload=s["offload"]
+        )
+        self.handle = attach(self.model, method)
+        self.offload = None
+        if s["offload"] != "none":
+            ahead = int(s.get("prefetch", 2.0) * 2**30)
+            self.offload = Offload(self.handle, torch.device("cpu"), ahead, s["offload"] == "block")
+        self.optimizer = BlockOptimizer(
+            self.handle.parameter_groups(1e-5),
+            lambda groups: torch.optim.AdamW(groups, fused=True),
+            precision=Precision(state_dtype=s.get("state", torch.float32)),
+            **({"part_bytes": ahead // 8} if self.offload else {}),
+            conveyor=self.offload and self.offload.conveyor,
+        )
+        if self.offload is not None:
+            self.offload.optimizer = self.optimizer
+        self.schedule = BlockMajor(self.handle, self.offload) if s["schedule"] == "block_major" else None
+        self.ids = torch.ones(args.batch, args.tokens, dtype=torch.long)
+
+    def forward(self) -> torch.Tensor:
+        return self.model(input_ids=self.ids, labels=self.ids, fused_lm_head=True).loss
+
+    def step(self, micro_batches: int) -> None:
+        if self.schedule is None:
+            for _ in range(micro_batches):
+                self.forward().backward()
+            clip_gradients(self.handle, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return
+        for block in self.handle.blocks:
+            self.schedule.enter(block)
+            for slot in range(micro_batches):
+                if block.index < len(self.handle.blocks) - 1:
+                    self.schedule.run_early(block, slot, self.forward)
+                    continue
+                with self.schedule.last_block(slot):
+                    loss = self.forward()
+                loss.backward()
+                del loss
+            clip_block(self.handle, block.index, 1.0)
+            self.optimizer.step()
+            for parameter in self.handle.block_parameters(block.index):
+                parameter.grad = None
+            self.schedule.leave(block)
+        self.schedule.end_step()
+
+
+def peak(shape: dict, args: argparse.Namespace, fake: bool = True, **setting: Any) -> MemoryPeak:
+    """The peak of the second optimizer step."""
+    # transformers reads position_ids to find out whether rows are packed, which fake tensors cannot
+    # answer; it would then build a mask that a real run does not have.
+    transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
+        loop = Loop(shape, args, setting)
+        loop.step(1)
+        with MemoryTracker(loop.model, loop.handle.heads, optimizer=loop.optimizer) as tracker:
+            loop.step(args.micro_batches)
+    return tracker.peak
+
+
+def block_major(k: int, offload: str, **more: Any) -> dict[str, Any]:
+    return dict(k=k, schedule="block_major", offload=offload, **more)
+
+
+BF16 = dict(state=torch.bfloat16)
+SMALL = {
+    "end to end": dict(method="e2e"),
+    "end to end, checkpointed": dict(method="e2e", checkpointing=True),
+    "eager k=4": dict(k=4),
+    "block-major k=4": block_major(4, "none"),
+    "block-major k=4, optimizer offload": block_major(4, "optimizer"),
+    "block-major k=4, block offload": block_major(4, "block"),
+    "block-major k=4, block offload, checkpointed": block_major(4, "block", checkpointing=True),
+    "block-major k=4, block offload, bfloat16 state": block_major(4, "block", **BF16),
+    "block-major k=4, block offload, bfloat16 state, checkpointed": block_major(
+        4, "block", checkpointing=True, **BF16
+    ),
+}
+LARGE = {
+    "end to end, checkpointed": SMALL["end to end, checkpointed"],
+    "block-major k=4, block offload": block_major(4, "block"),
+    "block-major k=4, block offload, checkpointed": block_major(4, "block", checkpointing=True),
+    "block-major k=8, block offload": block_major(8, "block"),
+    "block-major k=8, block offload, checkpointed": block_major(8, "block", checkpointing=True),
+}
+
+
+def deeper(per_block: int, *depths: int) -> dict[str, dict[str, Any]]:
+    """Blocks of the same size at several depths."""
+    return {
+        f"{n} layers, k={n // per_block}": block_major(n // per_block, "block", layers=n, checkpointing=True)
+        for n in depths
+    }
+
+
+FEW = ("end to end", "end to end, checkpointed", "block-major k=4, block offload")
+RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen2.5-7b": SMALL,
+    "qwen2.5-32b": LARGE | deeper(8, 16, 32),
+    "qwen3-4b": {label: SMALL[label] for label in FEW},
+    "llama3.1-8b": {label: SMALL[label] for label in FEW},
+    "qwen2.5-72b": deeper(5, 20, 40, 80),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=list(RUNS))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--micro_batches", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/block_memory.json"))
+    args = parser.parse_args()
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    for name in args.only:
+        results[name] = {}
+        for label, setting in RUNS[name].items():
+            started = time.perf_counter()
+            found = peak(SHAPES[name], args, **setting)
+            row = {"total": found.total} | vars(found)
+            results[name][label] = {part: round(size / 2**30, 2) for part, size in row.items()}
+            print(
+                f"{name:12} {label:60} {results[name][label]}  ({time.perf_counter() - started:.0f} s)",
+                flush=True,
+            )
+        results |= {
+            "date": date.today().isoformat(),
+            "unit": "GiB, at the peak of the second optimizer step; host is not part of the total",
+            "micro-batches": f"{args.micro_batches} of {args.batch} x {args.tokens} tokens",
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+        }
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
