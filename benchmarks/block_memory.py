@@ -4,7 +4,8 @@ Fake tensors have shapes and no data, so a 72B model is trained here as it would
 model code, schedule, offload and optimizer, every tensor counted while it lives, host memory apart.
 Weights and gradients in bfloat16, updated in float32 and rounded stochastically; AdamW state in float32 or
 bfloat16; 4 x 1,024 tokens a micro-batch, 8 micro-batches an optimizer step; TRL's fused LM head. The second
-optimizer step is measured, when the state is there.
+optimizer step is measured, when the state is there. Micro-batches after the second only repeat what it did,
+so of those the boundaries are stashed and nothing is run (a test compares this with running them all).
 
     python benchmarks/block_memory.py [--only qwen2.5-7b]
 """
@@ -93,9 +94,10 @@ class Loop:
     def forward(self) -> torch.Tensor:
         return self.model(input_ids=self.ids, labels=self.ids, fused_lm_head=True).loss
 
-    def step(self, micro_batches: int) -> None:
+    def step(self, micro_batches: int, run: int) -> None:
+        """An optimizer step of which `run` micro-batches are run, all that follow being alike."""
         if self.schedule is None:
-            for _ in range(micro_batches):
+            for _ in range(run):
                 self.forward().backward()
             clip_gradients(self.handle, 1.0)
             self.optimizer.step()
@@ -103,14 +105,20 @@ class Loop:
             return
         for block in self.handle.blocks:
             self.schedule.enter(block)
-            for slot in range(micro_batches):
-                if block.index < len(self.handle.blocks) - 1:
+            last = block.index == len(self.handle.blocks) - 1
+            for slot in range(run):
+                if not last:
                     self.schedule.run_early(block, slot, self.forward)
                     continue
                 with self.schedule.last_block(slot):
                     loss = self.forward()
                 loss.backward()
                 del loss
+            for slot in range(run, micro_batches):
+                if last:
+                    del self.schedule.stash[slot]
+                elif block.index == 0:
+                    self.schedule.stash[slot] = torch.empty_like(self.schedule.stash[0])
             clip_block(self.handle, block.index, 1.0)
             self.optimizer.step()
             for parameter in self.handle.block_parameters(block.index):
@@ -119,16 +127,18 @@ class Loop:
         self.schedule.end_step()
 
 
-def peak(shape: dict, args: argparse.Namespace, fake: bool = True, **setting: Any) -> MemoryPeak:
-    """The peak of the second optimizer step."""
+def peak(
+    shape: dict, args: argparse.Namespace, fake: bool = True, run: int = 2, **setting: Any
+) -> MemoryPeak:
+    """The peak of the second optimizer step, of which `run` micro-batches are run."""
     # transformers reads position_ids to find out whether rows are packed, which fake tensors cannot
     # answer; it would then build a mask that a real run does not have.
     transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         loop = Loop(shape, args, setting)
-        loop.step(1)
+        loop.step(1, 1)
         with MemoryTracker(loop.model, loop.handle.heads, optimizer=loop.optimizer) as tracker:
-            loop.step(args.micro_batches)
+            loop.step(args.micro_batches, min(run, args.micro_batches))
     return tracker.peak
 
 
@@ -189,8 +199,10 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     for name in args.only:
-        results[name] = {}
+        results.setdefault(name, {})
         for label, setting in RUNS[name].items():
+            if label in results[name]:  # goes on where it was interrupted
+                continue
             started = time.perf_counter()
             found = peak(SHAPES[name], args, **setting)
             row = {"total": found.total} | vars(found)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lopt.attach import LoPT
 from lopt.conveyor import Cargo, Conveyor, dense_parts
@@ -163,7 +164,7 @@ class BlockOptimizer(Optimizer):
                 self.state[stand_in][key] = value.float()
         yield
         for stand_in, key, value in self._state_of(part.groups):
-            if value.dtype == torch.float32 and type(value) is Tensor and key != MASTER:
+            if value.dtype == torch.float32 and key != MASTER and not is_traceable_wrapper_subclass(value):
                 place = kept.get((stand_in, key))
                 place = torch.empty_like(value, dtype=narrow) if place is None else place
                 round_stochastically(value, place, self._noise(part.parameters[0], salt=key))
