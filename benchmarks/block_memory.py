@@ -60,14 +60,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Loop:
     """Optimizer steps of one setting."""
 
-    def __init__(self, shape: dict, args: argparse.Namespace, setting: dict[str, Any]) -> None:
+    def __init__(
+        self, shape: dict, args: argparse.Namespace, setting: dict[str, Any], device: str = "cpu"
+    ) -> None:
         s = dict(method="lopt", k=2, schedule="eager", offload="none", checkpointing=False) | setting
         options = dict(shape)
         if "layers" in s:
             options["num_hidden_layers"] = s["layers"]
         model_type = options.pop("model_type")
         config = AutoConfig.for_model(model_type, **options, attn_implementation="sdpa")
-        self.model = AutoModelForCausalLM.from_config(config, dtype=s.get("dtype", torch.bfloat16)).train()
+        with torch.device(device):
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=s.get("dtype", torch.bfloat16)
+            ).train()
         add_fused_lm_head(self.model)
         if s["checkpointing"]:
             self.model.activation_checkpointing_enable()
@@ -78,7 +83,7 @@ class Loop:
         self.offload = None
         if s["offload"] != "none":
             ahead = int(s.get("prefetch", 2.0) * 2**30)
-            self.offload = Offload(self.handle, torch.device("cpu"), ahead, s["offload"] == "block")
+            self.offload = Offload(self.handle, torch.device(device), ahead, s["offload"] == "block")
         self.optimizer = BlockOptimizer(
             self.handle.parameter_groups(1e-5),
             lambda groups: torch.optim.AdamW(groups, fused=True),
@@ -89,7 +94,7 @@ class Loop:
         if self.offload is not None:
             self.offload.optimizer = self.optimizer
         self.schedule = BlockMajor(self.handle, self.offload) if s["schedule"] == "block_major" else None
-        self.ids = torch.ones(args.batch, args.tokens, dtype=torch.long)
+        self.ids = torch.ones(args.batch, args.tokens, dtype=torch.long, device=device)
 
     def forward(self) -> torch.Tensor:
         return self.model(input_ids=self.ids, labels=self.ids, fused_lm_head=True).loss

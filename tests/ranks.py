@@ -135,8 +135,8 @@ def config_of(method: str) -> LoPTConfig:
     if method == "e2e":
         return LoPTConfig(method="e2e")
     kind, k = method[:-1], int(method[-1])
-    schedule = "block_major" if kind == "staged" else "eager"
-    return LoPTConfig(num_blocks=k, schedule=schedule, head_warmup_steps=3, lr_k1=1e-3)
+    staged = dict(schedule="block_major", offload="optimizer") if kind == "staged" else {}
+    return LoPTConfig(num_blocks=k, head_warmup_steps=3, lr_k1=1e-3, **staged)
 
 
 def main() -> None:
