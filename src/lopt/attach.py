@@ -93,6 +93,11 @@ class LoPT:
 
     # -- what users call -------------------------------------------------------------------------
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: the heads' device, since weights may be in host memory (`lopt.offload`)."""
+        return next(itertools.chain(self.heads.parameters(), self.model.parameters())).device
+
     def local_losses(self) -> list[Tensor]:
         """ℓ_b of every earlier block from the last training forward, detached, not weighted."""
         return [loss for loss in self._losses if loss is not None]
@@ -313,8 +318,8 @@ class LoPT:
             if index == len(self.heads) - 1 and not sharded:
                 raise BoundaryReached  # nothing beyond the last boundary is needed
 
-        training, device = self.model.training, next(self.heads.parameters()).device
-        inputs = {k: v.to(device) for k, v in batch.items() if k in _INPUTS and v is not None}
+        training = self.model.training
+        inputs = {k: v.to(self.device) for k, v in batch.items() if k in _INPUTS and v is not None}
         self._observe = observe
         self.model.eval()
         try:

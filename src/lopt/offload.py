@@ -119,11 +119,13 @@ class WeightsOffload:
         for cargo in self.blocks[block]:
             self._conveyor.give_back(cargo, changed and self._learning[cargo])
 
-    def bring_in(self) -> None:
-        """All weights onto the device."""
-        for cargo in self._learning:
-            self._conveyor.take(cargo)
-        self._whole = True
+    def bring_in(self) -> bool:
+        """All weights onto the device, if it has room for them; says whether it did."""
+        if not self._whole and self.nbytes < free_device_memory(self._conveyor.device):
+            for cargo in self._learning:
+                self._conveyor.take(cargo)
+            self._whole = True
+        return self._whole
 
     def rest(self) -> None:
         """All weights in host memory; those of a whole model go out, whoever may have changed them."""
@@ -132,10 +134,7 @@ class WeightsOffload:
         self._whole = False
 
     def _before_decoder(self, module: nn.Module, args: tuple) -> None:
-        if self._lopt.only is not None or self._whole:
-            return
-        if self.nbytes < free_device_memory(self._conveyor.device):
-            self.bring_in()
+        if self._lopt.only is not None or self.bring_in():
             return
         if torch.is_grad_enabled():
             raise RuntimeError("the weights do not fit on the device together: run this without gradients")

@@ -88,7 +88,7 @@ class BlockOptimizer(Optimizer):
         super().__init__(groups, {})
         self._precision = precision or Precision()
         self._conveyor = conveyor
-        self._stand_ins = {p: _stand_in(p) for group in self.param_groups for p in group["params"]}
+        self._stand_ins = {p: self._stand_in(p) for group in self.param_groups for p in group["params"]}
         with self._shaped():
             self.optimizer = make([self._inner_group(group) for group in self.param_groups])
         for ours, theirs in zip(self.param_groups, self.optimizer.param_groups, strict=True):
@@ -97,7 +97,6 @@ class BlockOptimizer(Optimizer):
         self.defaults = self.optimizer.defaults
         self.state = self.optimizer.state
         self._numbers = {p: number for number, p in enumerate(self._stand_ins)}
-        self._rounding = {d: torch.Generator(d) for d in {p.device for p in self._stand_ins if _rounded(p)}}
         self.parts = [self._part(members) for members in parts(self.param_groups, part_bytes)]
         self._store_state()
 
@@ -226,6 +225,11 @@ class BlockOptimizer(Optimizer):
         for stand_in in self._stand_ins.values():
             stand_in.data = stand_in.data.new_empty(0)
 
+    def _stand_in(self, p: nn.Parameter) -> nn.Parameter:
+        # Where it is stepped, even if its values are in host memory now.
+        device = p.device if self._conveyor is None else self._conveyor.device
+        return nn.Parameter(torch.empty(0, dtype=torch.float32 if _rounded(p) else p.dtype, device=device))
+
     def _inner_group(self, group: dict[str, Any]) -> dict[str, Any]:
         return group | {"params": [self._stand_ins[p] for p in group["params"]]}
 
@@ -257,26 +261,31 @@ class BlockOptimizer(Optimizer):
         """Random numbers that depend on the seed, the parameter and its number of updates alone."""
         updates = next(g["updates"] for g in self.param_groups if any(p is q for q in g["params"]))
         name = f"{self._precision.seed} {self._numbers[p]} {updates} {salt}"
-        generator = self._rounding.setdefault(p.device, torch.Generator(p.device))
-        return generator.manual_seed(zlib.crc32(name.encode()))
+        return torch.Generator(p.device).manual_seed(zlib.crc32(name.encode()))
 
 
 def parts(groups: list[dict[str, Any]], part_bytes: int) -> list[list[nn.Parameter]]:
-    """Parameters of optimizer groups in parts of at most `part_bytes`, none across blocks."""
+    """Parameters of optimizer groups in parts of at most `part_bytes`, none across blocks.
+
+    Within a block the largest part comes last: what its step adds meets fewest gradients then.
+    """
     blocks: dict[int, list[nn.Parameter]] = {}
     for group in groups:
         blocks.setdefault(group.get("block", 0), []).extend(group["params"])
-    made: list[list[nn.Parameter]] = []
-    for block in sorted(blocks):
-        size = 0
-        for number, p in enumerate(blocks[block]):
-            bytes_ = p.numel() * p.element_size()
-            if number == 0 or size + bytes_ > part_bytes:
-                made.append([])
-                size = 0
-            made[-1].append(p)
-            size += bytes_
+    return [part for index in sorted(blocks) for part in sorted(_pack(blocks[index], part_bytes), key=_bytes)]
+
+
+def _pack(parameters: list[nn.Parameter], part_bytes: int) -> list[list[nn.Parameter]]:
+    made: list[list[nn.Parameter]] = [[]]
+    for parameter in parameters:
+        if made[-1] and _bytes([*made[-1], parameter]) > part_bytes:
+            made.append([])
+        made[-1].append(parameter)
     return made
+
+
+def _bytes(parameters: list[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def state_bytes(
@@ -307,11 +316,6 @@ def round_stochastically(wide: Tensor, narrow: Tensor, noise: torch.Generator | 
 
 def _rounded(p: Tensor) -> bool:
     return p.dtype == torch.bfloat16
-
-
-def _stand_in(p: nn.Parameter) -> nn.Parameter:
-    dtype = torch.float32 if _rounded(p) else p.dtype
-    return nn.Parameter(torch.empty(0, dtype=dtype, device=p.device))
 
 
 def clip_gradients(lopt: LoPT, max_norm: float = math.inf) -> Tensor:
@@ -355,7 +359,7 @@ def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def _norm(lopt: LoPT, kinds: list[list[nn.Parameter]]) -> Tensor:
     if not kinds:
-        return torch.zeros((), device=next(lopt.model.parameters()).device)
+        return torch.zeros((), device=lopt.device)
     norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(whole)).float()

@@ -11,7 +11,7 @@ from lopt.trainers.throughput import COUNTED_ALWAYS, Throughput
 
 
 def test_figures_of_steps() -> None:
-    throughput, model = Throughput(), torch.nn.Linear(4, 4)
+    throughput, model = Throughput(torch.device("cpu")), torch.nn.Linear(4, 4)
     for _ in range(2):
         throughput.begin_step()
         throughput.count(30)
@@ -26,7 +26,7 @@ def test_figures_of_steps() -> None:
 
 
 def test_memory_is_counted_again_when_a_batch_is_larger() -> None:
-    throughput, model = Throughput(), torch.nn.Linear(1, 1)
+    throughput, model = Throughput(torch.device("cpu")), torch.nn.Linear(1, 1)
     sizes = [8] * (COUNTED_ALWAYS + 2) + [1000]
     peaks = []
     for size in sizes:

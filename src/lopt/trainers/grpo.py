@@ -45,6 +45,11 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         assert tokens is not None
         return tokens / total * (stop - start) / count * self.args.world_size
 
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        if self.offload is not None and self.offload.weights is not None:
+            self.offload.weights.bring_in()
+        return super()._generate_and_score_completions(inputs)
+
     def real_tokens(self, inputs: Any) -> int | None:
         """Real tokens of prompts and completions."""
         return int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())

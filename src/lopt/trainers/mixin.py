@@ -92,7 +92,7 @@ class LoPTMixin(TravellingWeights, Trainer):
         self._step_tokens = 0
         self.micro_batch = 0
         self.share = 1.0
-        self.throughput = Throughput()
+        self.throughput = Throughput(self.args.device)
         self.head_warmup_history: list[list[float]] = []
         self.add_callback(_LoopHooks(self))
 

@@ -22,12 +22,16 @@ class Throughput:
     allocator is asked for the peak. On a CPU the live bytes of tensors are counted, which costs
     time, so only in the first micro-batches and in any that is larger than all before it.
 
+    Args:
+        device: where the model is trained.
+
     Attributes:
         peak: the largest peak of the run, by category (None on a GPU).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.peak: MemoryPeak | None = None
+        self._on_gpu = device.type == "cuda"
         self._started = 0.0
         self._counted, self._largest = 0, 0
         self._reset()
@@ -51,8 +55,7 @@ class Throughput:
     @contextmanager
     def micro_batch(self, size: int, model: nn.Module, optimizer: Any) -> Iterator[None]:
         """Forward and backward of a micro-batch of `size` tokens, padding included (0 if not known)."""
-        on_gpu = next(model.parameters()).device.type == "cuda"
-        if on_gpu or (self._counted >= COUNTED_ALWAYS and size <= self._largest):
+        if self._on_gpu or (self._counted >= COUNTED_ALWAYS and size <= self._largest):
             yield
             return
         self._counted, self._largest = self._counted + 1, max(self._largest, size)
