@@ -1,0 +1,448 @@
+"""What a run will need, from the model's config alone: device memory by part, host, disk, FLOPs, bus.
+
+`lopt.measure` has the cost of every part of a micro-batch; here they are strung together for a method,
+k, a schedule and what is offloaded, and the live bytes are followed to their peak. A steady state is
+meant: the optimizer's state exists, gradients are None when an optimizer step begins.
+
+Not counted: CUDA's context, allocator rounding and fragmentation (`RESERVE` allows for them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from lopt.blocks import Blocks, split
+from lopt.config import LoPTConfig
+from lopt.measure import Parts, Segment, Work, measure
+from lopt.models import shares_embeddings
+from lopt.objective import ReconstructionHead
+
+RESERVE = 2**30
+"""Bytes of a GPU that are left for CUDA's context and fragmentation."""
+PREFETCH = 2 * 2**30
+"""Bytes of weights and optimizer state that are on their way to or from the device."""
+OFFLOADED_STATE = 4
+"""Bytes per element of optimizer state that is offloaded: float32, whatever the weights are."""
+# State tensors per parameter in the parameter's own dtype, and bytes beside them.
+OPTIMIZERS = {
+    "adamw_torch_fused": (2, 0),
+    "adamw_torch": (2, 0),
+    "sgd": (0, 0),
+    "adagrad": (1, 0),
+    "rmsprop": (1, 0),
+    "adamw_bnb_8bit": (0, 2),
+    "adamw_torch_8bit": (0, 2),
+    "adamw_torch_4bit": (0, 1),
+    "lion_32bit": (0, 4),
+    "lion_8bit": (0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a plan: how the method runs."""
+
+    method: str = "lopt"
+    num_blocks: int = 2
+    schedule: str = "eager"
+    checkpointing: bool = False
+    offload: str = "none"  # none, optimizer or block
+
+    def __str__(self) -> str:
+        words = [self.method]
+        if self.method != "e2e":
+            words.append(f"k={self.num_blocks}")
+        if self.schedule == "block_major":
+            words.append("block-major")
+        if self.offload != "none":
+            words.append(f"offload {self.offload}")
+        return ", ".join(words + ["checkpointed"] * self.checkpointing)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rows of a plan share: model, batch and number formats.
+
+    Attributes:
+        batch, tokens: B rows of T tokens in a micro-batch.
+        accumulation: micro-batches per optimizer step.
+        dtype: of the weights. autocast: whether forwards run under bfloat16 autocast.
+        optimizer: a name of `OPTIMIZERS`.
+        local_every: earlier blocks learn in every N-th step.
+        prefetch: bytes that offloading may hold on the device on their way.
+        device: "cuda" or "cpu".
+    """
+
+    config: PreTrainedConfig
+    batch: int = 4
+    tokens: int = 1024
+    accumulation: int = 8
+    dtype: torch.dtype = torch.bfloat16
+    autocast: bool = True
+    optimizer: str = "adamw_torch_fused"
+    local_every: int = 1
+    prefetch: int = PREFETCH
+    device: str = "cuda"
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per optimizer step, padding included."""
+        return self.batch * self.tokens * self.accumulation
+
+    def state_bytes(self, weights: int, heads: int = 0, width: int | None = None) -> int:
+        """Optimizer state of so many elements of weights and of (float32) heads."""
+        tensors, extra = OPTIMIZERS[self.optimizer]
+        width = width or self.dtype.itemsize
+        return weights * (tensors * width + extra) + heads * (tensors * 4 + extra)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes on the device at one moment, by what they hold."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0  # of the layers of the block at work
+    head_and_loss: int = 0
+    stash: int = 0  # boundaries of all micro-batches (block-major)
+    transfers: int = 0  # what is on its way to or from the device (offload)
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one setting needs.
+
+    Attributes:
+        peak: the device at the moment of its largest total.
+        host: bytes of host memory for what is offloaded.
+        checkpoint, model: bytes on disk of one checkpoint and of the final model.
+        flops: per optimizer step (with `local_every`, on average).
+        bus: bytes between host and device per optimizer step, and of those the ones that grow with
+            the tokens (`bus_tokens`).
+    """
+
+    setting: Setting
+    peak: Bytes
+    host: int
+    checkpoint: int
+    model: int
+    flops: float
+    bus: int = 0
+    bus_tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        """Peak bytes on the device."""
+        return self.peak.total
+
+    def seconds(self, tflops: float, bandwidth: float) -> float:
+        """Of one optimizer step at `tflops` 10^12/s and `bandwidth` 10^9 bytes/s, copies behind compute."""
+        return max(self.flops / (tflops * 1e12), self.bus / (bandwidth * 1e9))
+
+    def hidden_from(self, step_tokens: int, tflops: float, bandwidth: float) -> float:
+        """Tokens per optimizer step from which on the copies hide behind compute; inf if never."""
+        compute = self.flops / step_tokens / (tflops * 1e12) - self.bus_tokens / step_tokens / (bandwidth * 1e9)
+        fixed = (self.bus - self.bus_tokens) / (bandwidth * 1e9)
+        return fixed / compute if compute > 0 else float("inf") if fixed or self.bus_tokens else 0.0
+
+
+@dataclass
+class Sizes:
+    """Elements of the weights of a model: `layers` one by one, the `embedding` with all that goes into
+    the first layer, the `tail` (final norm, LM head if it has a matrix of its own), the matrix that the
+    LM head shares with the embedding (`tied`, else 0); `buffers` in bytes; `head` one reconstruction head."""
+
+    layers: list[int]
+    embedding: int
+    tail: int
+    tied: int
+    buffers: int
+    head: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Sizes:
+        """Counted on the model itself, on the meta device."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            head = ReconstructionHead(config.get_text_config().hidden_size)
+        count = len(Blocks(model, LoPTConfig(method="e2e")).layers)
+        blocks = Blocks(model, LoPTConfig(num_blocks=count)) if count > 1 else Blocks(model, LoPTConfig("e2e"))
+        layers = [_elements(layer) for layer in blocks.layers]
+        owned = [sum(p.numel() for _, p in blocks.parameters(model, b.index)) for b in blocks]
+        tied = model.get_output_embeddings().weight.numel() if shares_embeddings(model) else 0
+        tail = owned[-1] - layers[-1] if count > 1 else 0
+        return cls(
+            layers=layers,
+            embedding=owned[0] - layers[0],
+            tail=tail,
+            tied=tied,
+            buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
+            head=_elements(head),
+        )
+
+    @property
+    def model(self) -> int:
+        """Elements of all weights as they are published."""
+        return sum(self.layers) + self.embedding + self.tail
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@dataclass
+class Stage:
+    """Elements of one block: its layers' and its other weights', its reconstruction head's."""
+
+    where: str
+    layers: list[int]
+    rest: int
+    head: int
+    learns: bool
+
+    @property
+    def weights(self) -> int:
+        return sum(self.layers) + self.rest
+
+
+@dataclass
+class _Trace:
+    """Follows live bytes through segments; the parts at their largest sum are in `peak`."""
+
+    base: Bytes
+    stash: int = 0
+    gradients: int = 0
+    activations: int = 0
+    flops: float = 0.0
+    peak: Bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.peak = self.base
+
+    def run(self, segment: Segment, what: str, freed: int = 0) -> None:
+        """`freed`: bytes that go at its end, beside what was measured."""
+        top = what in ("head", "loss")
+        moment = replace(
+            self.base,
+            gradients=self.gradients + segment.rise_gradients,
+            activations=self.activations + (0 if top else segment.rise),
+            head_and_loss=segment.rise if top else 0,
+            stash=self.stash,
+        )
+        self.peak = max(self.peak, moment, key=lambda parts: parts.total)
+        self.activations += segment.activations - freed
+        self.gradients += segment.gradients
+        self.flops += segment.flops
+
+
+class Planner:
+    """Plans of one run in different settings; every part is measured once.
+
+    Raises:
+        ValueError: the optimizer is not known, the model cannot be measured.
+    """
+
+    def __init__(self, run: Run) -> None:
+        if run.optimizer not in OPTIMIZERS:
+            raise ValueError(f"--optim {run.optimizer} cannot be planned: use one of {', '.join(OPTIMIZERS)}")
+        self.run = run
+        self._parts: dict[tuple[str, bool], Parts] = {}
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Elements of the model's weights."""
+        return Sizes.of(self.run.config)
+
+    def plan(self, setting: Setting) -> Plan:
+        """Bytes, FLOPs and bus traffic of the run in `setting`.
+
+        Raises:
+            ValueError: k is more than the layers; a combination that does not exist.
+        """
+        if setting.offload != "none" and setting.schedule != "block_major":
+            raise ValueError(f"--offload {setting.offload} goes with --schedule block_major only")
+        stages = list(self._stages(setting))
+        parts = self._measured(setting)
+        if setting.schedule == "eager":
+            peak = self._eager(setting, parts, stages)
+        elif setting.offload == "none":
+            base = self._resident(stages)
+            peak = max((t.peak for t in self._block_major(setting, parts, stages, base)), key=lambda p: p.total)
+        else:
+            peak = self._streamed(setting, parts, stages)
+        weights, heads = sum(s.weights for s in stages), sum(s.head for s in stages)
+        trained = sum(s.weights for s in stages if s.learns)
+        width = OFFLOADED_STATE if setting.offload != "none" else None
+        state = self.run.state_bytes(trained, heads, width)
+        model = weights * self.run.dtype.itemsize
+        host = state * (setting.offload != "none") + model * (setting.offload == "block")
+        stash = self.run.accumulation * parts.boundary * (setting.offload == "block")
+        bus, bus_tokens = self._bus(setting, stages, parts)
+        return Plan(
+            setting=setting,
+            peak=peak,
+            host=host + stash,
+            checkpoint=model + heads * 4 + state,
+            model=model,
+            flops=self._flops(setting, parts, stages),
+            bus=bus,
+            bus_tokens=bus_tokens,
+        )
+
+    # -- what there is ---------------------------------------------------------------------------
+
+    def _stages(self, setting: Setting) -> Iterator[Stage]:
+        sizes, cut = self.sizes, setting.method != "e2e"
+        spans = split(len(sizes.layers), LoPTConfig(method=setting.method, num_blocks=setting.num_blocks))  # type: ignore[arg-type]
+        untied = sizes.tied if cut and len(spans) > 1 else 0
+        for index, (start, stop) in enumerate(spans):
+            first, last = index == 0, index == len(spans) - 1
+            yield Stage(
+                where="whole" if len(spans) == 1 else "first" if first else "last" if last else "middle",
+                layers=sizes.layers[start:stop],
+                rest=sizes.embedding * first + (sizes.tail + untied) * last,
+                head=0 if last or setting.method != "lopt" else sizes.head,
+                learns=last or setting.method != "frozen",
+            )
+
+    def _measured(self, setting: Setting) -> Parts:
+        method = "e2e" if setting.num_blocks == 1 else setting.method
+        key = method, setting.checkpointing
+        if key not in self._parts:
+            run = self.run
+            work = Work(run.batch, run.tokens, run.dtype, run.autocast, setting.checkpointing, run.device)
+            self._parts[key] = measure(run.config, work, method)
+        return self._parts[key]
+
+    def _resident(self, stages: list[Stage]) -> Bytes:
+        """Weights and optimizer state if all of them are on the device."""
+        heads = sum(s.head for s in stages)
+        trained = sum(s.weights for s in stages if s.learns)
+        weights = sum(s.weights for s in stages) * self.run.dtype.itemsize
+        return Bytes(
+            weights=weights + heads * 4 + self.sizes.buffers,
+            optimizer=self.run.state_bytes(trained, heads),
+        )
+
+    # -- one micro-batch after the other ---------------------------------------------------------
+
+    def _inputs(self) -> int:
+        """Bytes of the inputs (ids, mask, labels) of all micro-batches but the one at work."""
+        return (self.run.accumulation - 1) * 3 * 8 * self.run.batch * self.run.tokens
+
+    def _eager(self, setting: Setting, parts: Parts, stages: list[Stage]) -> Bytes:
+        trace = _Trace(self._resident(stages))
+        for number in range(min(self.run.accumulation, 2)):  # a third is like the second
+            segments = parts.again if number else parts.fresh
+            trace.activations = self._inputs()
+            trace.run(segments[stages[0].where, "start"], "start")
+            for stage in stages:
+                _through(trace, segments, parts, stage, setting.checkpointing)
+        return trace.peak
+
+    def _block_major(
+        self, setting: Setting, parts: Parts, stages: list[Stage], base: Bytes
+    ) -> Iterator[_Trace]:
+        """A trace for every block: all micro-batches go through it, only its gradients exist."""
+        count = self.run.accumulation
+        for stage in stages:
+            trace = _Trace(base, stash=(count - (stage.where == "first")) * parts.boundary)
+            for number in range(min(count, 2)):
+                segments = parts.again if number else parts.fresh
+                trace.activations = self._inputs()
+                trace.run(segments["first", "start"], "start")
+                _through(trace, segments, parts, stage, setting.checkpointing)
+            yield trace
+
+    def _flops(self, setting: Setting, parts: Parts, stages: list[Stage]) -> float:
+        """Per optimizer step; earlier blocks that rest only run forward."""
+        every = self.run.local_every if setting.method == "lopt" else 1
+        total = 0.0
+        for stage in stages:
+            trace = _Trace(Bytes())
+            _through(trace, parts.fresh, parts, stage, setting.checkpointing)
+            rest = trace.flops
+            if every > 1 and stage.where in ("first", "middle"):
+                forward = parts.fresh[stage.where, "forward"].flops * len(stage.layers)
+                rest = (trace.flops + (every - 1) * forward) / every
+            total += rest
+        return total * self.run.accumulation
+
+    # -- offloading ------------------------------------------------------------------------------
+
+    def _streamed(self, setting: Setting, parts: Parts, stages: list[Stage]) -> Bytes:
+        """The device holds one block at work (all weights if only the optimizer is offloaded), what is
+        on its way, and in the optimizer's turn the state of one unit: a layer, the embedding or the head."""
+        run, width = self.run, self.run.dtype.itemsize
+        every_weight = sum(s.weights for s in stages)
+        best = Bytes()
+        for index, stage in enumerate(stages):
+            own = every_weight if setting.offload == "optimizer" else stage.weights
+            base = Bytes(
+                weights=own * width + stage.head * 4 + self.sizes.buffers,
+                transfers=run.prefetch,
+            )
+            (trace,) = self._block_major(setting, parts, [stage], base)
+            peak = trace.peak
+            if setting.offload == "block":
+                peak = replace(peak, stash=0)
+            unit = max(max(stage.layers), stage.rest)
+            wide = 8 * unit if width < 4 else 0  # float32 copies of its weight and gradient
+            step = replace(
+                base,
+                gradients=stage.weights * width + stage.head * 4,
+                optimizer=run.state_bytes(unit, width=OFFLOADED_STATE) + wide,
+                stash=0 if setting.offload == "block" else trace.stash,
+            )
+            best = max(best, peak, step, key=lambda p: p.total)
+        return best
+
+    def _bus(self, setting: Setting, stages: list[Stage], parts: Parts) -> tuple[int, int]:
+        """Bytes over the bus per optimizer step, and the part that grows with the tokens."""
+        if setting.offload == "none":
+            return 0, 0
+        total, boundaries = 0.0, 0
+        for stage in stages:
+            learning = 1 / self.run.local_every if stage.where in ("first", "middle") else 1.0
+            total += 2 * learning * self.run.state_bytes(stage.weights, stage.head, OFFLOADED_STATE)
+            if setting.offload == "block":
+                total += (1 + learning) * stage.weights * self.run.dtype.itemsize
+        if setting.offload == "block":
+            boundaries = 2 * sum(1 for _ in pairwise(stages)) * self.run.accumulation * parts.boundary
+        return round(total) + boundaries, boundaries
+
+
+def _through(
+    trace: _Trace,
+    segments: dict[tuple[str, str], Segment],
+    parts: Parts,
+    stage: Stage,
+    checkpointing: bool,
+) -> None:
+    """One micro-batch through one block, forward and backward."""
+    count = len(stage.layers)
+    local = stage.where in ("first", "middle")
+    # Casts of weights live until a local backward or the whole forward ends. A last block's are also held
+    # by its graph, unless it is recomputed.
+    surplus = (count - parts.layers) * parts.casts if stage.learns else 0
+    order = ["forward0", *["forward"] * (count - 1), "head", "loss"]
+    order += [*["backward"] * (count - 1), "backward0", "embedding", "end"]
+    for what in order:
+        segment = segments.get((stage.where, what))
+        if segment is None:
+            continue
+        last = what == "end" if local else what == "head" and checkpointing
+        trace.run(segment, what, freed=surplus if last else 0)
