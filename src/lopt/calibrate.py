@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
@@ -43,6 +44,13 @@ def calibrate(run: Run, setting: Setting) -> MemoryPeak | int:
         trainer.add_callback(watch)
         trainer.train()
     return watch.peak
+
+
+def machine_memory(device: str) -> int:
+    """Bytes of memory that this machine's device has left."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
 
 
 def _arguments(run: Run, setting: Setting, folder: str) -> LoPTSFTConfig:

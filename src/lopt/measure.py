@@ -1,6 +1,6 @@
 """What the parts of one micro-batch cost, measured on fake tensors: no weights, no GPU, no data.
 
-Layers of a model are alike, so a model of six layers of the real width, cut into three blocks, has every
+Layers of a model are alike, so a model of a few layers of the real width, cut into three blocks, has every
 part that any depth and any k has. Its forward and backward are cut at the layers into segments. Each
 segment is by how much the live bytes rise within it, by how much they have changed at its end, and its
 FLOPs. `lopt.plan` strings segments together for the depth, blocks and schedule that it is asked about.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 from unittest import mock
 
@@ -33,7 +34,12 @@ from lopt.blocks import Blocks
 from lopt.config import LoPTConfig
 from lopt.memory import MemoryTracker
 
-MEASURED_BLOCKS, LAYERS_EACH = 3, 2
+# Layers that are measured in each place. A first block's second layer stands for all later ones.
+MEASURED = {
+    "e2e": {"whole": 2},
+    "lopt": {"first": 2, "middle": 1, "last": 1},
+    "frozen": {"first": 1, "last": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a micro-batch: bytes by which live tensors rise within and have changed after it; FLOPs."""
+    """A stretch of a micro-batch: by how many bytes live tensors rise and change, and its FLOPs."""
 
     rise: int  # activations at the peak, above those at the start
     rise_gradients: int  # gradients at that moment, likewise
@@ -81,14 +87,14 @@ class Parts:
         again: of one that adds to gradients.
         boundary: bytes of a hidden state (B, T, H).
         casts: bytes of the copies that autocast makes of one layer's weights.
-        layers: how many layers each block had.
+        layers: how many layers were measured, by place.
     """
 
     fresh: dict[tuple[str, str], Segment] = field(default_factory=dict)
     again: dict[tuple[str, str], Segment] = field(default_factory=dict)
     boundary: int = 0
     casts: int = 0
-    layers: int = LAYERS_EACH
+    layers: dict[str, int] = field(default_factory=dict)
 
 
 def measure(config: PreTrainedConfig, work: Work, method: str) -> Parts:
@@ -97,15 +103,15 @@ def measure(config: PreTrainedConfig, work: Work, method: str) -> Parts:
     Raises:
         ValueError: the model's code needs values, which fake tensors do not have.
     """
-    blocks = MEASURED_BLOCKS if method != "e2e" else 1
-    layers = LAYERS_EACH * MEASURED_BLOCKS if blocks > 1 else LAYERS_EACH
-    parts = Parts()
+    parts = Parts(layers=MEASURED[method])
+    *starts, depth = accumulate(parts.layers.values())
     try:
         with fake_run(work):
-            model = build(shortened(config, layers), work)
-            run = _Recorder(model, LoPTConfig(method=method, num_blocks=blocks), work)
+            model = build(shortened(config, depth), work)
+            run = _Recorder(model, LoPTConfig(method=method, block_boundaries=starts or None), work)
             for segments in (parts.fresh, parts.again):
                 run.micro_batch(segments)
+                _complete(segments, method)
             parts.boundary, parts.casts = run.boundary, run.casts()
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -113,6 +119,17 @@ def measure(config: PreTrainedConfig, work: Work, method: str) -> Parts:
             f"a {config.model_type} model cannot be planned, its code asks for values: {reason}"
         ) from error
     return parts
+
+
+def _complete(segments: dict[tuple[str, str], Segment], method: str) -> None:
+    """Give every place the segments that were measured in another."""
+    if method == "lopt":
+        for where in ("middle", "last"):
+            for what in ("forward", "backward"):
+                segments[where, what] = segments["first", what]
+    if method == "frozen":  # earlier blocks keep nothing
+        for key in (("first", "forward"), ("middle", "forward0"), ("middle", "forward")):
+            segments[key] = segments["first", "forward0"]
 
 
 def build(config: PreTrainedConfig, work: Work) -> Any:

@@ -30,6 +30,8 @@ PREFETCH = 2 * 2**30
 """Bytes of weights and optimizer state that are on their way to or from the device."""
 OFFLOADED_STATE = 4
 """Bytes per element of optimizer state that is offloaded: float32, whatever the weights are."""
+BLOCK_MAJOR_TIME = 1.05
+"""Time of a block-major step beside an eager one (docs/memory.md)."""
 # State tensors per parameter in the parameter's own dtype, and bytes beside them.
 OPTIMIZERS = {
     "adamw_torch_fused": (2, 0),
@@ -56,13 +58,11 @@ class Setting:
     offload: str = "none"  # none, optimizer or block
 
     def __str__(self) -> str:
-        words = [self.method]
-        if self.method != "e2e":
-            words.append(f"k={self.num_blocks}")
+        words = ["e2e" if self.method == "e2e" else f"k={self.num_blocks}"]
+        if self.method == "frozen":
+            words.append("frozen")
         if self.schedule == "block_major":
-            words.append("block-major")
-        if self.offload != "none":
-            words.append(f"offload {self.offload}")
+            words.append("block-major" if self.offload == "none" else f"offload {self.offload}")
         return ", ".join(words + ["checkpointed"] * self.checkpointing)
 
 
@@ -150,11 +150,14 @@ class Plan:
 
     def seconds(self, tflops: float, bandwidth: float) -> float:
         """Of one optimizer step at `tflops` 10^12/s and `bandwidth` 10^9 bytes/s, copies behind compute."""
-        return max(self.flops / (tflops * 1e12), self.bus / (bandwidth * 1e9))
+        slower = BLOCK_MAJOR_TIME if self.setting.schedule == "block_major" else 1.0
+        return max(slower * self.flops / (tflops * 1e12), self.bus / (bandwidth * 1e9))
 
     def hidden_from(self, step_tokens: int, tflops: float, bandwidth: float) -> float:
         """Tokens per optimizer step from which on the copies hide behind compute; inf if never."""
-        compute = self.flops / step_tokens / (tflops * 1e12) - self.bus_tokens / step_tokens / (bandwidth * 1e9)
+        compute = self.flops / step_tokens / (tflops * 1e12) - self.bus_tokens / step_tokens / (
+            bandwidth * 1e9
+        )
         fixed = (self.bus - self.bus_tokens) / (bandwidth * 1e9)
         return fixed / compute if compute > 0 else float("inf") if fixed or self.bus_tokens else 0.0
 
@@ -179,7 +182,9 @@ class Sizes:
             model = AutoModelForCausalLM.from_config(config)
             head = ReconstructionHead(config.get_text_config().hidden_size)
         count = len(Blocks(model, LoPTConfig(method="e2e")).layers)
-        blocks = Blocks(model, LoPTConfig(num_blocks=count)) if count > 1 else Blocks(model, LoPTConfig("e2e"))
+        blocks = (
+            Blocks(model, LoPTConfig(num_blocks=count)) if count > 1 else Blocks(model, LoPTConfig("e2e"))
+        )
         layers = [_elements(layer) for layer in blocks.layers]
         owned = [sum(p.numel() for _, p in blocks.parameters(model, b.index)) for b in blocks]
         tied = model.get_output_embeddings().weight.numel() if shares_embeddings(model) else 0
@@ -255,11 +260,12 @@ class Planner:
         ValueError: the optimizer is not known, the model cannot be measured.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, other: Planner | None = None) -> None:
+        """`other`: a planner of the same run but for prefetching, whose measurements are taken over."""
         if run.optimizer not in OPTIMIZERS:
             raise ValueError(f"--optim {run.optimizer} cannot be planned: use one of {', '.join(OPTIMIZERS)}")
         self.run = run
-        self._parts: dict[tuple[str, bool], Parts] = {}
+        self._parts: dict[tuple[str, bool], Parts] = other._parts if other is not None else {}
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -280,7 +286,9 @@ class Planner:
             peak = self._eager(setting, parts, stages)
         elif setting.offload == "none":
             base = self._resident(stages)
-            peak = max((t.peak for t in self._block_major(setting, parts, stages, base)), key=lambda p: p.total)
+            peak = max(
+                (t.peak for t in self._block_major(setting, parts, stages, base)), key=lambda p: p.total
+            )
         else:
             peak = self._streamed(setting, parts, stages)
         weights, heads = sum(s.weights for s in stages), sum(s.head for s in stages)
