@@ -34,9 +34,9 @@ def calibrate(run: Run, setting: Setting) -> MemoryPeak | int:
             train_dataset=_rows(run, model.get_input_embeddings().num_embeddings),
             processing_class=_tokenizer(),
             lopt_config=LoPTConfig(
-                method=setting.method,  # type: ignore[arg-type]
+                method=setting.method,
                 num_blocks=setting.num_blocks,
-                schedule=setting.schedule,  # type: ignore[arg-type]
+                schedule=setting.schedule,
                 head_warmup_steps=0,
             ),
         )

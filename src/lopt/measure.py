@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -30,14 +30,15 @@ from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 from lopt.attach import attach
-from lopt.blocks import Blocks
+from lopt.blocks import Block, Blocks
 from lopt.config import LoPTConfig
 from lopt.memory import MemoryTracker
 
-# Layers that are measured in each place. A first block's second layer stands for all later ones.
-MEASURED = {
+Method = Literal["lopt", "frozen", "e2e"]
+# Layers that are measured in each place. A middle block's second layer stands for all but a block's first.
+MEASURED: dict[Method, dict[str, int]] = {
     "e2e": {"whole": 2},
-    "lopt": {"first": 2, "middle": 1, "last": 1},
+    "lopt": {"first": 1, "middle": 2, "last": 2},
     "frozen": {"first": 1, "last": 2},
 }
 
@@ -97,7 +98,7 @@ class Parts:
     layers: dict[str, int] = field(default_factory=dict)
 
 
-def measure(config: PreTrainedConfig, work: Work, method: str) -> Parts:
+def measure(config: PreTrainedConfig, work: Work, method: Method) -> Parts:
     """Run two micro-batches of a small model of the real width ("lopt", "frozen" or "e2e").
 
     Raises:
@@ -121,12 +122,11 @@ def measure(config: PreTrainedConfig, work: Work, method: str) -> Parts:
     return parts
 
 
-def _complete(segments: dict[tuple[str, str], Segment], method: str) -> None:
+def _complete(segments: dict[tuple[str, str], Segment], method: Method) -> None:
     """Give every place the segments that were measured in another."""
     if method == "lopt":
-        for where in ("middle", "last"):
-            for what in ("forward", "backward"):
-                segments[where, what] = segments["first", what]
+        for what in ("forward", "backward"):
+            segments["first", what] = segments["middle", what]
     if method == "frozen":  # earlier blocks keep nothing
         for key in (("first", "forward"), ("middle", "forward0"), ("middle", "forward")):
             segments[key] = segments["first", "forward0"]
@@ -156,7 +156,7 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 @contextmanager
 def fake_run(work: Work) -> Iterator[None]:
     """Fake tensors, and stand-ins for what would look at values."""
-    patches = [
+    patches: list[Any] = [
         # Both look into tensors, for packed rows and for padding: rows are padded and not packed.
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),
         mock.patch("transformers.masking_utils._ignore_causal_mask_sdpa", partial(_no_mask, work.batch)),
@@ -250,7 +250,7 @@ class _Recorder:
         self._name, self._before, self._flops_before = (where, what), now, flops
         self._tracker.reset_peak()
 
-    def _enter(self, block: Any, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _enter(self, block: Block, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         where = self._place(block.index)
         self._mark(where, "forward0" if index == block.start else "forward")
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -258,7 +258,7 @@ class _Recorder:
             hidden.register_hook(partial(self._mark, where, "embedding"))
         self.boundary = hidden.numel() * hidden.element_size()
 
-    def _leave(self, block: Any, index: int, layer: nn.Module, args: tuple, output: Any) -> None:
+    def _leave(self, block: Block, index: int, layer: nn.Module, args: tuple, output: Any) -> None:
         where = self._place(block.index)
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:
@@ -295,6 +295,7 @@ _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_counter.flop_registry,
+    torch.ops.aten.addmm_: flop_counter.flop_registry[torch.ops.aten.addmm],
     _CPU_ATTENTION: _attention_flops,
     _CPU_ATTENTION_BACKWARD: _attention_backward_flops,
 }

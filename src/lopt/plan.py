@@ -9,20 +9,20 @@ Not counted: CUDA's context, allocator rounding and fragmentation (`RESERVE` all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from lopt.blocks import Blocks, split
+from lopt.blocks import split
 from lopt.config import LoPTConfig
-from lopt.measure import Parts, Segment, Work, measure
-from lopt.models import shares_embeddings
-from lopt.objective import ReconstructionHead
+from lopt.measure import Method, Parts, Segment, Work, measure
+from lopt.shapes import Sizes
 
 RESERVE = 2**30
 """Bytes of a GPU that are left for CUDA's context and fragmentation."""
@@ -51,11 +51,11 @@ OPTIMIZERS = {
 class Setting:
     """One row of a plan: how the method runs."""
 
-    method: str = "lopt"
+    method: Method = "lopt"
     num_blocks: int = 2
-    schedule: str = "eager"
+    schedule: Literal["eager", "block_major"] = "eager"
     checkpointing: bool = False
-    offload: str = "none"  # none, optimizer or block
+    offload: Literal["none", "optimizer", "block"] = "none"
 
     def __str__(self) -> str:
         words = ["e2e" if self.method == "e2e" else f"k={self.num_blocks}"]
@@ -155,57 +155,9 @@ class Plan:
 
     def hidden_from(self, step_tokens: int, tflops: float, bandwidth: float) -> float:
         """Tokens per optimizer step from which on the copies hide behind compute; inf if never."""
-        compute = self.flops / step_tokens / (tflops * 1e12) - self.bus_tokens / step_tokens / (
-            bandwidth * 1e9
-        )
+        growing = self.flops / (tflops * 1e12) - self.bus_tokens / (bandwidth * 1e9)
         fixed = (self.bus - self.bus_tokens) / (bandwidth * 1e9)
-        return fixed / compute if compute > 0 else float("inf") if fixed or self.bus_tokens else 0.0
-
-
-@dataclass
-class Sizes:
-    """Elements of the weights of a model: `layers` one by one, the `embedding` with all that goes into
-    the first layer, the `tail` (final norm, LM head if it has a matrix of its own), the matrix that the
-    LM head shares with the embedding (`tied`, else 0); `buffers` in bytes; `head` one reconstruction head."""
-
-    layers: list[int]
-    embedding: int
-    tail: int
-    tied: int
-    buffers: int
-    head: int
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> Sizes:
-        """Counted on the model itself, on the meta device."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-            head = ReconstructionHead(config.get_text_config().hidden_size)
-        count = len(Blocks(model, LoPTConfig(method="e2e")).layers)
-        blocks = (
-            Blocks(model, LoPTConfig(num_blocks=count)) if count > 1 else Blocks(model, LoPTConfig("e2e"))
-        )
-        layers = [_elements(layer) for layer in blocks.layers]
-        owned = [sum(p.numel() for _, p in blocks.parameters(model, b.index)) for b in blocks]
-        tied = model.get_output_embeddings().weight.numel() if shares_embeddings(model) else 0
-        tail = owned[-1] - layers[-1] if count > 1 else 0
-        return cls(
-            layers=layers,
-            embedding=owned[0] - layers[0],
-            tail=tail,
-            tied=tied,
-            buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
-            head=_elements(head),
-        )
-
-    @property
-    def model(self) -> int:
-        """Elements of all weights as they are published."""
-        return sum(self.layers) + self.embedding + self.tail
-
-
-def _elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+        return step_tokens * fixed / growing if growing > 0 else math.inf
 
 
 @dataclass
@@ -225,7 +177,7 @@ class Stage:
 
 @dataclass
 class _Trace:
-    """Follows live bytes through segments; the parts at their largest sum are in `peak`."""
+    """Follows live bytes through segments; `peak` is their largest sum, by part."""
 
     base: Bytes
     stash: int = 0
@@ -285,10 +237,8 @@ class Planner:
         if setting.schedule == "eager":
             peak = self._eager(setting, parts, stages)
         elif setting.offload == "none":
-            base = self._resident(stages)
-            peak = max(
-                (t.peak for t in self._block_major(setting, parts, stages, base)), key=lambda p: p.total
-            )
+            traces = self._block_major(setting, parts, stages, self._resident(stages))
+            peak = max((trace.peak for trace in traces), key=lambda p: p.total)
         else:
             peak = self._streamed(setting, parts, stages)
         weights, heads = sum(s.weights for s in stages), sum(s.head for s in stages)
@@ -314,7 +264,7 @@ class Planner:
 
     def _stages(self, setting: Setting) -> Iterator[Stage]:
         sizes, cut = self.sizes, setting.method != "e2e"
-        spans = split(len(sizes.layers), LoPTConfig(method=setting.method, num_blocks=setting.num_blocks))  # type: ignore[arg-type]
+        spans = split(len(sizes.layers), LoPTConfig(method=setting.method, num_blocks=setting.num_blocks))
         untied = sizes.tied if cut and len(spans) > 1 else 0
         for index, (start, stop) in enumerate(spans):
             first, last = index == 0, index == len(spans) - 1
@@ -327,7 +277,7 @@ class Planner:
             )
 
     def _measured(self, setting: Setting) -> Parts:
-        method = "e2e" if setting.num_blocks == 1 else setting.method
+        method: Method = "e2e" if setting.num_blocks == 1 else setting.method
         key = method, setting.checkpointing
         if key not in self._parts:
             run = self.run
@@ -396,12 +346,14 @@ class Planner:
         on its way, and in the optimizer's turn the state of one unit: a layer, the embedding or the head."""
         run, width = self.run, self.run.dtype.itemsize
         every_weight = sum(s.weights for s in stages)
+        travelling = run.state_bytes(every_weight, width=OFFLOADED_STATE)
+        travelling += every_weight * width * (setting.offload == "block")
         best = Bytes()
-        for index, stage in enumerate(stages):
+        for stage in stages:
             own = every_weight if setting.offload == "optimizer" else stage.weights
             base = Bytes(
                 weights=own * width + stage.head * 4 + self.sizes.buffers,
-                transfers=run.prefetch,
+                transfers=min(run.prefetch, travelling),
             )
             (trace,) = self._block_major(setting, parts, [stage], base)
             peak = trace.peak
@@ -445,7 +397,7 @@ def _through(
     local = stage.where in ("first", "middle")
     # Casts of weights live until a local backward or the whole forward ends. A last block's are also held
     # by its graph, unless it is recomputed.
-    surplus = (count - parts.layers) * parts.casts if stage.learns else 0
+    surplus = (count - parts.layers.get(stage.where, 1)) * parts.casts if stage.learns else 0
     order = ["forward0", *["forward"] * (count - 1), "head", "loss"]
     order += [*["backward"] * (count - 1), "backward0", "embedding", "end"]
     for what in order:

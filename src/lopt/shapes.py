@@ -1,13 +1,19 @@
-"""The shapes of the models that have a short name, so that a plan needs no hub and no weights."""
+"""Shapes without weights: the configs of models that have a short name, and how large a model's parts are."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from lopt.models import ALIASES, resolve_model
+from lopt.blocks import Blocks
+from lopt.config import LoPTConfig
+from lopt.models import ALIASES, resolve_model, shares_embeddings
+from lopt.objective import ReconstructionHead
 from lopt.packaged import PACKAGED_MODEL
 
 # As in the published config.json files: what decides about bytes and FLOPs.
@@ -58,3 +64,46 @@ def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
             f"--model_name_or_path {name} has no readable config: {reason}. Give a folder, a config.json, a "
             f"hub id or one of {', '.join(SHAPES)}"
         ) from error
+
+
+@dataclass
+class Sizes:
+    """Elements of the weights of a model: `layers` one by one, the `embedding` with all that goes into
+    the first layer, the `tail` (final norm, LM head if it has a matrix of its own), the matrix that the
+    LM head shares with the embedding (`tied`, else 0); `buffers` in bytes; `head` one reconstruction head."""
+
+    layers: list[int]
+    embedding: int
+    tail: int
+    tied: int
+    buffers: int
+    head: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Sizes:
+        """Counted on the model itself, on the meta device."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            head = ReconstructionHead(config.get_text_config().hidden_size)
+        count = len(Blocks(model, LoPTConfig(method="e2e")).layers)
+        blocks = Blocks(model, LoPTConfig(num_blocks=count))
+        layers = [_elements(layer) for layer in blocks.layers]
+        owned = [sum(p.numel() for _, p in blocks.parameters(model, b.index)) for b in blocks]
+        tied = model.get_output_embeddings().weight.numel() if shares_embeddings(model) else 0
+        return cls(
+            layers=layers,
+            embedding=owned[0] - layers[0],
+            tail=owned[-1] - layers[-1] if count > 1 else 0,
+            tied=tied,
+            buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
+            head=_elements(head),
+        )
+
+    @property
+    def model(self) -> int:
+        """Elements of all weights as they are published."""
+        return sum(self.layers) + self.embedding + self.tail
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -13,7 +13,7 @@ import torch
 from lopt.cli.arguments import parse
 from lopt.config import LoPTConfig
 from lopt.memory import MemoryPeak, format_bytes
-from lopt.plan import OPTIMIZERS, PREFETCH, RESERVE, Plan, Planner, Run, Setting
+from lopt.plan import OPTIMIZERS, RESERVE, Plan, Planner, Run, Setting
 from lopt.report import bar_plot
 from lopt.shapes import SHAPES, model_config
 
@@ -145,13 +145,19 @@ def size_in_bytes(text: str) -> int:
 
 def settings(blocks: Iterable[int]) -> list[Setting]:
     """The rows of the table."""
-    rows = [Setting("e2e", 1, checkpointing=again) for again in (False, True)]
+    rows = [Setting("e2e", 1), Setting("e2e", 1, checkpointing=True)]
     for k in blocks:
-        rows += [Setting(num_blocks=k, checkpointing=again) for again in (False, True)]
-        rows += [
-            Setting(num_blocks=k, schedule="block_major", offload=o) for o in ("none", "optimizer", "block")
-        ]
+        rows += [s for s in candidates(k) if s.schedule == "eager" or not s.checkpointing]
     return rows
+
+
+def candidates(k: int) -> list[Setting]:
+    """All ways to run k blocks, the simplest first."""
+    eager = Setting(num_blocks=k)
+    staged = Setting(num_blocks=k, schedule="block_major")
+    plain = [eager, staged, replace(staged, offload="optimizer"), replace(staged, offload="block")]
+    rows = [[setting, replace(setting, checkpointing=True)] for setting in plain]
+    return [setting for pair in rows for setting in pair]
 
 
 def fit(planner: Planner, blocks: Iterable[int], limit: int, tflops: float, bandwidth: float) -> Plan:
@@ -161,13 +167,7 @@ def fit(planner: Planner, blocks: Iterable[int], limit: int, tflops: float, band
         ValueError: none fits; says which comes closest and what would help.
     """
     room = limit - (RESERVE if planner.run.device == "cuda" else 0)
-    kinds = [("eager", "none"), *(("block_major", offload) for offload in ("none", "optimizer", "block"))]
-    plans = [
-        planner.plan(Setting("lopt", k, schedule, again, offload))
-        for k in blocks
-        for schedule, offload in kinds
-        for again in (False, True)
-    ]
+    plans = [planner.plan(setting) for k in blocks for setting in candidates(k)]
     fitting = [plan for plan in plans if plan.total <= room]
     if not fitting:
         least = min(plans, key=lambda plan: plan.total)
@@ -249,12 +249,14 @@ def _parts(plan: Plan) -> dict[str, int]:
 
 
 def _headline(args: PlanArguments, planner: Planner) -> str:
-    run = planner.run
-    mixed = ", bfloat16 autocast" if run.autocast else ""
+    run, layers = planner.run, len(planner.sizes.layers)
+    numbers = args.dtype + (", bfloat16 autocast" if run.autocast else "")
+    device = "GPU" if run.device == "cuda" else "CPU"
+    size = f"{planner.sizes.model / 1e9:.2f} B weights in {layers} layers"
     return (
-        f"{args.model_name_or_path}: {planner.sizes.model / 1e9:.2f} B weights in {len(planner.sizes.layers)} "
-        f"layers, {args.dtype}{mixed}, {args.optim}\n{run.batch} x {run.tokens:,} tokens a micro-batch, "
-        f"{run.accumulation} a step. Peak on the {'GPU' if run.device == 'cuda' else 'CPU'} in GiB:\n"
+        f"{args.model_name_or_path}: {size}, {numbers}, {args.optim}\n"
+        f"{run.batch} x {run.tokens:,} tokens a micro-batch, {run.accumulation} a step. "
+        f"Peak on the {device} in GiB:\n"
     )
 
 
@@ -302,10 +304,10 @@ def _proposal(plan: Plan, limit: int, args: PlanArguments) -> str:
     need = f"{format_bytes(plan.total)} on the device"
     if plan.host:
         need += f", {format_bytes(plan.host)} of host memory"
-    return (
-        f"The fastest that fits into {format_bytes(limit)}: {plan.setting} ({need}, {seconds:.1f} s a step)\n\n"
-        + command(plan, args, plan.peak.transfers or PREFETCH)
+    head = (
+        f"The fastest that fits into {format_bytes(limit)}: {plan.setting} ({need}, {seconds:.1f} s a step)"
     )
+    return f"{head}\n\n{command(plan, args, plan.peak.transfers)}"
 
 
 def picture(plans: Sequence[Plan], args: PlanArguments) -> str:
@@ -340,19 +342,17 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
         )
     measured = calibrate(planner.run, setting)
     lines = [f"{setting}, two real steps on this machine's {planner.run.device}:"]
+    peak = plan.peak
     if isinstance(measured, MemoryPeak):
-        predicted = {
-            "parameters": plan.peak.weights,
-            "gradients": plan.peak.gradients,
-            "optimizer": plan.peak.optimizer,
-            "activations": plan.peak.activations + plan.peak.head_and_loss + plan.peak.stash,
-        }
-        for name, size in predicted.items():
-            real = getattr(measured, name)
-            lines.append(f"  {name:12} predicted {format_bytes(size):>10}, measured {format_bytes(real):>10}")
-    total = measured.total if isinstance(measured, MemoryPeak) else measured
-    off = plan.total / total - 1
-    lines.append(
-        f"  {'total':12} predicted {format_bytes(plan.total):>10}, measured {format_bytes(total):>10} ({off:+.1%})"
-    )
-    return "\n".join(lines)
+        activations = peak.activations + peak.head_and_loss + peak.stash
+        lines.append(_compared("weights", peak.weights, measured.parameters))
+        lines.append(_compared("gradients", peak.gradients, measured.gradients))
+        lines.append(_compared("optimizer", peak.optimizer, measured.optimizer))
+        lines.append(_compared("activations", activations, measured.activations))
+        measured = measured.total
+    return "\n".join([*lines, _compared("total", plan.total, measured)])
+
+
+def _compared(name: str, predicted: int, measured: int) -> str:
+    off = f" ({predicted / measured - 1:+.1%})" if measured else ""
+    return f"  {name:12} predicted {format_bytes(predicted):>10}, measured {format_bytes(measured):>10}{off}"
