@@ -102,7 +102,7 @@ def measure(config: PreTrainedConfig, work: Work, method: Method) -> Parts:
     """Run two micro-batches of a small model of the real width ("lopt", "frozen" or "e2e").
 
     Raises:
-        ValueError: the model's code needs values, which fake tensors do not have.
+        ValueError: the model does not run on fake tensors, for example because it asks for values.
     """
     parts = Parts(layers=MEASURED[method])
     *starts, depth = accumulate(parts.layers.values())
@@ -117,7 +117,7 @@ def measure(config: PreTrainedConfig, work: Work, method: Method) -> Parts:
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"a {config.model_type} model cannot be planned, its code asks for values: {reason}"
+            f"a {config.model_type} model cannot be planned, it does not run on fake tensors: {reason}"
         ) from error
     return parts
 
