@@ -25,13 +25,14 @@ CONFIGS = {
         attn_pdrop=0.0, bos_token_id=1, eos_token_id=1,
     ),
 }  # fmt: skip
+STAGED = Setting(num_blocks=4, schedule="block_major")
 SETTINGS = {  # with the micro-batches per step
     "e2e": (Setting("e2e", 1), 1),
     "e2e, checkpointed": (Setting("e2e", 1, checkpointing=True), 2),
     "k=2": (Setting(num_blocks=2), 2),
     "k=4, checkpointed": (Setting(num_blocks=4, checkpointing=True), 1),
     "block-major k=2": (Setting(num_blocks=2, schedule="block_major"), 2),
-    "block-major k=4": (Setting(num_blocks=4, schedule="block_major"), 4),
+    "block-major k=4": (STAGED, 4),
 }
 
 
@@ -51,7 +52,7 @@ def compare(name: str, setting: Setting, accumulation: int, dtype: torch.dtype, 
     assert predicted.gradients == pytest.approx(real.gradients, rel=0.05)
     assert predicted.optimizer == pytest.approx(real.optimizer, rel=0.001)  # all but step counters
     activations = predicted.activations + predicted.head_and_loss + predicted.stash
-    assert activations == pytest.approx(real.activations, rel=0.05)
+    assert activations == pytest.approx(real.activations, rel=0.03)
     assert predicted.total == pytest.approx(real.total, rel=0.02)
 
 
@@ -59,6 +60,15 @@ def compare(name: str, setting: Setting, accumulation: int, dtype: torch.dtype, 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prediction_and_live_bytes(name: str, setting: str) -> None:
     compare(name, *SETTINGS[setting], torch.float32, autocast=False)
+
+
+def test_every_micro_batch_stashes_a_boundary() -> None:
+    predicted, real = [], []
+    for accumulation in (2, 8):
+        plan = planner("llama", accumulation, torch.float32, False)
+        predicted.append(plan.plan(STAGED).peak.total)
+        real.append(calibrate(plan.run, STAGED).total)
+    assert predicted[1] - predicted[0] == pytest.approx(real[1] - real[0], rel=0.02)
 
 
 @pytest.mark.parametrize("setting", ["e2e, checkpointed", "k=4, checkpointed"])

@@ -28,6 +28,8 @@ RESERVE = 2**30
 """Bytes of a GPU that are left for CUDA's context and fragmentation."""
 PREFETCH = 2 * 2**30
 """Bytes of weights and optimizer state that are on their way to or from the device."""
+MOST_PREFETCH = 8 * 2**30
+"""Room beyond this is not worth taking."""
 OFFLOADED_STATE = 4
 """Bytes per element of optimizer state that is offloaded: float32, whatever the weights are."""
 BLOCK_MAJOR_TIME = 1.05

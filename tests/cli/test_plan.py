@@ -45,8 +45,8 @@ def test_table_bars_and_files(folder: str, tmp_path: Path, capsys: pytest.Captur
         names += [f"k={k}{row}" for row in rows]
     plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
     assert [row["name"] for row in plans] == names
-    table, bars, speed = out.split("\n\n")[1:4]
-    for text in (table, bars, speed):
+    table, bars, hiding = out.split("\n\n")[1:4]
+    for text in (table, bars):
         assert [name for line in text.splitlines() if (name := line[:24].strip()) in names] == names
     totals = {row["name"]: row["total"] for row in plans}
     assert totals["k=3, block-major"] < totals["k=2, block-major"] < totals["k=2"] < totals["e2e"]
@@ -54,7 +54,11 @@ def test_table_bars_and_files(folder: str, tmp_path: Path, capsys: pytest.Captur
         assert sum(row["peak"].values()) == row["total"]
     longest = max(bars.splitlines()[:-1], key=len)
     assert longest.startswith("e2e ") and set(longest[24:].split()[0]) == set("WGOAH")
-    assert "copies hide behind compute from" in speed and "None" not in out
+    assert "Copies hide" in hiding and "--offload block" in hiding and "tokens a step on" in hiding
+    row = next(line for line in table.splitlines() if line.startswith("k=3, block-major"))
+    last = plans[names.index("k=3, block-major")]
+    shown = [float(number) for number in row[24:].replace("-", "0").split()]
+    assert shown[6] == round(last["total"] / GIB, 1) and shown[9] == round(last["flops"] / 1e15, 2)
     svg = ET.fromstring((tmp_path / "plan.svg").read_text())
     shown = " ".join("".join(element.itertext()) for element in svg.iter() if element.tag.endswith("text"))
     for name in [*names, "weights", "gradients", "optimizer", "activations", "head and loss"]:

@@ -13,11 +13,12 @@ import torch
 from lopt.cli.arguments import parse
 from lopt.config import LoPTConfig
 from lopt.memory import MemoryPeak, format_bytes
-from lopt.plan import OPTIMIZERS, RESERVE, Plan, Planner, Run, Setting
+from lopt.plan import MOST_PREFETCH, OPTIMIZERS, RESERVE, Plan, Planner, Run, Setting
 from lopt.report import bar_plot
 from lopt.shapes import SHAPES, model_config
 
 GIB = 2**30
+NAMES = 24  # columns
 BLOCKS = (2, 4, 8)
 # A letter for the bars, the name of the part and the fields of `Bytes` that it sums.
 PARTS = {
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     plans = [planner.plan(setting) for setting in settings(blocks)]
     print(_headline(args, planner))
-    print(table(plans), bars(plans), _speed(plans, planner.run, args), sep="\n")
+    print(table(plans, args.tflops, args.bandwidth), bars(plans), _hiding(plans, planner.run, args), sep="\n")
     if args.json:
         rows = [asdict(plan) | {"name": str(plan.setting), "total": plan.total} for plan in plans]
         Path(args.json).write_text(json.dumps({"arguments": asdict(args), "plans": rows}, indent=1) + "\n")
@@ -179,9 +180,10 @@ def fit(planner: Planner, blocks: Iterable[int], limit: int, tflops: float, band
         )
     # min takes the first of equals, and simple settings come first.
     best = min(fitting, key=lambda plan: plan.seconds(tflops, bandwidth))
-    spare = (room - best.total) // GIB * GIB
-    if best.setting.offload == "none" or not spare:
+    spare = int(0.95 * room - best.total) // GIB * GIB  # a plan is not exact to the last byte
+    if best.setting.offload == "none" or spare <= 0:
         return best
+    spare = min(spare, MOST_PREFETCH - planner.run.prefetch)
     return Planner(replace(planner.run, prefetch=planner.run.prefetch + spare), planner).plan(best.setting)
 
 
@@ -260,17 +262,17 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     )
 
 
-def table(plans: Sequence[Plan]) -> str:
-    """One row per setting, GiB by part, what host and disk must hold, work and copies of a step."""
-    columns = ["weights", "grads", "optim.", "activ.", "head", "stash"]
-    heads = [*columns, "total", "host", "disk", "PFLOP", "bus GB"]
-    lines = [f"{'':24}" + "".join(f"{head:>8}" for head in heads)]
+def table(plans: Sequence[Plan], tflops: float, bandwidth: float) -> str:
+    """One row per setting, GiB by part, what host and disk must hold, work, copies and time of a step."""
+    heads = ["weight", "grads", "optim.", "activ.", "head", "stash", "total", "host", "disk"]
+    lines = [" " * NAMES + "".join(f"{head:>7}" for head in [*heads, "PFLOP", "bus GB", "s/step"])]
     for plan in plans:
         sizes = [*_parts(plan).values(), plan.total, plan.host, plan.checkpoint]
-        numbers = [f"{size / GIB:8.1f}" if size else f"{'-':>8}" for size in sizes]
-        numbers += [f"{plan.flops / 1e15:8.2f}", f"{plan.bus / 1e9:8.0f}" if plan.bus else f"{'-':>8}"]
-        lines.append(f"{plan.setting!s:24}" + "".join(numbers))
-    return "\n".join(lines) + "\n(head: with the loss; stash: with transfers; disk: one checkpoint)\n"
+        numbers = [f"{size / GIB:7.1f}" if size else f"{'-':>7}" for size in sizes]
+        numbers += [f"{plan.flops / 1e15:7.2f}", f"{plan.bus / 1e9:7.0f}" if plan.bus else f"{'-':>7}"]
+        lines.append(f"{plan.setting!s:{NAMES}}{''.join(numbers)}{plan.seconds(tflops, bandwidth):7.1f}")
+    note = f"(head: with the loss; stash: with transfers; disk: one checkpoint; at {tflops:g} TFLOP/s)"
+    return "\n".join([*lines, note, ""])
 
 
 def bars(plans: Sequence[Plan], width: int = 64) -> str:
@@ -282,20 +284,20 @@ def bars(plans: Sequence[Plan], width: int = 64) -> str:
         for letter, size in _parts(plan).items():
             ends += size * scale
             bar += letter * (round(ends) - len(bar))
-        lines.append(f"{plan.setting!s:24}{bar} {plan.total / GIB:.1f}")
+        lines.append(f"{plan.setting!s:{NAMES}}{bar} {plan.total / GIB:.1f}")
     legend = ", ".join(f"{letter} {name}" for letter, (name, _) in PARTS.items())
     return "\n".join(lines) + f"\n({legend})\n"
 
 
-def _speed(plans: Sequence[Plan], run: Run, args: PlanArguments) -> str:
-    """What a step costs, and from how many tokens on offloading costs no time."""
-    lines = [f"At {args.tflops:g} TFLOP/s and {args.bandwidth:g} GB/s, {run.step_tokens:,} tokens a step:"]
-    for plan in plans:
-        line = f"{plan.setting!s:24}{plan.seconds(args.tflops, args.bandwidth):8.1f} s a step"
-        if plan.bus:
-            tokens = plan.hidden_from(run.step_tokens, args.tflops, args.bandwidth)
-            line += f", copies hide behind compute from {tokens:,.0f} tokens a step on"
-        lines.append(line)
+def _hiding(plans: Sequence[Plan], run: Run, args: PlanArguments) -> str:
+    """From how many tokens a step on offloading costs no time, whatever k is."""
+    where = f"at {args.bandwidth:g} GB/s and {args.tflops:g} TFLOP/s"
+    lines = [f"Copies hide behind compute, {where} (here: {run.step_tokens:,} tokens a step)"]
+    for offload in ("optimizer", "block"):
+        staged = [plan for plan in plans if plan.setting.offload == offload]
+        tokens = max(plan.hidden_from(run.step_tokens, args.tflops, args.bandwidth) for plan in staged)
+        how = "never" if tokens == float("inf") else f"from {tokens:,.0f} tokens a step on"
+        lines.append(f"  --offload {offload:{NAMES - 12}}{how}")
     return "\n".join(lines) + "\n"
 
 
