@@ -169,5 +169,7 @@ def test_what_cannot_be_planned() -> None:
         Planner(replace(llama().run, optimizer="lomo"))
     with pytest.raises(ValueError, match=r"--schedule block_major"):
         llama().plan(Setting(offload="block"))
+    with pytest.raises(ValueError, match=r"--schedule block_major needs"):
+        llama().plan(Setting("frozen", 2, "block_major"))
     with pytest.raises(ValueError, match=r"--num_blocks 11"):
         llama().plan(Setting(num_blocks=11))

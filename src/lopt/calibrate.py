@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from lopt.config import LoPTConfig
 from lopt.memory import MemoryPeak, MemoryTracker
@@ -42,6 +42,7 @@ def calibrate(run: Run, setting: Setting) -> MemoryPeak | int:
         )
         watch = _SecondStep(trainer)
         trainer.add_callback(watch)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return watch.peak
 

@@ -19,10 +19,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig
 
-from lopt.blocks import split
-from lopt.config import LoPTConfig
 from lopt.measure import Method, Parts, Segment, Work, measure
-from lopt.shapes import Sizes
+from lopt.shapes import Sizes, Stage
 
 RESERVE = 2**30
 """Bytes of a GPU that are left for CUDA's context and fragmentation."""
@@ -163,21 +161,6 @@ class Plan:
 
 
 @dataclass
-class Stage:
-    """Elements of one block: its layers' and its other weights', its reconstruction head's."""
-
-    where: str
-    layers: list[int]
-    rest: int
-    head: int
-    learns: bool
-
-    @property
-    def weights(self) -> int:
-        return sum(self.layers) + self.rest
-
-
-@dataclass
 class _Trace:
     """Follows live bytes through segments; `peak` is their largest sum, by part."""
 
@@ -215,11 +198,11 @@ class Planner:
     """
 
     def __init__(self, run: Run, other: Planner | None = None) -> None:
-        """`other`: a planner of the same run but for prefetching, whose measurements are taken over."""
+        """`other`: a planner of the same model, whose measurements are shared."""
         if run.optimizer not in OPTIMIZERS:
             raise ValueError(f"--optim {run.optimizer} cannot be planned: use one of {', '.join(OPTIMIZERS)}")
         self.run = run
-        self._parts: dict[tuple[str, bool], Parts] = other._parts if other is not None else {}
+        self._parts: dict[tuple[Method, Work], Parts] = other._parts if other is not None else {}
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -232,11 +215,14 @@ class Planner:
         Raises:
             ValueError: k is more than the layers; a combination that does not exist.
         """
-        if setting.offload != "none" and setting.schedule != "block_major":
+        staged = setting.schedule == "block_major"
+        if setting.offload != "none" and not staged:
             raise ValueError(f"--offload {setting.offload} goes with --schedule block_major only")
-        stages = list(self._stages(setting))
+        if staged and (setting.method != "lopt" or setting.num_blocks == 1):
+            raise ValueError("--schedule block_major needs --method lopt and --num_blocks 2 or more")
+        stages = self.sizes.stages(setting.method, setting.num_blocks)
         parts = self._measured(setting)
-        if setting.schedule == "eager":
+        if not staged:
             peak = self._eager(setting, parts, stages)
         elif setting.offload == "none":
             traces = self._block_major(setting, parts, stages, self._resident(stages))
@@ -264,28 +250,13 @@ class Planner:
 
     # -- what there is ---------------------------------------------------------------------------
 
-    def _stages(self, setting: Setting) -> Iterator[Stage]:
-        sizes, cut = self.sizes, setting.method != "e2e"
-        spans = split(len(sizes.layers), LoPTConfig(method=setting.method, num_blocks=setting.num_blocks))
-        untied = sizes.tied if cut and len(spans) > 1 else 0
-        for index, (start, stop) in enumerate(spans):
-            first, last = index == 0, index == len(spans) - 1
-            yield Stage(
-                where="whole" if len(spans) == 1 else "first" if first else "last" if last else "middle",
-                layers=sizes.layers[start:stop],
-                rest=sizes.embedding * first + (sizes.tail + untied) * last,
-                head=0 if last or setting.method != "lopt" else sizes.head,
-                learns=last or setting.method != "frozen",
-            )
-
     def _measured(self, setting: Setting) -> Parts:
+        run = self.run
+        work = Work(run.batch, run.tokens, run.dtype, run.autocast, setting.checkpointing, run.device)
         method: Method = "e2e" if setting.num_blocks == 1 else setting.method
-        key = method, setting.checkpointing
-        if key not in self._parts:
-            run = self.run
-            work = Work(run.batch, run.tokens, run.dtype, run.autocast, setting.checkpointing, run.device)
-            self._parts[key] = measure(run.config, work, method)
-        return self._parts[key]
+        if (method, work) not in self._parts:
+            self._parts[method, work] = measure(run.config, work, method)
+        return self._parts[method, work]
 
     def _resident(self, stages: list[Stage]) -> Bytes:
         """Weights and optimizer state if all of them are on the device."""

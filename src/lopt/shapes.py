@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from lopt.blocks import Blocks
+from lopt.blocks import Blocks, split
 from lopt.config import LoPTConfig
-from lopt.models import ALIASES, resolve_model, shares_embeddings
+from lopt.models import ALIASES, check_causal, resolve_model, shares_embeddings
 from lopt.objective import ReconstructionHead
 from lopt.packaged import PACKAGED_MODEL
 
@@ -47,7 +47,7 @@ def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """The config of an alias (or what it stands for), a folder, a config.json or a hub id.
 
     Raises:
-        ValueError: not found, not reachable, or not a config.
+        ValueError: not found, not reachable, not a config, or not of a decoder-only causal LM.
     """
     long_names = {hub_id: alias for alias, hub_id in ALIASES.items()}
     shape = SHAPES.get(long_names.get(name, name))
@@ -57,20 +57,48 @@ def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     path = Path(name).expanduser()
     where = str(path) if path.is_file() else resolve_model(name)
     try:
-        return AutoConfig.from_pretrained(where, revision=revision, local_files_only=Path(where).exists())
+        config = AutoConfig.from_pretrained(where, revision=revision, local_files_only=Path(where).exists())
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"--model_name_or_path {name} has no readable config: {reason}. Give a folder, a config.json, a "
             f"hub id or one of {', '.join(SHAPES)}"
         ) from error
+    check_causal(name, config)
+    return config
 
 
-@dataclass
+@dataclass(frozen=True)
+class Stage:
+    """A block, by the elements of its weights.
+
+    Attributes:
+        where: "first", "middle", "last" or, if there is one block only, "whole".
+        layers: of every layer. rest: of embedding, final norm and LM head, as far as they are its own.
+        head: of its reconstruction head. learns: whether its weights are trained.
+    """
+
+    where: str
+    layers: list[int]
+    rest: int
+    head: int
+    learns: bool
+
+    @property
+    def weights(self) -> int:
+        """Elements of its part of the model."""
+        return sum(self.layers) + self.rest
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """Elements of the weights of a model: `layers` one by one, the `embedding` with all that goes into
-    the first layer, the `tail` (final norm, LM head if it has a matrix of its own), the matrix that the
-    LM head shares with the embedding (`tied`, else 0); `buffers` in bytes; `head` one reconstruction head."""
+    """How large the parts of a model are, in elements.
+
+    Attributes:
+        layers: every layer. embedding: all that feeds the first layer. tail: final norm, and the LM head
+            if it has a matrix of its own. tied: that matrix if it is the embedding's, else 0.
+        buffers: in bytes. head: one reconstruction head.
+    """
 
     layers: list[int]
     embedding: int
@@ -98,6 +126,28 @@ class Sizes:
             buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
             head=_elements(head),
         )
+
+    def stages(self, method: Literal["lopt", "frozen", "e2e"], num_blocks: int) -> list[Stage]:
+        """The blocks of a method; two blocks or more untie embedding and LM head.
+
+        Raises:
+            ValueError: more blocks than layers.
+        """
+        spans = split(len(self.layers), LoPTConfig(method=method, num_blocks=num_blocks))
+        last, tail = len(spans) - 1, self.tail + (self.tied if len(spans) > 1 else 0)
+        stages = []
+        for index, (start, stop) in enumerate(spans):
+            inner = "first" if index == 0 else "last" if index == last else "middle"
+            stages.append(
+                Stage(
+                    where=inner if last else "whole",
+                    layers=self.layers[start:stop],
+                    rest=self.embedding * (index == 0) + tail * (index == last),
+                    head=self.head if method == "lopt" and index < last else 0,
+                    learns=index == last or method != "frozen",
+                )
+            )
+        return stages
 
     @property
     def model(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import BertConfig, LlamaConfig
 
 from lopt.cli.main import main
 from lopt.cli.plan import PlanArguments, command, fit, size_in_bytes
@@ -130,6 +130,7 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
     [
         ({"--model_name_or_path": None}, "--model_name_or_path is missing"),
         ({"--model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere is not a folder"),
+        ({"--model_name_or_path": "{tmp}"}, "not a decoder-only causal LM"),
         ({"--dtype": "int8"}, "--dtype int8"),
         ({"--num_blocks": 1}, "--num_blocks 1"),
         ({"--num_blocks": 7}, "--num_blocks 7 is not possible: use 2 to 6"),
@@ -142,9 +143,13 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
         ({"--svg": "/nowhere/a.svg"}, "--svg /nowhere/a.svg"),
     ],
 )
-def test_mistakes(flags: dict, message: str, folder: str, capsys: pytest.CaptureFixture) -> None:
+def test_mistakes(
+    flags: dict, message: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
     given = {"--model_name_or_path": folder} | flags
-    assert plan(*(word for flag, value in given.items() if value is not None for word in (flag, value))) == 2
+    words = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+    assert plan(*(str(word).format(tmp=tmp_path) for word in words)) == 2
     assert message in capsys.readouterr().err
 
 
