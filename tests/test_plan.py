@@ -76,7 +76,10 @@ def test_mixed_precision(setting: str) -> None:
     compare("llama", *SETTINGS[setting], torch.float32, autocast=True)
 
 
-def test_bfloat16_and_frozen() -> None:
+def test_bfloat16_and_frozen_and_one_row() -> None:
+    one_row = Planner(Run(CONFIGS["gemma3"], 1, 128, 1, torch.float32, False, device="cpu"))
+    real = calibrate(one_row.run, Setting("e2e", 1))  # windows need a mask, full attention does not
+    assert one_row.plan(Setting("e2e", 1)).total == pytest.approx(real.total, rel=0.03)
     compare("llama", Setting(num_blocks=4), 2, torch.bfloat16, autocast=False)
     compare("llama", Setting("frozen", 2), 2, torch.float32, autocast=False)
 
@@ -162,6 +165,14 @@ def test_copies_hide_from_some_number_of_tokens_on() -> None:
     later = run.plan(plan.setting)
     assert later.flops / 1e12 == pytest.approx(later.bus / 1e9, rel=0.05)
     assert plan.hidden_from(1024, tflops=1e6, bandwidth=1) == float("inf")
+
+
+def test_an_optimizer_that_needs_room_for_its_step() -> None:
+    run = Run(CONFIGS["llama"], 1, 8, 1, torch.float32, False)
+    plans = [Planner(replace(run, optimizer=name)).plan(Setting("e2e", 1)) for name in ("adamw_torch", "sgd")]
+    weights = 4 * llama().sizes.model
+    assert plans[0].total == pytest.approx(5 * weights, rel=0.01) and plans[0].peak.optimizer == 3 * weights
+    assert plans[1].peak.optimizer == 0
 
 
 def test_what_cannot_be_planned() -> None:

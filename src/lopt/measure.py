@@ -142,13 +142,13 @@ def build(config: PreTrainedConfig, work: Work) -> Any:
 
 
 def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same model with so many layers; different kinds of layer take turns, so that each is there."""
+    """The same model with so many layers: of different kinds each rare one once, then the most common one."""
     short = copy.deepcopy(config.get_text_config())
     depth = short.num_hidden_layers
     for name, value in vars(short).items():
         if isinstance(value, list) and len(value) == depth:
-            kinds = list(dict.fromkeys(value))
-            setattr(short, name, [kinds[i % len(kinds)] for i in range(layers)])
+            kinds = sorted(dict.fromkeys(value), key=value.count)
+            setattr(short, name, (kinds + kinds[-1:] * layers)[:layers])
     short.num_hidden_layers = layers
     return short
 

@@ -32,18 +32,19 @@ OFFLOADED_STATE = 4
 """Bytes per element of optimizer state that is offloaded: float32, whatever the weights are."""
 BLOCK_MAJOR_TIME = 1.05
 """Time of a block-major step beside an eager one (docs/memory.md)."""
-# State tensors per parameter in the parameter's own dtype, and bytes beside them.
+# State tensors per parameter in the parameter's own dtype, bytes beside them, and tensors that a step
+# makes on a GPU for all its parameters at once.
 OPTIMIZERS = {
-    "adamw_torch_fused": (2, 0),
-    "adamw_torch": (2, 0),
-    "sgd": (0, 0),
-    "adagrad": (1, 0),
-    "rmsprop": (1, 0),
-    "adamw_bnb_8bit": (0, 2),
-    "adamw_torch_8bit": (0, 2),
-    "adamw_torch_4bit": (0, 1),
-    "lion_32bit": (0, 4),
-    "lion_8bit": (0, 1),
+    "adamw_torch_fused": (2, 0, 0),
+    "adamw_torch": (2, 0, 1),
+    "sgd": (0, 0, 0),
+    "adagrad": (1, 0, 2),
+    "rmsprop": (1, 0, 1),
+    "adamw_bnb_8bit": (0, 2, 0),
+    "adamw_torch_8bit": (0, 2, 0),
+    "adamw_torch_4bit": (0, 1, 0),
+    "lion_32bit": (0, 4, 0),
+    "lion_8bit": (0, 1, 0),
 }
 
 
@@ -98,7 +99,7 @@ class Run:
 
     def state_bytes(self, weights: int, heads: int = 0, width: int | None = None) -> int:
         """Optimizer state of so many elements of weights and of (float32) heads."""
-        tensors, extra = OPTIMIZERS[self.optimizer]
+        tensors, extra, _ = OPTIMIZERS[self.optimizer]
         width = width or self.dtype.itemsize
         return weights * (tensors * width + extra) + heads * (tensors * 4 + extra)
 
@@ -188,6 +189,12 @@ class _Trace:
         self.activations += segment.activations - freed
         self.gradients += segment.gradients
         self.flops += segment.flops
+
+    def step(self, temporaries: int) -> None:
+        """The optimizer's turn: all gradients are there, and so many bytes of its own."""
+        optimizer = self.base.optimizer + temporaries
+        moment = replace(self.base, gradients=self.gradients, optimizer=optimizer, stash=self.stash)
+        self.peak = max(self.peak, moment, key=lambda parts: parts.total)
 
 
 class Planner:
@@ -282,6 +289,7 @@ class Planner:
             trace.run(segments[stages[0].where, "start"], "start")
             for stage in stages:
                 _through(trace, segments, parts, stage, setting.checkpointing)
+        trace.step(self._temporaries(trace))
         return trace.peak
 
     def _block_major(
@@ -296,7 +304,12 @@ class Planner:
                 trace.activations = self._inputs()
                 trace.run(segments["first", "start"], "start")
                 _through(trace, segments, parts, stage, setting.checkpointing)
+            trace.step(self._temporaries(trace))
             yield trace
+
+    def _temporaries(self, trace: _Trace) -> int:
+        tensors = OPTIMIZERS[self.run.optimizer][2] if self.run.device == "cuda" else 0
+        return tensors * trace.gradients  # as large as the gradients
 
     def _flops(self, setting: Setting, parts: Parts, stages: list[Stage]) -> float:
         """Per optimizer step; earlier blocks that rest only run forward."""
