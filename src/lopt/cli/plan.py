@@ -234,6 +234,8 @@ def _run(args: PlanArguments) -> Run:
 
 
 def _blocks(args: PlanArguments, layers: int) -> list[int]:
+    if layers < 2:
+        raise ValueError(f"--model_name_or_path {args.model_name_or_path} has one layer: nothing to cut")
     if args.num_blocks is None:
         return [k for k in BLOCKS if k <= layers]
     for k in args.num_blocks:
