@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
+from lopt.memory import MemoryTracker
 from lopt.objective import ReconstructionHead
 
 
@@ -360,3 +361,16 @@ def test_gradients_are_on_again_after_an_error() -> None:
     hook.remove()
     model(**batch_of([4])).loss.backward()
     assert model.lm_head.weight.grad is not None
+
+
+def test_casts_of_weights_go_with_their_block() -> None:
+    """Autocast keeps bfloat16 copies of weights until it ends, which is after all blocks of a forward."""
+    model = tiny("llama", num_hidden_layers=8)
+    handle = attach(model, LoPTConfig(num_blocks=8))
+    live: list[int] = []
+    with MemoryTracker(model, handle.heads) as tracker:
+        handle.after_local_backward = lambda index: live.append(tracker.current.activations)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch_of([8, 8]))
+    casts = sum(2 * p.numel() for p in handle.blocks.layers[0].parameters() if p.ndim > 1)
+    assert live[-1] - live[1] < casts

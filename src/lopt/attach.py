@@ -303,6 +303,7 @@ class LoPT:
         with capture_paused(), torch.autocast(hidden.device.type, enabled=False):
             (self.loss_scale * objective).backward()
         self._routers.release()
+        torch.clear_autocast_cache()  # or the casts of this block's weights would stay to the forward's end
         self._target = None
         if self.after_local_backward is not None:
             self.after_local_backward(block.index)

@@ -74,7 +74,7 @@ def load_model(
         config = AutoConfig.from_pretrained(path, **where)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from error
-    _check_causal(name, config)
+    check_causal(name, config)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -158,7 +158,7 @@ def _set_tying(model: PreTrainedModel, tied: bool) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _check_causal(name: str, config: Any) -> None:
+def check_causal(name: str, config: Any) -> None:
     """Refuse encoders by their config, before any weight is read."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
     bidirectional = architecture.endswith(

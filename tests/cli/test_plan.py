@@ -1,0 +1,158 @@
+"""`lopt plan`: table, pictures, proposal, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, LlamaConfig
+
+from lopt.cli.main import main
+from lopt.cli.plan import PlanArguments, command, fit, size_in_bytes
+from lopt.plan import RESERVE, Planner, Run, Setting
+from lopt.shapes import model_config
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=1024,
+    ).save_pretrained(path)  # fmt: skip
+    return str(path)
+
+
+def plan(*flags: object) -> int:
+    return main(["plan", *map(str, flags)])
+
+
+def test_table_bars_and_files(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = ("--json", tmp_path / "plan.json", "--svg", tmp_path / "plan.svg")
+    small = ("--per_device_train_batch_size", 2, "--max_length", 128)
+    assert plan("--model_name_or_path", folder, *small, "--num_blocks", 2, 3, *files) == 0
+    out = capsys.readouterr().out
+    names = ["e2e", "e2e, checkpointed"]
+    for k in (2, 3):
+        rows = ("", ", checkpointed", ", block-major", ", offload optimizer", ", offload block")
+        names += [f"k={k}{row}" for row in rows]
+    plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert [row["name"] for row in plans] == names
+    table, bars, hiding = out.split("\n\n")[1:4]
+    for text in (table, bars):
+        assert [name for line in text.splitlines() if (name := line[:24].strip()) in names] == names
+    totals = {row["name"]: row["total"] for row in plans}
+    assert totals["k=3, block-major"] < totals["k=2, block-major"] < totals["k=2"] < totals["e2e"]
+    for row in plans:
+        assert sum(row["peak"].values()) == row["total"]
+    longest = max(bars.splitlines()[:-1], key=len)
+    assert longest.startswith("e2e ") and set(longest[24:].split()[0]) == set("WGOAH")
+    assert "Copies hide" in hiding and "--offload block" in hiding and "tokens a step on" in hiding
+    row = next(line for line in table.splitlines() if line.startswith("k=3, block-major"))
+    last = plans[names.index("k=3, block-major")]
+    shown = [float(number) for number in row[24:].replace("-", "0").split()]
+    assert shown[6] == round(last["total"] / GIB, 1) and shown[9] == round(last["flops"] / 1e15, 2)
+    svg = ET.fromstring((tmp_path / "plan.svg").read_text())
+    shown = " ".join("".join(element.itertext()) for element in svg.iter() if element.tag.endswith("text"))
+    for name in [*names, "weights", "gradients", "optimizer", "activations", "head and loss"]:
+        assert name in shown
+
+
+def flags_of(text: str) -> dict[str, str]:
+    """The flags of a printed `lopt sft` command."""
+    words = shlex.split(text.replace("\\\n", " "))
+    assert words[:2] == ["lopt", "sft"]
+    return dict(zip(words[2::2], words[3::2], strict=True))
+
+
+def test_fit_takes_the_fastest_that_fits(folder: str) -> None:
+    args = PlanArguments(model_name_or_path=folder, max_length=128, use_cpu=True)
+    config = model_config(folder)
+    planner = Planner(Run(config, tokens=128, dtype=torch.float32, autocast=False, device="cpu"))
+
+    def proposed(limit: int, bandwidth: float = 25) -> tuple[str, dict[str, str]]:
+        plan = fit(planner, [2, 3], limit, tflops=100, bandwidth=bandwidth)
+        assert plan.total <= limit
+        return str(plan.setting), flags_of(command(plan, args, plan.peak.transfers))
+
+    def total(setting: Setting) -> int:
+        return planner.plan(setting).total
+
+    name, flags = proposed(total(Setting("e2e", 1)) * 2)  # room for all: the simplest
+    assert name == "k=2" and "--schedule" not in flags and "--gradient_checkpointing" not in flags
+    staged = Setting(num_blocks=3, schedule="block_major")
+    name, flags = proposed(total(staged))
+    assert name == "k=3, block-major" and flags["--schedule"] == "block_major" and "--offload" not in flags
+    assert flags["--num_blocks"] == "3" and flags["--use_cpu"] == "True" and flags["--max_length"] == "128"
+    with pytest.raises(ValueError, match=r"nothing fits into .* The smallest is k=.*--per_device_train"):
+        proposed(1000)
+    on_gpu = Planner(replace(planner.run, device="cuda"))
+    limit = on_gpu.plan(Setting(num_blocks=2)).total + RESERVE
+    assert str(fit(on_gpu, [2], limit, 100, 25).setting) == "k=2"
+    assert str(fit(on_gpu, [2], limit - 1, 100, 25).setting) != "k=2"
+    with pytest.raises(ValueError, match=r"1\.0 GiB is left for CUDA"):
+        fit(on_gpu, [2], RESERVE, 100, 25)
+
+
+def test_fit_of_a_large_model(capsys: pytest.CaptureFixture) -> None:
+    """A GPU too small for the optimizer's state: it is offloaded, and room that is left is used."""
+    assert plan(
+        "--model_name_or_path", "qwen2.5-7b", "--dtype", "bfloat16", "--fit", "24GiB",
+        "--num_blocks", 4, "--max_length", 512,
+    ) == 0  # fmt: skip
+    head, _, line = capsys.readouterr().out.partition("The fastest that fits")[2].partition("\n\n")
+    flags = flags_of(line)
+    assert "into 24.0 GiB: k=4, offload" in head and flags["--offload"] in ("optimizer", "block")
+    assert float(flags["--prefetch_gib"]) > 2 and flags["--dtype"] == "bfloat16"
+
+
+def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--model_name_or_path", folder, "--num_blocks", 3, "--max_length", 64, "--use_cpu")
+    flags += ("--gradient_accumulation_steps", 1, "--calibrate")
+    assert plan(*flags) == 0
+    out = capsys.readouterr().out
+    total = next(line for line in out.splitlines() if line.strip().startswith("total"))
+    assert abs(float(total.partition("(")[2].partition("%")[0])) < 5
+    monkeypatch.setattr("lopt.calibrate.machine_memory", lambda device: 10**6)
+    assert plan(*flags) == 2
+    assert "--calibrate would run k=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"--model_name_or_path": None}, "--model_name_or_path is missing"),
+        ({"--model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere is not a folder"),
+        ({"--model_name_or_path": "{tmp}"}, "not a decoder-only causal LM"),
+        ({"--dtype": "int8"}, "--dtype int8"),
+        ({"--num_blocks": 1}, "--num_blocks 1"),
+        ({"--num_blocks": 7}, "--num_blocks 7 is not possible: use 2 to 6"),
+        ({"--optim": "lomo"}, "--optim lomo"),
+        ({"--max_length": 1}, "--max_length 1"),
+        ({"--local_every": 0}, "--local_every 0"),
+        ({"--bandwidth": 0}, "--bandwidth 0"),
+        ({"--tflops": "nan"}, "--tflops nan"),
+        ({"--fit": "much"}, "--fit much is not a size"),
+        ({"--svg": "/nowhere/a.svg"}, "--svg /nowhere/a.svg"),
+    ],
+)
+def test_mistakes(
+    flags: dict, message: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
+    given = {"--model_name_or_path": folder} | flags
+    words = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+    assert plan(*(str(word).format(tmp=tmp_path) for word in words)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sizes() -> None:
+    assert size_in_bytes("24GiB") == size_in_bytes("24") == size_in_bytes("24 g") == 24 * GIB
+    assert size_in_bytes("80GB") == 80 * 10**9
