@@ -27,34 +27,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from lopt import LoPTConfig, attach
+from lopt import LoPTConfig, attach, shapes
 from lopt.memory import MemoryPeak, MemoryTracker
 from lopt.offload import Offload
 from lopt.optim import BlockOptimizer, Precision, clip_block, clip_gradients
 from lopt.schedule import BlockMajor
 
-QWEN2 = dict(model_type="qwen2", vocab_size=152064, num_key_value_heads=8, tie_word_embeddings=False)
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-4b": dict(
-        model_type="qwen3", hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-        tie_word_embeddings=True,
-    ),
-    "qwen2.5-7b": QWEN2 | dict(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4,
-    ),
-    "llama3.1-8b": dict(
-        model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
-    ),
-    "qwen2.5-32b": QWEN2 | dict(
-        hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
-    ),
-    "qwen2.5-72b": QWEN2 | dict(
-        hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
-    ),
-}  # fmt: skip
+SHAPES = shapes.SHAPES | {
+    "qwen2.5-72b": shapes.SHAPES["qwen2.5-32b"]
+    | dict(hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64)
+}
 
 
 class Loop:

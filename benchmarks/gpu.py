@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from block_memory import BF16, SHAPES, Loop, block_major
 from transformers import AutoConfig
 
+from block_memory import BF16, SHAPES, Loop, block_major
 from lopt.memory import MemoryTracker
 from lopt.plan import Planner, Run, Setting
 

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import pytest
+
 from block_memory import BF16, block_major, peak
 
 SHAPE: dict[str, Any] = dict(

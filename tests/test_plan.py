@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,30 @@ def compare(name: str, setting: Setting, accumulation: int, dtype: torch.dtype, 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prediction_and_live_bytes(name: str, setting: str) -> None:
     compare(name, *SETTINGS[setting], torch.float32, autocast=False)
+
+
+BF16 = torch.bfloat16
+OFFLOADS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "optimizer": ("gpt2", "optimizer", dict()),
+    "block": ("llama", "block", dict(prefetch=10**5)),
+    "block, recomputed": ("gemma3", "block", dict()),
+    "block, bfloat16": ("gpt2", "block", dict(dtype=BF16)),
+    "block, bfloat16 state": ("gemma3", "block", dict(dtype=BF16, state_dtype=BF16, prefetch=10**6)),
+    "optimizer, masters": ("llama", "optimizer", dict(dtype=BF16, masters=True)),
+}
+
+
+@pytest.mark.parametrize("case", OFFLOADS)
+def test_prediction_with_offload(case: str) -> None:
+    """Of few tokens, so that the optimizer's turn is the peak, or next to it."""
+    name, offload, options = OFFLOADS[case]
+    options = {"dtype": torch.float32, "prefetch": 3 * 10**5} | options
+    plan = Planner(Run(CONFIGS[name], 1, 16, 3, autocast=False, device="cpu", **options))
+    setting = replace(STAGED, offload=offload, checkpointing=name == "gemma3")
+    predicted, real = plan.plan(setting), calibrate(plan.run, setting)
+    assert isinstance(real, MemoryPeak)
+    assert predicted.total == pytest.approx(real.total, rel=0.03)
+    assert predicted.host == pytest.approx(real.host, rel=0.03)
 
 
 def test_every_micro_batch_stashes_a_boundary() -> None:
@@ -126,7 +151,7 @@ def llama(**changes) -> Planner:
 def test_flops_are_six_per_weight_and_token() -> None:
     run, sizes = llama().run, llama().sizes
     plan = llama().plan(Setting("e2e", 1))
-    products = 6 * (sizes.model - sizes.embedding) * run.step_tokens
+    products = 6 * (sizes.model - 512 * 128) * run.step_tokens
     attention = 14 * 10 * run.step_tokens * run.tokens * 128  # two products forward, five backward
     # The fused head computes its logits twice.
     again = 2 * 512 * 128 * run.accumulation * 2 * (run.tokens - 1)
@@ -143,19 +168,20 @@ def test_resting_early_blocks_cost_a_forward_only() -> None:
 
 def test_offloading_moves_bytes_to_the_host() -> None:
     plans = {
-        offload: llama(prefetch=1000).plan(Setting("lopt", 4, "block_major", offload=offload))
+        offload: llama(prefetch=10**5).plan(Setting("lopt", 4, "block_major", offload=offload))
         for offload in ("none", "optimizer", "block")
     }
     none, optimizer, block = plans.values()
     assert none.total > optimizer.total > block.total and none.host == none.bus == 0
-    assert optimizer.peak.transfers == block.peak.transfers == 1000
+    assert 0 < optimizer.peak.transfers <= 10**5 and 0 < block.peak.transfers <= 10**5
     sizes = llama().sizes
-    weights, state = 4 * sizes.model, 8 * (sizes.model + 3 * sizes.head)
-    assert optimizer.host == state and optimizer.bus == 2 * state
+    head = sum(t.numel() for t in sizes.head_tensors)
+    weights, state = 4 * sizes.model, 8 * (sizes.model + 3 * head)
+    assert optimizer.host == state and optimizer.bus == state
     stash = 4 * 2 * 128 * 128 * 4  # four micro-batches (B, T, H) in float32
     assert block.host == state + weights + stash
-    assert block.bus == 2 * (state + weights) + 2 * 3 * stash and block.bus_tokens == 6 * stash
-    assert none.checkpoint == weights + 3 * 4 * sizes.head + state and none.model == weights
+    assert block.bus == state + weights + 3 * stash and block.bus_tokens == 3 * stash
+    assert none.checkpoint == weights + 3 * 4 * head + state and none.model == weights
 
 
 def test_copies_hide_from_some_number_of_tokens_on() -> None:
@@ -163,8 +189,15 @@ def test_copies_hide_from_some_number_of_tokens_on() -> None:
     tokens = plan.hidden_from(1024, tflops=1, bandwidth=1)
     run = llama(accumulation=round(tokens / 256))
     later = run.plan(plan.setting)
-    assert later.flops / 1e12 == pytest.approx(later.bus / 1e9, rel=0.05)
+    assert later.flops / 1e12 == pytest.approx(later.bus / 1e9, rel=0.08)  # in whole micro-batches
     assert plan.hidden_from(1024, tflops=1e6, bandwidth=1) == float("inf")
+
+
+def test_more_prefetching_hides_more_until_all_is_hidden() -> None:
+    setting = Setting("lopt", 4, "block_major", offload="block")
+    seconds = [llama(prefetch=p).plan(setting).seconds(1e-3, 1) for p in (10**4, 10**6, 10**7, 10**9)]
+    none = llama().plan(STAGED).seconds(1e-3, 1)
+    assert seconds[0] > seconds[1] > seconds[2] == seconds[3] == pytest.approx(none, rel=1e-6)
 
 
 def test_an_optimizer_that_needs_room_for_its_step() -> None:

@@ -37,6 +37,8 @@ def calibrate(run: Run, setting: Setting) -> MemoryPeak | int:
                 method=setting.method,
                 num_blocks=setting.num_blocks,
                 schedule=setting.schedule,
+                offload=setting.offload,
+                prefetch_gib=run.prefetch / 2**30,
                 head_warmup_steps=0,
             ),
         )
@@ -64,6 +66,8 @@ def _arguments(run: Run, setting: Setting, folder: str) -> LoPTSFTConfig:
         gradient_checkpointing=setting.checkpointing,
         bf16=run.autocast,
         optim=run.optimizer,
+        state_dtype=str(run.state_dtype).removeprefix("torch."),
+        master_weights=run.masters,
         use_cpu=run.device == "cpu",
         train_sampling_strategy="sequential",
         save_strategy="no",

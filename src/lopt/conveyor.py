@@ -173,7 +173,9 @@ class Conveyor:
 
     # -- the budget ------------------------------------------------------------------------------
 
-    def _on_the_way(self) -> int:
+    @property
+    def on_the_way(self) -> int:
+        """Bytes of device memory of what is fetched ahead or leaving."""
         return sum(c.nbytes for c in self._fetched) + sum(leaving.nbytes for leaving in self._leaving)
 
     def _fetch_ahead(self) -> None:
@@ -182,13 +184,13 @@ class Conveyor:
         while self._upcoming:
             cargo = self._upcoming[0]
             if cargo.host is not None and cargo not in self._fetched and cargo not in self._used:
-                if self._on_the_way() + cargo.nbytes > self._budget:
+                if self.on_the_way + cargo.nbytes > self._budget:
                     return
                 self._fetch(cargo)
             self._upcoming.popleft()
 
     def _make_room(self, nbytes: int) -> None:
-        while self._leaving and self._on_the_way() + nbytes > self._budget:
+        while self._leaving and self.on_the_way + nbytes > self._budget:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:

@@ -129,13 +129,7 @@ class BlockOptimizer(Optimizer):
         """Stand-ins hold values and gradients, in float32 where the weights are bfloat16."""
         learning = [p for p in part.parameters if p.grad is not None]
         for p in learning:
-            stand_in, gradient = self._stand_ins[p], p.grad
-            assert gradient is not None
-            master = self.state[stand_in].get(MASTER) if stand_in in self.state else None
-            stand_in.data = p.data.to(stand_in.dtype) if master is None else master
-            stand_in.grad = gradient.to(stand_in.dtype)
-            if self._conveyor is not None:
-                p.grad = None
+            self._stand_in_for(p)
         yield
         for p in learning:
             stand_in = self._stand_ins[p]
@@ -148,6 +142,15 @@ class BlockOptimizer(Optimizer):
             elif stand_in.data.untyped_storage()._cdata != p.data.untyped_storage()._cdata:
                 p.data.copy_(stand_in.data)  # an optimizer that does not work in place
             stand_in.data = stand_in.data.new_empty(0)
+
+    def _stand_in_for(self, p: nn.Parameter) -> None:
+        stand_in = self._stand_ins[p]
+        assert p.grad is not None
+        master = self.state[stand_in].get(MASTER) if stand_in in self.state else None
+        stand_in.data = p.data.to(stand_in.dtype) if master is None else master
+        stand_in.grad = p.grad.to(stand_in.dtype)
+        if self._conveyor is not None:
+            p.grad = None
 
     @contextmanager
     def _wide_state(self, part: _Part) -> Iterator[None]:

@@ -13,39 +13,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig
 
 from lopt.measure import Method, Parts, Segment, Work, measure
+from lopt.plan_step import OPTIMIZERS, Optimizer, Travel
 from lopt.shapes import Sizes, Stage
 
 RESERVE = 2**30
 """Bytes of a GPU that are left for CUDA's context and fragmentation."""
 PREFETCH = 2 * 2**30
 """Bytes of weights and optimizer state that are on their way to or from the device."""
-MOST_PREFETCH = 8 * 2**30
-"""Room beyond this is not worth taking."""
-OFFLOADED_STATE = 4
-"""Bytes per element of optimizer state that is offloaded: float32, whatever the weights are."""
 BLOCK_MAJOR_TIME = 1.05
 """Time of a block-major step beside an eager one (docs/memory.md)."""
-# State tensors per parameter in the parameter's own dtype, bytes beside them, and tensors that a step
-# makes on a GPU for all its parameters at once.
-OPTIMIZERS = {
-    "adamw_torch_fused": (2, 0, 0),
-    "adamw_torch": (2, 0, 1),
-    "sgd": (0, 0, 0),
-    "adagrad": (1, 0, 2),
-    "rmsprop": (1, 0, 1),
-    "adamw_bnb_8bit": (0, 2, 0),
-    "adamw_torch_8bit": (0, 2, 0),
-    "adamw_torch_4bit": (0, 1, 0),
-    "lion_32bit": (0, 4, 0),
-    "lion_8bit": (0, 1, 0),
-}
 
 
 @dataclass(frozen=True)
@@ -76,6 +58,7 @@ class Run:
         accumulation: micro-batches per optimizer step.
         dtype: of the weights. autocast: whether forwards run under bfloat16 autocast.
         optimizer: a name of `OPTIMIZERS`.
+        state_dtype: of the optimizer's state. masters: whether bfloat16 weights have float32 masters.
         local_every: earlier blocks learn in every N-th step.
         prefetch: bytes that offloading may hold on the device on their way.
         device: "cuda" or "cpu".
@@ -88,6 +71,8 @@ class Run:
     dtype: torch.dtype = torch.bfloat16
     autocast: bool = True
     optimizer: str = "adamw_torch_fused"
+    state_dtype: torch.dtype = torch.float32
+    masters: bool = False
     local_every: int = 1
     prefetch: int = PREFETCH
     device: str = "cuda"
@@ -97,11 +82,11 @@ class Run:
         """Tokens per optimizer step, padding included."""
         return self.batch * self.tokens * self.accumulation
 
-    def state_bytes(self, weights: int, heads: int = 0, width: int | None = None) -> int:
-        """Optimizer state of so many elements of weights and of (float32) heads."""
-        tensors, extra, _ = OPTIMIZERS[self.optimizer]
-        width = width or self.dtype.itemsize
-        return weights * (tensors * width + extra) + heads * (tensors * 4 + extra)
+    @property
+    def optimizer_sizes(self) -> Optimizer:
+        """Of the optimizer."""
+        foreach = self.device == "cuda"
+        return Optimizer(self.optimizer, self.dtype, self.state_dtype, self.masters, foreach)
 
 
 @dataclass(frozen=True)
@@ -131,8 +116,9 @@ class Plan:
         host: bytes of host memory for what is offloaded.
         checkpoint, model: bytes on disk of one checkpoint and of the final model.
         flops: per optimizer step (with `local_every`, on average).
-        bus: bytes between host and device per optimizer step, and of those the ones that grow with
-            the tokens (`bus_tokens`).
+        bus: bytes into the device per optimizer step (as many leave it), and of those the ones that grow
+            with the tokens (`bus_tokens`).
+        turns: bytes in and FLOPs by block. prefetch: bytes that come in while another block works.
     """
 
     setting: Setting
@@ -143,6 +129,8 @@ class Plan:
     flops: float
     bus: int = 0
     bus_tokens: int = 0
+    turns: list[tuple[float, float]] = field(default_factory=list)
+    prefetch: int = 0
 
     @property
     def total(self) -> int:
@@ -150,12 +138,20 @@ class Plan:
         return self.peak.total
 
     def seconds(self, tflops: float, bandwidth: float) -> float:
-        """Of one optimizer step at `tflops` 10^12/s and `bandwidth` 10^9 bytes/s, copies behind compute."""
+        """Of one optimizer step at `tflops` 10^12/s and `bandwidth` 10^9 bytes/s each way.
+
+        Of what a block needs, as much hides behind its micro-batches as may be fetched ahead.
+        """
         slower = BLOCK_MAJOR_TIME if self.setting.schedule == "block_major" else 1.0
-        return max(slower * self.flops / (tflops * 1e12), self.bus / (bandwidth * 1e9))
+        total = 0.0
+        for bytes_in, flops in self.turns:
+            works = slower * flops / (tflops * 1e12)
+            hidden = min(self.prefetch, works * bandwidth * 1e9)
+            total += works + max(0.0, bytes_in - hidden) / (bandwidth * 1e9)
+        return total
 
     def hidden_from(self, step_tokens: int, tflops: float, bandwidth: float) -> float:
-        """Tokens per optimizer step from which on the copies hide behind compute; inf if never."""
+        """Tokens per optimizer step from which on copies can hide behind compute; inf if never."""
         growing = self.flops / (tflops * 1e12) - self.bus_tokens / (bandwidth * 1e9)
         fixed = (self.bus - self.bus_tokens) / (bandwidth * 1e9)
         return step_tokens * fixed / growing if growing > 0 else math.inf
@@ -185,7 +181,7 @@ class _Trace:
             head_and_loss=segment.rise if top else 0,
             stash=self.stash,
         )
-        self.peak = max(self.peak, moment, key=lambda parts: parts.total)
+        self.peak = max(self.peak, moment, key=_total)
         self.activations += segment.activations - freed
         self.gradients += segment.gradients
         self.flops += segment.flops
@@ -194,7 +190,7 @@ class _Trace:
         """The optimizer's turn: all gradients are there, and so many bytes of its own."""
         optimizer = self.base.optimizer + temporaries
         moment = replace(self.base, gradients=self.gradients, optimizer=optimizer, stash=self.stash)
-        self.peak = max(self.peak, moment, key=lambda parts: parts.total)
+        self.peak = max(self.peak, moment, key=_total)
 
 
 class Planner:
@@ -214,7 +210,7 @@ class Planner:
     @cached_property
     def sizes(self) -> Sizes:
         """Elements of the model's weights."""
-        return Sizes.of(self.run.config)
+        return Sizes.of(self.run.config, self.run.dtype)
 
     def plan(self, setting: Setting) -> Plan:
         """Bytes, FLOPs and bus traffic of the run in `setting`.
@@ -232,27 +228,32 @@ class Planner:
         if not staged:
             peak = self._eager(setting, parts, stages)
         elif setting.offload == "none":
-            traces = self._block_major(setting, parts, stages, self._resident(stages))
-            peak = max((trace.peak for trace in traces), key=lambda p: p.total)
+            traces = list(self._block_major(setting, parts, stages, self._resident(stages)))
+            for trace, stage in zip(traces, stages, strict=True):
+                trace.step(self._temporaries([stage]))
+            peak = max((trace.peak for trace in traces), key=_total)
         else:
             peak = self._streamed(setting, parts, stages)
         weights, heads = sum(s.weights for s in stages), sum(s.head for s in stages)
         trained = sum(s.weights for s in stages if s.learns)
-        width = OFFLOADED_STATE if setting.offload != "none" else None
-        state = self.run.state_bytes(trained, heads, width)
+        state = self.run.optimizer_sizes.state(trained, heads)
         model = weights * self.run.dtype.itemsize
         host = state * (setting.offload != "none") + model * (setting.offload == "block")
         stash = self.run.accumulation * parts.boundary * (setting.offload == "block")
-        bus, bus_tokens = self._bus(setting, stages, parts)
+        flops = self._flops(setting, parts, stages)
+        bytes_in = [self._bytes_in(setting, stage) for stage in stages]
+        boundaries = (len(stages) - 1) * self.run.accumulation * parts.boundary * (setting.offload == "block")
         return Plan(
             setting=setting,
             peak=peak,
             host=host + stash,
             checkpoint=model + heads * 4 + state,
             model=model,
-            flops=self._flops(setting, parts, stages),
-            bus=bus,
-            bus_tokens=bus_tokens,
+            flops=sum(flops),
+            bus=round(sum(bytes_in)) + boundaries,
+            bus_tokens=boundaries,
+            turns=list(zip(bytes_in, flops, strict=True)),
+            prefetch=self.run.prefetch,
         )
 
     # -- what there is ---------------------------------------------------------------------------
@@ -272,7 +273,7 @@ class Planner:
         weights = sum(s.weights for s in stages) * self.run.dtype.itemsize
         return Bytes(
             weights=weights + heads * 4 + self.sizes.buffers,
-            optimizer=self.run.state_bytes(trained, heads),
+            optimizer=self.run.optimizer_sizes.state(trained, heads),
         )
 
     # -- one micro-batch after the other ---------------------------------------------------------
@@ -289,7 +290,7 @@ class Planner:
             trace.run(segments[stages[0].where, "start"], "start")
             for stage in stages:
                 _through(trace, segments, parts, stage, setting.checkpointing)
-        trace.step(self._temporaries(trace))
+        trace.step(self._temporaries(stages))
         return trace.peak
 
     def _block_major(
@@ -304,17 +305,17 @@ class Planner:
                 trace.activations = self._inputs()
                 trace.run(segments["first", "start"], "start")
                 _through(trace, segments, parts, stage, setting.checkpointing)
-            trace.step(self._temporaries(trace))
             yield trace
 
-    def _temporaries(self, trace: _Trace) -> int:
-        tensors = OPTIMIZERS[self.run.optimizer][2] if self.run.device == "cuda" else 0
-        return tensors * trace.gradients  # as large as the gradients
+    def _temporaries(self, stages: list[Stage]) -> int:
+        """What the step of the largest part adds to gradients and state that are all there."""
+        optimizer = self.run.optimizer_sizes
+        return max(optimizer.temporaries(part) for s in stages if s.learns for part in optimizer.parts(s))
 
-    def _flops(self, setting: Setting, parts: Parts, stages: list[Stage]) -> float:
-        """Per optimizer step; earlier blocks that rest only run forward."""
+    def _flops(self, setting: Setting, parts: Parts, stages: list[Stage]) -> list[float]:
+        """Of every block per optimizer step; earlier blocks that rest only run forward."""
         every = self.run.local_every if setting.method == "lopt" else 1
-        total = 0.0
+        found = []
         for stage in stages:
             trace = _Trace(Bytes())
             _through(trace, parts.fresh, parts, stage, setting.checkpointing)
@@ -322,53 +323,44 @@ class Planner:
             if every > 1 and stage.where in ("first", "middle"):
                 forward = parts.fresh[stage.where, "forward"].flops * len(stage.layers)
                 rest = (trace.flops + (every - 1) * forward) / every
-            total += rest
-        return total * self.run.accumulation
+            found.append(rest * self.run.accumulation)
+        return found
 
     # -- offloading ------------------------------------------------------------------------------
 
     def _streamed(self, setting: Setting, parts: Parts, stages: list[Stage]) -> Bytes:
-        """The device holds one block at work (all weights if only the optimizer is offloaded), what is
-        on its way, and in the optimizer's turn the state of one unit: a layer, the embedding or the head."""
-        run, width = self.run, self.run.dtype.itemsize
-        every_weight = sum(s.weights for s in stages)
-        travelling = run.state_bytes(every_weight, width=OFFLOADED_STATE)
-        travelling += every_weight * width * (setting.offload == "block")
+        """The device holds one block at work (all weights if only the optimizer is offloaded), what is on
+        its way, and in the optimizer's turn the state of one part after the other."""
+        run, whole = self.run, setting.offload == "block"
+        travel = Travel(run.optimizer_sizes, stages, run.prefetch, weights=whole)
+        everything = sum(stage.weights for stage in stages)
+        heads = 4 * sum(stage.head for stage in stages)
         best = Bytes()
-        for stage in stages:
-            own = every_weight if setting.offload == "optimizer" else stage.weights
-            base = Bytes(
-                weights=own * width + stage.head * 4 + self.sizes.buffers,
-                transfers=min(run.prefetch, travelling),
-            )
+        for stage, (working, *steps) in zip(stages, travel.moments, strict=True):
+            own = stage.weights if whole else everything
+            base = Bytes(weights=own * run.dtype.itemsize + heads + self.sizes.buffers)
             (trace,) = self._block_major(setting, parts, [stage], base)
-            peak = trace.peak
-            if setting.offload == "block":
-                peak = replace(peak, stash=0)
-            unit = max(max(stage.layers), stage.rest)
-            wide = 8 * unit if width < 4 else 0  # float32 copies of its weight and gradient
-            step = replace(
-                base,
-                gradients=stage.weights * width + stage.head * 4,
-                optimizer=run.state_bytes(unit, width=OFFLOADED_STATE) + wide,
-                stash=0 if setting.offload == "block" else trace.stash,
-            )
-            best = max(best, peak, step, key=lambda p: p.total)
+            stash = parts.boundary * (stage.where != "first") if whole else trace.stash
+            best = max(best, replace(trace.peak, stash=stash, transfers=working.transfers), key=_total)
+            for step in steps:
+                moment = replace(
+                    base, stash=stash * (not whole), gradients=step.gradients or 0, optimizer=step.optimizer,
+                    transfers=step.transfers,
+                )  # fmt: skip
+                best = max(best, moment, key=_total)
         return best
 
-    def _bus(self, setting: Setting, stages: list[Stage], parts: Parts) -> tuple[int, int]:
-        """Bytes over the bus per optimizer step, and the part that grows with the tokens."""
+    def _bytes_in(self, setting: Setting, stage: Stage) -> float:
+        """What comes to the device for a block per optimizer step; on average, if it rests at times."""
         if setting.offload == "none":
-            return 0, 0
-        total, boundaries = 0.0, 0
-        for stage in stages:
-            learning = 1 / self.run.local_every if stage.where in ("first", "middle") else 1.0
-            total += 2 * learning * self.run.state_bytes(stage.weights, stage.head, OFFLOADED_STATE)
-            if setting.offload == "block":
-                total += (1 + learning) * stage.weights * self.run.dtype.itemsize
-        if setting.offload == "block":
-            boundaries = 2 * sum(1 for _ in pairwise(stages)) * self.run.accumulation * parts.boundary
-        return round(total) + boundaries, boundaries
+            return 0.0
+        learning = 1 / self.run.local_every if stage.where in ("first", "middle") else 1.0
+        weights = stage.weights * self.run.dtype.itemsize * (setting.offload == "block")
+        return learning * self.run.optimizer_sizes.state(stage.weights, stage.head) + weights
+
+
+def _total(parts: Bytes) -> int:
+    return parts.total
 
 
 def _through(

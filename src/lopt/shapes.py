@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lopt.blocks import Blocks, split
@@ -76,6 +78,7 @@ class Stage:
         where: "first", "middle", "last" or, if there is one block only, "whole".
         layers: of every layer. rest: of embedding, final norm and LM head, as far as they are its own.
         head: of its reconstruction head. learns: whether its weights are trained.
+        tensors: its weights on the meta device, in the model's order. head_tensors: its head's.
     """
 
     where: str
@@ -83,6 +86,8 @@ class Stage:
     rest: int
     head: int
     learns: bool
+    tensors: list[Tensor]
+    head_tensors: list[Tensor]
 
     @property
     def weights(self) -> int:
@@ -92,40 +97,46 @@ class Stage:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the parts of a model are, in elements.
+    """How large the parts of a model are: their weights on the meta device.
 
     Attributes:
-        layers: every layer. embedding: all that feeds the first layer. tail: final norm, and the LM head
-            if it has a matrix of its own. tied: that matrix if it is the embedding's, else 0.
-        buffers: in bytes. head: one reconstruction head.
+        layer_tensors: of every layer. embedding_tensors: all that feeds the first layer. tail_tensors:
+            final norm, and the LM head if it has a matrix of its own. tied_tensors: that matrix if it is
+            the embedding's. head_tensors: one reconstruction head's.
+        buffers: in bytes.
     """
 
-    layers: list[int]
-    embedding: int
-    tail: int
-    tied: int
+    layer_tensors: list[list[Tensor]]
+    embedding_tensors: list[Tensor]
+    tail_tensors: list[Tensor]
+    tied_tensors: list[Tensor]
+    head_tensors: list[Tensor]
     buffers: int
-    head: int
 
     @classmethod
-    def of(cls, config: PreTrainedConfig) -> Sizes:
-        """Counted on the model itself, on the meta device."""
+    def of(cls, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Sizes:
+        """Counted on the model itself, on the meta device, with weights of `dtype`."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             head = ReconstructionHead(config.get_text_config().hidden_size)
         count = len(Blocks(model, LoPTConfig(method="e2e")).layers)
         blocks = Blocks(model, LoPTConfig(num_blocks=count))
-        layers = [_elements(layer) for layer in blocks.layers]
-        owned = [sum(p.numel() for _, p in blocks.parameters(model, b.index)) for b in blocks]
-        tied = model.get_output_embeddings().weight.numel() if shares_embeddings(model) else 0
+        layers: list[list[Tensor]] = [list(layer.parameters()) for layer in blocks.layers]
+        inside = {id(p) for layer in layers for p in layer}
+        owned = [[p for _, p in blocks.parameters(model, b.index) if id(p) not in inside] for b in blocks]
         return cls(
-            layers=layers,
-            embedding=owned[0] - layers[0],
-            tail=owned[-1] - layers[-1] if count > 1 else 0,
-            tied=tied,
+            layer_tensors=layers,
+            embedding_tensors=list(owned[0]),
+            tail_tensors=list(owned[-1]) if count > 1 else [],
+            tied_tensors=[model.get_output_embeddings().weight] if shares_embeddings(model) else [],
+            head_tensors=list(head.parameters()),
             buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
-            head=_elements(head),
         )
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Elements of every layer."""
+        return [_elements(layer) for layer in self.layer_tensors]
 
     def stages(self, method: Literal["lopt", "frozen", "e2e"], num_blocks: int) -> list[Stage]:
         """The blocks of a method; two blocks or more untie embedding and LM head.
@@ -134,17 +145,22 @@ class Sizes:
             ValueError: more blocks than layers.
         """
         spans = split(len(self.layers), LoPTConfig(method=method, num_blocks=num_blocks))
-        last, tail = len(spans) - 1, self.tail + (self.tied if len(spans) > 1 else 0)
-        stages = []
+        last, stages = len(spans) - 1, []
         for index, (start, stop) in enumerate(spans):
             inner = "first" if index == 0 else "last" if index == last else "middle"
+            ends = self.embedding_tensors if index == 0 else []
+            tail = self.tail_tensors + (self.tied_tensors if last else []) if index == last else []
+            own = [p for layer in self.layer_tensors[start:stop] for p in layer]
+            head = self.head_tensors if method == "lopt" and index < last else []
             stages.append(
                 Stage(
                     where=inner if last else "whole",
                     layers=self.layers[start:stop],
-                    rest=self.embedding * (index == 0) + tail * (index == last),
-                    head=self.head if method == "lopt" and index < last else 0,
+                    rest=_elements(ends) + _elements(tail),
+                    head=_elements(head),
                     learns=index == last or method != "frozen",
+                    tensors=[*ends, *own, *tail],
+                    head_tensors=head,
                 )
             )
         return stages
@@ -152,8 +168,8 @@ class Sizes:
     @property
     def model(self) -> int:
         """Elements of all weights as they are published."""
-        return sum(self.layers) + self.embedding + self.tail
+        return sum(self.layers) + _elements(self.embedding_tensors) + _elements(self.tail_tensors)
 
 
-def _elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _elements(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

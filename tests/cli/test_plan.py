@@ -104,13 +104,35 @@ def test_fit_takes_the_fastest_that_fits(folder: str) -> None:
 def test_fit_of_a_large_model(capsys: pytest.CaptureFixture) -> None:
     """A GPU too small for the optimizer's state: it is offloaded, and room that is left is used."""
     assert plan(
-        "--model_name_or_path", "qwen2.5-7b", "--dtype", "bfloat16", "--fit", "24GiB",
+        "--model_name_or_path", "qwen2.5-7b", "--param_dtype", "bfloat16", "--fit", "24GiB",
         "--num_blocks", 4, "--max_length", 512,
     ) == 0  # fmt: skip
     head, _, line = capsys.readouterr().out.partition("The fastest that fits")[2].partition("\n\n")
     flags = flags_of(line)
     assert "into 24.0 GiB: k=4, offload" in head and flags["--offload"] in ("optimizer", "block")
-    assert float(flags["--prefetch_gib"]) > 2 and flags["--dtype"] == "bfloat16"
+    assert float(flags["--prefetch_gib"]) > 2 and flags["--param_dtype"] == "bfloat16"
+
+
+def test_the_printed_command_runs(
+    tiny_folder: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
+    """In as much memory as was asked for, from the folder where the data is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text(sums_file.read_text())
+    flags = ("--model_name_or_path", tiny_folder, "--max_length", 64, "--use_cpu", "--num_blocks", 4)
+    flags += ("--gradient_accumulation_steps", 2)
+    assert plan(*flags, "--json", "plan.json") == 0
+    totals = {p["name"]: p["total"] for p in json.loads(Path("plan.json").read_text())["plans"]}
+    limit = totals["k=4, offload block"] / GIB
+    capsys.readouterr()
+    assert plan(*flags, "--fit", f"{1.001 * limit:.9f}") == 0
+    line = capsys.readouterr().out.partition("lopt sft ")[2].replace("\\\n", " ")
+    assert "--offload block" in line
+    more = ["--max_steps", "2", "--report_to", "none", "--logging_steps", "1"]
+    assert main(["sft", *shlex.split(line), *more]) == 0
+    state = json.loads(Path("outputs/run/trainer_state.json").read_text())
+    peak = max(row.get("peak_memory_gib", 0) for row in state["log_history"])
+    assert 0.5 * limit < peak <= 1.02 * limit
 
 
 def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +153,7 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
         ({"--model_name_or_path": None}, "--model_name_or_path is missing"),
         ({"--model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere is not a folder"),
         ({"--model_name_or_path": "{tmp}"}, "not a decoder-only causal LM"),
-        ({"--dtype": "int8"}, "--dtype int8"),
+        ({"--param_dtype": "int8"}, "--param_dtype int8"),
         ({"--num_blocks": 1}, "--num_blocks 1"),
         ({"--num_blocks": 7}, "--num_blocks 7 is not possible: use 2 to 6"),
         ({"--optim": "lomo"}, "--optim lomo"),

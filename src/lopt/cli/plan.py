@@ -13,13 +13,16 @@ import torch
 from lopt.cli.arguments import parse
 from lopt.config import LoPTConfig
 from lopt.memory import MemoryPeak, format_bytes
-from lopt.plan import MOST_PREFETCH, OPTIMIZERS, RESERVE, Plan, Planner, Run, Setting
+from lopt.plan import RESERVE, Plan, Planner, Run, Setting
+from lopt.plan_step import OPTIMIZERS
 from lopt.report import bar_plot
 from lopt.shapes import SHAPES, model_config
 
 GIB = 2**30
 NAMES = 24  # columns
 BLOCKS = (2, 4, 8)
+PREFETCH_GIB = (3, 4, 6, 8, 12, 16)
+QUICK = 1.05  # times the fastest
 # A letter for the bars, the name of the part and the fields of `Bytes` that it sums.
 PARTS = {
     "W": ("weights", ("weights",)),
@@ -41,7 +44,20 @@ class PlanArguments:
         metadata={"help": f"A folder, a config.json, a hub id or, without any network: {', '.join(SHAPES)}."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32 or bfloat16."})
+    param_dtype: str = field(
+        default="float32",
+        metadata={"aliases": ["--dtype"], "help": "Dtype of the weights: float32 or bfloat16."},
+    )
+    state_dtype: str = field(
+        default="float32", metadata={"help": "Dtype of the optimizer's state: float32 or bfloat16."}
+    )
+    master_weights: bool = field(
+        default=False, metadata={"help": "Float32 masters of bfloat16 weights in the optimizer's state."}
+    )
+    prefetch_gib: float = field(
+        default=2.0,
+        metadata={"help": "GiB on the device for what travels with --offload; --fit chooses its own."},
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "Mixed precision in bfloat16. Default: on, off with --use_cpu."}
     )
@@ -103,8 +119,10 @@ def check(args: PlanArguments) -> int | None:
         raise ValueError(
             f"--model_name_or_path is missing: give a folder, a hub id or one of {', '.join(SHAPES)}"
         )
-    if args.dtype not in DTYPES:
-        raise ValueError(f"--dtype {args.dtype} is not possible: use one of {', '.join(DTYPES)}")
+    for name in ("param_dtype", "state_dtype"):
+        if getattr(args, name) not in DTYPES:
+            value = getattr(args, name)
+            raise ValueError(f"--{name} {value} is not possible: use one of {', '.join(DTYPES)}")
     for name, least in (
         ("per_device_train_batch_size", 1),
         ("gradient_accumulation_steps", 1),
@@ -113,6 +131,7 @@ def check(args: PlanArguments) -> int | None:
     ):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} is not possible: use {least} or more")
+    LoPTConfig(prefetch_gib=args.prefetch_gib)
     for name in ("bandwidth", "tflops"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name} {getattr(args, name)} is not possible: use a number above 0")
@@ -162,7 +181,9 @@ def candidates(k: int) -> list[Setting]:
 
 
 def fit(planner: Planner, blocks: Iterable[int], limit: int, tflops: float, bandwidth: float) -> Plan:
-    """The fastest LoPT setting within `limit` bytes, less what CUDA keeps; room left goes to prefetching.
+    """The LoPT setting of fewest blocks among the fastest within `limit` bytes, less what CUDA keeps.
+
+    Room that is left goes to what travels.
 
     Raises:
         ValueError: none fits; says which comes closest and what would help.
@@ -176,15 +197,22 @@ def fit(planner: Planner, blocks: Iterable[int], limit: int, tflops: float, band
             f"--fit: nothing fits into {format_bytes(limit)}, of which {format_bytes(limit - room)} is left "
             f"for CUDA. The smallest is {least.setting} with {format_bytes(least.total)}. What helps: "
             "a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps) or "
-            "--max_length, more --num_blocks, --dtype bfloat16"
+            "--max_length, more --num_blocks, --param_dtype bfloat16"
         )
-    # min takes the first of equals, and simple settings come first.
-    best = min(fitting, key=lambda plan: plan.seconds(tflops, bandwidth))
-    spare = int(0.95 * room - best.total) // GIB * GIB  # a plan is not exact to the last byte
-    if best.setting.offload == "none" or spare <= 0:
-        return best
-    spare = min(spare, MOST_PREFETCH - planner.run.prefetch)
-    return Planner(replace(planner.run, prefetch=planner.run.prefetch + spare), planner).plan(best.setting)
+    # A plan is not exact to the last byte.
+    more = [p for plan in fitting for p in _prefetching(planner, plan) if p.total <= 0.95 * room]
+    times = {id(plan): plan.seconds(tflops, bandwidth) for plan in (*fitting, *more)}
+    quick = [plan for plan in (*fitting, *more) if times[id(plan)] <= QUICK * min(times.values())]
+    # Fewer blocks leave more depth to the task.
+    return min(quick, key=lambda plan: (plan.setting.num_blocks, times[id(plan)]))
+
+
+def _prefetching(planner: Planner, plan: Plan) -> list[Plan]:
+    """The same with more room for what travels."""
+    if plan.setting.offload == "none":
+        return []
+    sizes = [n * GIB for n in PREFETCH_GIB if n * GIB > planner.run.prefetch]
+    return [Planner(replace(planner.run, prefetch=size), planner).plan(plan.setting) for size in sizes]
 
 
 def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
@@ -192,7 +220,7 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     setting = plan.setting
     flags: dict[str, object] = {
         "model_name_or_path": args.model_name_or_path,
-        "dtype": args.dtype,
+        "param_dtype": args.param_dtype,
         "num_blocks": setting.num_blocks,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -201,6 +229,10 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     }
     if args.model_revision:
         flags["model_revision"] = args.model_revision
+    if args.state_dtype != "float32":
+        flags["state_dtype"] = args.state_dtype
+    if args.master_weights:
+        flags["master_weights"] = True
     if args.local_every > 1:
         flags["local_every"] = args.local_every
     if args.bf16 is not None:
@@ -225,9 +257,12 @@ def _run(args: PlanArguments) -> Run:
         batch=args.per_device_train_batch_size,
         tokens=args.max_length,
         accumulation=args.gradient_accumulation_steps,
-        dtype=DTYPES[args.dtype],
+        dtype=DTYPES[args.param_dtype],
         autocast=on_gpu if args.bf16 is None else args.bf16,
         optimizer=args.optim,
+        state_dtype=DTYPES[args.state_dtype],
+        masters=args.master_weights,
+        prefetch=int(args.prefetch_gib * GIB),
         local_every=args.local_every,
         device="cuda" if on_gpu else "cpu",
     )
@@ -254,7 +289,7 @@ def _parts(plan: Plan) -> dict[str, int]:
 
 def _headline(args: PlanArguments, planner: Planner) -> str:
     run, layers = planner.run, len(planner.sizes.layers)
-    numbers = args.dtype + (", bfloat16 autocast" if run.autocast else "")
+    numbers = args.param_dtype + (", bfloat16 autocast" if run.autocast else "")
     device = "GPU" if run.device == "cuda" else "CPU"
     size = f"{planner.sizes.model / 1e9:.2f} B weights in {layers} layers"
     return (
@@ -311,13 +346,13 @@ def _proposal(plan: Plan, limit: int, args: PlanArguments) -> str:
     head = (
         f"The fastest that fits into {format_bytes(limit)}: {plan.setting} ({need}, {seconds:.1f} s a step)"
     )
-    return f"{head}\n\n{command(plan, args, plan.peak.transfers)}"
+    return f"{head}\n\n{command(plan, args, plan.prefetch)}"
 
 
 def picture(plans: Sequence[Plan], args: PlanArguments) -> str:
     """The bars as SVG."""
     shown = {name: [_parts(plan)[letter] / GIB for plan in plans] for letter, (name, _) in PARTS.items()}
-    what = f"{args.per_device_train_batch_size} x {args.max_length} tokens, {args.dtype}"
+    what = f"{args.per_device_train_batch_size} x {args.max_length} tokens, {args.param_dtype}"
     svg = bar_plot(
         [str(plan.setting) for plan in plans],
         {name: sizes for name, sizes in shown.items() if any(sizes)},
