@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopt import LoPTConfig, attach
 from lopt.memory import peak_memory
-from lopt.optim import clip_block, clip_gradients
+from lopt.offload import Offload
+from lopt.optim import BlockOptimizer, clip_block, clip_gradients
 from lopt.schedule import BlockMajor
 
 SHAPE = dict(
@@ -37,6 +38,7 @@ SHAPE = dict(
     num_key_value_heads=8,
 )
 ACCUMULATION = 4
+PREFETCH = 16 * 2**20
 VOCABULARIES = {"model": 512, "big head": 32000}
 
 
@@ -71,15 +73,25 @@ def make_step(vocabulary: int, config: LoPTConfig, args: argparse.Namespace, che
     return step, {"activations": peak.activations, "peak memory": peak.total}
 
 
-def make_accumulated(vocabulary: int, k: int, staged: bool, args: argparse.Namespace):
-    """An optimizer step of ACCUMULATION micro-batches, eager or block-major, clipped by block."""
+def make_accumulated(vocabulary: int, k: int, offload: str | None, args: argparse.Namespace):
+    """An optimizer step of ACCUMULATION micro-batches, clipped by block; eager if `offload` is None."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=vocabulary)).to(args.device).train()
     handle = attach(model, LoPTConfig(num_blocks=k))
     handle.loss_scale = 1 / ACCUMULATION
-    optimizer = torch.optim.AdamW(handle.parameter_groups(1e-4), fused=True)
+    device = torch.device(args.device)
+    travels = (
+        Offload(handle, device, PREFETCH, offload == "block") if offload in ("optimizer", "block") else None
+    )
+    optimizer = BlockOptimizer(
+        handle.parameter_groups(1e-4),
+        lambda groups: torch.optim.AdamW(groups, fused=True),
+        conveyor=travels and travels.conveyor,
+    )
+    if travels is not None:
+        travels.optimizer = optimizer
     ids = torch.randint(0, vocabulary, (ACCUMULATION, args.batch, args.tokens), device=args.device)
-    schedule = BlockMajor(handle) if staged else None
+    schedule = BlockMajor(handle, travels) if offload else None
 
     def loss(slot: int) -> torch.Tensor:
         logits = model(input_ids=ids[slot], use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -95,6 +107,7 @@ def make_accumulated(vocabulary: int, k: int, staged: bool, args: argparse.Names
     def block_major() -> None:
         assert schedule is not None
         for block in handle.blocks:
+            schedule.enter(block)
             for slot in range(ACCUMULATION):
                 if block is not handle.blocks[-1]:
                     schedule.run_early(block, slot, lambda slot=slot: loss(slot))
@@ -105,8 +118,10 @@ def make_accumulated(vocabulary: int, k: int, staged: bool, args: argparse.Names
             clip_block(handle, block.index, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            schedule.leave(block)
+        schedule.end_step()
 
-    step = block_major if staged else eager
+    step = block_major if schedule else eager
     step()
     peak = peak_memory(step, model, handle.heads, optimizer=optimizer)
     return step, {"activations": peak.activations, "peak memory": peak.total}
@@ -152,6 +167,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--only", nargs="*", default=list(VOCABULARIES), choices=list(VOCABULARIES))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_time.json"))
     args = parser.parse_args()
     on_gpu = args.device.startswith("cuda")
@@ -164,7 +180,8 @@ def main() -> None:
         "shape": SHAPE | {"batch": args.batch, "tokens": args.tokens},
     }
     e2e = LoPTConfig(method="e2e")
-    for name, vocabulary in VOCABULARIES.items():
+    for name in args.only:
+        vocabulary = VOCABULARIES[name]
         plain, plain_bytes = make_step(vocabulary, e2e, args)
         cases = {f"eager k={k} / e2e": LoPTConfig(num_blocks=k) for k in (2, 4)}
         cases["frozen k=2 / e2e"] = LoPTConfig(method="frozen", num_blocks=2)
@@ -185,10 +202,14 @@ def main() -> None:
                 cycles = ratio(repeat(lazy, 8), repeat(step, 8), max(3, args.pairs // 3))
                 results[f"{name}: local_every=8 k={k} / e2e{other}"] = cycles | over(peak, size)
         for k in (2, 4):
-            eager, eager_bytes = make_accumulated(vocabulary, k, False, args)
-            staged, peak = make_accumulated(vocabulary, k, True, args)
-            both = ratio(staged, eager, max(3, args.pairs // 2)) | over(peak, eager_bytes)
-            results[f"{name}: block-major k={k} / eager k={k}, {ACCUMULATION} micro-batches"] = both
+            before, before_bytes, what = *make_accumulated(vocabulary, k, None, args), "eager"
+            for offload in ("none", "optimizer", "block"):
+                step, peak = make_accumulated(vocabulary, k, offload, args)
+                now = "block-major" if offload == "none" else f"offload {offload}"
+                both = ratio(step, before, max(3, args.pairs // 2)) | over(peak, before_bytes)
+                results[f"{name}: {now} k={k} / {what} k={k}, {ACCUMULATION} micro-batches"] = both
+                if offload == "none":
+                    before, before_bytes, what = step, peak, now
         for case, row in results.items():
             if case.startswith(name):
                 print(case.ljust(56), {k: round(row[k], 3) for k in ("ratio", "activations", "peak memory")})

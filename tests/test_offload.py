@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,3 +166,17 @@ def test_resting_blocks_keep_their_weights_and_state() -> None:
     last = {name for name, _ in loop.handle.blocks.parameters(loop.model, 2)}
     for name, value in loop.model.state_dict().items():
         assert torch.equal(value, before[name]) == (name not in last), name
+
+
+def test_the_loop_of_the_docs_runs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "BlockMajor" in block]
+    model = tiny("llama")
+    names = dict(
+        torch=torch, model=model, lopt=attach(model, LoPTConfig(num_blocks=2)), micro_batches=BATCHES
+    )
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    exec(code.replace('"cuda"', '"cpu"'), names)
+    assert names["loss"].isfinite()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, start[name]), name
