@@ -77,7 +77,7 @@ class PlanArguments:
         metadata={"help": "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB."},
     )
     bandwidth: float = field(
-        default=25.0, metadata={"help": "GB/s between host and GPU, for what --offload costs."}
+        default=25.0, metadata={"help": "GB/s from host to GPU and as much back, for what --offload costs."}
     )
     tflops: float = field(default=100.0, metadata={"help": "TFLOP/s that the GPU reaches in training."})
     json: str | None = field(default=None, metadata={"help": "Write the plan to this file as JSON."})
@@ -308,7 +308,8 @@ def table(plans: Sequence[Plan], tflops: float, bandwidth: float) -> str:
         numbers = [f"{size / GIB:7.1f}" if size else f"{'-':>7}" for size in sizes]
         numbers += [f"{plan.flops / 1e15:7.2f}", f"{plan.bus / 1e9:7.0f}" if plan.bus else f"{'-':>7}"]
         lines.append(f"{plan.setting!s:{NAMES}}{''.join(numbers)}{plan.seconds(tflops, bandwidth):7.1f}")
-    note = f"(head: with the loss; stash: with transfers; disk: one checkpoint; at {tflops:g} TFLOP/s)"
+    note = "(head: with the loss; stash: with transfers; disk: one checkpoint; bus: each way; "
+    note += f"s/step: at {tflops:g} TFLOP/s and {bandwidth:g} GB/s)"
     return "\n".join([*lines, note, ""])
 
 
