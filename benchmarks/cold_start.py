@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from lopt import LoPTConfig, attach
+from lopt import LoPT, LoPTConfig, attach
 from lopt.optim import clip_gradients
 from lopt.report import line_plot
 
@@ -87,23 +87,34 @@ def held_out(model, batches) -> float:
     return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
 
-def train(name: str, args: argparse.Namespace, data: dict[str, list]) -> Iterator[dict]:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).train()
-    handle = attach(model, LoPTConfig(**{**RUNS[name], **json.loads(args.override)}))
+def start(config: LoPTConfig, path: str, seed: int = 0) -> tuple[torch.nn.Module, LoPT]:
+    """The model in training mode, cut as configured; `seed` draws its heads."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    return model, attach(model, config)
+
+
+def warm_up(handle: LoPT, batches: list) -> dict:
+    """Warm the heads up; returns a thinned record of their losses and the time it took."""
     started = time.perf_counter()
-    warmup = handle.warm_up_heads(data["train"])
-    yield dict(
-        head_warmup=warmup[:: max(1, len(warmup) // 20)], head_warmup_seconds=time.perf_counter() - started
-    )
+    warmup = handle.warm_up_heads(batches)
+    seconds = time.perf_counter() - started
+    return dict(head_warmup=warmup[:: max(1, len(warmup) // 20)], head_warmup_seconds=seconds)
+
+
+def learn(
+    model: torch.nn.Module, handle: LoPT, args: argparse.Namespace, data: dict[str, list]
+) -> Iterator[dict]:
+    """The steps over `data["train"]`; everything else in `data` is held out and evaluated."""
     optimizer = torch.optim.AdamW(handle.parameter_groups(LEARNING_RATE), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 3, args.schedule_steps)
     for step in range(args.steps + 1):
         if step % args.eval_every == 0 or step == args.steps:
-            losses = {k: held_out(model, data[k]) for k in ("gsm8k", "arc")}
+            losses = {name: held_out(model, batches) for name, batches in data.items() if name != "train"}
             yield dict(step=step, **losses)
         if step == args.steps:
             return
+        handle.learns_locally = step % handle.config.local_every == 0
         started = time.perf_counter()
         loss = task_loss(model, data["train"][step])
         loss.backward()
@@ -114,6 +125,23 @@ def train(name: str, args: argparse.Namespace, data: dict[str, list]) -> Iterato
         local = [x.item() for x in handle.local_losses()]
         seconds = time.perf_counter() - started
         yield dict(step=step + 1, loss=loss.item(), local=local, norms=norms.tolist(), seconds=seconds)
+
+
+def train(name: str, args: argparse.Namespace, data: dict[str, list]) -> Iterator[dict]:
+    model, handle = start(LoPTConfig(**{**RUNS[name], **json.loads(args.override)}), args.model)
+    yield warm_up(handle, data["train"])
+    yield from learn(model, handle, args, data)
+
+
+def setting(args: argparse.Namespace) -> dict:
+    """What a result has to say about where it comes from."""
+    rows = f"rows of at most {args.max_tokens} tokens, batch {BATCH}, {args.steps} steps, AdamW 2e-5"
+    return dict(
+        device=f"CPU, {torch.get_num_threads()} threads",
+        date=date.today().isoformat(),
+        settings=rows,
+        versions={name: version(name) for name in ("torch", "transformers")},
+    )
 
 
 def summarise(runs: dict[str, dict], picture: Path) -> None:
@@ -158,12 +186,7 @@ def main() -> None:
     data = dict(train=encode(tokenizer, qa), gsm8k=encode(tokenizer, test), arc=encode(tokenizer, arc))
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {"runs": {}}
-    results["device"] = f"CPU, {torch.get_num_threads()} threads"
-    results["date"] = date.today().isoformat()
-    results["settings"] = (
-        f"rows of at most {args.max_tokens} tokens, batch {BATCH}, {args.steps} steps, AdamW 2e-5"
-    )
-    results["versions"] = {name: version(name) for name in ("torch", "transformers")}
+    results |= setting(args)
     for name in args.runs:
         record: list[dict] = []
         for row in train(name, args, data):
