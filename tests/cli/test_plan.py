@@ -138,10 +138,12 @@ def test_the_printed_command_runs(
 def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--model_name_or_path", folder, "--num_blocks", 3, "--max_length", 64, "--use_cpu")
     flags += ("--gradient_accumulation_steps", 1, "--calibrate")
-    assert plan(*flags) == 0
-    out = capsys.readouterr().out
-    total = next(line for line in out.splitlines() if line.strip().startswith("total"))
-    assert abs(float(total.partition("(")[2].partition("%")[0])) < 5
+    travels = ("--schedule", "block_major", "--offload", "block", "--gradient_checkpointing", "true")
+    for more in ((), travels):
+        assert plan(*flags, *more) == 0
+        out = capsys.readouterr().out
+        total = next(line for line in out.splitlines() if line.strip().startswith("total"))
+        assert abs(float(total.partition("(")[2].partition("%")[0])) < 5
     monkeypatch.setattr("lopt.calibrate.machine_memory", lambda device: 10**6)
     assert plan(*flags) == 2
     assert "--calibrate would run k=3" in capsys.readouterr().err
@@ -159,6 +161,7 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
         ({"--optim": "lomo"}, "--optim lomo"),
         ({"--max_length": 1}, "--max_length 1"),
         ({"--local_every": 0}, "--local_every 0"),
+        ({"--offload": "block"}, "add --schedule block_major"),
         ({"--bandwidth": 0}, "--bandwidth 0"),
         ({"--tflops": "nan"}, "--tflops nan"),
         ({"--fit": "much"}, "--fit much is not a size"),

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -86,6 +87,15 @@ class PlanArguments:
         default=False,
         metadata={"help": "Run two steps of LoPT with the first k on this machine and compare."},
     )
+    schedule: Literal["eager", "block_major"] = field(
+        default="eager", metadata={"help": "What --calibrate runs: eager or block_major."}
+    )
+    offload: Literal["none", "optimizer", "block"] = field(
+        default="none", metadata={"help": "What --calibrate keeps in host memory: none, optimizer or block."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Whether --calibrate recomputes activations."}
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -95,7 +105,8 @@ def main(arguments: Sequence[str]) -> None:
     planner = Planner(_run(args))
     blocks = _blocks(args, len(planner.sizes.layers))
     if args.calibrate:
-        print(_calibrated(planner, Setting(num_blocks=blocks[0])))
+        setting = Setting("lopt", blocks[0], args.schedule, args.gradient_checkpointing, args.offload)
+        print(_calibrated(planner, setting))
         return
     plans = [planner.plan(setting) for setting in settings(blocks)]
     print(_headline(args, planner))
@@ -131,7 +142,7 @@ def check(args: PlanArguments) -> int | None:
     ):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} is not possible: use {least} or more")
-    LoPTConfig(prefetch_gib=args.prefetch_gib)
+    LoPTConfig(schedule=args.schedule, offload=args.offload, prefetch_gib=args.prefetch_gib)
     for name in ("bandwidth", "tflops"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name} {getattr(args, name)} is not possible: use a number above 0")
