@@ -41,7 +41,7 @@ def test_untie_and_retie(name: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, tiny_folder: Path) -> None:
-    with pytest.raises(ValueError, match="--dtype int4"):
+    with pytest.raises(ValueError, match="--param_dtype int4"):
         load_model(str(tiny_folder), dtype="int4")
     with pytest.raises(ValueError, match="is not a folder"):
         resolve_model("./nowhere")

@@ -15,10 +15,11 @@ completion costs no more than a long one. A number is read exactly, as a fractio
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+
+import regex as re  # possessive quantifiers in Python 3.11.2's own lose parts of a match
 
 from lopt.data.tasks import MARK
 
