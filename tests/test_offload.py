@@ -91,6 +91,7 @@ def test_only_the_block_at_work_is_on_the_device() -> None:
     assert loop.on_device() == small
     loop.step()
     assert loop.on_device() == small
+    assert all(map(in_host_memory, loop.handle.heads.parameters())) and loop.handle.device == CPU
     state = [t for s in loop.optimizer.state.values() for t in s.values() if t.ndim]
     assert state and all(map(in_host_memory, state))
 
@@ -150,9 +151,11 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(monkeypatch) -> N
     with torch.no_grad():
         assert torch.equal(loop.model(**BATCHES[0]).logits, expected)
     assert max(most) < 12  # a layer, the embedding, the head
+    before = loop.handle.heads[0].up.weight.detach().clone()
     loop.handle.warm_up_heads(BATCHES, steps=2)
-    before = loop.step()
-    assert loop.step() != before
+    assert not torch.equal(loop.handle.heads[0].up.weight, before)
+    first = loop.step()
+    assert loop.step() != first
     with pytest.raises(RuntimeError, match="without gradients"):
         loop.model(**BATCHES[0])
 

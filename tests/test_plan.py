@@ -176,11 +176,11 @@ def test_offloading_moves_bytes_to_the_host() -> None:
     assert 0 < optimizer.peak.transfers <= 10**5 and 0 < block.peak.transfers <= 10**5
     sizes = llama().sizes
     head = sum(t.numel() for t in sizes.head_tensors)
-    weights, state = 4 * sizes.model, 8 * (sizes.model + 3 * head)
+    weights, heads, state = 4 * sizes.model, 12 * head, 8 * (sizes.model + 3 * head)
     assert optimizer.host == state and optimizer.bus == state
     stash = 4 * 2 * 128 * 128 * 4  # four micro-batches (B, T, H) in float32
-    assert block.host == state + weights + stash
-    assert block.bus == state + weights + 3 * stash and block.bus_tokens == 3 * stash
+    assert block.host == state + weights + heads + stash
+    assert block.bus == state + weights + heads + 3 * stash and block.bus_tokens == 3 * stash
     assert none.checkpoint == weights + 3 * 4 * head + state and none.model == weights
 
 

@@ -76,6 +76,7 @@ class LoPT:
         self.only: int | None = None
         self.learns_locally = True
         self.after_local_backward: Callable[[int], None] | None = None
+        self._device: torch.device | None = None
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self._untied = self._part_embeddings()
         self.heads = nn.ModuleList(self._new_head(b) for b in self.blocks[:-1] if config.is_local)
@@ -95,8 +96,12 @@ class LoPT:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: the heads' device, since weights may be in host memory (`lopt.offload`)."""
-        return next(itertools.chain(self.heads.parameters(), self.model.parameters())).device
+        """Where it computes, which is not where weights are that wait in host memory (`lopt.offload`)."""
+        return self._device or next(itertools.chain(self.heads.parameters(), self.model.parameters())).device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self._device = device
 
     def local_losses(self) -> list[Tensor]:
         """ℓ_b of every earlier block from the last training forward, detached, not weighted."""

@@ -64,9 +64,9 @@ class Offload:
 class WeightsOffload:
     """Keeps the large weights of an attached model in host memory but for the block at work.
 
-    Layers, the token embedding and the LM head travel; norms and position embeddings beside them, and
-    the reconstruction heads, are small and stay. Between optimizer steps every weight that travels is
-    in host memory, so callbacks and checkpoints see the real values.
+    Layers, the token embedding and the LM head travel, and from the first optimizer step on a block's
+    reconstruction head with it; norms and position embeddings are small and stay. Between optimizer
+    steps every weight that travels is in host memory, so callbacks and checkpoints see the real values.
 
     A forward outside a stage of the block-major schedule (evaluation, generation, the head warm-up)
     brings all weights in if the device has room for them, and one layer after the other if not; then
@@ -93,8 +93,10 @@ class WeightsOffload:
         self.blocks[-1].append(self._ends[1])
         self._learning = {c: any(p.requires_grad for p in seen if seen[p] is c) for c in seen.values()}
         self._whole = False
+        self._heads_travel = False
         for cargo in self._learning:
             conveyor.store(cargo)
+        lopt.device = conveyor.device
         _rest_on(lopt.model, conveyor.device)
         lopt.hooks.append(blocks.decoder.register_forward_pre_hook(self._before_decoder))
         for layer in blocks.layers:
@@ -110,9 +112,21 @@ class WeightsOffload:
         """Weights of block `block` onto the device; returns those of the next block."""
         if block == 0:
             self.rest()
+            self._let_heads_travel()
         for cargo in self.blocks[block]:
             self._conveyor.take(cargo)
         return self.blocks[block + 1] if block + 1 < len(self.blocks) else []
+
+    def _let_heads_travel(self) -> None:
+        """Each head with its block; before, they warm up together."""
+        if self._heads_travel:
+            return
+        self._heads_travel = True
+        for index, head in enumerate(self._lopt.heads):
+            cargo = _weights(list(head.parameters()))
+            self._conveyor.store(cargo)
+            self.blocks[index].append(cargo)
+            self._learning[cargo] = True
 
     def leave(self, block: int, changed: bool) -> None:
         """Weights of block `block` off the device."""

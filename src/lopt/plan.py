@@ -238,7 +238,7 @@ class Planner:
         trained = sum(s.weights for s in stages if s.learns)
         state = self.run.optimizer_sizes.state(trained, heads)
         model = weights * self.run.dtype.itemsize
-        host = state * (setting.offload != "none") + model * (setting.offload == "block")
+        host = state * (setting.offload != "none") + (model + 4 * heads) * (setting.offload == "block")
         stash = self.run.accumulation * parts.boundary * (setting.offload == "block")
         flops = self._flops(setting, parts, stages)
         bytes_in = [self._bytes_in(setting, stage) for stage in stages]
@@ -334,11 +334,11 @@ class Planner:
         run, whole = self.run, setting.offload == "block"
         travel = Travel(run.optimizer_sizes, stages, run.prefetch, weights=whole)
         everything = sum(stage.weights for stage in stages)
-        heads = 4 * sum(stage.head for stage in stages)
+        heads = sum(stage.head for stage in stages)
         best = Bytes()
         for stage, (working, *steps) in zip(stages, travel.moments, strict=True):
-            own = stage.weights if whole else everything
-            base = Bytes(weights=own * run.dtype.itemsize + heads + self.sizes.buffers)
+            own, head = (stage.weights, stage.head) if whole else (everything, heads)
+            base = Bytes(weights=own * run.dtype.itemsize + head * 4 + self.sizes.buffers)
             (trace,) = self._block_major(setting, parts, [stage], base)
             stash = parts.boundary * (stage.where != "first") if whole else trace.stash
             best = max(best, replace(trace.peak, stash=stash, transfers=working.transfers), key=_total)
@@ -355,7 +355,7 @@ class Planner:
         if setting.offload == "none":
             return 0.0
         learning = 1 / self.run.local_every if stage.where in ("first", "middle") else 1.0
-        weights = stage.weights * self.run.dtype.itemsize * (setting.offload == "block")
+        weights = (stage.weights * self.run.dtype.itemsize + stage.head * 4) * (setting.offload == "block")
         return learning * self.run.optimizer_sizes.state(stage.weights, stage.head) + weights
 
 

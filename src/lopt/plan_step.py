@@ -112,10 +112,10 @@ class Travel:
         optimizer, width = self._optimizer, self._optimizer.dtype.itemsize
         parted = [optimizer.parts(stage, min(PART_BYTES, self._prefetch // 8)) for stage in self._stages]
         states = [[self._cargo(conveyor, self._state(part)) for part in split] for split in parted]
-        weights = [
-            [self._cargo(conveyor, n * width) for n in (stage.rest, *stage.layers)] * self._weights
-            for stage in self._stages
-        ]
+        weights = []
+        for stage in self._stages:
+            sizes = [*(n * width for n in (stage.rest, *stage.layers)), 4 * stage.head]
+            weights.append([self._cargo(conveyor, n) for n in sizes if n and self._weights])
         for index, split in enumerate(parted):
             for cargo in weights[index]:
                 conveyor.take(cargo)
