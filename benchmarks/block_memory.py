@@ -70,7 +70,6 @@ class Loop:
             self.handle.parameter_groups(1e-5),
             lambda groups: torch.optim.AdamW(groups, fused=True),
             precision=Precision(state_dtype=s.get("state", torch.float32)),
-            **({"part_bytes": ahead // 8} if self.offload else {}),
             conveyor=self.offload and self.offload.conveyor,
         )
         if self.offload is not None:

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lopt import LoPTConfig, attach
 from lopt.memory import peak_memory
 from lopt.offload import Offload
-from lopt.optim import BlockOptimizer, clip_block, clip_gradients
+from lopt.optim import PART_BYTES, BlockOptimizer, clip_block, clip_gradients
 from lopt.schedule import BlockMajor
 
 SHAPE = dict(
@@ -86,6 +86,7 @@ def make_accumulated(vocabulary: int, k: int, offload: str | None, args: argpars
     optimizer = BlockOptimizer(
         handle.parameter_groups(1e-4),
         lambda groups: torch.optim.AdamW(groups, fused=True),
+        part_bytes=PART_BYTES,
         conveyor=travels and travels.conveyor,
     )
     if travels is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lopt.conveyor import Cargo, Conveyor, dense_parts
-from lopt.memory import MemoryTracker, in_host_memory
+from lopt.conveyor import Cargo, Conveyor
+from lopt.memory import MemoryTracker, dense_parts, in_host_memory
 
 KIB = 1024
 

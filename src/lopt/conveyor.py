@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils import _python_dispatch as python_dispatch
 
-from lopt.memory import host_tensor
+from lopt.memory import dense_parts, host_tensor
 
 
 class Cargo:
@@ -46,8 +46,7 @@ class Cargo:
 class _Leaving:
     cargo: Cargo
     device: list[Tensor]
-    nbytes: int
-    done: torch.cuda.Event | None
+    done: torch.cuda.Event
 
 
 class Conveyor:
@@ -61,7 +60,7 @@ class Conveyor:
 
     def __init__(self, device: torch.device, ahead: int) -> None:
         self.device = device
-        self._budget = ahead
+        self.ahead = ahead
         self._upcoming: deque[Cargo] = deque()
         self._fetched: dict[Cargo, tuple[list[Tensor], torch.cuda.Event | None]] = {}
         self._used: set[Cargo] = set()
@@ -139,32 +138,28 @@ class Conveyor:
         assert cargo.host is not None
         tensors = [_map_dense(host, lambda t: torch.empty_like(t, device=self.device)) for host in cargo.host]
         if self._streams is None:
-            for tensor, host in zip(tensors, cargo.host, strict=True):
-                _copy(tensor, host)
+            _copy_all(tensors, cargo.host)
             self._fetched[cargo] = (tensors, None)
             return
         stream = self._streams[0]
         stream.wait_stream(torch.cuda.current_stream(self.device))  # which the memory may have been in use by
         for leaving in self._leaving:
-            if leaving.cargo is cargo and leaving.done is not None:
+            if leaving.cargo is cargo:
                 stream.wait_event(leaving.done)
         with torch.cuda.stream(stream):
-            for tensor, host in zip(tensors, cargo.host, strict=True):
-                _copy(tensor, host)
+            _copy_all(tensors, cargo.host)
         self._fetched[cargo] = (tensors, stream.record_event())
 
     def _send(self, cargo: Cargo, tensors: list[Tensor]) -> None:
         assert cargo.host is not None
         if self._streams is None:
-            for host, tensor in zip(cargo.host, tensors, strict=True):
-                _copy(host, tensor)
+            _copy_all(cargo.host, tensors)
             return
         stream = self._streams[1]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            for host, tensor in zip(cargo.host, tensors, strict=True):
-                _copy(host, tensor)
-        self._leaving.append(_Leaving(cargo, tensors, cargo.nbytes, stream.record_event()))
+            _copy_all(cargo.host, tensors)
+        self._leaving.append(_Leaving(cargo, tensors, stream.record_event()))
 
     def _drop(self, cargo: Cargo) -> None:
         _, arrived = self._fetched.pop(cargo)
@@ -176,27 +171,25 @@ class Conveyor:
     @property
     def on_the_way(self) -> int:
         """Bytes of device memory of what is fetched ahead or leaving."""
-        return sum(c.nbytes for c in self._fetched) + sum(leaving.nbytes for leaving in self._leaving)
+        return sum(c.nbytes for c in self._fetched) + sum(leaving.cargo.nbytes for leaving in self._leaving)
 
     def _fetch_ahead(self) -> None:
-        while self._leaving and (done := self._leaving[0].done) is not None and done.query():
+        while self._leaving and self._leaving[0].done.query():
             self._leaving.popleft()
         while self._upcoming:
             cargo = self._upcoming[0]
             if cargo.host is not None and cargo not in self._fetched and cargo not in self._used:
-                if self.on_the_way + cargo.nbytes > self._budget:
+                if self.on_the_way + cargo.nbytes > self.ahead:
                     return
                 self._fetch(cargo)
             self._upcoming.popleft()
 
     def _make_room(self, nbytes: int) -> None:
-        while self._leaving and self.on_the_way + nbytes > self._budget:
+        while self._leaving and self.on_the_way + nbytes > self.ahead:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        done = self._leaving.popleft().done
-        if done is not None:
-            done.synchronize()
+        self._leaving.popleft().done.synchronize()
 
     # -- host memory -----------------------------------------------------------------------------
 
@@ -228,15 +221,6 @@ class Conveyor:
         self._pinned.clear()
 
 
-def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that a wrapper subclass, such as a quantized one, is made of; or the tensor itself."""
-    if not python_dispatch.is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from dense_parts(getattr(tensor, name))
-
-
 def _map_dense(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     """`tensor` made anew out of other dense tensors."""
     if not python_dispatch.is_traceable_wrapper_subclass(tensor):
@@ -250,3 +234,8 @@ def _map_dense(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
 def _copy(target: Tensor, source: Tensor) -> None:
     for there, here in zip(dense_parts(target), dense_parts(source), strict=True):
         there.copy_(here, non_blocking=True)
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        _copy(target, source)

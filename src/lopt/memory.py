@@ -22,7 +22,15 @@ from torch.optim import Optimizer
 from torch.utils import _python_dispatch as python_dispatch
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["MemoryPeak", "MemoryTracker", "format_bytes", "host_tensor", "in_host_memory", "peak_memory"]
+__all__ = [
+    "MemoryPeak",
+    "MemoryTracker",
+    "dense_parts",
+    "format_bytes",
+    "host_tensor",
+    "in_host_memory",
+    "peak_memory",
+]
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ def host_tensor(make: Callable[[], torch.Tensor]) -> torch.Tensor:
         tensor = make()
     finally:
         _making_host = False
-    for part in _dense_parts(tensor):
+    for part in dense_parts(tensor):
         storage = part.untyped_storage()
         _HOST[storage._cdata] = weakref.ref(storage, partial(_forget_host, storage._cdata))
     return tensor
@@ -157,7 +165,7 @@ def host_tensor(make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 def in_host_memory(tensor: torch.Tensor) -> bool:
     """Whether `tensor` lies in what `host_tensor` made."""
-    return all(part.untyped_storage()._cdata in _HOST for part in _dense_parts(tensor))
+    return all(part.untyped_storage()._cdata in _HOST for part in dense_parts(tensor))
 
 
 _HOST: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -219,7 +227,7 @@ class _Ledger:
     def see(self, value: object) -> None:
         """Count the storages of a tensor or of a nested list or tuple of tensors."""
         if isinstance(value, torch.Tensor):
-            for tensor in _dense_parts(value):
+            for tensor in dense_parts(value):
                 self._entry(tensor)
         elif isinstance(value, (list, tuple)):
             for item in value:
@@ -227,7 +235,7 @@ class _Ledger:
 
     def classify(self, tensor: torch.Tensor, category: str) -> None:
         """Count `tensor` under `category`, in the peak too if it was already live then."""
-        for part in _dense_parts(tensor):
+        for part in dense_parts(tensor):
             entry = self._entry(part)
             if entry is None or entry.category in (category, "host"):
                 continue
@@ -303,11 +311,11 @@ class _Watcher(python_dispatch.TorchDispatchMode):
         return result
 
 
-def _dense_parts(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+def dense_parts(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
     """The tensors with a storage inside `tensor`: itself, or what a subclass or layout wraps."""
     if python_dispatch.is_traceable_wrapper_subclass(tensor):
         inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        return [d for t in inner if isinstance(t, torch.Tensor) for d in _dense_parts(t)]
+        return [d for t in inner if isinstance(t, torch.Tensor) for d in dense_parts(t)]
     if tensor.layout is torch.sparse_coo:
         return (tensor._indices(), tensor._values())
     return (tensor,) if tensor.layout is torch.strided else ()

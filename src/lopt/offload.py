@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,7 @@ from lopt.attach import LoPT
 from lopt.blocks import base_model
 from lopt.conveyor import Cargo, Conveyor
 from lopt.memory import in_host_memory
-
-
-class HasState(Protocol):
-    """An optimizer whose state travels (`lopt.optim.BlockOptimizer`)."""
-
-    def state_cargo(self, block: int) -> list[Cargo]:
-        """State of block `block` in the order of its step."""
-        ...
+from lopt.optim import BlockOptimizer
 
 
 class Offload:
@@ -38,7 +31,7 @@ class Offload:
 
     def __init__(self, lopt: LoPT, device: torch.device, ahead: int, weights: bool) -> None:
         self.conveyor = Conveyor(device, ahead)
-        self.optimizer: HasState | None = None
+        self.optimizer: BlockOptimizer | None = None
         self.weights = WeightsOffload(lopt, self.conveyor) if weights else None
 
     def enter(self, block: int, learns: bool) -> None:

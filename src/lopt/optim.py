@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lopt.attach import LoPT
-from lopt.conveyor import Cargo, Conveyor, dense_parts
+from lopt.conveyor import Cargo, Conveyor
+from lopt.memory import dense_parts
 
 PART_BYTES = 256 * 2**20
 """Parameters that are stepped together, in bytes of weights; it bounds what a step adds for a while."""
@@ -72,7 +73,8 @@ class BlockOptimizer(Optimizer):
         groups: `LoPT.parameter_groups(...)`.
         make: makes the inner optimizer out of such groups.
         precision: for bfloat16.
-        part_bytes: the size of a part; a single larger parameter is one.
+        part_bytes: the size of a part; a single larger parameter is one. Default: `PART_BYTES`, or what
+            `part_bytes_ahead` says of the conveyor's budget.
         conveyor: moves optimizer state between host memory and device; None keeps it on the device.
     """
 
@@ -82,7 +84,7 @@ class BlockOptimizer(Optimizer):
         make: Callable[[list[dict[str, Any]]], Optimizer],
         *,
         precision: Precision | None = None,
-        part_bytes: int = PART_BYTES,
+        part_bytes: int | None = None,
         conveyor: Conveyor | None = None,
     ) -> None:
         super().__init__(groups, {})
@@ -91,12 +93,15 @@ class BlockOptimizer(Optimizer):
         self._stand_ins = {p: self._stand_in(p) for group in self.param_groups for p in group["params"]}
         with self._shaped():
             self.optimizer = make([self._inner_group(group) for group in self.param_groups])
-        for ours, theirs in zip(self.param_groups, self.optimizer.param_groups, strict=True):
-            ours.update({k: v for k, v in theirs.items() if k != "params"})
-            ours.setdefault("updates", 0)
+        _carry_over(self.optimizer.param_groups, self.param_groups)
+        for group in self.param_groups:
+            group.setdefault("updates", 0)
         self.defaults = self.optimizer.defaults
         self.state = self.optimizer.state
+        self._group = {p: group for group in self.param_groups for p in group["params"]}
         self._numbers = {p: number for number, p in enumerate(self._stand_ins)}
+        if part_bytes is None:
+            part_bytes = PART_BYTES if conveyor is None else part_bytes_ahead(conveyor.ahead)
         self.parts = [self._part(members) for members in parts(self.param_groups, part_bytes)]
         self._store_state()
 
@@ -107,8 +112,7 @@ class BlockOptimizer(Optimizer):
         active = [part for part in self.parts if any(p.grad is not None for p in part.parameters)]
         for index in set().union(*(part.group_indices for part in active)):
             self.param_groups[index]["updates"] += 1
-        for ours, theirs in zip(self.param_groups, self.optimizer.param_groups, strict=True):
-            theirs.update({k: v for k, v in ours.items() if k != "params"})
+        _carry_over(self.param_groups, self.optimizer.param_groups)
         for part in active:
             self._step(part)
 
@@ -188,8 +192,7 @@ class BlockOptimizer(Optimizer):
         """The inner optimizer's, with all state where it is kept."""
         if self._conveyor is not None:
             self._conveyor.settle()
-        for ours, theirs in zip(self.param_groups, self.optimizer.param_groups, strict=True):
-            theirs.update({k: v for k, v in ours.items() if k != "params"})
+        _carry_over(self.param_groups, self.optimizer.param_groups)
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -205,8 +208,7 @@ class BlockOptimizer(Optimizer):
             for number, entries in state_dict["state"].items()
         }
         self.optimizer.load_state_dict(state_dict | {"state": small})
-        for ours, theirs in zip(self.param_groups, self.optimizer.param_groups, strict=True):
-            ours.update({k: v for k, v in theirs.items() if k != "params"})
+        _carry_over(self.optimizer.param_groups, self.param_groups)
         self.state = self.optimizer.state
         stand_ins = list(self._stand_ins.values())
         for (number, key), value in large.items():
@@ -262,9 +264,13 @@ class BlockOptimizer(Optimizer):
 
     def _noise(self, p: nn.Parameter, salt: str = "") -> torch.Generator:
         """Random numbers that depend on the seed, the parameter and its number of updates alone."""
-        updates = next(g["updates"] for g in self.param_groups if any(p is q for q in g["params"]))
-        name = f"{self._precision.seed} {self._numbers[p]} {updates} {salt}"
+        name = f"{self._precision.seed} {self._numbers[p]} {self._group[p]['updates']} {salt}"
         return torch.Generator(p.device).manual_seed(zlib.crc32(name.encode()))
+
+
+def part_bytes_ahead(ahead: int) -> int:
+    """Small enough that the state of a few parts fits into `ahead` bytes on their way."""
+    return min(PART_BYTES, ahead // 8)
 
 
 def parts(groups: list[dict[str, Any]], part_bytes: int) -> list[list[nn.Parameter]]:
@@ -315,6 +321,12 @@ def round_stochastically(wide: Tensor, narrow: Tensor, noise: torch.Generator | 
         bits = torch.randint(0, 1 << 16, some.shape, generator=noise, dtype=torch.int32, device=some.device)
         bits.add_(some.view(torch.int32)).bitwise_and_(-(1 << 16))
         target.copy_(bits.view(torch.float32))
+
+
+def _carry_over(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
+    """All of the groups' settings but their parameters."""
+    for old, new in zip(source, target, strict=True):
+        new.update({k: v for k, v in old.items() if k != "params"})
 
 
 def _rounded(p: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lopt.conveyor import Cargo, Conveyor
-from lopt.optim import PART_BYTES, ROUNDED_AT_ONCE, parts
+from lopt.optim import PART_BYTES, ROUNDED_AT_ONCE, part_bytes_ahead, parts
 from lopt.shapes import Stage
 
 # State tensors per parameter, bytes beside them (quantized state), and tensors that a step makes on a
@@ -110,7 +110,7 @@ class Travel:
     def _follow(self) -> Iterator[list[Moment]]:
         conveyor = Conveyor(torch.device("cpu"), self._prefetch)
         optimizer, width = self._optimizer, self._optimizer.dtype.itemsize
-        parted = [optimizer.parts(stage, min(PART_BYTES, self._prefetch // 8)) for stage in self._stages]
+        parted = [optimizer.parts(stage, part_bytes_ahead(self._prefetch)) for stage in self._stages]
         states = [[self._cargo(conveyor, self._state(part)) for part in split] for split in parted]
         weights = []
         for stage in self._stages:

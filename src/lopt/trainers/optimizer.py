@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopt.memory import format_bytes
-from lopt.optim import PART_BYTES, BlockOptimizer, Precision, state_bytes
+from lopt.optim import BlockOptimizer, Precision, state_bytes
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups], Optimizer]
@@ -87,12 +87,8 @@ def block_optimizer(trainer: Any, groups: Groups, make: Make) -> BlockOptimizer:
         return BlockOptimizer(groups, make, precision=precision)
     parameters = [p for group in groups for p in group["params"]]
     _check_host_memory(parameters, make, precision)
-    part_bytes = min(PART_BYTES, int(trainer.lopt.config.prefetch_gib * 2**30) // 8)
-    optimizer = BlockOptimizer(
-        groups, make, precision=precision, part_bytes=part_bytes, conveyor=offload.conveyor
-    )
-    offload.optimizer = optimizer
-    return optimizer
+    offload.optimizer = BlockOptimizer(groups, make, precision=precision, conveyor=offload.conveyor)
+    return offload.optimizer
 
 
 def _check_host_memory(parameters: list[Tensor], make: Make, precision: Precision) -> None:
