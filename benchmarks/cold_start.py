@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 from lopt import LoPT, LoPTConfig, attach
 from lopt.optim import clip_gradients
-from lopt.report import line_plot
+from lopt.report import line_plot, standalone
 
 RUNS: dict[str, dict] = {
     "e2e": dict(method="e2e"),
@@ -159,7 +159,7 @@ def summarise(runs: dict[str, dict], picture: Path) -> None:
     }
     alt = "Training loss over the first steps by method; the published start does not come down"
     svg = line_plot(curves, title="Training loss, GSM8K", x_label="step", y_label="nats per token", alt=alt)
-    picture.write_text(svg.replace("currentColor", "#7a7f87") + "\n")  # an <img> has no page to inherit from
+    picture.write_text(standalone(svg) + "\n")
 
 
 def main() -> None:

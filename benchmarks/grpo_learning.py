@@ -30,7 +30,7 @@ from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.data import Problem, train_and_held_out
 from lopt.data.tasks import MARK
 from lopt.evaluation import complete
-from lopt.report import line_plot
+from lopt.report import line_plot, standalone
 from lopt.rewards import REWARDS
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from small_model import byte_tokenizer
@@ -157,7 +157,7 @@ def draw(results: dict, path: Path, width: int = 10) -> None:
         y_label="share of right answers",
         alt="Mean reward over the steps of GRPO by method; all rise",
     )
-    path.write_text(svg.replace("currentColor", "#7a7f87") + "\n")
+    path.write_text(standalone(svg) + "\n")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 import cold_start
 from lopt import LoPT, LoPTConfig
-from lopt.report import line_plot
+from lopt.report import line_plot, standalone
 
 EVERY = (1, 4, 16)
 RUNS: dict[str, dict] = {"e2e": dict(method="e2e")}
@@ -166,7 +166,7 @@ def draw(results: dict, picture: Path) -> None:
         y_label="nats per token, mean of 5 steps",
         alt="Training loss over time: the same curve for every N, run through faster the larger N is",
     )
-    picture.write_text(svg.replace("currentColor", "#7a7f87") + "\n")  # an <img> has no page to inherit from
+    picture.write_text(standalone(svg) + "\n")
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-import psutil
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from lopt.config import LoPTConfig
-from lopt.memory import MemoryPeak, MemoryTracker
+from lopt.memory import MemoryPeak, MemoryTracker, free_host_memory
 from lopt.plan import Run, Setting
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
@@ -53,7 +52,7 @@ def machine_memory(device: str) -> int:
     """Bytes of memory that this machine's device has left."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
+    return free_host_memory()
 
 
 def _arguments(run: Run, setting: Setting, folder: str) -> LoPTSFTConfig:

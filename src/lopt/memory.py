@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
+import psutil
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -27,6 +28,7 @@ __all__ = [
     "MemoryTracker",
     "dense_parts",
     "format_bytes",
+    "free_host_memory",
     "host_tensor",
     "in_host_memory",
     "peak_memory",
@@ -198,6 +200,17 @@ def format_bytes(n: int) -> str:
             return f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that this process may still use: the machine's, or its control group's if less."""
+    free = psutil.virtual_memory().available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        pass
+    return free
 
 
 @dataclass(slots=True)

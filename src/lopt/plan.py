@@ -212,8 +212,8 @@ class Planner:
         """Elements of the model's weights."""
         return Sizes.of(self.run.config, self.run.dtype)
 
-    def plan(self, setting: Setting) -> Plan:
-        """Bytes, FLOPs and bus traffic of the run in `setting`.
+    def plan(self, setting: Setting, prefetch: int | None = None) -> Plan:
+        """Bytes, FLOPs and bus traffic of the run in `setting`; `prefetch` in place of the run's.
 
         Raises:
             ValueError: k is more than the layers; a combination that does not exist.
@@ -223,6 +223,7 @@ class Planner:
             raise ValueError(f"--offload {setting.offload} goes with --schedule block_major only")
         if staged and (setting.method != "lopt" or setting.num_blocks == 1):
             raise ValueError("--schedule block_major needs --method lopt and --num_blocks 2 or more")
+        prefetch = self.run.prefetch if prefetch is None else prefetch
         stages = self.sizes.stages(setting.method, setting.num_blocks)
         parts = self._measured(setting)
         if not staged:
@@ -233,7 +234,7 @@ class Planner:
                 trace.step(self._temporaries([stage]))
             peak = max((trace.peak for trace in traces), key=_total)
         else:
-            peak = self._streamed(setting, parts, stages)
+            peak = self._streamed(setting, parts, stages, prefetch)
         weights, heads = sum(s.weights for s in stages), sum(s.head for s in stages)
         trained = sum(s.weights for s in stages if s.learns)
         state = self.run.optimizer_sizes.state(trained, heads)
@@ -253,7 +254,7 @@ class Planner:
             bus=round(sum(bytes_in)) + boundaries,
             bus_tokens=boundaries,
             turns=list(zip(bytes_in, flops, strict=True)),
-            prefetch=self.run.prefetch,
+            prefetch=prefetch,
         )
 
     # -- what there is ---------------------------------------------------------------------------
@@ -328,11 +329,11 @@ class Planner:
 
     # -- offloading ------------------------------------------------------------------------------
 
-    def _streamed(self, setting: Setting, parts: Parts, stages: list[Stage]) -> Bytes:
+    def _streamed(self, setting: Setting, parts: Parts, stages: list[Stage], prefetch: int) -> Bytes:
         """The device holds one block at work (all weights if only the optimizer is offloaded), what is on
         its way, and in the optimizer's turn the state of one part after the other."""
         run, whole = self.run, setting.offload == "block"
-        travel = Travel(run.optimizer_sizes, stages, run.prefetch, weights=whole)
+        travel = Travel(run.optimizer_sizes, stages, prefetch, weights=whole)
         everything = sum(stage.weights for stage in stages)
         heads = sum(stage.head for stage in stages)
         best = Bytes()

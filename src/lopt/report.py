@@ -123,6 +123,11 @@ def figure(svg: str, caption: str = "") -> str:
     return f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>\n"
 
 
+def standalone(svg: str) -> str:
+    """A plot for a file of its own, which has no page to inherit its text's colour from."""
+    return svg.replace("currentColor", "#7a7f87")
+
+
 def page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") -> str:
     """A whole HTML document of (heading, HTML) sections; an empty heading is left out."""
     blocks = [

@@ -16,7 +16,7 @@ from lopt.config import LoPTConfig
 from lopt.memory import MemoryPeak, format_bytes
 from lopt.plan import RESERVE, Plan, Planner, Run, Setting
 from lopt.plan_step import OPTIMIZERS
-from lopt.report import bar_plot
+from lopt.report import bar_plot, standalone
 from lopt.shapes import SHAPES, model_config
 
 GIB = 2**30
@@ -223,7 +223,7 @@ def _prefetching(planner: Planner, plan: Plan) -> list[Plan]:
     if plan.setting.offload == "none":
         return []
     sizes = [n * GIB for n in PREFETCH_GIB if n * GIB > planner.run.prefetch]
-    return [Planner(replace(planner.run, prefetch=size), planner).plan(plan.setting) for size in sizes]
+    return [planner.plan(plan.setting, size) for size in sizes]
 
 
 def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
@@ -374,7 +374,7 @@ def picture(plans: Sequence[Plan], args: PlanArguments) -> str:
         stacked=True,
         value="{:.1f}".format,
     )
-    return svg.replace("currentColor", "#7a7f87")  # a file of its own has no page to inherit from
+    return standalone(svg)
 
 
 def _calibrated(planner: Planner, setting: Setting) -> str:

@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopt.memory import format_bytes
+from lopt.memory import format_bytes, free_host_memory
 from lopt.optim import BlockOptimizer, Precision, state_bytes
 
 Groups = list[dict[str, Any]]
@@ -103,14 +102,3 @@ def _check_host_memory(parameters: list[Tensor], make: Make, precision: Precisio
             f"{format_bytes(have)} are free: use --state_dtype bfloat16, --optim adamw_torch_8bit, or a "
             "machine with more memory"
         )
-
-
-def free_host_memory() -> int:
-    """Bytes of host memory that this process may still use: the machine's, or its control group's if less."""
-    free = psutil.virtual_memory().available
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        pass
-    return free
