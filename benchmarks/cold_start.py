@@ -162,19 +162,25 @@ def summarise(runs: dict[str, dict], picture: Path) -> None:
     picture.write_text(standalone(svg) + "\n")
 
 
-def main() -> None:
+def flags(description: str | None, data: str) -> argparse.ArgumentParser:
+    """The model and the data that a study of the cold start needs."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--model", required=True, help="folder of a causal LM, e.g. the packaged Gemma 3 270M"
     )
-    parser.add_argument("--data_dir", type=Path, required=True, help="holds gsm8k/ and arc_challenge/")
+    parser.add_argument("--data_dir", type=Path, required=True, help=f"holds {data}")
+    parser.add_argument("--schedule_steps", type=int, default=50, help="length of the learning-rate schedule")
+    parser.add_argument("--max_tokens", type=int, default=128, help="leave out longer rows of GSM8K")
+    return parser
+
+
+def main() -> None:
+    parser = flags(__doc__, "gsm8k/ and arc_challenge/")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--schedule_steps", type=int, default=50, help="length of the learning-rate schedule")
     parser.add_argument("--eval_every", type=int, default=20)
-    parser.add_argument("--max_tokens", type=int, default=128, help="leave out longer rows")
     parser.add_argument("--override", default="{}", help="JSON with LoPTConfig fields for every run")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cold_start.json"))
     args = parser.parse_args()

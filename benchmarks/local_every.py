@@ -170,20 +170,10 @@ def draw(results: dict, picture: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", required=True, help="folder of a causal LM, e.g. the packaged Gemma 3 270M"
-    )
-    parser.add_argument(
-        "--data_dir", type=Path, required=True, help="holds gsm8k/, arc_challenge/, hellaswag/"
-    )
+    parser = cold_start.flags(__doc__, "gsm8k/, arc_challenge/, hellaswag/")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=33, help="33: the first has learning rate 0")
-    parser.add_argument("--schedule_steps", type=int, default=50, help="length of the learning-rate schedule")
-    parser.add_argument("--max_tokens", type=int, default=128, help="leave out longer rows of GSM8K")
     parser.add_argument("--rows", type=int, default=32, help="held-out rows of each kind")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local_every.json"))
     args = parser.parse_args()

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from lopt.measure import Method, Parts, Segment, Work, measure
-from lopt.plan_step import OPTIMIZERS, Optimizer, Travel
+from lopt.plan_step import OPTIMIZERS, Optimizer, travel
 from lopt.shapes import Sizes, Stage
 
 RESERVE = 2**30
@@ -333,11 +333,11 @@ class Planner:
         """The device holds one block at work (all weights if only the optimizer is offloaded), what is on
         its way, and in the optimizer's turn the state of one part after the other."""
         run, whole = self.run, setting.offload == "block"
-        travel = Travel(run.optimizer_sizes, stages, prefetch, weights=whole)
+        moments = travel(run.optimizer_sizes, stages, prefetch, weights=whole)
         everything = sum(stage.weights for stage in stages)
         heads = sum(stage.head for stage in stages)
         best = Bytes()
-        for stage, (working, *steps) in zip(stages, travel.moments, strict=True):
+        for stage, (working, steps) in zip(stages, moments, strict=True):
             own, head = (stage.weights, stage.head) if whole else (everything, heads)
             base = Bytes(weights=own * run.dtype.itemsize + head * 4 + self.sizes.buffers)
             (trace,) = self._block_major(setting, parts, [stage], base)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,6 +57,11 @@ class Optimizer:
         each = tensors * self.state_dtype.itemsize + extra
         return each * (weights + heads) + 4 * weights * (self.masters and self.rounded)
 
+    def part_state(self, part: Sequence[Tensor]) -> int:
+        """Bytes of state for a part; what is not in the weights' dtype are heads."""
+        heads = sum(t.numel() for t in part if t.dtype != self.dtype)
+        return self.state(sum(t.numel() for t in part) - heads, heads)
+
     def temporaries(self, part: Sequence[Tensor]) -> int:
         """Bytes that the step of a part adds, beside its state and its gradients in the weights' dtype."""
         tensors, _, made = OPTIMIZERS[self.name]
@@ -94,55 +98,50 @@ class Moment:
     transfers: int
 
 
-class Travel:
-    """Follows the real `Conveyor`, with tensors that have no memory, through an optimizer step."""
+def travel(
+    optimizer: Optimizer, stages: list[Stage], prefetch: int, weights: bool
+) -> list[tuple[Moment, list[Moment]]]:
+    """Follow the real `Conveyor`, with tensors that have no memory, through an optimizer step.
 
-    def __init__(self, optimizer: Optimizer, stages: list[Stage], prefetch: int, weights: bool) -> None:
-        self._optimizer, self._stages, self._weights = optimizer, stages, weights
-        self._prefetch = prefetch
+    Returns:
+        By block: its micro-batches, and the step of every part.
+    """
+    with FakeTensorMode():
+        return list(_follow(optimizer, stages, prefetch, weights))
 
-    @cached_property
-    def moments(self) -> list[list[Moment]]:
-        """By block: the micro-batches first, then the step of every part."""
-        with FakeTensorMode():
-            return list(self._follow())
 
-    def _follow(self) -> Iterator[list[Moment]]:
-        conveyor = Conveyor(torch.device("cpu"), self._prefetch)
-        optimizer, width = self._optimizer, self._optimizer.dtype.itemsize
-        parted = [optimizer.parts(stage, part_bytes_ahead(self._prefetch)) for stage in self._stages]
-        states = [[self._cargo(conveyor, self._state(part)) for part in split] for split in parted]
-        weights = []
-        for stage in self._stages:
-            sizes = [*(n * width for n in (stage.rest, *stage.layers)), 4 * stage.head]
-            weights.append([self._cargo(conveyor, n) for n in sizes if n and self._weights])
-        for index, split in enumerate(parted):
-            for cargo in weights[index]:
-                conveyor.take(cargo)
-            conveyor.expect(states[index])
-            conveyor.expect(weights[index + 1] if index + 1 < len(weights) else [])
-            found = [Moment(None, 0, conveyor.on_the_way)]
-            left = sum(t.nbytes for part in split for t in part)
-            for part, cargo in zip(split, states[index], strict=True):
-                conveyor.take(cargo)
-                wide = any(t.dtype == torch.bfloat16 for t in part)  # then gradients go as they are copied
-                own = sum(t.nbytes for t in part)
-                adds = self._state(part) + optimizer.temporaries(part)
-                found.append(Moment(left - own * wide, adds, conveyor.on_the_way))
-                left -= own
-                conveyor.give_back(cargo)
-            for cargo in weights[index]:
-                conveyor.give_back(cargo)
-            yield found
-        conveyor.settle()
+def _follow(
+    optimizer: Optimizer, stages: list[Stage], prefetch: int, weights_travel: bool
+) -> Iterator[tuple[Moment, list[Moment]]]:
+    conveyor, width = Conveyor(torch.device("cpu"), prefetch), optimizer.dtype.itemsize
+    parted = [optimizer.parts(stage, part_bytes_ahead(prefetch)) for stage in stages]
+    states = [[_cargo(conveyor, optimizer.part_state(part)) for part in split] for split in parted]
+    weights: list[list[Cargo]] = []
+    for stage in stages:
+        sizes = [*(n * width for n in (stage.rest, *stage.layers)), 4 * stage.head]
+        weights.append([_cargo(conveyor, n) for n in sizes if n and weights_travel])
+    for index, split in enumerate(parted):
+        for cargo in weights[index]:
+            conveyor.take(cargo)
+        conveyor.expect(states[index])
+        conveyor.expect(weights[index + 1] if index + 1 < len(weights) else [])
+        working, steps = Moment(None, 0, conveyor.on_the_way), []
+        left = sum(t.nbytes for part in split for t in part)
+        for part, cargo in zip(split, states[index], strict=True):
+            conveyor.take(cargo)
+            wide = any(t.dtype == torch.bfloat16 for t in part)  # then gradients go as they are copied
+            own = sum(t.nbytes for t in part)
+            adds = optimizer.part_state(part) + optimizer.temporaries(part)
+            steps.append(Moment(left - own * wide, adds, conveyor.on_the_way))
+            left -= own
+            conveyor.give_back(cargo)
+        for cargo in weights[index]:
+            conveyor.give_back(cargo)
+        yield working, steps
 
-    def _state(self, part: Sequence[Tensor]) -> int:
-        heads = sum(t.numel() for t in part if t.dtype != self._optimizer.dtype)
-        return self._optimizer.state(sum(t.numel() for t in part) - heads, heads)
 
-    @staticmethod
-    def _cargo(conveyor: Conveyor, nbytes: int) -> Cargo:
-        held = [torch.empty(nbytes, dtype=torch.uint8)]
-        cargo = Cargo(lambda: list(held), lambda tensors: held.__setitem__(slice(None), tensors))
-        conveyor.store(cargo)
-        return cargo
+def _cargo(conveyor: Conveyor, nbytes: int) -> Cargo:
+    held = [torch.empty(nbytes, dtype=torch.uint8)]
+    cargo = Cargo(lambda: list(held), lambda tensors: held.__setitem__(slice(None), tensors))
+    conveyor.store(cargo)
+    return cargo

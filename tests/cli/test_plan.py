@@ -13,7 +13,8 @@ import torch
 from transformers import BertConfig, LlamaConfig
 
 from lopt.cli.main import main
-from lopt.cli.plan import PlanArguments, command, fit, size_in_bytes
+from lopt.cli.plan import PlanArguments, command, size_in_bytes
+from lopt.fit import fit
 from lopt.plan import RESERVE, Planner, Run, Setting
 from lopt.shapes import model_config
 
