@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 from lopt import LoPT, LoPTConfig, attach
 from lopt.optim import clip_gradients
-from lopt.report import line_plot, standalone
+from lopt.plots import line_plot, standalone
 
 RUNS: dict[str, dict] = {
     "e2e": dict(method="e2e"),

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lopt.report import Pane, Points, bar_plot, figure, line_plot, page, paragraph, side_by_side, table
+from lopt.plots import Points, bar_plot, line_plot
+from lopt.report import Pane, figure, page, paragraph, side_by_side, table
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -162,8 +163,11 @@ def _plot(series: Mapping[str, Points], title: str, y_label: str, caption: str, 
     series = {name: points for name, points in series.items() if points}
     ends = [(name, *points[0], *points[-1]) for name, points in series.items()]
     told = "; ".join(f"{n} from {y0:.3g} at step {x0} to {y1:.3g} at step {x1}" for n, x0, y0, x1, y1 in ends)
-    labels = {"title": title, "x_label": "step", "y_label": y_label, "alt": f"{title}: {told}."}
-    return figure(line_plot(series, log_y=log_y, **labels), caption) if series else ""
+    if not series:
+        return ""
+    alt = f"{title}: {told}."
+    svg = line_plot(series, title=title, x_label="step", y_label=y_label, alt=alt, log_y=log_y)
+    return figure(svg, caption)
 
 
 def _memory(memory: Mapping[str, float]) -> str:

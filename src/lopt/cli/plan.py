@@ -17,7 +17,7 @@ from lopt.fit import candidates, fit
 from lopt.memory import MemoryPeak, format_bytes
 from lopt.plan import Plan, Planner, Run, Setting
 from lopt.plan_step import OPTIMIZERS
-from lopt.report import bar_plot, standalone
+from lopt.plots import bar_plot, standalone
 from lopt.shapes import SHAPES, model_config
 
 GIB = 2**30
