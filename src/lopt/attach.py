@@ -215,10 +215,10 @@ class LoPT:
         """Block 1 owns the embedding and block k the head, so one matrix cannot serve both."""
         model = base_model(self.model)
         shared = shares_embeddings(model) and model.get_input_embeddings().weight.requires_grad
-        if not shared or len(self.blocks) == 1:
-            return False
-        if self.config.tied_embeddings == "freeze":
+        if shared and self.config.tied_embeddings == "freeze":
             model.get_input_embeddings().weight.requires_grad_(False)
+            return False
+        if not shared or len(self.blocks) == 1:
             return False
         untie_embeddings(model)
         return True

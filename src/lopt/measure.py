@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, H hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +22,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 from trl.kernels import chunked_logprob
@@ -32,6 +30,7 @@ from trl.trainer.utils import add_fused_lm_head
 from lopt.attach import attach
 from lopt.blocks import Block, Blocks
 from lopt.config import LoPTConfig
+from lopt.flops import FlopCounter
 from lopt.memory import MemoryTracker
 
 Method = Literal["lopt", "frozen", "e2e"]
@@ -216,7 +215,7 @@ class _Recorder:
         """Forward and backward; fills `segments`."""
         work, self._segments = self.work, segments
         ids, mask, labels = (torch.ones(work.batch, work.tokens, dtype=torch.long) for _ in range(3))
-        self._flops = _Flops()
+        self._flops = FlopCounter()
         with MemoryTracker(self.model, self.lopt.heads) as self._tracker, self._flops:
             self._name = (self._place(0), "start")
             self._before, self._flops_before = self._tracker.current, 0
@@ -266,36 +265,3 @@ class _Recorder:
             hidden.register_hook(partial(self._mark, where, what))
         if index == block.stop - 1:
             self._mark(where, "head")
-
-
-class _Flops(TorchDispatchMode):
-    """Floating point operations so far; torch's own counter keeps recomputed tensors alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        count = _FLOPS.get(func.overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-def _attention_flops(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    return 4 * query.numel() * key.shape[-2]  # two products, as if no mask left anything out
-
-
-def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    return 10 * query.numel() * key.shape[-2]  # five products
-
-
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_counter.flop_registry,
-    torch.ops.aten.addmm_: flop_counter.flop_registry[torch.ops.aten.addmm],
-    _CPU_ATTENTION: _attention_flops,
-    _CPU_ATTENTION_BACKWARD: _attention_backward_flops,
-}

@@ -72,3 +72,27 @@ def test_what_max_length_takes_away(tiny_folder: Path, tmp_path: Path, caplog, p
         assert "3 of 4 train rows are cut at --max_length 8" in caplog.text
     else:
         assert not caplog.text
+
+
+def test_long_rows_can_be_left_out(tiny_folder: Path, tmp_path: Path, caplog) -> None:
+    rows = [{"prompt": "ab", "completion": "c" * n} for n in (3, 17, 4, 18)]
+
+    def trainer(train: object, max_length: int = 8) -> LoPTSFTTrainer:
+        args = LoPTSFTConfig(
+            output_dir=str(tmp_path), max_length=max_length, drop_long_rows=True, max_steps=1
+        )
+        return LoPTSFTTrainer(
+            tiny("llama", vocab_size=260, max_position_embeddings=256),
+            args=args, lopt_config=LoPTConfig(method="e2e"), train_dataset=train,
+            processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+        )  # fmt: skip
+
+    made = trainer(Dataset.from_list(rows))
+    lengths = [len(row["input_ids"]) for row in made.train_dataset]
+    assert len(lengths) == 2 and max(lengths) <= 8
+    assert made.row_counts["train"] == RowCounts(rows=4, dropped=2, cut=0)
+    assert "2 of 4 train rows are left out: longer than --max_length 8" in caplog.text
+    stream = trainer(Dataset.from_list(rows).to_iterable_dataset()).train_dataset
+    assert [len(row["input_ids"]) for row in stream] == lengths
+    with pytest.raises(ValueError, match="--drop_long_rows leaves none of the 4 train rows"):
+        trainer(Dataset.from_list(rows), max_length=3)

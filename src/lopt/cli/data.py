@@ -115,7 +115,8 @@ def _totals(rows: Any, trainer: Any, args: Any) -> str:
         parts.append(f"{held_out:,} held out")
     counts = trainer.row_counts.get("train")
     if counts is not None:
-        parts.append(f"{counts.dropped:,} dropped, their prompt alone reaches --max_length {args.max_length}")
+        why = "they are longer than" if args.drop_long_rows else "their prompt alone reaches"
+        parts.append(f"{counts.dropped:,} dropped, {why} --max_length {args.max_length}")
         parts.append(f"{counts.rows - counts.dropped:,} trained on, {counts.cut:,} of them cut")
     if args.packing:
         parts.append(f"packed into {len(trainer.train_dataset):,} sequences")

@@ -86,6 +86,11 @@ class _Defaults(TrainingArguments):
 class LoPTSFTConfig(_Defaults, SFTConfig):
     """`trl.SFTConfig` with the defaults above."""
 
+    drop_long_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave rows longer than --max_length out instead of cutting them there."},
+    )
+
 
 @dataclass
 class LoPTGRPOConfig(_Defaults, GRPOConfig):

@@ -29,7 +29,8 @@ class RowCounts:
 
     Attributes:
         rows: Rows given.
-        dropped: Rows left out, since their prompt alone reaches `max_length`.
+        dropped: Rows left out, since their prompt alone reaches `max_length` (with `drop_long_rows`:
+            since they are longer).
         cut: Rows kept whose end lies beyond `max_length` and is not trained on.
     """
 
@@ -113,29 +114,57 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
             )
 
         name = rest[-1] if rest else "train"
+        limit = args.max_length if getattr(args, "drop_long_rows", False) else None
         if isinstance(dataset, IterableDataset):
+            if limit is not None:
+                dataset = prepare(dataset, max_length=None).filter(lambda row: len(row["input_ids"]) <= limit)
             if next(iter(prepare(dataset.take(LOOK_AHEAD))), None) is None:
                 raise ValueError(_nothing_left(name, f"first {LOOK_AHEAD:,}", args.max_length))
             return prepare(prepare(dataset), packing=True) if packing else prepare(dataset)
         # TRL leaves out what is done. Tokens and labels first, to see what cutting takes away; packing
         # last, since it would hide rows without a label among others.
-        whole = prepare(dataset, max_length=None)
+        every = prepare(dataset, max_length=None)
+        whole = every if limit is None else _without_longer(every, limit, name)
         if packing and args.packing_strategy != "bfd":  # rows go on in the next sequence, none is cut
             return prepare(whole, packing=True).filter(_has_label)
         made = prepare(whole)
         longer = longer_rows(whole, args.max_length) if args.max_length is not None else []
         cut = len(prepare(longer)) if len(longer) else 0  # the others of them are dropped
+        _report(RowCounts(len(whole), len(whole) - len(made), cut), args.max_length, name)
         self.whole_rows[name] = whole
-        self.row_counts[name] = RowCounts(len(whole), len(whole) - len(made), cut)
-        _report(self.row_counts[name], args.max_length, name)
+        self.row_counts[name] = RowCounts(len(every), len(every) - len(made), cut)
         return prepare(made, packing=True) if packing else made
+
+
+def _without_longer(whole: Dataset, max_length: int, name: str) -> Dataset:
+    """The tokenized rows that fit; says how many do not."""
+    kept = whole.select(_fitting(whole, max_length, fits=True))
+    if not len(kept):
+        raise ValueError(
+            f"--drop_long_rows leaves none of the {len(whole)} {name} rows: raise --max_length {max_length}"
+        )
+    if len(kept) < len(whole):
+        dropped = len(whole) - len(kept)
+        logger.warning(
+            "%d of %d %s rows are left out: longer than --max_length %d",
+            dropped,
+            len(whole),
+            name,
+            max_length,
+        )
+    return kept
 
 
 def longer_rows(whole: Dataset, max_length: int) -> Dataset:
     """Those of the tokenized rows that have more than `max_length` tokens."""
+    return whole.select(_fitting(whole, max_length, fits=False))
+
+
+def _fitting(whole: Dataset, max_length: int, *, fits: bool) -> list[int]:
+    """Positions of the tokenized rows that have at most (or more than) `max_length` tokens."""
     tables = whole.with_format("arrow").iter(1000)
-    lengths = [n for table in tables for n in pc.list_value_length(table["input_ids"]).to_pylist()]
-    return whole.select([position for position, length in enumerate(lengths) if length > max_length])
+    lengths = (n for table in tables for n in pc.list_value_length(table["input_ids"]).to_pylist())
+    return [position for position, length in enumerate(lengths) if (length <= max_length) == fits]
 
 
 def _has_label(row: dict[str, Any]) -> bool:
