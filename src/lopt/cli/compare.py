@@ -1,0 +1,274 @@
+"""`lopt compare`: methods × seeds on one data set and one budget, with the cells, the tables and a page."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, parse
+from lopt.cli.rows import sft_rows
+from lopt.cli.sft import check
+from lopt.compare.arms import Arm, parse_arms
+from lopt.config import LoPTConfig
+from lopt.models import load_model, resolve_model
+from lopt.trainers.checks import check_settings
+from lopt.trainers.config import LoPTSFTConfig
+
+HELD_OUT_ROWS = 64
+# Flags that change no figure: where things go and what is said on the way.
+_NO_MATTER = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging", "log_", "seed", "data_seed",
+              "hub_", "push_", "save_", "eval_", "do_", "project", "trackio", "local_rank")  # fmt: skip
+
+
+@dataclass
+class CompareArguments:
+    """What is compared, and by which yardsticks."""
+
+    methods: list[str] = field(
+        default_factory=lambda: ["e2e", "lopt", "frozen", "lora"],
+        metadata={
+            "help": "Arms: e2e, lopt, frozen or lora, each with settings of its own if need be, for example "
+            "lopt:num_blocks=4,lambda_aux=1 or lora:learning_rate=2e-4."
+        },
+    )
+    sweep: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Settings that every arm they matter to takes in turn, for example lambda_aux=0,0.1,1,10 "
+            "or block_boundaries=4,9,14 (several boundaries: 6+12)."
+        },
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "One run of every arm each."}
+    )
+    adaptation_tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Benchmarks of the task itself, as in lopt eval, beside the held-out rows."},
+    )
+    retention_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Benchmarks of what should not be lost, as in lopt eval."}
+    )
+    retention_text: list[str] = field(
+        default_factory=list, metadata={"help": "Plain text files whose loss should not rise."}
+    )
+    text_tokens: int = field(default=2048, metadata={"help": "Tokens of each text that count."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Local copies of the benchmarks, as in lopt eval."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Items per benchmark; default all."})
+    keep_models: bool = field(
+        default=False, metadata={"help": "Keep the trained model of every cell under --output_dir/models."}
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, check everything that can be checked cheaply, then run the cells that are not there yet."""
+    groups = (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig, LoPTSFTConfig)
+    compare, model_args, data_args, run_args, config, args = parse("compare", groups, arguments)
+    arms = parse_arms(compare.methods, compare.sweep, config)
+    data_args.held_out = data_args.held_out or HELD_OUT_ROWS
+    check(model_args, data_args, args)
+    _check(compare, arms, config, args)
+    texts = _texts(compare.retention_text)
+    folder = _folder(args, run_args)
+
+    from lopt.compare.study import Study  # evaluation takes seconds to import
+
+    bench, setting = _bench(compare, model_args, data_args, args, config, texts, arms, folder)
+    study = Study(bench, arms, compare.seeds, setting, folder)
+    study.check_folder()
+    results = study.run()
+    print(_summary(results))
+    print(f"\nReport: {folder / 'report.html'}\nFigures: {folder / 'compare.json'}")
+
+
+def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, args: LoPTSFTConfig) -> None:
+    """Refuse what is known to be impossible before anything is read."""
+    if config.method != "lopt":
+        raise ValueError(f"--method {config.method} is for lopt sft: here --methods names what is compared")
+    if not compare.seeds or len(set(compare.seeds)) < len(compare.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, compare.seeds))}: give one or more, each once")
+    for flag, value in (("--limit", compare.limit), ("--text_tokens", compare.text_tokens)):
+        if value is not None and value < 2:
+            raise ValueError(f"{flag} {value} is not possible: use 2 or more")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("lopt compare runs in one process: start it without torchrun or accelerate launch")
+    if any(arm.config.method == "lora" for arm in arms) and importlib.util.find_spec("peft") is None:
+        raise ValueError('--methods lora needs peft: pip install "lopt[peft]", or leave lora out')
+    for package in ("matplotlib", "lm_eval") if _tasks(compare) else ("matplotlib",):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f'lopt compare needs {package}: pip install "lopt[eval]"')
+    for arm in arms:
+        check_settings(args, arm.config)
+    if _tasks(compare):
+        from lopt.evaluation.harness import check_tasks
+
+        check_tasks(_tasks(compare), compare.data_dir)
+
+
+def _tasks(compare: CompareArguments) -> list[str]:
+    return [*compare.adaptation_tasks, *compare.retention_tasks]
+
+
+def _texts(paths: Sequence[str]) -> dict[str, str]:
+    """Plain texts by the names of their files.
+
+    Raises:
+        ValueError: a file that is not there, is no UTF-8 text or is empty; two of one name.
+    """
+    texts: dict[str, str] = {}
+    for name in paths:
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"--retention_text {name} is not a file: give a plain text file")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--retention_text {name} is not UTF-8 text: convert it first") from error
+        if not text.strip():
+            raise ValueError(f"--retention_text {name} is empty: give a file with some text")
+        if path.stem in texts:
+            raise ValueError(f"--retention_text: two files are called {path.stem}: rename one of them")
+        texts[path.stem] = text
+    return texts
+
+
+def _folder(args: LoPTSFTConfig, run_args: RunArguments) -> Path:
+    """The output folder. A comparison that is there goes on, one that is not ours stays untouched."""
+    folder = Path(str(args.output_dir))
+    ours = (folder / "setting.json").is_file()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: choose a folder")
+    if folder.exists() and any(folder.iterdir()) and not ours:
+        raise ValueError(f"--output_dir {folder} holds something else: choose a new folder")
+    if ours and run_args.overwrite_output_dir:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _bench(
+    compare: CompareArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: LoPTSFTConfig,
+    config: LoPTConfig,
+    texts: Mapping[str, str],
+    arms: Sequence[Arm],
+    folder: Path,
+) -> tuple[Any, dict[str, Any]]:
+    """Rows, model and yardsticks, and what identifies them."""
+    from lopt.compare.cell import Bench
+    from lopt.compare.study import fingerprint
+    from lopt.compare.yardsticks import Yardsticks
+
+    name = str(model_args.model_name_or_path)
+    model_args.model_name_or_path = resolve_model(name)
+    rows = sft_rows(model_args, data_args, args)
+    held_out = [row for _, row in zip(range(16), rows.held_out, strict=False)]
+    yardsticks = Yardsticks(
+        tokenizer=rows.tokenizer,
+        retention=compare.retention_tasks,
+        adaptation=compare.adaptation_tasks,
+        texts=texts,
+        text_tokens=compare.text_tokens,
+        drift_texts=list(texts.values()) or [_words(row) for row in held_out],
+        data_dir=None if compare.data_dir is None else Path(compare.data_dir),
+        limit=compare.limit,
+    )
+    bench = Bench(
+        load=lambda: load_model(
+            str(model_args.model_name_or_path),
+            dtype=model_args.param_dtype,
+            revision=model_args.model_revision,
+            attn_implementation=model_args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+        ),
+        args=args,
+        train=rows.train,
+        held_out=rows.held_out,
+        tokenizer=rows.tokenizer,
+        lora={
+            "r": model_args.lora_r,
+            "lora_alpha": model_args.lora_alpha,
+            "target_modules": model_args.lora_target_modules or "all-linear",
+        },
+        yardsticks=yardsticks,
+        cycle=max(arm.config.local_every for arm in arms),
+        keep_models=folder / "models" if compare.keep_models else None,
+    )
+    method = {k: v for k, v in asdict(config).items() if v != getattr(LoPTConfig(), k)}
+    setting = {
+        "model": name,
+        "model_flags": {
+            "dtype": model_args.param_dtype,
+            "revision": model_args.model_revision,
+            **bench.lora,
+        },
+        "data": {
+            "source": data_args.dataset_preset or data_args.dataset_name or data_args.train_file,
+            "rows": [len(rows.train), fingerprint(rows.train)],
+            "held_out": [len(rows.held_out), fingerprint(rows.held_out)],
+        },
+        "method": method,
+        "training": _changed(args),
+        "measured": {
+            "adaptation_tasks": compare.adaptation_tasks,
+            "retention_tasks": compare.retention_tasks,
+            "limit": compare.limit,
+            "texts": {k: [len(v), compare.text_tokens] for k, v in texts.items()},
+        },
+    }
+    return bench, setting
+
+
+def _changed(args: LoPTSFTConfig) -> dict[str, Any]:
+    """Training flags that differ from their defaults and matter."""
+    plain = vars(LoPTSFTConfig(output_dir="x"))
+    kept = {k: v for k, v in vars(args).items() if not k.startswith(("_", *_NO_MATTER))}
+    return {
+        k: v if isinstance(v, (int, float, str)) else str(v) for k, v in kept.items() if v != plain.get(k)
+    }
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    """A row as plain text."""
+    if "messages" in row:
+        return "\n".join(str(message["content"]) for message in row["messages"])
+    return "".join(_content(row[key]) for key in ("text", "prompt", "completion") if key in row)
+
+
+def _content(value: Any) -> str:
+    return value if isinstance(value, str) else "\n".join(str(message["content"]) for message in value)
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    """The table on the terminal."""
+    summary = results["summary"]
+    keys = [
+        k for k in ("loss", "token_accuracy", "forgetting", "retained", "drift") if k in summary["measures"]
+    ]
+    titles = {"loss": "task loss", "token_accuracy": "accuracy", "retained": "scores kept"}
+    width = max(map(len, results["arms"]), default=0) + 2
+    head = " " * width + "".join(f"{titles.get(key, key):>18}" for key in keys)
+    lines = [head + f"{'peak GiB':>10}{'s/step':>8}{'TFLOP':>8}"]
+    for name, figures in summary["arms"].items():
+        cost = summary["cost"].get(name)
+        text = f"{name:{width}}" + "".join(f"{_cell(figures[key]):>18}" for key in keys)
+        if cost is not None:
+            text += f"{cost['peak_bytes'] / 2**30:10.2f}{cost['seconds_per_step']:8.2f}"
+            text += f"{cost['flops_per_step'] / 1e12:8.2f}"
+        lines.append(text)
+    return "\n".join(["", *lines])
+
+
+def _cell(figures: Mapping[str, Any]) -> str:
+    if figures["value"] is None:
+        return "–"
+    half = "" if figures["low"] is None else f" ± {(figures['high'] - figures['low']) / 2:.3f}"
+    return f"{figures['value']:.3f}{half}"

@@ -1,0 +1,277 @@
+"""The page of a comparison: what a person wants to see first, then every number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from lopt.compare.summary import COSTS, estimate
+from lopt.memory import format_bytes
+from lopt.plots import bar_plot, interval_plot, line_plot, scatter_plot
+from lopt.report import figure, page, paragraph, table
+from lopt.statistics import Estimate
+
+Results = Mapping[str, Any]
+
+
+def write_page(results: Results, path: Path) -> Path:
+    """Write the HTML page of what `Study.write` returns."""
+    sections = [
+        ("", paragraph(findings(results), "lede") + paragraph(_intervals(results), "note")),
+        ("Adaptation against retention", _pareto(results)),
+        ("All figures", _table(results)),
+        ("Against other methods, paired by seed", _against(results)),
+        ("Benchmark by benchmark", _items(results)),
+        ("What it costs", _cost(results)),
+        ("Training loss", _curves(results)),
+        ("Drift", _drift(results)),
+        ("How this was made", _setting(results)),
+    ]
+    cells = results["cells"]
+    dates = sorted({cell["date"] for cell in cells})
+    when = dates[0] if len(set(dates)) < 2 else f"{dates[0]} to {dates[-1]}"
+    below = f"{results['setting']['model']}, {cells[0]['device']}, {when}"
+    title = f"{len(results['arms'])} ways to train, side by side"
+    path.write_text(page(title, [s for s in sections if s[1]], below), encoding="utf-8")
+    return path
+
+
+def findings(results: Results) -> str:
+    """Who adapted best, who forgot least and what differs beyond the noise, in two or three sentences."""
+    summary = results["summary"]
+    told = [_best(summary, "loss", "had the lowest held-out task loss", min)]
+    if "forgetting" in summary["measures"]:
+        told.append(_best(summary, "forgetting", "forgot least (change of the losses elsewhere)", min))
+    elif "retained" in summary["measures"]:
+        told.append(_best(summary, "retained", "kept most (change of the scores elsewhere)", max))
+    for reference, arms in summary["against"].items():
+        told += [_beyond(summary, reference, arms, key) for key in ("loss", "forgetting", "retained")]
+    if summary["failed"]:
+        told.append(f"Ended in a number that is not finite: {', '.join(summary['failed'])}.")
+    return " ".join(filter(None, told))
+
+
+def _best(summary: Results, key: str, what: str, pick: Any) -> str:
+    values = {n: f[key]["value"] for n, f in summary["arms"].items() if f[key]["value"] is not None}
+    if not values:
+        return ""
+    name = pick(values, key=values.__getitem__)
+    return f"{name} {what}: {_written(summary['arms'][name][key])}."
+
+
+def _beyond(summary: Results, reference: str, arms: Results, key: str) -> str:
+    """Which arms differ from `reference` by more than the seeds do."""
+    if key not in summary["measures"]:
+        return ""
+    lower = summary["measures"][key]["higher_is_better"] is False
+    better: list[str] = []
+    worse: list[str] = []
+    for name, figures in arms.items():
+        found = figures[key]
+        if found["low"] is None or found["low"] <= 0 <= found["high"]:
+            continue
+        (better if (found["value"] < 0) == lower else worse).append(name)
+    words = {"loss": "task loss", "forgetting": "losses elsewhere", "retained": "scores elsewhere"}[key]
+    parts = [f"better: {', '.join(better)}"] * bool(better) + [f"worse: {', '.join(worse)}"] * bool(worse)
+    return f"Beyond the seeds' noise, {words} against {reference} is {'; '.join(parts)}." if parts else ""
+
+
+def _intervals(results: Results) -> str:
+    count = len(results["seeds"])
+    if count < 2:
+        return "One seed: there are no intervals, and differences may be noise."
+    return (
+        f"± is half of a 95 % Student-t interval over {count} seeds, which draw the order of the rows and "
+        "the heads. All arms saw the same rows in the same order for the same number of steps."
+    )
+
+
+def _written(figures: Mapping[str, Any], digits: int = 3) -> str:
+    if figures["value"] is None:
+        return "–"
+    text = f"{figures['value']:.{digits}f}"
+    if figures["low"] is None:
+        return text
+    return f"{text} ± {(figures['high'] - figures['low']) / 2:.{digits}f}"
+
+
+def _pareto(results: Results) -> str:
+    """Adaptation against retention, once by losses and once by scores."""
+    summary = results["summary"]
+    parts = []
+    ways = (
+        ("forgetting", "rise of the losses elsewhere, nats (lower is better)"),
+        ("retained", "change of the scores elsewhere (higher is better)"),
+    )
+    for key, label in ways:
+        if key not in summary["measures"]:
+            continue
+        pairs = {n: (estimate(f["loss"]), estimate(f[key])) for n, f in summary["arms"].items()}
+        points = {n: (x, y) for n, (x, y) in pairs.items() if x is not None and y is not None}
+        told = "; ".join(f"{n}: task loss {x.value:.3f}, {key} {y.value:.3f}" for n, (x, y) in points.items())
+        svg = scatter_plot(
+            points,
+            title="Adaptation against retention",
+            x_label="held-out task loss, nats per token (lower is better)",
+            y_label=label,
+            alt=f"Adaptation against retention: {told}.",
+        )
+        parts.append(figure(svg, "Means over seeds with 95 % intervals."))
+    return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
+
+
+def _table(results: Results) -> str:
+    summary = results["summary"]
+    keys = list(summary["measures"])
+    rows = [["the model as it comes", *(_base(summary["measures"][key]) for key in keys)]]
+    for name, figures in summary["arms"].items():
+        rows.append([name, *(_written(figures[key]) for key in keys)])
+    return _transposed([summary["measures"][k]["label"] for k in keys], rows, "Mean over seeds.")
+
+
+def _base(measure: Mapping[str, Any]) -> str:
+    return "–" if measure["base"] is None else f"{measure['base']:.3f}"
+
+
+def _transposed(labels: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
+    """One row per measure and one column per arm, or the other way round where arms are many."""
+    rows = [list(row) for row in rows]
+    if len(rows) > 7:
+        return table(["", *labels], rows, caption, numeric=range(1, len(labels) + 1))
+    turned = [
+        [label, *column]
+        for label, column in zip(labels, zip(*(r[1:] for r in rows), strict=True), strict=True)
+    ]
+    return table(["", *(row[0] for row in rows)], turned, caption, numeric=range(1, len(rows) + 1))
+
+
+def _against(results: Results) -> str:
+    summary, parts = results["summary"], []
+    keys = [k for k in ("loss", "token_accuracy", "forgetting", "retained") if k in summary["measures"]]
+    for reference, arms in summary["against"].items():
+        rows = [[name, *(_written(figures[key], 4) for key in keys)] for name, figures in arms.items()]
+        labels = [summary["measures"][key]["label"] for key in keys]
+        caption = f"Minus {reference} with the same seed."
+        parts.append(table(["", *labels], rows, caption, numeric=range(1, len(keys) + 1)))
+    return "".join(parts)
+
+
+def _items(results: Results) -> str:
+    """Differences to the base with intervals over items: losses and scores apart."""
+    summary, parts = results["summary"], []
+    count = {key: len(item["values"]) for key, item in results["base"]["items"].items()}
+    for losses in (False, True):
+        keys = [k for k, item in results["base"]["items"].items() if (item["metric"] == "loss") == losses]
+        if not keys:
+            continue
+        series = {n: [Estimate(**found[key]) for key in keys] for n, found in summary["items"].items()}
+        what = "loss, nats (left is better)" if losses else "score (right is better)"
+        told = "; ".join(
+            f"{name}: " + ", ".join(f"{k} {e.value:+.3f}" for k, e in zip(keys, row, strict=True))
+            for name, row in series.items()
+        )
+        title = "Losses against the base" if losses else "Scores against the base"
+        svg = interval_plot(
+            keys, series, title=title, x_label=f"difference of the {what}", alt=f"{title}: {told}."
+        )
+        sizes = ", ".join(f"{key}: {count[key]}" for key in keys)
+        caption = f"Every item against itself, averaged over seeds; 95 % intervals over items ({sizes})."
+        parts.append(figure(svg, caption))
+    return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
+
+
+def _cost(results: Results) -> str:
+    costs: Mapping[str, Mapping[str, float]] = results["summary"]["cost"]
+    names = list(costs)
+    if not names:
+        return ""
+    plots = []
+    for key, title, write in (
+        ("peak_bytes", "Peak memory of training", lambda v: format_bytes(round(v))),
+        ("seconds_per_step", "Seconds per optimizer step", "{:.2f}".format),
+        ("flops_per_step", "Operations per optimizer step, 10¹²", lambda v: f"{v / 1e12:.3g}"),
+    ):
+        values = [costs[name][key] for name in names]
+        told = "; ".join(f"{n} {write(v)}" for n, v in zip(names, values, strict=True))
+        svg = bar_plot(names, {key: values}, title=title, value=write, alt=f"{title}: {told}.")
+        plots.append(figure(svg))
+    rows = [
+        [
+            name,
+            f"{cost['trained_parameters']:,}",
+            f"{cost['head_parameters']:,}",
+            format_bytes(round(cost["peak_bytes"])),
+            f"{cost['seconds_per_step']:.2f}",
+            f"{cost['flops_per_step'] / 1e12:.3g} T",
+        ]
+        for name, cost in costs.items()
+    ]
+    head = f'<div class="figures">{"".join(plots)}</div>'
+    caption = (
+        "Medians over seeds. Memory counts weights, gradients, optimizer state and activations (live bytes "
+        "on a CPU, the allocator's peak on a GPU). Seconds depend on what else the machine does, operations "
+        "do not."
+    )
+    return head + table(["", *COSTS.values()], rows, caption, numeric=range(1, 6))
+
+
+def _curves(results: Results) -> str:
+    """Training loss by step, the mean over seeds."""
+    series = {}
+    for name in results["arms"]:
+        curves = [c["curve"]["loss"] for c in results["cells"] if c["arm"] == name and "failed" not in c]
+        if curves:
+            series[name] = [(i, mean(step)) for i, step in enumerate(zip(*curves, strict=True), start=1)]
+    told = "; ".join(f"{n} from {p[0][1]:.2f} to {p[-1][1]:.2f}" for n, p in series.items())
+    svg = line_plot(
+        series,
+        title="Training loss",
+        x_label="optimizer step",
+        y_label="nats per token, mean over seeds",
+        alt=f"Training loss: {told}.",
+    )
+    return figure(svg)
+
+
+def _drift(results: Results) -> str:
+    """How far hidden states are from the base model's, layer by layer."""
+    series: dict[str, Any] = {}
+    marks: dict[float, str] = {}
+    for name in results["arms"]:
+        cells = [c for c in results["cells"] if c["arm"] == name and "failed" not in c and c["drift"]]
+        if not cells:
+            continue
+        layers = zip(*([layer["relative_l2"] for layer in c["drift"]["layers"]] for c in cells), strict=True)
+        series[name] = [(i, mean(values)) for i, values in enumerate(layers)]
+        marks |= {start: "" for start, _ in cells[0]["blocks"][1:]}
+    if not series:
+        return ""
+    told = "; ".join(f"{n} {p[-1][1]:.3f} after the last layer" for n, p in series.items())
+    svg = line_plot(
+        series,
+        title="Relative distance of hidden states to the base model's",
+        x_label="after layer (0: the embedding)",
+        y_label="relative L2 distance, mean over seeds",
+        alt=f"Relative distance of hidden states: {told}.",
+        marks=marks,
+    )
+    return figure(svg, "Dotted: where a block ends in one of the arms.")
+
+
+def _setting(results: Results) -> str:
+    setting = results["setting"]
+    rows = [[key, _plain(value)] for key, value in setting.items()]
+    versions = ", ".join(f"{k} {v}" for k, v in results["cells"][0]["versions"].items())
+    rows.append(["seeds", ", ".join(map(str, results["seeds"]))])
+    rows.append(["versions", versions])
+    return table(["", "value"], rows, "What all arms share; `lopt compare` with these flags makes it again.")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return str(value)
