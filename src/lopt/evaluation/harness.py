@@ -129,7 +129,7 @@ def run_task(
             raise _out_of_memory(error, name, lm) from error
     samples = results.pop("samples")
     found: dict[str, Any] = {**results, **({"cut_prompts": {name: lm.cut}} if lm.cut else {})}
-    return Evaluation(found, {name: sorted(samples[name], key=lambda sample: sample["doc_id"])})
+    return Evaluation(found, {name: samples[name]})
 
 
 def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
