@@ -68,9 +68,11 @@ class Drift:
 
     Attributes:
         layers: hidden states, from the embedding's to the last layer's, before the final norm.
-        weights: ‖w_t − w_b‖ / ‖w_b‖ of "embedding", "layer i" (from 0), "final norm", "head", "block b" (from
-            1) and "all". A head tied to the embedding is that matrix, and counts once, in block 1; a head
-            that the tuned model untied is compared with the base's shared matrix.
+        weights: ‖w_t − w_b‖ / ‖w_b‖ over the matrices of "embedding", "layer i" (from 0), "head", "block b"
+            (from 1) and "all"; over the vectors of "final norm" and of all "norms and biases", apart since
+            in some models these few numbers are larger than all matrices together. A head tied to the
+            embedding is that matrix, and counts once, in block 1; a head that the tuned model untied is
+            compared with the base's shared matrix.
         boundaries: the layers (from 0) at which blocks 2..k start.
         tokens: N.
     """
@@ -282,14 +284,16 @@ def _weight_drift(model: nn.Module, blocks: Blocks, base: Mapping[str, Tensor]) 
     last = len(blocks)
     layers = {f"layer {i}": b.index + 1 for b in blocks for i in range(b.start, b.stop)}
     block_of = {"embedding": 1, **layers, "final norm": last, "head": last}
-    groups = [*block_of, *(f"block {b.index + 1}" for b in blocks), "all"]
+    groups = [*block_of, *(f"block {b.index + 1}" for b in blocks), "all", "norms and biases"]
     squares: dict[str, list[tuple[float, float]]] = {group: [] for group in groups}
     known: dict[tuple[int, int], tuple[float, float]] = {}
     for name, key, tuned in effective_weights(model):
         where, pair = place(name), (id(base[name]), key)
-        members = [where]
+        if tuned.ndim > 1:
+            members = [where] if pair in known else [where, f"block {block_of[where]}", "all"]
+        else:
+            members = ["norms and biases", *(["final norm"] if where == "final norm" else [])]
         if pair not in known:
-            members += [f"block {block_of[where]}", "all"]
             known[pair] = _squares(base[name], tuned)
         apart, whole = known[pair]
         for group in members:
