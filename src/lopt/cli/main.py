@@ -14,6 +14,7 @@ COMMANDS = {
     "sft": "supervised fine-tuning by LoPT, end to end, with frozen early blocks or LoRA",
     "grpo": "reinforcement learning from checked answers, by the same methods",
     "compare": "methods side by side: what each learns, keeps and costs, over seeds",
+    "probe": "how far tuned models moved from their base: hidden states and weights, layer by layer",
     "plan": "what a run will need: memory by part, FLOPs, traffic, from the model's config alone",
     "data": "download public data sets, preview what the model is trained on",
     "demo": "post-train a small real model on this machine and see what it learned and kept",

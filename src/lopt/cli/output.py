@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
@@ -42,3 +43,30 @@ def prepare_output(output_dir: str, *, resume: bool, overwrite: bool) -> str | N
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} cannot be written to: choose another folder")
     return None
+
+
+def prepare_report(output_dir: str, names: Sequence[str], *, overwrite: bool) -> Path:
+    """A writable folder for a report of the files `names`; nothing else in it is touched.
+
+    Raises:
+        ValueError: it is not a writable folder, or holds such a report.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: choose a folder")
+    if not overwrite and any((folder / name).exists() for name in names):
+        raise ValueError(
+            f"--output_dir {folder} holds a report already: replace it with --overwrite_output_dir, or "
+            "choose another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output_dir {folder} cannot be written to: choose another folder")
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(part, path)

@@ -1,0 +1,185 @@
+"""`lopt probe`: how far tuned models' hidden states and weights are from their base's, layer by layer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+
+import lopt
+from lopt.blocks import split
+from lopt.cli.arguments import parse
+from lopt.cli.output import prepare_report, write_text
+from lopt.config import LoPTConfig
+from lopt.evaluation.drift import CANNOT, Drift, Reference
+from lopt.evaluation.drift_report import drift_page, drift_table
+from lopt.evaluation.states import windows
+from lopt.evaluation.texts import read_texts, short_names
+from lopt.models import adapter_base, load_model, load_tokenizer, load_tuned, resolve_model
+from lopt.shapes import model_config
+
+FILES = ("probe.json", "report.html")
+
+
+@dataclass
+class ProbeArguments:
+    """Which models, on which text."""
+
+    base: str | None = field(
+        default=None, metadata={"help": "The model that the others were tuned from: a folder or a hub id."}
+    )
+    model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "One or more tuned models: folders or hub ids, LoRA adapters as well."},
+    )
+    text: list[str] | None = field(
+        default=None, metadata={"help": "Plain text that the models read: one or more UTF-8 files."}
+    )
+    tokens: int = field(default=2048, metadata={"help": "Tokens of each text, from its start."})
+    window: int = field(default=128, metadata={"help": "Tokens that are read together."})
+    batch_size: int = field(default=16, metadata={"help": "Windows at a time."})
+    num_blocks: int | None = field(
+        default=None,
+        metadata={
+            "help": "Mark the boundaries of so many blocks. Default: the tuned model's lopt_config.json."
+        },
+    )
+    block_boundaries: list[int] | None = field(
+        default=None, metadata={"help": "Layers (from 0) at which blocks 2..k start; overrides --num_blocks."}
+    )
+    param_dtype: str = field(
+        default="float32",
+        metadata={
+            "aliases": ["--dtype"],
+            "help": "Dtype that the models are run in: float32, bfloat16, auto.",
+        },
+    )
+    output_dir: str = field(
+        default="outputs/probe", metadata={"help": "Where probe.json and report.html go."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier report there."})
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check all flags and tokenizers, run the base, then one tuned model after the other."""
+    (args,) = parse("probe", (ProbeArguments,), arguments)
+    texts = check(args)
+    folder = prepare_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
+    drifts = probe(args, texts)
+    about = {"base": args.base, "text": args.text, "tokens": args.tokens, "window": args.window}
+    about |= {"param_dtype": args.param_dtype}
+    versions = {package.__name__: package.__version__ for package in (lopt, torch, transformers)}
+    paths = dict(zip(drifts, args.model_name_or_path, strict=True))
+    models = {name: {"path": paths[name], **drift.to_dict()} for name, drift in drifts.items()}
+    result = {**about, "versions": versions, "models": models}
+    facts = {**about, "text": ", ".join(args.text), **paths, **versions}
+    write_text(folder / "probe.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_text(folder / "report.html", drift_page(drifts, short_names([args.base])[0], list(texts), facts))
+    print(drift_table(drifts))
+    print(f"The report is {folder / 'report.html'}, its numbers are in {folder / 'probe.json'}")
+
+
+def check(args: ProbeArguments) -> dict[str, str]:
+    """Refuse what cannot work before a model is loaded; returns the texts by name.
+
+    Raises:
+        ValueError: a flag is missing or out of range, a file cannot be read, matplotlib is missing.
+    """
+    for flag, value, what in (
+        ("--base", args.base, "the model before tuning"),
+        ("--model_name_or_path", args.model_name_or_path, "one or more tuned models"),
+        ("--text", args.text, "a file with plain text to run them on"),
+    ):
+        if not value:
+            raise ValueError(f"{flag} is missing: give {what}")
+    for flag, number in (
+        ("--tokens", args.tokens),
+        ("--window", args.window),
+        ("--batch_size", args.batch_size),
+    ):
+        if number < 1:
+            raise ValueError(f"{flag} {number} is not possible: use 1 or more")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('the report needs matplotlib: pip install "lopt[eval]"')
+    if len(set(args.model_name_or_path or [])) < len(args.model_name_or_path or []):
+        raise ValueError("--model_name_or_path names a model twice: give each of them once")
+    return read_texts(args.text or [], args.tokens, "--text")
+
+
+def probe(args: ProbeArguments, texts: dict[str, str]) -> dict[str, Drift]:
+    """Drift of every tuned model, by a short name; one model is in memory at a time.
+
+    Raises:
+        ValueError: a model cannot be loaded, is not of the base's shape or reads the text differently.
+    """
+    sizes = {"tokens": args.tokens, "window": args.window}
+    base, tuned = str(args.base), args.model_name_or_path or []
+    with _named("--base"):
+        tokenizer, config = load_tokenizer(base), model_config(base)
+    rows = windows(tokenizer, list(texts.values()), **sizes)
+    boundaries = {}
+    for path in tuned:
+        _check_alike(path, config, model_config(adapter_base(path) or path))
+        if windows(load_tokenizer(path), list(texts.values()), **sizes) != rows:
+            raise ValueError(f"{path}: {CANNOT}, their tokenizers read the text as different tokens")
+        boundaries[path] = boundaries_of(path, args, config.get_text_config().num_hidden_layers)
+    drifts = {}
+    with tqdm(total=1 + len(tuned), desc="Models", unit="model") as bar:
+        with _named("--base"):
+            model: Any = load_model(base, dtype=args.param_dtype)
+        every = list(texts.values())
+        reference = Reference.of(model, tokenizer, every, batch_size=args.batch_size, **sizes)
+        bar.update()
+        for name, path in zip(short_names(tuned), tuned, strict=True):
+            del model  # before the next one is loaded
+            model = load_tuned(path, dtype=args.param_dtype)
+            drifts[name] = reference.drift(model, boundaries=boundaries[path])
+            bar.update()
+    return drifts
+
+
+@contextmanager
+def _named(flag: str) -> Iterator[None]:
+    """What goes wrong with a model names the flag that it was given by."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model_name_or_path", flag)) from error
+
+
+def _check_alike(path: str, base: PreTrainedConfig, tuned: PreTrainedConfig) -> None:
+    shapes = []
+    for whole in (base, tuned):
+        config = whole.get_text_config()
+        layers, size = config.num_hidden_layers, config.hidden_size
+        shapes.append(f"{config.model_type}, {layers} layers of {size} channels, {config.vocab_size} tokens")
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{path}: {CANNOT}, the base is {shapes[0]}, this one is {shapes[1]}")
+
+
+def boundaries_of(path: str, args: ProbeArguments, layers: int) -> list[int]:
+    """Layers at which blocks 2..k start: the flags', or those of the run that wrote the model.
+
+    Raises:
+        ValueError: the flags are impossible for this model; its lopt_config.json is broken.
+    """
+    note = Path(resolve_model(path)) / "lopt_config.json"
+    if args.num_blocks is not None or args.block_boundaries is not None:
+        config = LoPTConfig(num_blocks=args.num_blocks or 1, block_boundaries=args.block_boundaries)
+    elif note.is_file():
+        try:
+            config = LoPTConfig(**json.loads(note.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{note} cannot be read ({error}): give --num_blocks instead") from error
+    else:
+        return []
+    return [start for start, _ in split(layers, config)[1:]]

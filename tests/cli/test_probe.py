@@ -1,0 +1,117 @@
+"""`lopt probe`: from folders to a table, a page and JSON, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from conftest import save_tiny
+from lopt import load_model
+from lopt.cli.main import main
+
+TEXT = "Some text that has nothing to do with sums, read by two models.\n" * 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a model cut at layer 3 whose layer 3 and untied head moved, one that was not touched."""
+    root = tmp_path_factory.mktemp("probe")
+    base = save_tiny(root / "base", "llama-tied")
+    (root / "text.txt").write_text(TEXT)
+    model = load_model(str(base))
+    model.save_pretrained(root / "same")
+    model.lm_head.weight = torch.nn.Parameter(1.5 * model.lm_head.weight.detach())
+    model.config.tie_word_embeddings = False
+    model.model.layers[3].mlp.up_proj.weight.data *= 2
+    model.save_pretrained(root / "cut")
+    (root / "cut" / "lopt_config.json").write_text('{"block_boundaries": [3]}')
+    for name in ("same", "cut"):
+        AutoTokenizer.from_pretrained(base).save_pretrained(root / name)
+    save_tiny(root / "wide", hidden_size=16)
+    save_tiny(root / "reader", "llama-tied")
+    words = json.loads((root / "reader" / "tokenizer.json").read_text())
+    words["model"]["vocab"] = dict(
+        zip(words["model"]["vocab"], reversed(words["model"]["vocab"].values()), strict=True)
+    )
+    (root / "reader" / "tokenizer.json").write_text(json.dumps(words))
+    return root
+
+
+def probe(folder: Path, *flags: object) -> int:
+    files = ("--base", folder / "base", "--text", folder / "text.txt", "--output_dir", folder / "out")
+    return main(["probe", *map(str, (*files, *flags))])
+
+
+def test_two_models_in_one_report(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    models = [folder / "cut", folder / "same"]
+    assert probe(folder, "--model_name_or_path", *models, "--tokens", 100) == 0
+    out = capsys.readouterr().out
+    assert "layer 3 (block 2)" in out and "cut, 100 tokens" in out
+    found = json.loads((folder / "out" / "probe.json").read_text())
+    cut, same = found["models"]["cut"], found["models"]["same"]
+    assert cut["boundaries"] == [3] and cut["path"] == str(folder / "cut")
+    assert [layer["relative_l2"] > 0 for layer in cut["layers"]] == [False] * 4 + [True]
+    assert cut["weights"]["head"] == pytest.approx(0.5) and cut["weights"]["block 1"] == 0
+    assert same["boundaries"] == [] and set(same["weights"].values()) == {0.0}
+    page = (folder / "out" / "report.html").read_text()
+    assert page.count("<svg") == 7 and "same has not moved" in page and not re.search("nan|inf", page)
+    assert not list((folder / "out").glob("*.part"))
+    assert probe(folder, "--model_name_or_path", folder / "cut", "--num_blocks", 2) == 2
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    more = ("--num_blocks", 2, "--overwrite_output_dir", "true")
+    assert probe(folder, "--model_name_or_path", folder / "cut", *more) == 0
+    assert json.loads((folder / "out" / "probe.json").read_text())["models"]["cut"]["boundaries"] == [2]
+
+
+def test_adapters(folder: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(load_model(str(folder / "base")), peft.LoraConfig(target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter.data)
+    model.save_pretrained(folder / "adapter")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "adapter")
+    out = folder / "adapter_out"
+    assert probe(folder, "--model_name_or_path", folder / "adapter", "--output_dir", out) == 0
+    weights = json.loads((out / "probe.json").read_text())["models"]["adapter"]["weights"]
+    assert weights["layer 0"] > 0 and weights["embedding"] == 0
+
+
+MISTAKES: dict[str, tuple[dict[str, object], str]] = {
+    "no base": ({"--base": None}, "--base is missing"),
+    "no model": ({"--model_name_or_path": None}, "--model_name_or_path is missing"),
+    "no text": ({"--text": None}, "--text is missing"),
+    "base is no folder": ({"--base": "./nowhere"}, "--base ./nowhere is not a folder"),
+    "missing file": ({"--text": "{tmp}/none.txt"}, "none.txt cannot be read: No such file"),
+    "empty file": ({"--text": "{tmp}/empty.txt"}, "empty.txt is empty"),
+    "not text": ({"--text": "{tmp}/binary.txt"}, "binary.txt is not UTF-8 text"),
+    "other shape": ({"--model_name_or_path": "{tmp}/wide"}, "4 layers of 32 channels, 259 tokens, this one"),
+    "other tokenizer": ({"--model_name_or_path": "{tmp}/reader"}, "their tokenizers read the text"),
+    "too many blocks": ({"--num_blocks": 9}, "--num_blocks 9 is more than the model's 4 layers"),
+    "no tokens": ({"--tokens": 0}, "--tokens 0"),
+    "long windows": ({"--window": 600, "--tokens": 600}, "--window: the model has 512 positions"),
+    "output is a file": ({"--output_dir": "{tmp}/text.txt"}, "is a file"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake(case: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\xfa")
+    (folder / "text.txt").write_text(TEXT * 4)
+    flags: dict[str, object] = {
+        "--base": folder / "base",
+        "--model_name_or_path": folder / "cut",
+        "--text": folder / "text.txt",
+        "--output_dir": folder / "bad",
+    }
+    changes, message = MISTAKES[case]
+    words = [str(w) for flag, v in (flags | changes).items() if v is not None for w in (flag, v)]
+    assert main(["probe", *(w.replace("{tmp}", str(folder)) for w in words)]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (folder / "bad" / "probe.json").exists()
