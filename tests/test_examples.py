@@ -11,7 +11,9 @@ import yaml
 from lopt import LoPTConfig
 from lopt.cli import grpo, sft
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments, parse
+from lopt.cli.compare import CompareArguments
 from lopt.cli.rows import check_task
+from lopt.compare import parse_arms
 from lopt.data.presets import PRESETS
 from lopt.data.questions import QUESTION_TASKS
 from lopt.models import ALIASES
@@ -22,7 +24,9 @@ from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from test_commands import commands
 
 FOLDER = Path(__file__).parents[1] / "examples"
-RUNS = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != "fsdp2.yaml")
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != "fsdp2.yaml")
+RUNS = [name for name in FILES if not name.startswith("compare")]
+COMPARISONS = [name for name in FILES if name.startswith("compare")]
 SHARED = ("max_samples", "max_steps", "learning_rate", "num_blocks", "lambda_aux", "lr_k1", "loss_type")
 SHARED += ("num_generations", "num_iterations", "steps_per_generation", "max_completion_length")
 SHARED += ("max_seq_length", "per_device_train_batch_size", "gradient_accumulation_steps", "task")
@@ -60,6 +64,17 @@ def test_it_becomes_a_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         got = next(getattr(x, key) for x in [model_args, data_args, *rest] if hasattr(x, key))
         if key not in ("per_device_train_batch_size", "steps_per_generation", "bf16", "output_dir"):
             assert str(got) == str(value) or got == value or key == "save_strategy", (key, got, value)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_it_becomes_a_comparison(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    groups = (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig, LoPTSFTConfig)
+    flags, _, data_args, _, config, args = parse("compare", groups, ["--config", str(FOLDER / name)])
+    arms = parse_arms(flags.methods, flags.sweep, config)
+    assert len(arms) >= len(flags.methods) and data_args.dataset_preset in PRESETS
+    for arm in arms:
+        check_settings(args, arm.config)
 
 
 def test_every_command_of_the_page_has_its_file() -> None:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from conftest import tiny
-from lopt import LoPTConfig, attach
-from lopt.models import untie_embeddings
 from small_model import byte_tokenizer
 
 pytest.importorskip("lm_eval")
@@ -27,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from lopt.evaluation.harness import BENCHMARKS, evaluate, load_tasks
+from lopt.evaluation.harness import BENCHMARKS, evaluate
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 # Task -> the harness's definition and the local files of its splits.

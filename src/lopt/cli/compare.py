@@ -15,14 +15,17 @@ from lopt.cli.rows import sft_rows
 from lopt.cli.sft import check
 from lopt.compare.arms import Arm, parse_arms
 from lopt.config import LoPTConfig
+from lopt.evaluation.texts import read_texts
 from lopt.models import load_model, resolve_model
 from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
 
 HELD_OUT_ROWS = 64
+DRIFT_ROWS = 8
 # Flags that change no figure: where things go and what is said on the way.
 _NO_MATTER = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging", "log_", "seed", "data_seed",
-              "hub_", "push_", "save_", "eval_", "do_", "project", "trackio", "local_rank")  # fmt: skip
+              "hub_", "push_", "save_", "eval_", "do_", "project", "trackio", "local_rank",
+              "distributed_state", "deepspeed_plugin")  # fmt: skip
 
 
 @dataclass
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     data_args.held_out = data_args.held_out or HELD_OUT_ROWS
     check(model_args, data_args, args)
     _check(compare, arms, config, args)
-    texts = _texts(compare.retention_text)
+    texts = read_texts(compare.retention_text, compare.text_tokens, "--retention_text")
     folder = _folder(args, run_args)
 
     from lopt.compare.study import Study  # evaluation takes seconds to import
@@ -115,29 +118,6 @@ def _tasks(compare: CompareArguments) -> list[str]:
     return [*compare.adaptation_tasks, *compare.retention_tasks]
 
 
-def _texts(paths: Sequence[str]) -> dict[str, str]:
-    """Plain texts by the names of their files.
-
-    Raises:
-        ValueError: a file that is not there, is no UTF-8 text or is empty; two of one name.
-    """
-    texts: dict[str, str] = {}
-    for name in paths:
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"--retention_text {name} is not a file: give a plain text file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--retention_text {name} is not UTF-8 text: convert it first") from error
-        if not text.strip():
-            raise ValueError(f"--retention_text {name} is empty: give a file with some text")
-        if path.stem in texts:
-            raise ValueError(f"--retention_text: two files are called {path.stem}: rename one of them")
-        texts[path.stem] = text
-    return texts
-
-
 def _folder(args: LoPTSFTConfig, run_args: RunArguments) -> Path:
     """The output folder. A comparison that is there goes on, one that is not ours stays untouched."""
     folder = Path(str(args.output_dir))
@@ -170,7 +150,7 @@ def _bench(
     name = str(model_args.model_name_or_path)
     model_args.model_name_or_path = resolve_model(name)
     rows = sft_rows(model_args, data_args, args)
-    held_out = [row for _, row in zip(range(16), rows.held_out, strict=False)]
+    held_out = [row for _, row in zip(range(DRIFT_ROWS), rows.held_out, strict=False)]
     yardsticks = Yardsticks(
         tokenizer=rows.tokenizer,
         retention=compare.retention_tasks,

@@ -87,7 +87,8 @@ class Bench:
 def measure_base(bench: Bench, arm: Arm, folder: Path) -> dict[str, Any]:
     """The model as it comes, by the same yardsticks as what is made of it."""
     trainer = bench.trainer(arm, bench.args.seed, folder)
-    return {"adaptation": _held_out(trainer), "items": bench.yardsticks.items(trainer.model)}
+    items = bench.yardsticks.items(trainer.model)
+    return {"rows": _rows(trainer), "adaptation": _held_out(trainer), "items": items}
 
 
 def run_cell(bench: Bench, arm: Arm, seed: int, folder: Path, name: str) -> dict[str, Any]:
@@ -129,6 +130,12 @@ def _held_out(trainer: LoPTSFTTrainer) -> dict[str, float]:
     """Task loss in nats per token and share of tokens predicted right, on the rows kept back."""
     metrics = trainer.evaluate()
     return {"loss": metrics["eval_loss"], "token_accuracy": metrics["eval_mean_token_accuracy"]}
+
+
+def _rows(trainer: LoPTSFTTrainer) -> dict[str, int]:
+    """How many rows are left when those that do not fit are dropped."""
+    sets: dict[str, Any] = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+    return {name: len(rows) for name, rows in sets.items()}
 
 
 def _plain(trainer: LoPTSFTTrainer) -> nn.Module:

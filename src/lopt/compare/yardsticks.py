@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt.evaluation.drift import Reference
-from lopt.evaluation.harness import Evaluation, evaluate
 from lopt.evaluation.loss import text_losses
 
 DRIFT_TOKENS = 1024
@@ -48,11 +46,7 @@ class Yardsticks:
 
     def drift(self, model: nn.Module) -> dict[str, Any]:
         """How far hidden states and weights have moved from the base model."""
-        if self._reference is None:
-            return {}
-        moved = self._reference.drift(model).to_dict()
-        moved["layers"] = [{k: _finite(v) for k, v in layer.items()} for layer in moved["layers"]]
-        return moved
+        return {} if self._reference is None else self._reference.drift(model).to_dict()
 
     def items(self, model: Any) -> dict[str, dict[str, Any]]:
         """Outcomes of every item by measure: `metric`, `higher_is_better`, `kind` and `values`.
@@ -61,6 +55,8 @@ class Yardsticks:
         which a small model moves long before it changes its choice.
         """
         measures: dict[str, dict[str, Any]] = {}
+        if self.adaptation or self.retention:
+            from lopt.evaluation.harness import evaluate  # which needs lopt[eval]
         for kind, tasks in (("adaptation", self.adaptation), ("retention", self.retention)):
             if tasks:
                 result = evaluate(
@@ -73,17 +69,12 @@ class Yardsticks:
         return measures
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no nan, which stands for what is not defined."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _measure(kind: str, metric: str, higher: bool, values: Sequence[float]) -> dict[str, Any]:
     rounded = [round(float(value), 5) for value in values]
     return {"kind": kind, "metric": metric, "higher_is_better": higher, "values": rounded}
 
 
-def _outcomes(result: Evaluation, kind: str) -> dict[str, dict[str, Any]]:
+def _outcomes(result: Any, kind: str) -> dict[str, dict[str, Any]]:
     measures = {}
     for name, outcome in result.outcomes().items():
         measures[name] = _measure(kind, outcome.metric, outcome.higher_is_better, outcome.values)

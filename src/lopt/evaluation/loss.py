@@ -24,6 +24,19 @@ def completion_loss(
     return _mean_loss(model, rows, batch_size)
 
 
+def text_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    tokens: int = 2048,
+    window: int = 128,
+    batch_size: int = 16,
+) -> list[float]:
+    """Mean loss in nats per token of each window; see `text_loss`."""
+    sums, counts = _window_losses(model, tokenizer, text, tokens, window, batch_size)
+    return [total / count for total, count in zip(sums, counts, strict=True)]
+
+
 def text_loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -39,6 +52,19 @@ def text_loss(
     Raises:
         ValueError: the text has no token to predict.
     """
+    sums, counts = _window_losses(model, tokenizer, text, tokens, window, batch_size)
+    return sum(sums) / sum(counts)
+
+
+def _window_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    tokens: int,
+    window: int,
+    batch_size: int,
+) -> tuple[list[float], list[int]]:
+    """Summed loss and predicted tokens of each window that has any."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=tokens)["input_ids"]
     if len(ids) < 2:
@@ -47,15 +73,26 @@ def text_loss(
     for at in range(0, len(ids), window):
         row = start + ids[at : at + window]
         rows.append((row, [False] + [True] * (len(row) - 1)))
-    return _mean_loss(model, rows, batch_size)
+    return _losses(model, [row for row in rows if len(row[0]) > 1], batch_size)
+
+
+def _mean_loss(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], batch_size: int) -> float:
+    sums, counts = _losses(model, rows, batch_size)
+    return sum(sums) / sum(counts)
 
 
 @torch.no_grad()
-def _mean_loss(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], batch_size: int) -> float:
-    """`rows`: token ids, and which of them count. The model's mode is kept."""
+def _losses(
+    model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], batch_size: int
+) -> tuple[list[float], list[int]]:
+    """Summed loss and number of the tokens that count, row by row. The model's mode is kept.
+
+    Args:
+        rows: token ids, and which of them count.
+    """
     training = model.training
     model.eval()
-    total, count = 0.0, 0
+    sums: list[float] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         width = max(len(ids) for ids, _ in part)
@@ -67,8 +104,9 @@ def _mean_loss(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]],
         positions = counts.any(0).nonzero().flatten()
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False).logits
         chosen = counts[:, positions]
+        losses = torch.zeros(chosen.shape, device=model.device)
         targets = ids[:, 1:][:, positions][chosen]
-        total += cross_entropy(logits[chosen].float(), targets, reduction="sum").item()
-        count += targets.numel()
+        losses[chosen] = cross_entropy(logits[chosen].float(), targets, reduction="none")
+        sums += losses.double().sum(1).tolist()
     model.train(training)
-    return total / count
+    return sums, [sum(counts) for _, counts in rows]
