@@ -18,8 +18,10 @@ Results = Mapping[str, Any]
 
 def write_page(results: Results, path: Path) -> Path:
     """Write the HTML page of what `Study.write` returns."""
+    first, more = findings(results)
+    opening = [paragraph(first, "lede"), *map(paragraph, more), paragraph(_intervals(results), "note")]
     sections = [
-        ("", paragraph(findings(results), "lede") + paragraph(_intervals(results), "note")),
+        ("", "".join(opening)),
         ("Adaptation against retention", _pareto(results)),
         ("All figures", _table(results)),
         ("Against other methods, paired by seed", _against(results)),
@@ -38,19 +40,19 @@ def write_page(results: Results, path: Path) -> Path:
     return path
 
 
-def findings(results: Results) -> str:
-    """Who adapted best, who forgot least and what differs beyond the noise, in two or three sentences."""
+def findings(results: Results) -> tuple[str, list[str]]:
+    """Who adapted best and who forgot least, and a sentence on each difference beyond the noise."""
     summary = results["summary"]
-    told = [_best(summary, "loss", "had the lowest held-out task loss", min)]
+    first = [_best(summary, "loss", "had the lowest held-out task loss", min)]
     if "forgetting" in summary["measures"]:
-        told.append(_best(summary, "forgetting", "forgot least (change of the losses elsewhere)", min))
+        first.append(_best(summary, "forgetting", "forgot least (change of the losses elsewhere)", min))
     elif "retained" in summary["measures"]:
-        told.append(_best(summary, "retained", "kept most (change of the scores elsewhere)", max))
-    for reference, arms in summary["against"].items():
-        told += [_beyond(summary, reference, arms, key) for key in ("loss", "forgetting", "retained")]
+        first.append(_best(summary, "retained", "kept most (change of the scores elsewhere)", max))
+    against = summary["against"].items()
+    more = [_beyond(summary["measures"], reference, arms) for reference, arms in against]
     if summary["failed"]:
-        told.append(f"Ended in a number that is not finite: {', '.join(summary['failed'])}.")
-    return " ".join(filter(None, told))
+        more.append(f"Ended in a number that is not finite: {', '.join(summary['failed'])}.")
+    return " ".join(filter(None, first)), list(filter(None, more))
 
 
 def _best(summary: Results, key: str, what: str, pick: Any) -> str:
@@ -61,21 +63,25 @@ def _best(summary: Results, key: str, what: str, pick: Any) -> str:
     return f"{name} {what}: {_written(summary['arms'][name][key])}."
 
 
-def _beyond(summary: Results, reference: str, arms: Results, key: str) -> str:
-    """Which arms differ from `reference` by more than the seeds do."""
-    if key not in summary["measures"]:
-        return ""
-    lower = summary["measures"][key]["higher_is_better"] is False
-    better: list[str] = []
-    worse: list[str] = []
-    for name, figures in arms.items():
-        found = figures[key]
-        if found["low"] is None or found["low"] <= 0 <= found["high"]:
+def _beyond(measures: Results, reference: str, arms: Results) -> str:
+    """What differs from `reference` by more than the seeds do."""
+    told = []
+    for key, words in (
+        ("loss", "task loss"),
+        ("forgetting", "losses elsewhere"),
+        ("retained", "scores elsewhere"),
+    ):
+        if key not in measures:
             continue
-        (better if (found["value"] < 0) == lower else worse).append(name)
-    words = {"loss": "task loss", "forgetting": "losses elsewhere", "retained": "scores elsewhere"}[key]
-    parts = [f"better: {', '.join(better)}"] * bool(better) + [f"worse: {', '.join(worse)}"] * bool(worse)
-    return f"Beyond the seeds' noise, {words} against {reference} is {'; '.join(parts)}." if parts else ""
+        lower = measures[key]["higher_is_better"] is False
+        sides: dict[str, list[str]] = {"better": [], "worse": []}
+        for name, figures in arms.items():
+            value, low, high = (figures[key][end] for end in ("value", "low", "high"))
+            if low is not None and not low <= 0 <= high:
+                sides["better" if (value < 0) == lower else "worse"].append(name)
+        found = [f"{side} with {', '.join(names)}" for side, names in sides.items() if names]
+        told += [f"{words} {' and '.join(found)}"] * bool(found)
+    return f"Beyond the seeds' noise, compared with {reference}: {'; '.join(told)}." if told else ""
 
 
 def _intervals(results: Results) -> str:

@@ -107,6 +107,12 @@ class Study:
         except NonFiniteError as error:  # an outcome of this arm, not of the study
             print(f"{arm.name}, seed {seed} failed: {error}", flush=True)
             return {"arm": arm.name, "seed": seed, "failed": str(error)} | _where()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{arm.name} does not fit into the device's memory: leave it out of --methods, lower "
+                "--per_device_train_batch_size or --max_length, or ask `lopt plan --fit` what would; "
+                "finished cells are kept"
+            ) from error
 
     def _once(self, path: Path, make: Any) -> dict[str, Any]:
         if not path.exists():
