@@ -13,6 +13,7 @@ import lopt
 COMMANDS = {
     "sft": "supervised fine-tuning by LoPT, end to end, with frozen early blocks or LoRA",
     "grpo": "reinforcement learning from checked answers, by the same methods",
+    "eval": "benchmarks, and what a model gained and lost against its base",
     "plan": "what a run will need: memory by part, FLOPs, traffic, from the model's config alone",
     "data": "download public data sets, preview what the model is trained on",
     "demo": "post-train a small real model on this machine and see what it learned and kept",
