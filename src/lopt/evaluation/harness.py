@@ -13,7 +13,6 @@ import io
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt.evaluation.outcomes import TaskOutcome, task_outcomes
+from lopt.evaluation.ifeval import steady_languages
+from lopt.evaluation.outcomes import Evaluation, TaskOutcome, cut_prompts, merge
 from lopt.evaluation.tasks import BENCHMARKS, LoadedTasks, check_tasks, load_tasks, quiet_harness
 from lopt.memory import free_host_memory
 
@@ -46,18 +46,6 @@ __all__ = [
 
 CPU_TOKENS = 2048
 """Tokens in a batch on a CPU, padding included: more at a time is hardly faster there, and needs memory."""
-
-
-@dataclass
-class Evaluation:
-    """Results as `lm_eval` returns them, and what was asked and answered, item by item and task by task."""
-
-    results: dict[str, Any]
-    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-    def outcomes(self) -> dict[str, TaskOutcome]:
-        """The main metric of every task, item by item; a group that is a mean over its items is one task."""
-        return task_outcomes(self.results, self.samples)
 
 
 def evaluate(
@@ -114,7 +102,8 @@ def run_task(
 ) -> Evaluation:
     """Examine a model on one task of `load_tasks`; arguments and errors as for `evaluate`."""
     name = task.config.task
-    with _as_found(model), _seeded(seed), quiet_harness(), _bars(progress):
+    steady = steady_languages() if name.startswith("ifeval") else contextlib.nullcontext()
+    with _as_found(model), _seeded(seed), steady, quiet_harness(), _bars(progress):
         task.set_fewshot_seed(DEFAULT_OTHER_SEED if seed is None else seed)
         lm = _Examinee(model, copy.deepcopy(tokenizer), batch_size)
         try:
@@ -134,13 +123,9 @@ def run_task(
 
 def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
     """Results of single tasks as the harness gives them for all at once, groups and their means included."""
-    whole: dict[str, Any] = {"results": {}, "groups": {}, "group_subtasks": {}}
-    samples: dict[str, list[dict[str, Any]]] = {}
-    for part in parts.values():
-        samples |= part.samples
-        for key, values in part.results.items():
-            whole[key] = {**whole.get(key, {}), **values}
-    # A group comes before those inside it; means are taken over single tasks, so any order will do.
+    merged = merge(parts)
+    whole = merged.results
+    groups = whole.setdefault("groups", {})
     for name, group in loaded.groups.items():
         if not all(task.task_name in parts for task in group.get_all_tasks()):
             continue
@@ -148,20 +133,12 @@ def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
             mean = dict(group.aggregate(whole["results"]))
         whole["results"][name] = mean
         whole["versions"][name] = group.version
-        whole["group_subtasks"][name] = group.child_names
+        whole.setdefault("group_subtasks", {})[name] = group.child_names
         if group.has_aggregation:
-            whole["groups"][name] = mean
-    if not whole["groups"]:
+            groups[name] = mean
+    if not groups:
         del whole["groups"]
-    return Evaluation(whole, samples)
-
-
-def cut_prompts(results: Mapping[str, Any]) -> str:
-    """A sentence on tasks whose prompts did not fit into the model's context; empty if all did."""
-    tasks = [f"{name} ({c['cut']} of {c['prompts']})" for name, c in results.get("cut_prompts", {}).items()]
-    more = f" and {len(tasks) - 5} more tasks" if len(tasks) > 5 else ""
-    told = ", ".join(tasks[:5]) + more
-    return f"prompts longer than the model's context were cut from the left: {told}" if tasks else ""
+    return merged
 
 
 class _Examinee(HFLM):
