@@ -9,20 +9,7 @@ from typing import Any
 
 from lopt.plots import Points, bar_plot, line_plot
 from lopt.report import Pane, figure, page, paragraph, side_by_side, table
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 % by default.
-
-    Raises:
-        ValueError: `total` is not positive or `correct` is not between 0 and `total`.
-    """
-    if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"{correct} of {total} is not a share: give 0 <= correct <= total and total >= 1")
-    share, extra = correct / total, z * z / total
-    half = z * math.sqrt(share * (1 - share) / total + extra / (4 * total))
-    low, high = ((share + extra / 2 + side * half) / (1 + extra) for side in (-1, 1))
-    return max(0.0, low) if correct else 0.0, min(1.0, high) if correct < total else 1.0
+from lopt.statistics import wilson_interval
 
 
 def result_sentence(results: Mapping[str, Any]) -> str:

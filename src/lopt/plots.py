@@ -13,9 +13,10 @@ import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from lopt.report import clean
+from lopt.statistics import Estimate
 
 Points = Sequence[tuple[float, float]]
 
@@ -112,14 +113,6 @@ def bar_plot(
         axes.spines["bottom"].set_visible(False)
         _label(fig, axes, x_label, axes.containers, series)
         return _to_svg(fig, title, alt)
-
-
-class Estimate(NamedTuple):
-    """A value with the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def interval_plot(

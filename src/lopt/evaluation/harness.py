@@ -1,0 +1,273 @@
+"""Run benchmarks on a live model by lm-evaluation-harness: the same prompts, requests, filters and metrics.
+
+The harness's own `HFLM` computes every log-likelihood and generation, its evaluator scores them. Added here:
+tasks run one after the other, so that what is finished is finished; batches that suit a CPU; the model, the
+tokenizer and the random state are left as they were found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lopt.evaluation.outcomes import TaskOutcome, task_outcomes
+from lopt.evaluation.tasks import BENCHMARKS, LoadedTasks, check_tasks, load_tasks, quiet_harness
+from lopt.memory import free_host_memory
+
+try:
+    from lm_eval import evaluator
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ImportError as error:
+    raise ImportError('benchmarks need lm-evaluation-harness: pip install "lopt[eval]"') from error
+
+__all__ = [
+    "BENCHMARKS",
+    "Evaluation",
+    "TaskOutcome",
+    "check_tasks",
+    "combine",
+    "cut_prompts",
+    "evaluate",
+    "run_task",
+]
+
+CPU_TOKENS = 2048
+"""Tokens in a batch on a CPU, padding included: more at a time is hardly faster there, and needs memory."""
+
+
+@dataclass
+class Evaluation:
+    """Results as `lm_eval` returns them, and what was asked and answered, item by item and task by task."""
+
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def outcomes(self) -> dict[str, TaskOutcome]:
+        """The main metric of every task, item by item; a group that is a mean over its items is one task."""
+        return task_outcomes(self.results, self.samples)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: Mapping[str, int] | None = None,
+    batch_size: int | str = "auto",
+    apply_chat_template: bool = False,
+    progress: bool = True,
+    seed: int | None = None,
+) -> Evaluation:
+    """Examine a model, which may be in training and have boundaries: it is left as it was.
+
+    Args:
+        tasks: names of `BENCHMARKS`, or any other task of the harness.
+        data_dir: local rows (see `lopt.evaluation.tasks`); None for the hub.
+        limit: the first so many items of each task (each subject of MMLU); None for all.
+        num_fewshot: shots by task name; others as the task's definition sets them, 5 for MMLU.
+        batch_size: sequences in a batch, or "auto".
+        seed: of the choice of shots and of whatever else is random; None for the harness's own seeds.
+
+    Raises:
+        ImportError: lm-evaluation-harness is not installed.
+        ValueError: see `check_tasks`; a batch does not fit into memory.
+    """
+    loaded = load_tasks(tasks, data_dir, num_fewshot)
+    parts = {
+        name: run_task(
+            model, tokenizer, task, limit=limit, batch_size=batch_size, progress=progress, seed=seed,
+            apply_chat_template=apply_chat_template,
+        )
+        for name, task in loaded.tasks.items()
+    }  # fmt: skip
+    whole = combine(parts, loaded)
+    if remark := cut_prompts(whole.results):
+        warnings.warn(remark, stacklevel=2)
+    return whole
+
+
+def run_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Any,
+    *,
+    limit: int | None = None,
+    batch_size: int | str = "auto",
+    apply_chat_template: bool = False,
+    progress: bool = True,
+    seed: int | None = None,
+) -> Evaluation:
+    """Examine a model on one task of `load_tasks`; arguments and errors as for `evaluate`."""
+    name = task.config.task
+    with _as_found(model), _seeded(seed), quiet_harness(), _bars(progress):
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED if seed is None else seed)
+        lm = _Examinee(model, copy.deepcopy(tokenizer), batch_size)
+        try:
+            results = evaluator.evaluate(
+                lm,
+                {"tasks": {name: task}, "groups": {}},
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=True,
+            )
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            raise _out_of_memory(error, name, lm) from error
+    samples = results.pop("samples")
+    found: dict[str, Any] = {**results, **({"cut_prompts": {name: lm.cut}} if lm.cut else {})}
+    return Evaluation(found, {name: samples[name]})
+
+
+def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
+    """Results of single tasks as the harness gives them for all at once, groups and their means included."""
+    whole: dict[str, Any] = {"results": {}, "groups": {}, "group_subtasks": {}}
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for part in parts.values():
+        samples |= part.samples
+        for key, values in part.results.items():
+            whole[key] = {**whole.get(key, {}), **values}
+    # A group comes before those inside it; means are taken over single tasks, so any order will do.
+    for name, group in loaded.groups.items():
+        if not all(task.task_name in parts for task in group.get_all_tasks()):
+            continue
+        with quiet_harness():
+            mean = dict(group.aggregate(whole["results"]))
+        whole["results"][name] = mean
+        whole["versions"][name] = group.version
+        whole["group_subtasks"][name] = group.child_names
+        if group.has_aggregation:
+            whole["groups"][name] = mean
+    if not whole["groups"]:
+        del whole["groups"]
+    return Evaluation(whole, samples)
+
+
+def cut_prompts(results: Mapping[str, Any]) -> str:
+    """A sentence on tasks whose prompts did not fit into the model's context; empty if all did."""
+    tasks = [f"{name} ({c['cut']} of {c['prompts']})" for name, c in results.get("cut_prompts", {}).items()]
+    more = f" and {len(tasks) - 5} more tasks" if len(tasks) > 5 else ""
+    told = ", ".join(tasks[:5]) + more
+    return f"prompts longer than the model's context were cut from the left: {told}" if tasks else ""
+
+
+class _Examinee(HFLM):
+    """HFLM on a live model, with batches that fit and a word on prompts that do not.
+
+    Log-likelihoods and generations are HFLM's own. On a CPU, "auto" is the batch that a budget of tokens and
+    the free memory allow; elsewhere HFLM tries what fits, for generation at the length that is needed.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int | str) -> None:
+        self.budget = model.device.type == "cpu" and batch_size == "auto"
+        self.needed: int | None = None
+        self.cut: dict[str, int] = {}
+        super().__init__(
+            model, tokenizer=tokenizer, backend="causal", batch_size=1 if self.budget else batch_size
+        )
+
+    @property
+    def max_length(self) -> int:
+        return self.needed or super().max_length
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        # Logits of every position and their softmax, in float32, are what takes the memory.
+        bytes_per_token = 12 * self.model.get_input_embeddings().weight.shape[0]
+        longest = self._longest(["".join(request.args) for request in requests], self.max_length + 1)
+        if self.budget:
+            room = free_host_memory() // 2 // bytes_per_token
+            self.batch_size_per_gpu = max(1, min(64, min(CPU_TOKENS, room) // longest))
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        limits = [normalize_gen_kwargs(dict(r.args[1]), self.max_gen_toks)["max_gen_toks"] for r in requests]
+        new, most = max(limits), self.max_length
+        if new >= most:
+            raise ValueError(
+                f"{requests[0].task_name} lets a model write {new} tokens and this one takes {most} in all: "
+                "leave it out of --tasks, or use a model with a longer context"
+            )
+        longest = self._longest([request.args[0] for request in requests], most - new) + new
+        if self.budget:
+            self.batch_size_per_gpu = max(1, min(64, CPU_TOKENS // longest))
+        self.needed = min(most, longest)
+        try:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.needed = None
+
+    def _longest(self, texts: list[str], most: int) -> int:
+        """Tokens of the longest text; warns where the harness cuts texts from the left."""
+        longest = len(self.tok_encode(max(texts, key=len)))
+        if longest > most // 2:  # characters are a rough guide only
+            lengths = [len(self.tok_encode(text)) for text in set(texts)]
+            longest, cut = max(lengths), sum(length > most for length in lengths)
+            if cut:
+                self.cut = {"prompts": len(lengths), "cut": cut, "tokens": most}
+        return longest
+
+
+@contextlib.contextmanager
+def _as_found(model: PreTrainedModel) -> Iterator[None]:
+    """Every module's mode as it was, and no gradients."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """The harness's seeds inside, the random state untouched outside."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        random.seed(DEFAULT_RANDOM_SEED if seed is None else seed)
+        np.random.seed(DEFAULT_OTHER_SEED if seed is None else seed)
+        torch.manual_seed(DEFAULT_OTHER_SEED if seed is None else seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _bars(progress: bool) -> Iterator[None]:
+    # The harness prints what it detects, and has no switch for the bar over contexts.
+    with contextlib.redirect_stdout(io.StringIO()):
+        if progress:
+            yield
+            return
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+
+
+def _out_of_memory(error: Exception, task: str, lm: HFLM) -> Exception:
+    """A sentence for an error that is about memory; other errors as they are."""
+    said = str(error).lower()
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in said:
+        return error
+    size = lm.batch_size
+    smaller = "--batch_size 1" if not isinstance(size, int) else f"--batch_size {max(1, size // 4)}"
+    fixes = [] if size == 1 else [f"{smaller} (it was {size})"]
+    if lm.model.dtype == torch.float32:
+        fixes.append("--param_dtype bfloat16")
+    fixes.append("a device with more memory")
+    return ValueError(f"{task} does not fit into the memory of {lm.device}: try {', '.join(fixes)}")

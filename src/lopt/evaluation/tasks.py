@@ -1,0 +1,360 @@
+"""Benchmarks as lm-evaluation-harness defines them, their rows from the hub or from local files.
+
+Prompts, shots and metrics are the harness's own task definitions, untouched. Local files change only where
+rows come from: `<data_dir>/<folder>/<split>.jsonl`, one JSON object a line, columns as on the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
+
+from lopt.data.hub import one_line
+from lopt.evaluation.punkt import need_punkt
+
+try:
+    import lm_eval
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._factory import TaskFactory
+except ImportError as error:
+    raise ImportError('benchmarks need lm-evaluation-harness: pip install "lopt[eval]"') from error
+
+BENCHMARKS = {
+    "mmlu": ("mmlu",),
+    "ifeval": ("ifeval",),
+    "arc_challenge": ("arc_challenge",),
+    "gsm8k": ("gsm8k",),
+    "hellaswag": ("hellaswag",),
+    "truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2"),
+    "truthfulqa_gen": ("truthfulqa_gen",),
+    "winogrande": ("winogrande",),
+}
+"""Names a user gives -> names of the harness."""
+
+SHOTS = {"cais/mmlu": 5}
+"""Data set -> shots, where the harness's definition leaves open what the benchmark's protocol says."""
+
+_FOLDERS_OF_TASKS = ("mmlu/default", "ifeval", "arc", "gsm8k", "hellaswag", "truthfulqa", "winogrande")
+
+
+class LocalFiles(NamedTuple):
+    """Where a data set's rows lie in a data folder, and the columns they must have."""
+
+    folder: str
+    columns: tuple[str, ...]
+
+
+# (repository, configuration) on the hub -> local files. A configuration of "" stands for any: MMLU's are its
+# subjects, which the local file has in a column.
+LOCAL = {
+    ("cais/mmlu", ""): LocalFiles("mmlu", ("question", "subject", "choices", "answer")),
+    ("google/IFEval", None): LocalFiles("ifeval", ("key", "prompt", "instruction_id_list", "kwargs")),
+    ("allenai/ai2_arc", "ARC-Challenge"): LocalFiles(
+        "arc_challenge", ("question", "choices.text", "choices.label", "answerKey")
+    ),
+    ("openai/gsm8k", "main"): LocalFiles("gsm8k", ("question", "answer")),
+    ("Rowan/hellaswag", None): LocalFiles(
+        "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+    ),
+    ("truthfulqa/truthful_qa", "multiple_choice"): LocalFiles(
+        "truthfulqa_mc",
+        (
+            "question",
+            "mc1_targets.choices",
+            "mc1_targets.labels",
+            "mc2_targets.choices",
+            "mc2_targets.labels",
+        ),
+    ),
+    ("truthfulqa/truthful_qa", "generation"): LocalFiles(
+        "truthfulqa_gen", ("question", "correct_answers", "incorrect_answers")
+    ),
+    ("allenai/winogrande", "winogrande_xl"): LocalFiles(
+        "winogrande", ("sentence", "option1", "option2", "answer")
+    ),
+}
+
+# Where a split's official file is absent. The harness strips HellaSwag's bracket tags itself, so both files
+# give the same questions up to white space; the official one comes first because it gives them exactly.
+_ELSE = {("hellaswag", "validation"): "validation_detagged"}
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """The harness's task and group objects, by name, in the order asked for."""
+
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+
+
+def load_tasks(
+    tasks: Sequence[str],
+    data_dir: str | Path | None = None,
+    num_fewshot: Mapping[str, int] | None = None,
+) -> LoadedTasks:
+    """Build the harness's tasks, rows and all.
+
+    Args:
+        tasks: names of `BENCHMARKS`, or any other name of the harness.
+        data_dir: folder with local rows; None for the hub.
+        num_fewshot: shots by task name, where the task's own definition is not wanted.
+
+    Raises:
+        ValueError: an unknown task; rows that are missing, cannot be read or reached or have other columns;
+            shots that the task does not allow or that have no file to come from.
+    """
+    names = [name for task in tasks for name in BENCHMARKS.get(task, (task,))]
+    _check_request(tasks, names, num_fewshot or {})
+    manager = _manager(tuple(names))
+    _check_known(names, manager)
+    if "ifeval" in names:
+        need_punkt()
+    options: dict[str, Any] = {}
+    if data_dir is not None:
+        options = {"class": LocalTask, "dataset_kwargs": {"data_dir": str(data_dir)}}
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+    with quiet_harness():
+        for name in names:
+            part = _load(manager, name, options)
+            for kind, found in loaded.items():
+                found.update(part[kind])
+            _set_shots(name, part["tasks"].values(), _shots(name, num_fewshot or {}))
+    return LoadedTasks(**loaded)
+
+
+def check_tasks(
+    tasks: Sequence[str],
+    data_dir: str | Path | None,
+    num_fewshot: Mapping[str, int] | None = None,
+) -> None:
+    """Refuse what `load_tasks` would refuse, before a model is loaded; of the hub only names are checked.
+
+    Raises:
+        ValueError: see `load_tasks`.
+    """
+    if data_dir is not None:
+        load_tasks(tasks, data_dir, num_fewshot)
+        return
+    names = [name for task in tasks for name in BENCHMARKS.get(task, (task,))]
+    _check_request(tasks, names, num_fewshot or {})
+    _check_known(names, _manager(tuple(names)))
+    if "ifeval" in names:
+        need_punkt()
+
+
+def data_identity(task: Any) -> str:
+    """A name for the rows of a task: the same for the same rows, another for others."""
+    if isinstance(task, LocalTask):
+        return task.files_hash
+    splits = sorted(task.dataset.items()) if isinstance(task.dataset, dict) else []
+    return " ".join(f"{name}:{getattr(rows, '_fingerprint', len(rows))}" for name, rows in splits)
+
+
+class LocalTask(ConfigurableTask):
+    """A task of the harness whose rows are read from `dataset_kwargs["data_dir"]`."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.files_hash = ""
+        self.folder = Path()
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Read every split that the task names and the folder has."""
+        config = self.config
+        source = (config.dataset_path, config.dataset_name)
+        local = LOCAL.get((source[0], "")) or LOCAL.get(source)
+        if local is None:
+            raise ValueError(
+                f"--data_dir has no files for {config.task} (it reads {config.dataset_path}): leave "
+                f"--data_dir out for it, or use some of {', '.join(BENCHMARKS)}"
+            )
+        self.folder = folder = Path((dataset_kwargs or {})["data_dir"]) / local.folder
+        shots, evaluated = _shots_split(self), config.test_split or config.validation_split
+        self.dataset, hashes = {}, []
+        for split in sorted({evaluated, shots} - {None}):
+            path = _split_file(folder, split)
+            if split == evaluated and not path.is_file():
+                raise ValueError(
+                    f"--data_dir: {path} is missing, where the questions of {config.task} are read"
+                )
+            if not path.is_file():
+                continue
+            rows, digest = read_rows(path, local.columns)
+            hashes.append(f"{split}:{digest}")
+            if "subject" in local.columns:
+                rows = [row for row in rows if row["subject"] == config.dataset_name]
+            if not rows:
+                raise ValueError(f"--data_dir: {path} has no rows for {config.task} ({config.dataset_name})")
+            self.dataset[split] = Dataset.from_list(rows)
+        self.files_hash = " ".join(hashes)
+
+    def fewshot_docs(self) -> Any:
+        """None where the file that shots come from is absent; never the questions in its place."""
+        split = _shots_split(self)
+        return None if split is not None and split not in self.dataset else super().fewshot_docs()
+
+
+@functools.lru_cache(maxsize=4)  # MMLU's 57 tasks share two files
+def read_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a JSON Lines file, and a hash of its bytes.
+
+    Raises:
+        ValueError: it is not JSON Lines, or a row lacks one of `columns` ("a.b" is the key b of column a).
+    """
+    content = path.read_bytes()
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"--data_dir: {path}, line {number}, is not JSON: {one_line(error)}") from error
+        missing = [name for name in columns if not _has(row, name.split("."))]
+        if missing:
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(
+                f"--data_dir: {path}, line {number}, lacks the columns {', '.join(missing)} (it has {found})"
+            )
+        rows.append(row)
+    return rows, hashlib.sha256(content).hexdigest()[:16]
+
+
+def _has(row: Any, keys: Sequence[str]) -> bool:
+    for key in keys:
+        if not isinstance(row, dict) or key not in row:
+            return False
+        row = row[key]
+    return True
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    path = folder / f"{split}.jsonl"
+    other = folder / f"{_ELSE.get((folder.name, split))}.jsonl"
+    return other if not path.is_file() and other.is_file() else path
+
+
+def _manager(names: tuple[str, ...]) -> Any:
+    """The harness's index of tasks; of its 14,000 only the folders of ours where they are enough."""
+    root = Path(lm_eval.__file__).parent / "tasks"
+    ours = TaskManager(include_defaults=False, include_path=[root / f for f in _FOLDERS_OF_TASKS])
+    return ours if all(name in ours.task_index for name in names) else _all_tasks()
+
+
+@functools.cache
+def _all_tasks() -> Any:
+    return TaskManager()
+
+
+def _load(manager: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """One task, tag or group with its tasks, `options` laid over every task's definition."""
+    try:
+        # `TaskManager.load` lays options over single tasks only, its factory over those of groups as well.
+        built = TaskFactory().build(
+            manager.task_index[name], overrides=dict(options), registry=manager.task_index
+        )
+        part = manager.load(built if isinstance(built, list) else [built])
+    except ConnectionError as error:
+        raise ValueError(
+            f"--tasks {name}: the hub cannot be reached ({one_line(error)}): connect, or give "
+            "--data_dir with local files"
+        ) from error
+    except (DatasetsError, OSError, RuntimeError) as error:
+        raise ValueError(f"--tasks {name} cannot be loaded: {one_line(error)}") from error
+    return {"tasks": part["tasks"], "groups": part["groups"]}
+
+
+def _shots(name: str, num_fewshot: Mapping[str, int]) -> int | None:
+    for key, shots in num_fewshot.items():
+        if name in BENCHMARKS.get(key, (key,)):
+            return shots
+    return None
+
+
+def _shots_split(task: Any) -> str | None:
+    """The split that shots are drawn from: the definition's own, else training rows, else validation rows."""
+    config = task.config
+    given = config.fewshot_config
+    if given.split is None and given.samples is not None:
+        return None
+    return given.split or config.training_split or config.validation_split
+
+
+def _set_shots(name: str, tasks: Any, shots: int | None) -> None:
+    """Settle the number of shots, as `lm_eval.simple_evaluate` does, but refuse what it would ignore."""
+    for task in tasks:
+        own = task.config.num_fewshot
+        if shots is not None and own == 0 != shots:
+            raise ValueError(
+                f"--num_fewshot {name}={shots}: {task.config.task} is defined with 0 shots: leave it out"
+            )
+        count = (
+            shots if shots is not None else own if own is not None else SHOTS.get(task.config.dataset_path, 0)
+        )
+        task.set_config("num_fewshot", count)
+        if count == 0:
+            continue
+        split = _shots_split(task)
+        if isinstance(task, LocalTask) and split is not None and split not in task.dataset:
+            raise ValueError(
+                f"{task.folder / split}.jsonl is missing, where the {count} shots of {task.config.task} come "
+                f"from: add it, or give --num_fewshot {name}=0"
+            )
+        evaluated = task.config.test_split or task.config.validation_split
+        if own is None and split == evaluated:
+            raise ValueError(
+                f"--num_fewshot {name}={count}: {task.config.task} has only its questions: leave it out"
+            )
+
+
+def _check_request(tasks: Sequence[str], names: Sequence[str], num_fewshot: Mapping[str, int]) -> None:
+    if not tasks:
+        raise ValueError(f"--tasks names none: give some of {', '.join(BENCHMARKS)}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--tasks names {', '.join(twice)} twice: leave one out")
+    for key, shots in num_fewshot.items():
+        if key not in tasks and key not in names:
+            raise ValueError(f"--num_fewshot {key}={shots}: {key} is not among --tasks ({', '.join(tasks)})")
+        if shots < 0:
+            raise ValueError(f"--num_fewshot {key}={shots} is not possible: use 0 or more")
+
+
+def _check_known(names: Sequence[str], manager: Any) -> None:
+    for name in names:
+        if name not in manager.task_index:
+            known = [*BENCHMARKS, *manager.all_tasks]
+            close = difflib.get_close_matches(name, known, n=3)
+            guess = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+            raise ValueError(
+                f"--tasks {name} does not exist: use {', '.join(BENCHMARKS)}, or any of the "
+                f"{len(manager.all_tasks):,} names that `lm_eval ls tasks` prints.{guess}"
+            )
+
+
+@contextlib.contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Keep the harness's remarks on its own task definitions, and its bars over rows, off the terminal."""
+    logger, bars = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
