@@ -13,7 +13,6 @@ import io
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt.evaluation.outcomes import TaskOutcome, task_outcomes
+from lopt.evaluation.ifeval import steady_languages
+from lopt.evaluation.outcomes import Evaluation, TaskOutcome
 from lopt.evaluation.tasks import BENCHMARKS, LoadedTasks, check_tasks, load_tasks, quiet_harness
 from lopt.memory import free_host_memory
 
@@ -46,18 +46,6 @@ __all__ = [
 
 CPU_TOKENS = 2048
 """Tokens in a batch on a CPU, padding included: more at a time is hardly faster there, and needs memory."""
-
-
-@dataclass
-class Evaluation:
-    """Results as `lm_eval` returns them, and what was asked and answered, item by item and task by task."""
-
-    results: dict[str, Any]
-    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-    def outcomes(self) -> dict[str, TaskOutcome]:
-        """The main metric of every task, item by item; a group that is a mean over its items is one task."""
-        return task_outcomes(self.results, self.samples)
 
 
 def evaluate(
@@ -114,7 +102,8 @@ def run_task(
 ) -> Evaluation:
     """Examine a model on one task of `load_tasks`; arguments and errors as for `evaluate`."""
     name = task.config.task
-    with _as_found(model), _seeded(seed), quiet_harness(), _bars(progress):
+    steady = steady_languages() if name.startswith("ifeval") else contextlib.nullcontext()
+    with _as_found(model), _seeded(seed), steady, quiet_harness(), _bars(progress):
         task.set_fewshot_seed(DEFAULT_OTHER_SEED if seed is None else seed)
         lm = _Examinee(model, copy.deepcopy(tokenizer), batch_size)
         try:

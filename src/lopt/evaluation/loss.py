@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -21,7 +22,50 @@ def completion_loss(
         before = tokenizer(prompt)["input_ids"]
         after = tokenizer(completion, add_special_tokens=False)["input_ids"]
         rows.append((before + after, [False] * len(before) + [True] * len(after)))
-    return _mean_loss(model, rows, batch_size)
+    return _mean(_sums(model, rows, batch_size))
+
+
+class WindowLoss(NamedTuple):
+    """Mean loss in nats over the `tokens` predicted tokens of one window of a text, whose ids are `ids`."""
+
+    loss: float
+    tokens: int
+    ids: list[int]
+
+
+def text_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    tokens: int = 2048,
+    window: int = 128,
+    batch_size: int = 16,
+) -> list[WindowLoss]:
+    """Losses of the first `tokens` tokens of `text`, in windows of `window` tokens; the last may be shorter.
+
+    Every window starts with the tokenizer's first special token, if it has one; else its own first token is
+    not predicted.
+
+    Raises:
+        ValueError: the text has no token to predict.
+    """
+    windows = text_windows(tokenizer, text, tokens, window)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = [(start + ids, [False] + [True] * (len(start + ids) - 1)) for ids in windows]
+    sums = _sums(model, rows, batch_size)
+    return [WindowLoss(total / count, count, ids) for (total, count), ids in zip(sums, windows, strict=True)]
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = 2048, window: int = 128
+) -> list[list[int]]:
+    """The token ids of each window that `text_losses` measures."""
+    ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=tokens)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError("the text is too short to measure a loss on: give at least two tokens")
+    windows = [ids[at : at + window] for at in range(0, len(ids), window)]
+    alone = tokenizer.bos_token_id is None and len(windows[-1]) == 1  # nothing comes before it
+    return windows[:-1] if alone else windows
 
 
 def text_loss(
@@ -32,30 +76,30 @@ def text_loss(
     window: int = 128,
     batch_size: int = 16,
 ) -> float:
-    """Mean loss in nats over the first `tokens` tokens of `text`, in windows of `window` tokens.
-
-    Every window starts with the tokenizer's first special token, if it has one.
+    """Mean loss in nats over the first `tokens` tokens of `text`: `text_losses` weighted by their tokens.
 
     Raises:
         ValueError: the text has no token to predict.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=tokens)["input_ids"]
-    if len(ids) < 2:
-        raise ValueError("the text is too short to measure a loss on: give at least two tokens")
-    rows = []
-    for at in range(0, len(ids), window):
-        row = start + ids[at : at + window]
-        rows.append((row, [False] + [True] * (len(row) - 1)))
-    return _mean_loss(model, rows, batch_size)
+    losses = text_losses(model, tokenizer, text, tokens, window, batch_size)
+    return _mean([(part.loss * part.tokens, part.tokens) for part in losses])
+
+
+def _mean(sums: Sequence[tuple[float, int]]) -> float:
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
 @torch.no_grad()
-def _mean_loss(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], batch_size: int) -> float:
-    """`rows`: token ids, and which of them count. The model's mode is kept."""
+def _sums(
+    model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], batch_size: int
+) -> list[tuple[float, int]]:
+    """Summed loss and number of counted tokens of each row (token ids, and which of them count).
+
+    The model's mode is kept.
+    """
     training = model.training
     model.eval()
-    total, count = 0.0, 0
+    sums: list[tuple[float, int]] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         width = max(len(ids) for ids, _ in part)
@@ -68,7 +112,8 @@ def _mean_loss(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]],
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False).logits
         chosen = counts[:, positions]
         targets = ids[:, 1:][:, positions][chosen]
-        total += cross_entropy(logits[chosen].float(), targets, reduction="sum").item()
-        count += targets.numel()
+        losses = cross_entropy(logits[chosen].float(), targets, reduction="none")
+        totals = losses.new_zeros(len(part)).index_add_(0, chosen.nonzero()[:, 0], losses)
+        sums += zip(totals.tolist(), chosen.sum(1).tolist(), strict=True)
     model.train(training)
-    return total / count
+    return sums

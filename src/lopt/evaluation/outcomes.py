@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 MAIN_METRIC = {
     "mmlu": "acc,none",
@@ -34,33 +36,50 @@ class TaskOutcome:
     values: list[float]
 
 
+@dataclass
+class Evaluation:
+    """Results as `lm_eval` returns them, and what was asked and answered, item by item and task by task."""
+
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def outcomes(self) -> dict[str, TaskOutcome]:
+        """The main metric of every task, item by item; a group that is a mean over its items is one task."""
+        return task_outcomes(self.results, self.samples)
+
+
 def task_outcomes(
     results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, TaskOutcome]:
     """Outcomes of every task in `results`.
 
-    A group is one task if its mean weighs its tasks by their items, as MMLU's does: the values of all items
-    one after the other. Tasks whose metric is no mean over items (perplexities of documents) are left out.
+    MMLU is one task, as its mean weighs subjects by their questions: all items one after the other. Tasks
+    whose metric is no mean over items (perplexities of documents) are left out.
     """
-    pooled = {}
-    inside: set[str] = set()
-    for group in _roots(results.get("group_subtasks", {})):
-        leaves = list(_leaves(group, results["group_subtasks"]))
-        if group in MAIN_METRIC and all(leaf in samples for leaf in leaves):
-            pooled[group] = leaves
-            inside.update(leaves)
-    singles = {name: [name] for name in samples if name not in inside}
     outcomes = {}
-    for name, leaves in {**pooled, **singles}.items():
+    for name, leaves in task_members(results, samples).items():
         metric = main_metric(name, results["results"][leaves[0]])
         if metric is None:
             continue
         key, where = metric.split(",")
-        items = [sample[key] for leaf in leaves for sample in samples[leaf] if sample["filter"] == where]
-        if items and all(isinstance(item, int | float) for item in items):
+        rows = [sample for leaf in leaves for sample in samples[leaf] if sample["filter"] == where]
+        if rows and all(isinstance(row[key], int | float | np.number | np.bool_) for row in rows):
             better = results["higher_is_better"][leaves[0]].get(key, True)
-            outcomes[name] = TaskOutcome(name, metric, bool(better), [float(item) for item in items])
+            values = [float(row[key]) * row.get("weight", 1.0) for row in rows]
+            outcomes[name] = TaskOutcome(name, metric, bool(better), values)
     return outcomes
+
+
+def task_members(results: Mapping[str, Any], samples: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Each task of `task_outcomes` -> the names its samples go by."""
+    pooled: dict[str, list[str]] = {}
+    subtasks = results.get("group_subtasks", {})
+    for group in subtasks:
+        leaves = list(_leaves(group, subtasks))
+        if group in MAIN_METRIC and all(leaf in samples for leaf in leaves):
+            pooled[group] = leaves
+    inside = {leaf for leaves in pooled.values() for leaf in leaves}
+    return {**pooled, **{name: [name] for name in samples if name not in inside}}
 
 
 def main_metric(name: str, result: Mapping[str, Any]) -> str | None:
@@ -68,11 +87,6 @@ def main_metric(name: str, result: Mapping[str, Any]) -> str | None:
     known = [key for key in result if "," in key and "_stderr," not in key]
     chosen = MAIN_METRIC.get(name)
     return chosen if chosen in known else next(iter(known), None)
-
-
-def _roots(subtasks: Mapping[str, Sequence[str]]) -> list[str]:
-    children = {child for members in subtasks.values() for child in members}
-    return [group for group in subtasks if group not in children]
 
 
 def _leaves(group: str, subtasks: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from lopt.data.hub import one_line
-from lopt.evaluation.punkt import need_punkt
+from lopt.evaluation.ifeval import need_punkt
 
 try:
     import lm_eval
@@ -120,7 +120,7 @@ def load_tasks(
     _check_request(tasks, names, num_fewshot or {})
     manager = _manager(tuple(names))
     _check_known(names, manager)
-    if "ifeval" in names:
+    if any(name.startswith("ifeval") for name in names):
         need_punkt()
     options: dict[str, Any] = {}
     if data_dir is not None:
