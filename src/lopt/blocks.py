@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -119,6 +120,13 @@ def base_model(model: nn.Module) -> PreTrainedModel:
             "pass what AutoModelForCausalLM.from_pretrained returns"
         )
     return unwrapped
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where `model` computes, which is not where weights are that wait in host memory."""
+    base: Any = base_model(model)
+    handle = getattr(base, "_lopt", None)
+    return base.device if handle is None else handle.device
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, Layout]:

@@ -196,5 +196,5 @@ def test_what_cannot_be_compared() -> None:
         reference.drift(base, other)
     with pytest.raises(ValueError, match="--window: the model has 64 positions"):
         Reference.of(base, tokenizer, [TEXT], window=100)
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match="too short"):
         Reference.of(base, tokenizer, [""])

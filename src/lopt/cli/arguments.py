@@ -122,6 +122,41 @@ class RunArguments:
     )
 
 
+@dataclass
+class RetentionArguments:
+    """What is measured while a model trains, to see what it forgets."""
+
+    retention_text: list[str] | None = field(
+        default=None,
+        metadata={"help": "Plain text that has nothing to do with the task: one or more UTF-8 files."},
+    )
+    retention_tokens: int = field(default=2048, metadata={"help": "Tokens of each text, from its start."})
+    retention_tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Benchmarks, as in lopt eval --tasks; slow, so see --retention_limit."},
+    )
+    retention_data_dir: str | None = field(
+        default=None, metadata={"help": "Local rows for --retention_tasks. Default: from the hub."}
+    )
+    retention_limit: int | None = field(
+        default=100, metadata={"help": "Items of each benchmark (of each subject of MMLU)."}
+    )
+    retention_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure every so many steps, at the start and at the end. Default: --eval_steps with "
+            "--eval_strategy steps, else a tenth of the run."
+        },
+    )
+    max_forgetting: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when the mean loss on --retention_text has risen by more than so many nats per "
+            "token since the start. The model is saved as it is then."
+        },
+    )
+
+
 def parse(command: str, groups: Sequence[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
     """Flags and `--config file.yaml` (flags win) into one instance per dataclass.
 

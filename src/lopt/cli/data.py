@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, parse
+from lopt.cli.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments, parse
 from lopt.config import LoPTConfig
 from lopt.data.download import choose, download
 from lopt.data.presets import PRESETS
@@ -72,9 +72,10 @@ def _preview(arguments: Sequence[str]) -> None:
     from lopt.trainers.config import LoPTSFTConfig
 
     # Every flag of `lopt sft`, so that a command can be previewed as it is.
-    model_args, data_args, _, _, args, preview_args = parse(
+    run_groups = (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig, LoPTSFTConfig)
+    model_args, data_args, _, _, _, args, preview_args = parse(
         "data preview",
-        (ModelArguments, DataArguments, RunArguments, LoPTConfig, LoPTSFTConfig, PreviewArguments),
+        (*run_groups, PreviewArguments),
         arguments,
     )
     if preview_args.rows < 1:

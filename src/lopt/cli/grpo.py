@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments, parse
+from lopt.cli.arguments import (
+    DataArguments,
+    ModelArguments,
+    RetentionArguments,
+    RunArguments,
+    TaskArguments,
+    parse,
+)
+from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
 from lopt.cli.training import check_run, prepare, run
 from lopt.config import LoPTConfig
@@ -14,19 +22,19 @@ from lopt.trainers.config import LoPTGRPOConfig
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
-    model_args, data_args, task_args, run_args, config, args = parse(
-        "grpo",
-        (ModelArguments, DataArguments, TaskArguments, RunArguments, LoPTConfig, LoPTGRPOConfig),
-        arguments,
+    groups = (ModelArguments, DataArguments, TaskArguments, RunArguments, RetentionArguments)
+    model_args, data_args, task_args, run_args, retention_args, config, args = parse(
+        "grpo", (*groups, LoPTConfig, LoPTGRPOConfig), arguments
     )
     check_task(task_args, data_args)
     check(data_args, args)
     check_run(model_args, config, args)
+    retention = check_retention(retention_args, config, args)
     checkpoint = prepare(model_args, run_args, args)
     rows = grpo_rows(model_args, data_args, task_args, args)
     if model_args.model_revision is not None:  # what TRL loads the reference model with
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": model_args.model_revision}
-    run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, reward_funcs=rows.rewards)
+    run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, retention, reward_funcs=rows.rewards)
 
 
 def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from lopt.blocks import Blocks
 from lopt.cli.arguments import ModelArguments, RunArguments
 from lopt.cli.output import prepare_output
+from lopt.cli.retention import Retention, write_curves
 from lopt.config import LoPTConfig
 from lopt.models import load_model, resolve_model
 from lopt.trainers.checks import check_settings
@@ -88,6 +89,7 @@ def run(
     config: LoPTConfig,
     args: Any,
     checkpoint: str | None,
+    retention: Retention | None = None,
     **more: Any,
 ) -> None:
     """Load the model, train it on `rows`, evaluate on what was held out, save it.
@@ -95,6 +97,7 @@ def run(
     Args:
         rows: `train`, `held_out` and `tokenizer`, from `lopt.cli.rows`.
         checkpoint: what to go on from.
+        retention: what is measured on the way.
         more: arguments of this trainer only.
     """
     trainer = trainer_class(
@@ -107,7 +110,12 @@ def run(
         peft_config=_adapters(model_args, config),
         **more,
     )
+    watch = retention.callback(trainer) if retention is not None else None
+    if watch is not None:
+        trainer.add_callback(watch)
     _train_and_save(trainer, checkpoint)
+    if watch is not None and trainer.is_world_process_zero():
+        print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), watch.stopped))
 
 
 def _train_and_save(trainer: Any, checkpoint: str | None) -> None:

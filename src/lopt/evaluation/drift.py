@@ -29,10 +29,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt.blocks import Blocks, base_model, find_decoder
+from lopt.blocks import Blocks, base_model, compute_device, find_decoder
 from lopt.config import LoPTConfig
 from lopt.evaluation.states import (
-    compute_device,
     effective_weights,
     record_states,
     record_weights,

@@ -9,6 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lopt.blocks import compute_device
+
 
 def completion_loss(
     model: PreTrainedModel,
@@ -99,13 +101,14 @@ def _sums(
     """
     training = model.training
     model.eval()
+    device = compute_device(model)
     sums: list[tuple[float, int]] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         width = max(len(ids) for ids, _ in part)
-        ids = torch.tensor([r + [0] * (width - len(r)) for r, _ in part], device=model.device)
-        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r, _ in part], device=model.device)
-        counts = torch.tensor([c + [False] * (width - len(c)) for _, c in part], device=model.device)[:, 1:]
+        ids = torch.tensor([r + [0] * (width - len(r)) for r, _ in part], device=device)
+        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r, _ in part], device=device)
+        counts = torch.tensor([c + [False] * (width - len(c)) for _, c in part], device=device)[:, 1:]
         # Positions that predict nothing of interest never meet the head: a large vocabulary's
         # logits would dominate the cost.
         positions = counts.any(0).nonzero().flatten()

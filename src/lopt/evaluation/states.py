@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lopt.blocks import Blocks, base_model
+from lopt.blocks import Blocks, base_model, compute_device
 from lopt.config import LoPTConfig
+from lopt.evaluation.loss import text_windows
 
 END_TO_END = LoPTConfig(method="e2e")
 OTHER_ADAPTERS = "only plain LoRA adapters can be compared as they are: merge these into the model first"
@@ -31,16 +32,10 @@ def windows(
     Every window starts with the tokenizer's first special token, if it has one (not counted).
 
     Raises:
-        ValueError: there is no token.
+        ValueError: a text is too short.
     """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=tokens)["input_ids"]
-        rows += [start + ids[at : at + window] for at in range(0, len(ids), window)]
-    if not rows:
-        raise ValueError("there is no text to measure hidden states on: give at least one token")
-    return rows
+    return [start + ids for text in texts for ids in text_windows(tokenizer, text, tokens, window)]
 
 
 @torch.no_grad()
@@ -96,13 +91,6 @@ def record_states(
             hook.remove()
         model.train(training)
     return states
-
-
-def compute_device(model: nn.Module) -> torch.device:
-    """Where `model` computes, which is not where weights are that wait in host memory."""
-    base: Any = base_model(model)
-    handle = getattr(base, "_lopt", None)
-    return base.device if handle is None else handle.device
 
 
 class NamedWeight(NamedTuple):
