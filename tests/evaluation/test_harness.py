@@ -51,7 +51,7 @@ def model() -> PreTrainedModel:
 
 
 def definition_file(task: str, data: Path, folder: Path) -> str:
-    """A YAML file that includes the harness's own and names local files by its own means, `dataset_path: json`."""
+    """A YAML file that includes the harness's own and names local files as it does, `dataset_path: json`."""
     definition, files = DEFINITIONS[task]
     paths = {split: str(data / f"{file}.jsonl") for split, file in files.items()}
     if task == "mmlu_anatomy":

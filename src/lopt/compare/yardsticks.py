@@ -64,7 +64,8 @@ class Yardsticks:
                 )
                 measures |= _outcomes(result, kind)
         for name, text in self.texts.items():
-            losses = text_losses(model, self.tokenizer, text, tokens=self.text_tokens)
+            windows = text_losses(model, self.tokenizer, text, tokens=self.text_tokens)
+            losses = [window.loss for window in windows]
             measures[f"text:{name}"] = _measure("retention", "loss", False, losses)
         return measures
 
