@@ -27,19 +27,20 @@ import argparse
 import copy
 import gc
 import json
+import math
 import random
 import time
 from contextlib import suppress
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
-import local_every
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import cold_start
+import local_every
 from lopt import LoPT, LoPTConfig
 from lopt.attach import BoundaryReached
 from lopt.blocks import Block
@@ -49,28 +50,26 @@ from lopt.optim import clip_gradients
 TEXTS = ("gsm8k", "arc", "hellaswag")
 NEXT = ("next", "next_all", "lens")
 LOSSES = ("recon", "back", "ahead", "shift", *NEXT, "recon+next")
+FROZEN = "frozen "
 # loss: a local loss or several joined by "+"; early: lr_k1 over learning_rate; rate: learning_rate over 2e-5;
 # only: the earlier blocks that learn; the rest are fields of LoPTConfig.
-RUNS: dict[str, dict] = {"e2e": dict(method="e2e"), "e2e rate=2": dict(method="e2e", rate=2.0)}
+RUNS: dict[str, dict] = {"e2e": dict(method="e2e")}
 for cut, fields in {
     "k=4": dict(num_blocks=4),
     "k=2": dict(num_blocks=2),
     "k=4 rate=2": dict(num_blocks=4, rate=2.0),
-    "k=4 rate=4": dict(num_blocks=4, rate=4.0),
-    "k=4 steps=60": dict(num_blocks=4, steps=60),
-    "k=4 untie": dict(num_blocks=4, tied_embeddings="untie"),
-    "cut=4": dict(block_boundaries=[4]),
-    "cut=14": dict(block_boundaries=[14]),
+    "k=2 rate=2": dict(num_blocks=2, rate=2.0),
 }.items():
-    RUNS[f"frozen {cut}"] = dict(fields, method="frozen")
-    for early in (0.03, 0.1, 0.3, 1.0, 3.0):
-        RUNS |= {f"{loss} {early:g} {cut}": dict(fields, loss=loss, early=early) for loss in LOSSES}
-        if "num_blocks" in fields:
-            last = dict(fields, early=early, only=[fields["num_blocks"] - 2])
-            RUNS |= {f"{loss}/last {early:g} {cut}": dict(last, loss=loss) for loss in LOSSES}
-for cut, fields in {"k=2": dict(num_blocks=2), "k=4": dict(num_blocks=4, frozen_blocks=2)}.items():
-    RUNS[f"library next_token {cut}"] = dict(fields, aux_loss="next_token", early=1.0)
-CUT = ("method", "num_blocks", "block_boundaries", "tied_embeddings", "aux_loss", "frozen_blocks")
+    RUNS[FROZEN + cut] = dict(fields, method="frozen")
+    for early in (0.03, 0.1, 0.3, 1.0):
+        for loss in LOSSES:
+            RUNS[f"{loss} {early:g} {cut}"] = dict(fields, loss=loss, early=early)
+            last = dict(only=[fields["num_blocks"] - 2])
+            RUNS[f"{loss}/last {early:g} {cut}"] = dict(fields, loss=loss, early=early) | last
+    # What the library offers, only the block below the last one learning.
+    learning = dict(aux_loss="next_token", frozen_blocks=fields["num_blocks"] - 2, early=1.0)
+    RUNS[f"library next_token {cut}"] = fields | learning
+CUT = ("method", "num_blocks", "aux_loss", "frozen_blocks")
 
 
 class Tokens:
@@ -84,25 +83,17 @@ class Tokens:
         self.rows = embedding[self.known]
 
     def loss(
-        self,
-        hidden: Tensor,
-        wanted: Tensor,
-        teacher: Tensor | None = None,
-        others: int = 2048,
-        embedding: Tensor | None = None,
+        self, hidden: Tensor, wanted: Tensor, teacher: Tensor | None = None, others: int = 2048
     ) -> Tensor:
         """Cross-entropy of `hidden` (N, H), normalised, with tokens `wanted` (N,) or `teacher`'s (N, H)."""
         sample = torch.randint(len(self.place), (others,))
         sample = sample[self.place[sample] < 0]
         stands_for = (len(self.place) - len(self.known)) / len(sample)
-        if embedding is None:
-            matrix = torch.cat([self.rows, self.embedding[sample]])
-        else:  # one that learns
-            matrix = embedding[torch.cat([self.known, sample])]
-        weight = torch.ones(len(matrix))
-        weight[len(self.rows) :] = stands_for
-        target = self.place[wanted] if teacher is None else (teacher @ matrix.T + weight.log()).softmax(-1)
-        return cross_entropy(hidden @ matrix.T + weight.log(), target)
+        matrix = torch.cat([self.rows, self.embedding[sample]])
+        logs = torch.zeros(len(matrix))
+        logs[len(self.rows) :] = math.log(stands_for)
+        target = self.place[wanted] if teacher is None else (teacher @ matrix.T + logs).softmax(-1)
+        return cross_entropy(hidden @ matrix.T + logs, target)
 
 
 class Studied(LoPT):
@@ -123,21 +114,15 @@ class Studied(LoPT):
                 nn.ModuleDict({kind: ReconstructionHead(size) for kind in self.kinds})
                 for _ in self.blocks[:-1]
             )
-            early = [p for b in self.blocks[:-1] for _, p in self.blocks.parameters(model, b.index)]
-            kept = [p for i in self.only_blocks for _, p in self.blocks.parameters(model, i)]
-            for p in early:
-                p.requires_grad_(p.requires_grad and any(p is k for k in kept))
+            self._freeze(b for b in self.blocks[:-1] if b.index not in self.only_blocks)
         self.units = [dict.fromkeys(self.kinds, torch.ones(size)) for _ in self.heads]
 
     def target(self, kind: str, index: int, own: Tensor) -> Tensor:
         """What the head of block `index` is to give (B, T, H); for the next-token losses, its output."""
-        states = self.batch.get("states", [])
-        return {
-            "recon": lambda: own,
-            "back": lambda: states[0],
-            "ahead": lambda: states[self.cuts[index + 2]],
-            "shift": lambda: states[0].roll(-1, 1),
-        }[kind]()
+        if kind == "recon":
+            return own
+        state = self.batch["states"][self.cuts[index + 2] if kind == "ahead" else 0]
+        return state.roll(-1, 1) if kind == "shift" else state
 
     def mask(self, kind: str) -> Tensor:
         """(B, T), where a loss counts."""
@@ -205,50 +190,46 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.rows = cold_start.questions(
-            args.data_dir / "gsm8k/train.jsonl", args.train_rows, self.tokenizer, args.max_tokens
-        )
+        rows = args.data_dir / "gsm8k/train.jsonl"
+        self.rows = cold_start.questions(rows, 8 * args.steps, self.tokenizer, args.max_tokens)
         self.held_out = local_every.held_out_rows(self.tokenizer, args)
         self.batches: dict[int, list[dict]] = {}
         self.warm: dict[tuple, dict] = {}
-        model = self.load()
-        everything = cold_start.encode(self.tokenizer, self.rows)
-        for batches in self.held_out.values():
-            everything += batches
-        self.tokens = Tokens(model.get_input_embeddings().weight.detach(), everything)
+        everything = [b for batches in self.held_out.values() for b in batches]
+        everything += cold_start.encode(self.tokenizer, self.rows)
+        self.tokens = Tokens(self.load().get_input_embeddings().weight.detach(), everything)
 
     def load(self) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32).train()
 
-    def seeded(self, seed: int, steps: int) -> list[dict]:
-        """The batches of `steps` steps in the order of `seed`, with the unchanged model's states."""
-        if len(self.batches.get(seed, [])) < steps:
+    def seeded(self, seed: int) -> list[dict]:
+        """One batch per step, in the order of `seed`, with the unchanged model's states."""
+        if seed not in self.batches:
             order = random.Random(seed).sample(self.rows, len(self.rows))
-            batches = cold_start.encode(self.tokenizer, order)[:steps]
+            batches = cold_start.encode(self.tokenizer, order)[: self.args.steps]
             model = self.load()
             with torch.no_grad():
                 for batch in batches:
                     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
                     batch["states"] = model.model(**inputs, output_hidden_states=True).hidden_states
             self.batches[seed] = batches
-        return self.batches[seed][:steps]
+        return self.batches[seed]
 
     def start(self, settings: dict, seed: int) -> tuple[nn.Module, Studied, list | None]:
         """A new model, cut, its heads warmed up, and what the warm-up recorded."""
         torch.manual_seed(seed)
         model = self.load()
         known = {k: v for k, v in settings.items() if k in CUT}
-        config = LoPTConfig(**{"tied_embeddings": "freeze"} | known)
+        config = LoPTConfig(tied_embeddings="freeze", **known)
         if "aux_loss" in settings:
             return model, *self.start_library(model, config, seed)
         handle = Studied(model, config, settings, self.tokens)
-        if handle.config.tied_embeddings == "freeze":
-            model.get_input_embeddings().weight.requires_grad_(False)  # end to end as well
+        model.get_input_embeddings().weight.requires_grad_(False)  # end to end as well
         if not handle.heads:
             return model, handle, None
         key = (seed, *handle.cuts, *handle.only_blocks, *handle.kinds)
         if key not in self.warm:
-            record = handle.warm_heads(self.seeded(seed, self.args.steps))
+            record = handle.warm_heads(self.seeded(seed))
             self.warm[key] = dict(record=record, state=copy.deepcopy(handle.heads.state_dict()))
         handle.heads.load_state_dict(self.warm[key]["state"])
         if "lens" in handle.kinds:
@@ -265,19 +246,17 @@ class Study:
             return pairs, Rows(batch["attention_mask"], batch["input_ids"], None, batch["labels"])
 
         handle._boundaries = boundaries
-        history = handle.warm_up_heads(self.seeded(seed, self.args.steps))
+        history = handle.warm_up_heads(self.seeded(seed))
         return handle, [[round(x, 4) for x in row] for row in (history[0], history[-1])]
 
     def task_loss(self, model: nn.Module, batch: dict) -> Tensor:
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        handle = getattr(model, "_lopt", None)
-        if handle is not None:
-            handle._labels = batch["labels"]  # as a call of the whole model would
+        if getattr(model, "_lopt", None) is not None:
+            model._lopt._labels = batch["labels"]  # as a call of the whole model would
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
         labels = batch["labels"][:, 1:]
         where = labels != -100
-        learns = model.lm_head.weight if model.lm_head.weight.requires_grad else None
-        return self.tokens.loss(hidden[:, :-1][where], labels[where], embedding=learns)
+        return self.tokens.loss(hidden[:, :-1][where], labels[where])
 
     def run(self, settings: dict, seed: int) -> dict:
         """One run: the held-out losses after it, its training loss, local losses, seconds of a step."""
@@ -285,10 +264,9 @@ class Study:
         rate = settings.get("rate", 1.0) * cold_start.LEARNING_RATE
         groups = handle.parameter_groups(rate, settings.get("early", 0.1) * rate)
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], fused=True)
-        steps = settings.get("steps", self.args.steps)
-        schedule = get_cosine_schedule_with_warmup(optimizer, 3, max(self.args.schedule_steps, steps))
+        schedule = get_cosine_schedule_with_warmup(optimizer, 3, self.args.schedule_steps)
         losses, local, seconds = [], [], []
-        for batch in self.seeded(seed, steps):
+        for batch in self.seeded(seed):
             started = time.perf_counter()
             handle.batch = batch
             loss = self.task_loss(model, batch)
@@ -307,6 +285,29 @@ class Study:
             local=[local[0], local[-1]], seconds=median(seconds),
         )  # fmt: skip
 
+    def times(self, names: list[str], pairs: int) -> dict[str, dict[str, float]]:
+        """Median seconds of a step with the whole softmax, and over the first of `names`, taken in turns."""
+        shared = self.load().get_input_embeddings().weight.requires_grad_(False)
+        batch, takes = self.seeded(0)[0], {name: [] for name in names}
+        started = {name: self.start(RUNS[name], 0)[:2] for name in names}
+        optimizers = {}
+        for name, (model, handle) in started.items():
+            model.get_input_embeddings().weight = model.lm_head.weight = shared
+            optimizers[name] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+            handle.batch = batch
+        for _ in range(pairs + 1):
+            for name, (model, handle) in started.items():
+                begun = time.perf_counter()
+                handle._labels = batch["labels"]
+                cold_start.task_loss(model, batch).backward()
+                clip_gradients(handle, 1.0)
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+                takes[name].append(time.perf_counter() - begun)
+        first = takes[names[0]][1:]  # the first step makes the optimizer's state
+        ratios = {n: median(b / a for a, b in zip(first, t[1:], strict=True)) for n, t in takes.items()}
+        return {n: dict(seconds=round(median(t[1:]), 2), ratio=round(ratios[n], 3)) for n, t in takes.items()}
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {name: round(cold_start.held_out(model, rows), 5) for name, rows in self.held_out.items()}
 
@@ -317,7 +318,7 @@ class Study:
         for batch in batches:
             self.task_loss(model, batch).backward()
         task = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        found = {}
+        found: dict[str, list] = {}
         for loss in losses:
             model, handle, _ = self.start(dict(cut, loss=loss), 0)
             handle.gauging = True
@@ -327,21 +328,14 @@ class Study:
                     self.task_loss(model, batch)
             found[loss] = []
             for block in handle.blocks[:-1]:
-                pairs = [
-                    (task[n], p.grad) for n, p in handle.blocks.parameters(model, block.index) if n in task
-                ]
-                dot = sum((a * b).sum() for a, b in pairs)
-                sizes = [sum(pair[i].square().sum() for pair in pairs).sqrt() for i in (0, 1)]
-                taken = sum((a * b.sign()).sum() for a, b in pairs) / sum(a.abs().sum() for a, _ in pairs)
-                found[loss].append([round((dot / sizes[0] / sizes[1]).item(), 4), round(taken.item(), 4)])
+                own = {n: p.grad for n, p in handle.blocks.parameters(model, block.index) if n in task}
+                theirs = torch.cat([task[name].flatten() for name in own])
+                ours = torch.cat([gradient.flatten() for gradient in own.values()])
+                cosine = torch.cosine_similarity(theirs, ours, 0).item()
+                share = (theirs @ ours.sign() / theirs.abs().sum()).item()
+                found[loss].append([round(cosine, 4), round(share, 4)])
             print(cut, loss, found[loss], flush=True)
         return found
-
-
-def spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:+.4f}"
-    return f"{mean(values):+.4f} ± {stdev(values):.4f}"
 
 
 def summarise(results: dict) -> None:
@@ -353,10 +347,10 @@ def summarise(results: dict) -> None:
     print(f"{'before':28} {'':>5}", *(f"{results['before'][text]:18.4f}" for text in TEXTS))
     for name, seeds in by_name.items():
         local = "loss" in RUNS[name] or "aux_loss" in RUNS[name]
-        reference = by_name.get("frozen " + name.split(" ", 2)[-1], {}) if local else {}
+        reference = by_name.get(FROZEN + name.split(" ", 2)[-1], {}) if local else {}
         pairs = [(r["after"], reference[s]["after"]) for s, r in seeds.items() if s in reference]
         pairs = pairs or [(r["after"], dict.fromkeys(TEXTS, 0.0)) for r in seeds.values()]
-        cells = [spread([a[text] - b[text] for a, b in pairs]) for text in TEXTS]
+        cells = [local_every.spread([a[text] - b[text] for a, b in pairs]) for text in TEXTS]
         pace = median(r["seconds"] for r in seeds.values())
         print(f"{name:28} {len(pairs):5}", *(f"{cell:>18}" for cell in cells), f"{pace:9.1f}")
 
@@ -366,9 +360,9 @@ def main() -> None:
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--gauge", nargs="*", type=int, default=[], help="gauge local losses at these k")
-    parser.add_argument("--steps", type=int, default=25, help="25: the first has learning rate 0")
+    parser.add_argument("--times", nargs="*", default=[], choices=list(RUNS), help="time these in turns")
+    parser.add_argument("--steps", type=int, default=20, help="the first has learning rate 0")
     parser.add_argument("--rows", type=int, default=32, help="held-out rows of each kind")
-    parser.add_argument("--train_rows", type=int, default=8 * 64)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/early_updates.json"))
     parser.set_defaults(max_tokens=96)
     args = parser.parse_args()
@@ -380,12 +374,15 @@ def main() -> None:
         args.output.write_text(json.dumps(results) + "\n")
 
     todo = [(n, s) for s in args.seeds for n in args.runs if f"{n} seed {s}" not in results["runs"]]
-    if todo or args.gauge:
+    if todo or args.gauge or args.times:
         study = Study(args)
     for k in args.gauge:
         known = results["gauge"].setdefault(f"k={k}", {})
         new = [loss for loss in LOSSES if loss not in known]
-        known |= study.gauge(dict(num_blocks=k), new, study.seeded(0, args.steps)[:4])
+        known |= study.gauge(dict(num_blocks=k), new, study.seeded(0)[:4])
+        keep()
+    if args.times:
+        results["times"] = study.times(args.times, pairs=7)
         keep()
     if todo and "before" not in results:
         results["before"] = study.evaluate(study.load())
