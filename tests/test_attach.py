@@ -19,7 +19,21 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
-def joint_gradients(model: nn.Module, heads: nn.ModuleList, starts: list[int], batches, lam: float) -> dict:
+def reconstruction(model: nn.Module, head: nn.Module, hidden: Tensor, own: Tensor, batch: dict) -> Tensor:
+    """Summed over real tokens, as `next_token`."""
+    error = (head(hidden) - own) * batch["attention_mask"][..., None].to(hidden.dtype)
+    return error.pow(2).sum() / error.shape[-1]
+
+
+def next_token(model: nn.Module, head: nn.Module, hidden: Tensor, own: Tensor, batch: dict) -> Tensor:
+    norm, lm_head = (copy.deepcopy(m).requires_grad_(False) for m in (model.model.norm, model.lm_head))
+    first = batch["attention_mask"].cumsum(1) == 1  # no real token says what it is
+    return task_loss(lm_head(norm(hidden + head(hidden))), batch["labels"].masked_fill(first, -100))
+
+
+def joint_gradients(
+    model: nn.Module, heads: nn.ModuleList, starts: list[int], batches, lam: float, local=reconstruction
+) -> dict:
     """The reference: one forward and one backward of `task + λ · mean ℓ_b`, in plain PyTorch.
 
     Runs the decoder layer by layer from recorded arguments, cutting the graph by hand.
@@ -30,7 +44,6 @@ def joint_gradients(model: nn.Module, heads: nn.ModuleList, starts: list[int], b
     targets = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     objective: Tensor | float = 0.0
     for batch in batches:
-        mask = batch["attention_mask"][..., None].to(next(model.parameters()).dtype)
         entered: list[Tensor] = []  # what enters each block; the graph is cut in front of all but the first
 
         def note(module, args, kwargs, entered=entered):
@@ -42,10 +55,10 @@ def joint_gradients(model: nn.Module, heads: nn.ModuleList, starts: list[int], b
         for handle in handles:
             handle.remove()
         objective = objective + task_loss(model.lm_head(hidden), batch["labels"]) / targets
-        for head, hidden, target in zip(heads, entered[1:], entered[:-1], strict=True):
-            target = target.detach()
-            error = (head(hidden) - target) * mask
-            objective = objective + lam / len(heads) * error.pow(2).sum() / (tokens * error.shape[-1])
+        for head, hidden, own in zip(heads, entered[1:], entered[:-1], strict=True):
+            if list(head.parameters()):
+                count = sum(bool(list(h.parameters())) for h in heads)
+                objective = objective + lam / count * local(model, head, hidden, own.detach(), batch) / tokens
     objective.backward()
     named = [*model.named_parameters(), *(("heads." + n, p) for n, p in heads.named_parameters())]
     return {name: parameter.grad for name, parameter in named}
@@ -56,7 +69,7 @@ def eager_gradients(model: nn.Module, handle, batches) -> dict:
     targets = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     for batch in batches:
         handle.loss_scale = int(batch["attention_mask"].sum()) / tokens
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = model(**batch).logits
         (task_loss(logits, batch["labels"]) / targets).backward()
     named = [*model.named_parameters(), *(("heads." + n, p) for n, p in handle.heads.named_parameters())]
     return {name: parameter.grad for name, parameter in named}
@@ -65,20 +78,24 @@ def eager_gradients(model: nn.Module, handle, batches) -> dict:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("aux_loss", ["recon", "next_token"])
 def test_eager_gradients_equal_one_joint_backward(
-    k: int, checkpointing: bool, dtype, tolerance: float
+    aux_loss: str, k: int, checkpointing: bool, dtype, tolerance: float
 ) -> None:
     model = tiny("llama", dtype)
     batches = [batch_of([9, 5, 2]), batch_of([4], seed=1), batch_of([3, 11], side="left", seed=2)]
+    for batch in batches:
+        batch["labels"][:, :3] = -100
     if checkpointing:
         model.gradient_checkpointing_enable()
-    handle = attach(model, LoPTConfig(num_blocks=k, lambda_aux=10.0))
+    handle = attach(model, LoPTConfig(num_blocks=k, lambda_aux=10.0, aux_loss=aux_loss))
     starts = [block.start for block in handle.blocks][1:]
     plain = copy.deepcopy(model)
     for module in plain.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    expected = joint_gradients(plain, handle.heads, starts, batches, lam=10.0)
+    local = {"recon": reconstruction, "next_token": next_token}[aux_loss]
+    expected = joint_gradients(plain, handle.heads, starts, batches, 10.0, local)
     actual = eager_gradients(model, handle, batches)
     assert expected.keys() == actual.keys()
     for name, gradient in expected.items():
@@ -126,12 +143,13 @@ def test_every_parameter_learns_and_no_task_gradient_reaches_an_early_block(arch
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
-def test_padding_never_counts(name: str) -> None:
+@pytest.mark.parametrize("aux_loss", ["recon", "next_token"])
+def test_padding_never_counts(name: str, aux_loss: str) -> None:
     """Left, right and no padding give each token the same loss, whatever stands in the padding."""
 
     def losses(batch: dict) -> tuple[Tensor, float]:
         model = tiny(name)
-        handle = attach(model, LoPTConfig(num_blocks=2))
+        handle = attach(model, LoPTConfig(num_blocks=2, aux_loss=aux_loss))
         mask = batch["attention_mask"].bool()
         batch["input_ids"][~mask] = 55
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -225,9 +243,10 @@ def test_a_peft_model_trains_its_adapters_locally() -> None:
     assert {handle.blocks.owner(p) for p in trainable.values()} == {0, 1}
 
 
-def test_head_warm_up_learns_and_touches_nothing_else() -> None:
+@pytest.mark.parametrize("aux_loss", ["recon", "next_token"])
+def test_head_warm_up_learns_and_touches_nothing_else(aux_loss: str) -> None:
     model, batches = tiny("llama"), [batch_of([9, 5], seed=s) for s in range(3)]
-    handle = attach(model, LoPTConfig(num_blocks=3))
+    handle = attach(model, LoPTConfig(num_blocks=3, aux_loss=aux_loss))
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     history = handle.warm_up_heads(batches, steps=40, learning_rate=1e-2)
@@ -304,9 +323,58 @@ def test_mistakes_are_named() -> None:
         attach(nn.Linear(2, 2))
 
 
-def test_heads_are_float32_beside_bfloat16_weights() -> None:
+@pytest.mark.parametrize("aux_loss", ["recon", "next_token"])
+def test_frozen_blocks_are_left_out(aux_loss: str) -> None:
+    """The first of three blocks rests; the others learn what they learn otherwise."""
+    model, batches = tiny("llama", torch.float64), [batch_of([9, 5, 2]), batch_of([4], seed=1)]
+    plain = copy.deepcopy(model)
+    handle = attach(model, LoPTConfig(num_blocks=3, aux_loss=aux_loss, frozen_blocks=1))
+    assert list(handle.learning) == [1] and handle.block_parameters(0) == []
+    starts = [block.start for block in handle.blocks][1:]
+    local = {"recon": reconstruction, "next_token": next_token}[aux_loss]
+    expected = joint_gradients(plain, handle.heads, starts, batches, 10.0, local)
+    actual = eager_gradients(model, handle, batches)
+    frozen = {name for name, _ in handle.blocks.parameters(model, 0)}
+    for name, gradient in expected.items():
+        if name in frozen:
+            assert actual[name] is None
+        else:
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-10, atol=1e-14)
+    assert len(handle.local_losses()) == 1
+    assert len(handle.warm_up_heads(batches, steps=2)[0]) == 1
+    groups = handle.parameter_groups(1e-3)
+    assert {g["block"] for g in groups} == {1, 2} and all(g["params"] for g in groups)
+    handle.detach()
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match=r"--frozen_blocks 1 of 2 blocks .* --method frozen"):
+        attach(tiny("llama"), LoPTConfig(num_blocks=2, frozen_blocks=1))
+
+
+def test_next_token_learns_in_every_architecture_and_needs_tokens(architecture: str) -> None:
+    model, batch = tiny(architecture), batch_of([9, 5, 2])
+    plain = model(**batch).logits.detach()
+    handle = attach(model, LoPTConfig(num_blocks=3, aux_loss="next_token"))
+    output = model(**batch)
+    output.loss.backward()
+    assert torch.equal(output.logits, plain)
+    for index in (0, 1):
+        assert any(bool(p.grad.ne(0).any()) for p in handle.block_parameters(index))
+    whole = [x.item() for x in handle.local_losses()]
+    labels = batch["labels"].clone()
+    labels[:, :6] = -100
+    model(**batch | {"labels": labels})
+    assert all(part.item() < x for part, x in zip(handle.local_losses(), whole, strict=True))
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])  # all real tokens count again
+    assert [x.item() for x in handle.local_losses()] == pytest.approx(whole)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    with pytest.raises(ValueError, match=r"--aux_loss next_token .* --aux_loss recon"):
+        model(inputs_embeds=embeds, attention_mask=batch["attention_mask"])
+
+
+@pytest.mark.parametrize("aux_loss", ["recon", "next_token"])
+def test_heads_are_float32_beside_bfloat16_weights(aux_loss: str) -> None:
     model = tiny("llama", torch.bfloat16)
-    handle = attach(model)
+    handle = attach(model, LoPTConfig(aux_loss=aux_loss))
     model(**batch_of([5, 3])).loss.backward()
     assert {p.dtype for p in handle.heads.parameters()} == {torch.float32}
     assert handle.local_losses()[0].dtype == torch.float32

@@ -15,6 +15,8 @@ from lopt import LoPTConfig
     [
         ("method", ["sgd"]),
         ("num_blocks", [0, -1]),
+        ("aux_loss", ["next"]),
+        ("frozen_blocks", [-1]),
         ("lambda_aux", [-1.0, math.nan, math.inf]),
         ("lr_k1", [-1e-5, math.nan]),
         ("head_warmup_steps", [-1]),
@@ -34,6 +36,7 @@ def test_defaults_and_alias() -> None:
     config = LoPTConfig(method="ll")
     assert config == LoPTConfig() and config.method == "lopt"
     assert config.early_learning_rate(2e-5) == pytest.approx(2e-6)
+    assert LoPTConfig(aux_loss="next_token").early_learning_rate(2e-5) == 2e-5
     assert LoPTConfig(lr_k1=2e-5).early_learning_rate(1.0) == 2e-5
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.num_blocks = 3  # type: ignore[misc]

@@ -2,8 +2,8 @@
 
 Three kinds of hooks do it, and no forward is rewritten:
 
-- before the decoder: note which tokens are real;
-- before a block's first layer: note the block's input, the target of its reconstruction;
+- before the decoder: note which tokens are real, and what they are;
+- before a block's first layer: note the block's input;
 - after a block's last layer: compute the local loss, run its backward at once (which frees the
   block's graph) and hand the detached hidden state to the next block.
 
@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from lopt.blocks import Block, Blocks, base_model
 from lopt.config import LoPTConfig
 from lopt.models import retie_embeddings, shares_embeddings, untie_embeddings
-from lopt.objective import ReconstructionHead, channel_rms, reconstruction_loss
+from lopt.objective import AUX_LOSSES, ReconstructionHead, Rows, channel_rms
 from lopt.routers import RouterLoss, capture_paused
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
@@ -55,7 +55,9 @@ class LoPT:
 
     Attributes:
         blocks: the `Blocks`, in order.
-        heads: one reconstruction head per earlier block, in order (empty unless method is lopt).
+        heads: one head per earlier block, in order, an identity for one of `config.frozen_blocks` (empty
+            unless method is lopt).
+        learning: indices of the earlier blocks that learn.
         loss_scale: factor on the local losses of the next forward. With gradient accumulation set
             it to what scales the task loss, for example this micro-batch's share of the tokens.
         hooks: everything that hangs on the model's modules; `detach` removes it.
@@ -79,16 +81,20 @@ class LoPT:
         self._device: torch.device | None = None
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self._untied = self._part_embeddings()
+        self.learning = range(config.frozen_blocks, len(self.blocks) - 1) if config.is_local else range(0)
         self.heads = nn.ModuleList(self._new_head(b) for b in self.blocks[:-1] if config.is_local)
         self._losses: list[Tensor | None] = [None] * len(self.heads)
         self._routers = RouterLoss(base_model(model).config.get_text_config(), len(self.blocks.layers))
         self._target: Tensor | None = None
-        self._mask: Tensor | None = None
+        self._rows = Rows(None)
+        self._labels: Tensor | None = None
+        self._objective = AUX_LOSSES[config.aux_loss](
+            self.blocks.tail(), base_model(model).get_output_embeddings()
+        )
         self._observe: Callable[[int, Tensor], None] | None = None
         self._resting = False
         self.hooks = self._add_hooks() if config.is_local and len(self.blocks) > 1 else []
-        if config.method == "frozen":
-            self._freeze_early_blocks()
+        self._freeze(self.blocks[:-1] if config.method == "frozen" else self.blocks[: config.frozen_blocks])
         base: Any = base_model(model)
         base._lopt = self
 
@@ -104,7 +110,7 @@ class LoPT:
         self._device = device
 
     def local_losses(self) -> list[Tensor]:
-        """ℓ_b of every earlier block from the last training forward, detached, not weighted."""
+        """ℓ_b of every earlier block that learns, from the last training forward; detached, not weighted."""
         return [loss for loss in self._losses if loss is not None]
 
     def parameter_groups(
@@ -128,7 +134,7 @@ class LoPT:
         return groups
 
     def block_parameters(self, index: int) -> list[nn.Parameter]:
-        """The trainable parameters of block `index` (from 0) and of its reconstruction head."""
+        """The trainable parameters of block `index` (from 0) and of its head."""
         heads = list(self.heads[index].parameters()) if index < len(self.heads) else []
         return self._own_parameters(index) + heads
 
@@ -142,7 +148,7 @@ class LoPT:
         learning_rate: float | None = None,
         progress: Callable[[int, list[float]], None] | None = None,
     ) -> list[list[float]]:
-        """Let the heads alone learn to reconstruct from the unchanged blocks.
+        """Let the heads alone learn the local objective from the unchanged blocks.
 
         A head that is still random would send noise into a pretrained block. The forward stops at
         the last boundary and keeps no graph; model, gradients and random state are left alone.
@@ -151,14 +157,14 @@ class LoPT:
 
         Args:
             batches: model inputs (`input_ids` (B, T), `attention_mask` (B, T), ...; other keys
-                are ignored), taken in turn and again from the first when they run out.
+                but `labels` are ignored), taken in turn and again from the first when they run out.
             steps: default `config.head_warmup_steps`.
             learning_rate: peak of AdamW's rate, which falls linearly to zero; default
                 `config.head_warmup_lr`.
             progress: called after each step with its number (from 1) and the local losses.
 
         Returns:
-            The local losses of every step, one per earlier block.
+            The local losses of every step, one per earlier block that learns.
 
         Raises:
             ValueError: `batches` is empty.
@@ -168,16 +174,17 @@ class LoPT:
         if not self.heads or not steps:
             return []
         optimizer = torch.optim.AdamW(self.heads.parameters(), lr=rate, weight_decay=0.0)
+        heads = [self.heads[index] for index in self.learning]
         history: list[list[float]] = []
         units: list[Tensor] = []
         for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), start=1):
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1 - (step - 1) / steps)
-            pairs, mask = self._boundaries(batch)
-            units = units or [channel_rms(target, mask) for _, target in pairs]
+            pairs, rows = self._boundaries(batch)
+            units = units or [channel_rms(self._objective.units_of(*pair), rows.mask) for pair in pairs]
             losses = [
-                reconstruction_loss(unit * head(hidden), target, mask)
-                for head, unit, (hidden, target) in zip(self.heads, units, pairs, strict=True)
+                self._objective.loss(unit * head(pair[0]), *pair, rows)
+                for head, unit, pair in zip(heads, units, pairs, strict=True)
             ]
             torch.stack(losses).sum().backward()
             optimizer.step()
@@ -187,7 +194,7 @@ class LoPT:
                 progress(step, history[-1])
         if not history:
             raise ValueError("warm_up_heads needs at least one batch: pass some training batches")
-        for head, unit in zip(self.heads, units, strict=True):
+        for head, unit in zip(heads, units, strict=True):
             assert isinstance(head, ReconstructionHead)
             head.scale_output(unit)
         return history
@@ -223,12 +230,14 @@ class LoPT:
         untie_embeddings(model)
         return True
 
-    def _freeze_early_blocks(self) -> None:
-        for block in self.blocks[:-1]:
+    def _freeze(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
             for _, parameter in self.blocks.parameters(self.model, block.index):
                 parameter.requires_grad_(False)
 
-    def _new_head(self, block: Block) -> ReconstructionHead:
+    def _new_head(self, block: Block) -> nn.Module:
+        if block.index not in self.learning:
+            return nn.Identity()
         weight = next(p for p in self.blocks.last_layer(block).parameters() if p.is_floating_point())
         size = base_model(self.model).config.get_text_config().hidden_size
         # Heads are small; in float32 they follow the small steps that bfloat16 would round away.
@@ -238,6 +247,7 @@ class LoPT:
     def _add_hooks(self) -> list[RemovableHandle]:
         decoder = self.blocks.decoder
         hooks = [
+            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             # Also after an error: gradients must not stay off.
             decoder.register_forward_hook(self._after_decoder, always_call=True),
@@ -257,6 +267,9 @@ class LoPT:
             return False
         return self._observe is not None or torch.is_grad_enabled()
 
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._labels = kwargs.get("labels")
+
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._active():
             return
@@ -266,11 +279,13 @@ class LoPT:
             torch.set_grad_enabled(False)
             return
         self._routers.start()
-        self._mask = _real_tokens(args, kwargs)
+        self._rows = Rows.given(args, kwargs, self._labels)
+        self._objective.check(self._rows)
         for layer in self.blocks.layers:
             _refuse_reentrant(layer)
 
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._labels = None  # they are those of this forward
         if self._resting:
             self._wake_up()
 
@@ -292,17 +307,19 @@ class LoPT:
         if self._observe is not None:
             self._observe(block.index, hidden)
             return None
-        self._learn(block, hidden)
+        if block.index in self.learning:
+            self._learn(block, hidden)
         free = hidden.detach()
         return (free, *output[1:]) if isinstance(output, tuple) else free
 
     def _learn(self, block: Block, hidden: Tensor) -> None:
         """The block's own objective and its whole backward; its graph is gone afterwards."""
         assert self._target is not None
-        loss = reconstruction_loss(self.heads[block.index](hidden), self._target, self._mask)
+        guess = self.heads[block.index](hidden)
+        loss = self._objective.loss(guess, hidden, self._target, self._rows)
         self._losses[block.index] = loss.detach()
-        objective = self.config.lambda_aux / len(self.heads) * loss
-        routers = self._routers.take(self._mask)
+        objective = self.config.lambda_aux / len(self.learning) * loss
+        routers = self._routers.take(self._rows.mask)
         if routers is not None:
             objective = objective + routers
         with capture_paused(), torch.autocast(hidden.device.type, enabled=False):
@@ -313,19 +330,22 @@ class LoPT:
         if self.after_local_backward is not None:
             self.after_local_backward(block.index)
 
-    def _boundaries(self, batch: Mapping[str, Any]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        """Output and input (B, T, H) of every earlier block on `batch`, and the mask (B, T)."""
+    def _boundaries(self, batch: Mapping[str, Any]) -> tuple[list[tuple[Tensor, Tensor]], Rows]:
+        """Output and input (B, T, H) of every earlier block that learns, on `batch`, and its rows."""
         pairs: list[tuple[Tensor, Tensor]] = []
         sharded = isinstance(self.model, FSDPModule)
 
         def observe(index: int, hidden: Tensor) -> None:
             assert self._target is not None
-            pairs.append((hidden, self._target))
+            if index in self.learning:
+                pairs.append((hidden, self._target))
             if index == len(self.heads) - 1 and not sharded:
                 raise BoundaryReached  # nothing beyond the last boundary is needed
 
         training = self.model.training
         inputs = {k: v.to(self.device) for k, v in batch.items() if k in _INPUTS and v is not None}
+        labels = batch.get("labels")
+        self._labels = None if labels is None else labels.to(self.device)
         self._observe = observe
         self.model.eval()
         try:
@@ -339,7 +359,7 @@ class LoPT:
         finally:
             self._observe = None
             self.model.train(training)
-        return pairs, self._mask
+        return pairs, self._rows
 
 
 class BoundaryReached(Exception):
@@ -352,21 +372,6 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float, **settings: Any
     rest = [p for p in parameters if p.ndim < 2]
     pairs = ((matrices, weight_decay), (rest, 0.0))
     return [{"params": members, "weight_decay": decay, **settings} for members, decay in pairs if members]
-
-
-def _real_tokens(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The (B, T) mask of real tokens from the decoder's arguments; None if all are real."""
-    mask = kwargs.get("attention_mask")
-    inputs = kwargs.get("input_ids", args[0] if args else None)
-    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-    if mask is None or inputs is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise ValueError(
-            "local losses need the 2-D attention mask (batch, tokens) that says which tokens are real: "
-            "pass that one to the model"
-        )
-    return mask[:, -inputs.shape[1] :]
 
 
 def _refuse_reentrant(layer: nn.Module) -> None:

@@ -64,6 +64,12 @@ class Blocks(Sequence[Block]):
         spans = split(len(self.layers), config)
         self._blocks = [Block(i, a, b) for i, (a, b) in enumerate(spans)]
         self._base, self._layout = base, layout
+        frozen, most = config.frozen_blocks, max(0, len(spans) - 2)
+        if config.is_local and frozen > most:
+            raise ValueError(
+                f"--frozen_blocks {frozen} of {len(spans)} blocks leaves no earlier block that learns: "
+                f"use {most} or fewer, or --method frozen"
+            )
         self._owners()  # refuses layers that share weights
 
     def __len__(self) -> int:
@@ -91,11 +97,18 @@ class Blocks(Sequence[Block]):
             if owners.get(id(parameter), 0) == index:
                 yield name, parameter
 
+    def tail(self) -> list[nn.Module]:
+        """What the decoder puts the last layer's output through: the final norm, and what follows it."""
+        return [m for name in self._layout.final if (m := getattr(self.decoder, name, None)) is not None]
+
     def _owners(self) -> dict[int, int]:
         """Map id(parameter) to block index."""
-        base, decoder, last = self._base, self.decoder, len(self) - 1
-        tail = [m for name in self._layout.final if (m := getattr(decoder, name, None)) is not None]
-        owner = {id(p): last for module in (base.get_output_embeddings(), *tail) for p in module.parameters()}
+        base, last = self._base, len(self) - 1
+        owner = {
+            id(p): last
+            for module in (base.get_output_embeddings(), *self.tail())
+            for p in module.parameters()
+        }
         # After the head: a matrix that the head shares with the embedding belongs to block 1.
         owner.update({id(p): 0 for p in base.get_input_embeddings().parameters()})
         layers: dict[int, int] = {}

@@ -11,7 +11,7 @@ METHOD_ALIASES = {"ll": "lopt"}
 # An early block without a task gradient moves as fast as its learning rate lets it, because Adam
 # is blind to the size of the gradient. A tenth is what keeps a pretrained block intact
 # (docs/method.md, "The learning rate of earlier blocks").
-LR_K1_RATIO = 0.1
+LR_K1_RATIO = {"recon": 0.1, "next_token": 1.0}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,20 @@ class LoPTConfig:
             "--num_blocks. By default the layers are split evenly."
         },
     )
+    aux_loss: Literal["recon", "next_token"] = field(
+        default="recon",
+        metadata={
+            "help": "What every earlier block learns: 'recon' to reconstruct its own input, as published; "
+            "'next_token' to predict the next token, its head being a lens on the LM head."
+        },
+    )
+    frozen_blocks: int = field(
+        default=0,
+        metadata={
+            "help": "How many blocks, from the first on, do not learn at all: they need no activations, "
+            "gradients or optimizer state. For --aux_loss next_token, of which low blocks learn little."
+        },
+    )
     lambda_aux: float = field(
         default=10.0,
         metadata={"help": "λ, the weight of the mean local loss beside the task loss."},
@@ -49,7 +63,8 @@ class LoPTConfig:
         default=None,
         metadata={
             "help": "Learning rate of every block but the last, the embedding and the heads. "
-            "Default: a tenth of --learning_rate (the published recipe uses the same)."
+            "Default: a tenth of --learning_rate, and the same with --aux_loss next_token (the published "
+            "recipe uses the same)."
         },
     )
     schedule: Literal["eager", "block_major"] = field(
@@ -107,6 +122,10 @@ class LoPTConfig:
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
         _check(self.method in METHODS, "--method", self.method, "use one of lopt, ll, e2e, frozen, lora")
         _check(self.num_blocks >= 1, "--num_blocks", self.num_blocks, "use 1 or more")
+        _check(
+            self.aux_loss in LR_K1_RATIO, "--aux_loss", self.aux_loss, "use one of " + ", ".join(LR_K1_RATIO)
+        )
+        _check(self.frozen_blocks >= 0, "--frozen_blocks", self.frozen_blocks, "use 0 or more")
         _check(_finite(self.lambda_aux), "--lambda_aux", self.lambda_aux, "use a finite number >= 0")
         if self.lr_k1 is not None:
             _check(_finite(self.lr_k1), "--lr_k1", self.lr_k1, "use a finite number >= 0")
@@ -159,7 +178,7 @@ class LoPTConfig:
 
     def early_learning_rate(self, learning_rate: float) -> float:
         """The learning rate of earlier blocks, the embedding and the heads."""
-        return LR_K1_RATIO * learning_rate if self.lr_k1 is None else self.lr_k1
+        return LR_K1_RATIO[self.aux_loss] * learning_rate if self.lr_k1 is None else self.lr_k1
 
     def replace(self, **changes: Any) -> LoPTConfig:
         """A copy with some fields changed, validated again."""

@@ -69,7 +69,8 @@ class BlockMajor:
             self._offload.settle()
 
     def _learns(self, block: Block) -> bool:
-        return self._lopt.learns_locally or block.index == len(self._lopt.blocks) - 1
+        rests = not self._lopt.learns_locally or block.index not in self._lopt.learning
+        return not rests or block.index == len(self._lopt.blocks) - 1
 
     def run_early(self, block: Block, slot: int, forward: Callable[[], Any]) -> Tensor | None:
         """Let micro-batch `slot` pass through an earlier block, with its local backward if it learns.
@@ -78,7 +79,7 @@ class BlockMajor:
             forward: calls the model on the micro-batch; it is ended at the block's boundary.
 
         Returns:
-            The local loss, detached, not weighted; None if earlier blocks rest.
+            The local loss, detached, not weighted; None if the block does not learn.
         """
         learns = self._learns(block)
         with self._only(block, slot), torch.set_grad_enabled(learns), suppress(BoundaryReached):

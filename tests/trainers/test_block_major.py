@@ -107,7 +107,26 @@ def test_local_every(run, offload: str) -> None:
     assert steps == {10, 4}  # steps 1, 4, 7 and 10 for the earlier blocks
 
 
+@pytest.mark.parametrize("offload", ["none", "optimizer", "block"])
+def test_next_token_and_frozen_blocks(run, offload: str) -> None:
+    flags = dict(gradient_accumulation_steps=3, per_device_train_batch_size=2)
+    config = {"aux_loss": "next_token", "frozen_blocks": 1}
+    eager, logs, trainer = run("eager", 4, config=config, **flags)
+    before = tiny("llama-tied", vocab_size=260, max_position_embeddings=256).state_dict()
+    for block in trainer.lopt.blocks:
+        names = [n for n, p in trainer.lopt.blocks.parameters(trainer.model, block.index)]
+        assert all(torch.equal(eager[n], before[n]) == (block.index == 0) for n in names if n in before)
+    staged, staged_logs, _ = run("block_major", 4, config=config | {"offload": offload}, **flags)
+    same(eager, staged)
+    for row, other in zip(logs, staged_logs, strict=True):
+        assert {k for k in row if k.startswith("local")} == {"local_loss/block_2", "local_loss/block_3"}
+        for key in row:
+            if key.startswith(("loss", "local", "grad")):
+                assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-6), key
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
+    "next token": dict(config={"offload": "block", "aux_loss": "next_token", "frozen_blocks": 1}),
     "offload": dict(config={"offload": "block", "prefetch_gib": 1e-5}),
     "optimizer": dict(config={"offload": "optimizer"}, optim="NAdam"),
     "bfloat16": dict(config={"offload": "block"}, dtype=torch.bfloat16, state_dtype="bfloat16"),

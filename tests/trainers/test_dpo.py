@@ -92,3 +92,8 @@ def test_the_two_lines_of_the_readme_make_any_trainer_one(tiny_folder: Path, tmp
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     assert all(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+
+
+def test_predicting_rejected_answers_is_refused(run) -> None:
+    with pytest.raises(ValueError, match=r"--aux_loss next_token .* --aux_loss recon"):
+        run(LoPTDPOTrainer, LoPTConfig(aux_loss="next_token"))

@@ -44,6 +44,11 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"--method {config.method} needs FSDP2, which shards parameter by parameter: set fsdp_version: 2 "
             "(examples/fsdp2.yaml)"
         )
+    if config.is_local and config.aux_loss == "next_token" and fsdp_version(args) is not None:
+        raise ValueError(
+            "--aux_loss next_token reads rows of the LM head, which FSDP2 shards: "
+            "use --aux_loss recon, or DDP"
+        )
     if config.schedule == "block_major":
         _check_block_major(args, config, model)
     if getattr(args, "use_vllm", False) and isinstance(model, nn.Module):

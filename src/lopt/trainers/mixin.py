@@ -219,7 +219,7 @@ class LoPTMixin(TravellingWeights, Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.reduction is not None:
             self.reduction.wait()
-        self.log_losses(dict(enumerate(self.lopt.local_losses())), loss, inputs)
+        self.log_losses(dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False)), loss, inputs)
         return loss
 
     def log_losses(self, local: dict[int, Tensor], loss: Tensor | None = None, inputs: Any = None) -> None:
@@ -304,8 +304,8 @@ class LoPTMixin(TravellingWeights, Trainer):
             self.reduction.broadcast_heads()
         self.head_warmup_history = history
         ends = [
-            f"block {b}: {a:.3g} → {z:.3g}"
-            for b, (a, z) in enumerate(zip(history[0], history[-1], strict=True), 1)
+            f"block {b + 1}: {a:.3g} → {z:.3g}"
+            for b, a, z in zip(self.lopt.learning, history[0], history[-1], strict=True)
         ]
         if self.is_world_process_zero():
             tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
