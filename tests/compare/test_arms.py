@@ -37,10 +37,11 @@ def test_a_sweep_multiplies_the_arms_it_matters_to() -> None:
     assert arm.config.block_boundaries is None
 
 
-def test_block_major_is_for_those_that_can() -> None:
-    base = LoPTConfig(schedule="block_major", offload="block")
-    schedules = {a.config.method: a.config.schedule for a in parse_arms(["lopt", "e2e"], (), base)}
-    assert schedules == {"lopt": "block_major", "e2e": "eager"}
+def test_what_only_lopt_can_is_left_out_elsewhere() -> None:
+    base = LoPTConfig(schedule="block_major", offload="block", frozen_blocks=1)
+    arms = {a.config.method: a.config for a in parse_arms(["lopt", "e2e"], (), base)}
+    assert (arms["lopt"].schedule, arms["e2e"].schedule) == ("block_major", "eager")
+    assert (arms["lopt"].frozen_blocks, arms["e2e"].frozen_blocks) == (1, 0)
 
 
 @pytest.mark.parametrize(

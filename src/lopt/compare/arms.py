@@ -142,7 +142,7 @@ def _arm(method: str, settings: Mapping[str, Any], base: LoPTConfig) -> Arm:
     if "num_blocks" in own:
         own.setdefault("block_boundaries", None)  # or the command's would win over it
     if method != "lopt":  # these belong to blocks that learn on their own
-        own |= {"schedule": "eager", "offload": "none"}
+        own |= {"schedule": "eager", "offload": "none", "frozen_blocks": 0}
     changes = {key: value for key, value in settings.items() if key not in METHOD_KEYS}
     config = base.replace(method=method, **own)
     return Arm(_name(config, settings), config, changes)

@@ -100,7 +100,7 @@ def _written(figures: Mapping[str, Any], digits: int = 3) -> str:
     text = f"{figures['value']:.{digits}f}"
     if figures["low"] is None:
         return text
-    return f"{text} ± {(figures['high'] - figures['low']) / 2:.{digits}f}"
+    return f"{text}\u00a0±\u00a0{(figures['high'] - figures['low']) / 2:.{digits}f}"
 
 
 def _pareto(results: Results) -> str:
