@@ -103,7 +103,7 @@ def write_curves(history: Sequence[Row], folder: Path, stopped: str | None = Non
         ends = (f"{values[0]:.4f}", f"{values[-1]:.4f}", f"{values[-1] - values[0]:+.4f}".replace("-", "−"))
         numbers.append([key.removeprefix(PREFIX), *ends])
     caption = "Losses are in nats per token, on the beginning of each text; scores are shares of items."
-    told = " ".join(filter(None, (stopped, _ending(rows))))
+    told = stopped or _ending(rows)
     shown = '<div class="figures">\n' + "".join(figure(svg) for svg in figures) + "</div>"
     sections = [
         ("", paragraph(told, "lede")),
