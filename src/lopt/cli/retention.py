@@ -12,8 +12,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from lopt.cli.arguments import RetentionArguments
-from lopt.cli.output import write_text
 from lopt.config import LoPTConfig
+from lopt.evaluation.store import write_text
 from lopt.evaluation.texts import read_texts
 from lopt.plots import line_plot, standalone
 from lopt.report import figure, page, paragraph, table

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.evaluation.ifeval import steady_languages
-from lopt.evaluation.outcomes import Evaluation, TaskOutcome
+from lopt.evaluation.outcomes import Evaluation, TaskOutcome, cut_prompts, merge
 from lopt.evaluation.tasks import BENCHMARKS, LoadedTasks, check_tasks, load_tasks, quiet_harness
 from lopt.memory import free_host_memory
 
@@ -123,13 +123,9 @@ def run_task(
 
 def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
     """Results of single tasks as the harness gives them for all at once, groups and their means included."""
-    whole: dict[str, Any] = {"results": {}, "groups": {}, "group_subtasks": {}}
-    samples: dict[str, list[dict[str, Any]]] = {}
-    for part in parts.values():
-        samples |= part.samples
-        for key, values in part.results.items():
-            whole[key] = {**whole.get(key, {}), **values}
-    # A group comes before those inside it; means are taken over single tasks, so any order will do.
+    merged = merge(parts)
+    whole = merged.results
+    groups = whole.setdefault("groups", {})
     for name, group in loaded.groups.items():
         if not all(task.task_name in parts for task in group.get_all_tasks()):
             continue
@@ -137,20 +133,12 @@ def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
             mean = dict(group.aggregate(whole["results"]))
         whole["results"][name] = mean
         whole["versions"][name] = group.version
-        whole["group_subtasks"][name] = group.child_names
+        whole.setdefault("group_subtasks", {})[name] = group.child_names
         if group.has_aggregation:
-            whole["groups"][name] = mean
-    if not whole["groups"]:
+            groups[name] = mean
+    if not groups:
         del whole["groups"]
-    return Evaluation(whole, samples)
-
-
-def cut_prompts(results: Mapping[str, Any]) -> str:
-    """A sentence on tasks whose prompts did not fit into the model's context; empty if all did."""
-    tasks = [f"{name} ({c['cut']} of {c['prompts']})" for name, c in results.get("cut_prompts", {}).items()]
-    more = f" and {len(tasks) - 5} more tasks" if len(tasks) > 5 else ""
-    told = ", ".join(tasks[:5]) + more
-    return f"prompts longer than the model's context were cut from the left: {told}" if tasks else ""
+    return merged
 
 
 class _Examinee(HFLM):

@@ -48,6 +48,25 @@ class Evaluation:
         return task_outcomes(self.results, self.samples)
 
 
+def merge(parts: Mapping[str, Evaluation]) -> Evaluation:
+    """The results of single tasks in one."""
+    whole: dict[str, Any] = {"results": {}}
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for part in parts.values():
+        samples |= part.samples
+        for key, values in part.results.items():
+            whole[key] = {**whole.get(key, {}), **values}
+    return Evaluation(whole, samples)
+
+
+def cut_prompts(results: Mapping[str, Any]) -> str:
+    """A sentence on tasks whose prompts did not fit into the model's context; empty if all did."""
+    tasks = [f"{name} ({c['cut']} of {c['prompts']})" for name, c in results.get("cut_prompts", {}).items()]
+    more = f" and {len(tasks) - 5} more tasks" if len(tasks) > 5 else ""
+    told = ", ".join(tasks[:5]) + more
+    return f"prompts longer than the model's context were cut from the left: {told}" if tasks else ""
+
+
 def task_outcomes(
     results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, TaskOutcome]:

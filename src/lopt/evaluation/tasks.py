@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +156,23 @@ def check_tasks(
         need_punkt()
 
 
-def data_identity(task: Any) -> str:
-    """A name for the rows of a task: the same for the same rows, another for others."""
+def task_identity(task: Any) -> dict[str, Any]:
+    """What makes a task's results what they are: shots, definition, rows."""
+    config = {
+        key: value for key, value in task.dump_config().items() if key not in ("metadata", "dataset_kwargs")
+    }
+    # Functions are told by their place in memory, which says nothing: it is left out.
+    definition = re.sub(" at 0x[0-9a-f]+", "", json.dumps(config, sort_keys=True, default=str))
+    return {
+        "name": task.config.task,
+        "shots": task.config.num_fewshot,
+        "version": str(task.VERSION),
+        "definition": hashlib.sha256(definition.encode()).hexdigest()[:16],
+        "rows": _rows_identity(task),
+    }
+
+
+def _rows_identity(task: Any) -> str:
     if isinstance(task, LocalTask):
         return task.files_hash
     splits = sorted(task.dataset.items()) if isinstance(task.dataset, dict) else []

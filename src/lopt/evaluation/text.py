@@ -28,6 +28,11 @@ class TextTask:
     def name(self) -> str:
         return f"text:{self.path.stem}"
 
+    def identity(self) -> dict[str, Any]:
+        """What makes its results what they are."""
+        digest = hashlib.sha256(self.read().encode()).hexdigest()[:16]
+        return {"name": self.name, "rows": digest, "tokens": self.tokens, "window": self.window}
+
     def read(self) -> str:
         """The text.
 

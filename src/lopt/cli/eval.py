@@ -1,0 +1,157 @@
+"""`lopt eval`: benchmarks and text losses of any number of models, and what they kept of a base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lopt.cli.arguments import parse
+from lopt.models import DTYPES, resolve_model
+
+NAMES = "mmlu, ifeval, arc_challenge, gsm8k, hellaswag, truthfulqa_mc, truthfulqa_gen, winogrande"
+
+
+@dataclass
+class EvalArguments:
+    """Which models, on what, how."""
+
+    model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One or more models: folders (models, or adapters of --method lora), hub ids, aliases, "
+            "gemma3-270m."
+        },
+    )
+    base: str | None = field(
+        default=None,
+        metadata={"help": "The model that the others were made from: what they gained and lost against it."},
+    )
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Benchmarks: {NAMES}, or any other task of lm-evaluation-harness."},
+    )
+    text: list[str] | None = field(
+        default=None,
+        metadata={"help": "UTF-8 files whose loss per token and perplexity are measured: cheap."},
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder with the benchmarks' rows as <name>/<split>.jsonl. Default: the hub."},
+    )
+    limit: int | None = field(
+        default=None,
+        metadata={"help": "Only the first so many items of each task (each subject of mmlu)."},
+    )
+    num_fewshot: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Shots of single tasks, as arc_challenge=25 hellaswag=10. Default: as the task is "
+            "defined (gsm8k 5, most others 0), mmlu 5."
+        },
+    )
+    batch_size: str = field(
+        default="auto", metadata={"help": "Sequences in a batch, or auto: what fits is found."}
+    )
+    apply_chat_template: bool = field(
+        default=False, metadata={"help": "Put prompts into the tokenizer's chat template."}
+    )
+    text_tokens: int = field(default=8192, metadata={"help": "Tokens of each --text that are measured."})
+    text_window: int = field(default=256, metadata={"help": "Tokens that are read together."})
+    param_dtype: str = field(
+        default="float32",
+        metadata={
+            "aliases": ["--dtype"],
+            "help": "Dtype of the weights: float32, bfloat16, float16 or auto.",
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "For example sdpa, eager, flash_attention_2."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    output_dir: str = field(
+        default="outputs/eval", metadata={"help": "Results, samples and the report; finished tasks are kept."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace results there that were made otherwise (other model, settings or rows)."},
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check everything that can be checked, then examine model after model."""
+    (args,) = parse("eval", (EvalArguments,), arguments)
+    models = check(args)
+    shots = fewshots(args.num_fewshot or [])
+
+    from lopt.evaluation.run import run_evaluation  # after the checks: this import takes seconds
+
+    run_evaluation(args, models, shots)
+
+
+def check(args: EvalArguments) -> dict[str, str]:
+    """Refuse what means nothing; returns folder or hub id by label, the base first.
+
+    Raises:
+        ValueError: a flag is missing, or its value is not possible.
+    """
+    names = args.model_name_or_path or []
+    if not names:
+        raise ValueError(
+            "--model_name_or_path is missing: give folders, hub ids or gemma3-270m (the packaged model)"
+        )
+    if not args.tasks and not args.text:
+        raise ValueError(f"nothing to measure: give --tasks ({NAMES}) or --text FILE")
+    if args.param_dtype not in DTYPES:
+        raise ValueError(f"--param_dtype {args.param_dtype} is not possible: use one of {', '.join(DTYPES)}")
+    for flag, value, least in (
+        ("--limit", args.limit, 1),
+        ("--text_tokens", args.text_tokens, 2),
+        ("--text_window", args.text_window, 2),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} {value} is not possible: use {least} or more")
+    if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) >= 1):
+        raise ValueError(f"--batch_size {args.batch_size} is not possible: use auto, or 1 or more")
+    every = [*([args.base] if args.base else []), *names]
+    if args.base and args.base in names:
+        every.remove(args.base)
+    return labels(every)
+
+
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """A short name for each model, from the end of its path, as long as needed to tell it from the others.
+
+    Raises:
+        ValueError: a model is given twice.
+    """
+    paths = [resolve_model(name) for name in names]
+    told = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in paths]
+    for name, path in zip(names, told, strict=True):
+        if told.count(path) > 1:
+            raise ValueError(f"--model_name_or_path {name} is given twice: leave one out")
+    alias = ["/" not in name and not Path(name).exists() for name in names]
+    shown = [name if short else path for name, path, short in zip(names, told, alias, strict=True)]
+    for parts in range(1, 1 + max(path.count("/") + 1 for path in shown)):
+        short = ["-".join(path.strip("/").split("/")[-parts:]) for path in shown]
+        short = [re.sub(r"[^\w.-]+", "_", label) for label in short]
+        if len(set(short)) == len(short):
+            break
+    return dict(zip(short, paths, strict=True))
+
+
+def fewshots(given: Sequence[str]) -> dict[str, int]:
+    """`--num_fewshot name=shots ...` as a mapping.
+
+    Raises:
+        ValueError: it is written otherwise.
+    """
+    shots = {}
+    for part in given:
+        name, _, count = part.partition("=")
+        if not name or not count.isdigit():
+            raise ValueError(f"--num_fewshot {part} is not possible: write it as arc_challenge=25")
+        shots[name] = int(count)
+    return shots
