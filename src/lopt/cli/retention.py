@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,11 @@ def check_retention(
         from lopt.evaluation.harness import check_tasks
 
         check_whole_model(config.offload == "block", args)
-        check_tasks(r.retention_tasks, r.retention_data_dir)
+        try:
+            check_tasks(r.retention_tasks, r.retention_data_dir)
+        except ValueError as error:  # it knows the flags of lopt eval
+            named = re.sub("--(tasks|data_dir)", r"--retention_\1", str(error))
+            raise ValueError(named) from error
     return Retention(r, read_texts(r.retention_text or [], r.retention_tokens, "--retention_text"))
 
 
