@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
+from lopt.trainers.retention import RetentionCallback
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -108,16 +109,23 @@ MAKE = {"sft": sft, "sft_empty": sft_empty, "grpo": grpo}
 
 
 def resume(folder: Path, tokenizer: Any, sharded: bool) -> None:
-    """A run that goes on from its checkpoint at step 2 ends where the whole run ended, bit for bit."""
-    ends = []
+    """A run that goes on from its checkpoint at step 2 ends where the whole run ended, bit for bit.
+
+    Both watch retention, whose start is that of the whole run and whose values all ranks share.
+    """
+    ends, curves = [], []
     for checkpoint in (None, str(folder / "resume" / "checkpoint-2")):
         changes = dict(save_strategy="steps", save_steps=2, max_steps=4, optim="adamw_torch")
         config = LoPTConfig(num_blocks=2, head_warmup_steps=3)
         trainer = sft(
             folder / "resume", config, tokenizer, sharded, rows=24, per_device_train_batch_size=8, **changes
         )
+        trainer.add_callback(RetentionCallback(trainer, {"rain": "It rains. " * 9}, every=1))
         trainer.train(resume_from_checkpoint=checkpoint)
         ends.append(weights_of(trainer))
+        changes = [row["retention/change"] for row in trainer.state.log_history if "retention/change" in row]
+        curves.append(trainer.accelerator.gather(torch.tensor([changes])).tolist())
+    assert len(curves[0][0]) == 5 and curves[0] == curves[1] == [curves[0][0]] * RANKS
     for name, value in ends[0].items():
         assert torch.equal(value, ends[1][name]), name
 

@@ -50,7 +50,13 @@ def test_it_fits(make, width: int, tmp_path: Path) -> None:
     frame = f'<iframe id="frame" style="border:0;width:{width}px;height:900px" srcdoc="{source}"></iframe>'
     look = tmp_path / "look.html"
     look.write_text(f'<meta charset="utf-8">{frame}<script>onload = () => {{ {LOOK} }}</script>')
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'b'}"]
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'b'}",
+    ]
     shown = subprocess.run(
         [*command, "--virtual-time-budget=5000", "--window-size=1400,1000", "--dump-dom", look.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -87,41 +85,6 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from error
-
-
-def load_tuned(name: str, *, dtype: str = "float32") -> nn.Module:
-    """A whole model, or LoRA adapters on the model that their folder names as their base.
-
-    Raises:
-        ValueError: as `load_model`; adapters without peft.
-    """
-    base = adapter_base(name)
-    model = load_model(base or name, dtype=dtype)
-    if base is None:
-        return model
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f'{name} holds adapters, which need peft: pip install "lopt[peft]"')
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, resolve_model(name)).eval()
-
-
-def adapter_base(name: str) -> str | None:
-    """The base model that a folder of adapters names; None for a whole model.
-
-    Raises:
-        ValueError: it names none, or one that is not there.
-    """
-    note = Path(resolve_model(name)) / "adapter_config.json"
-    if not note.is_file() or (note.parent / "config.json").is_file():
-        return None
-    base = json.loads(note.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{note} names no base model: set base_model_name_or_path in it")
-    try:
-        return resolve_model(base)
-    except ValueError as error:
-        raise ValueError(f"{note} names {base} as its base, which is no folder here: correct it") from error
 
 
 def load_tokenizer(

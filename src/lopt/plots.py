@@ -64,6 +64,7 @@ def line_plot(
             _log_axis(axes)
         axes.grid(axis="y", color=_INK, alpha=0.14, lw=0.7)
         lines = list(axes.lines)
+        axes.margins(y=0.16 if marks else None)  # room for the words
         for place, word in (marks or {}).items():
             axes.axvline(place, color=_INK, alpha=0.45, lw=0.9, linestyle=(0, (2, 2)))
             axes.annotate(

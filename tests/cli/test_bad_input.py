@@ -62,7 +62,7 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "retention text missing": ({"--retention_text": "{tmp}/none.txt"}, "--retention_text"),
     "retention text empty": ({"--retention_text": "{tmp}/empty.jsonl"}, "empty.jsonl is empty"),
     "retention text binary": ({"--retention_text": "{tmp}/binary.jsonl"}, "is not UTF-8 text"),
-    "retention task unknown": ({"--retention_tasks": "chess"}, "chess"),
+    "retention task unknown": ({"--retention_tasks": "chess"}, "--retention_tasks chess does not exist"),
     "retention never": (
         {"--retention_text": "{tmp}/rows.xml", "--retention_every": 0},
         "--retention_every 0",

@@ -63,10 +63,3 @@ def prepare_report(output_dir: str, names: Sequence[str], *, overwrite: bool) ->
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} cannot be written to: choose another folder")
     return folder
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,15 @@ from transformers import PreTrainedConfig
 import lopt
 from lopt.blocks import split
 from lopt.cli.arguments import parse
-from lopt.cli.output import prepare_report, write_text
+from lopt.cli.eval import labels
+from lopt.cli.output import prepare_report
 from lopt.config import LoPTConfig
 from lopt.evaluation.drift import CANNOT, Drift, Reference
 from lopt.evaluation.drift_report import drift_page, drift_table
+from lopt.evaluation.load import adapter_base, load_examinee, load_examinees_tokenizer
 from lopt.evaluation.states import windows
-from lopt.evaluation.texts import read_texts, short_names
-from lopt.models import adapter_base, load_model, load_tokenizer, load_tuned, resolve_model
+from lopt.evaluation.store import write_text
+from lopt.evaluation.texts import read_texts
 from lopt.shapes import model_config
 
 FILES = ("probe.json", "report.html")
@@ -73,17 +75,19 @@ def main(arguments: Sequence[str]) -> None:
     """Check all flags and tokenizers, run the base, then one tuned model after the other."""
     (args,) = parse("probe", (ProbeArguments,), arguments)
     texts = check(args)
+    with _named("--base"):
+        ((base, base_path),) = labels([args.base]).items()
+    models = labels(args.model_name_or_path)
     folder = prepare_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
-    drifts = probe(args, texts)
+    drifts = probe(args, base_path, models, list(texts.values()))
     about = {"base": args.base, "text": args.text, "tokens": args.tokens, "window": args.window}
     about |= {"param_dtype": args.param_dtype}
     versions = {package.__name__: package.__version__ for package in (lopt, torch, transformers)}
-    paths = dict(zip(drifts, args.model_name_or_path, strict=True))
-    models = {name: {"path": paths[name], **drift.to_dict()} for name, drift in drifts.items()}
-    result = {**about, "versions": versions, "models": models}
-    facts = {**about, "text": ", ".join(args.text), **paths, **versions}
+    moved = {label: {"path": models[label], **drift.to_dict()} for label, drift in drifts.items()}
+    result = {**about, "versions": versions, "models": moved}
+    facts = {**about, "text": ", ".join(args.text), **models, **versions}
     write_text(folder / "probe.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    write_text(folder / "report.html", drift_page(drifts, short_names([args.base])[0], list(texts), facts))
+    write_text(folder / "report.html", drift_page(drifts, base, list(texts), facts))
     print(drift_table(drifts))
     print(f"The report is {folder / 'report.html'}, its numbers are in {folder / 'probe.json'}")
 
@@ -110,39 +114,40 @@ def check(args: ProbeArguments) -> dict[str, str]:
             raise ValueError(f"{flag} {number} is not possible: use 1 or more")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('the report needs matplotlib: pip install "lopt[eval]"')
-    if len(set(args.model_name_or_path or [])) < len(args.model_name_or_path or []):
-        raise ValueError("--model_name_or_path names a model twice: give each of them once")
     return read_texts(args.text or [], args.tokens, "--text")
 
 
-def probe(args: ProbeArguments, texts: dict[str, str]) -> dict[str, Drift]:
-    """Drift of every tuned model, by a short name; one model is in memory at a time.
+def probe(
+    args: ProbeArguments, base: str, models: Mapping[str, str], texts: Sequence[str]
+) -> dict[str, Drift]:
+    """Drift of every tuned model by its label; one model is in memory at a time.
+
+    Args:
+        base: its folder or hub id. models: those of the tuned models, by label.
 
     Raises:
         ValueError: a model cannot be loaded, is not of the base's shape or reads the text differently.
     """
     sizes = {"tokens": args.tokens, "window": args.window}
-    base, tuned = str(args.base), args.model_name_or_path or []
     with _named("--base"):
-        tokenizer, config = load_tokenizer(base), model_config(base)
-    rows = windows(tokenizer, list(texts.values()), **sizes)
+        tokenizer, config = load_examinees_tokenizer(base), model_config(base)
+    rows = windows(tokenizer, texts, **sizes)
     boundaries = {}
-    for path in tuned:
-        _check_alike(path, config, model_config(adapter_base(path) or path))
-        if windows(load_tokenizer(path), list(texts.values()), **sizes) != rows:
-            raise ValueError(f"{path}: {CANNOT}, their tokenizers read the text as different tokens")
-        boundaries[path] = boundaries_of(path, args, config.get_text_config().num_hidden_layers)
+    for label, path in models.items():
+        _check_alike(label, config, model_config(adapter_base(path) or path))
+        if windows(load_examinees_tokenizer(path), texts, **sizes) != rows:
+            raise ValueError(f"{label}: {CANNOT}, their tokenizers read the text as different tokens")
+        boundaries[label] = boundaries_of(path, args, config.get_text_config().num_hidden_layers)
     drifts = {}
-    with tqdm(total=1 + len(tuned), desc="Models", unit="model") as bar:
+    with tqdm(total=1 + len(models), desc="Models", unit="model") as bar:
         with _named("--base"):
-            model: Any = load_model(base, dtype=args.param_dtype)
-        every = list(texts.values())
-        reference = Reference.of(model, tokenizer, every, batch_size=args.batch_size, **sizes)
+            model: Any = load_examinee(base, dtype=args.param_dtype)
+        reference = Reference.of(model, tokenizer, texts, batch_size=args.batch_size, **sizes)
         bar.update()
-        for name, path in zip(short_names(tuned), tuned, strict=True):
+        for label, path in models.items():
             del model  # before the next one is loaded
-            model = load_tuned(path, dtype=args.param_dtype)
-            drifts[name] = reference.drift(model, boundaries=boundaries[path])
+            model = load_examinee(path, dtype=args.param_dtype)
+            drifts[label] = reference.drift(model, boundaries=boundaries[label])
             bar.update()
     return drifts
 
@@ -156,14 +161,14 @@ def _named(flag: str) -> Iterator[None]:
         raise ValueError(str(error).replace("--model_name_or_path", flag)) from error
 
 
-def _check_alike(path: str, base: PreTrainedConfig, tuned: PreTrainedConfig) -> None:
+def _check_alike(label: str, base: PreTrainedConfig, tuned: PreTrainedConfig) -> None:
     shapes = []
     for whole in (base, tuned):
         config = whole.get_text_config()
         layers, size = config.num_hidden_layers, config.hidden_size
         shapes.append(f"{config.model_type}, {layers} layers of {size} channels, {config.vocab_size} tokens")
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{path}: {CANNOT}, the base is {shapes[0]}, this one is {shapes[1]}")
+        raise ValueError(f"{label}: {CANNOT}, the base is {shapes[0]}, this one is {shapes[1]}")
 
 
 def boundaries_of(path: str, args: ProbeArguments, layers: int) -> list[int]:
@@ -172,7 +177,7 @@ def boundaries_of(path: str, args: ProbeArguments, layers: int) -> list[int]:
     Raises:
         ValueError: the flags are impossible for this model; its lopt_config.json is broken.
     """
-    note = Path(resolve_model(path)) / "lopt_config.json"
+    note = Path(path) / "lopt_config.json"
     if args.num_blocks is not None or args.block_boundaries is not None:
         config = LoPTConfig(num_blocks=args.num_blocks or 1, block_boundaries=args.block_boundaries)
     elif note.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from lopt.cli.arguments import RetentionArguments
-from lopt.cli.output import write_text
 from lopt.config import LoPTConfig
+from lopt.evaluation.store import write_text
 from lopt.evaluation.texts import read_texts
 from lopt.plots import line_plot, standalone
 from lopt.report import figure, page, paragraph, table
@@ -74,7 +75,11 @@ def check_retention(
         from lopt.evaluation.harness import check_tasks
 
         check_whole_model(config.offload == "block", args)
-        check_tasks(r.retention_tasks, r.retention_data_dir)
+        try:
+            check_tasks(r.retention_tasks, r.retention_data_dir)
+        except ValueError as error:  # it knows the flags of lopt eval
+            named = re.sub("--(tasks|data_dir)", r"--retention_\1", str(error))
+            raise ValueError(named) from error
     return Retention(r, read_texts(r.retention_text or [], r.retention_tokens, "--retention_text"))
 
 
@@ -103,7 +108,7 @@ def write_curves(history: Sequence[Row], folder: Path, stopped: str | None = Non
         ends = (f"{values[0]:.4f}", f"{values[-1]:.4f}", f"{values[-1] - values[0]:+.4f}".replace("-", "−"))
         numbers.append([key.removeprefix(PREFIX), *ends])
     caption = "Losses are in nats per token, on the beginning of each text; scores are shares of items."
-    told = " ".join(filter(None, (stopped, _ending(rows))))
+    told = stopped or _ending(rows)
     shown = '<div class="figures">\n' + "".join(figure(svg) for svg in figures) + "</div>"
     sections = [
         ("", paragraph(told, "lede")),

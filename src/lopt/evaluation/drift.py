@@ -37,6 +37,7 @@ from lopt.evaluation.states import (
     record_weights,
     windows,
 )
+from lopt.evaluation.store import finite
 
 CHUNK = 4096  # tokens in float64 at a time
 CANNOT = "these models cannot be compared"
@@ -83,10 +84,7 @@ class Drift:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; what is not defined is None."""
-        plain = asdict(self)
-        plain["layers"] = [{k: _json(v) for k, v in layer.items()} for layer in plain["layers"]]
-        plain["weights"] = {k: _json(v) for k, v in plain["weights"].items()}
-        return plain
+        return finite(asdict(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,10 +256,6 @@ def _compare(
 def _chunks(base: Tensor, tuned: Tensor, device: torch.device) -> Iterator[list[Tensor]]:
     for at in range(0, len(base), CHUNK):
         yield [x[at : at + CHUNK].to(device, torch.float64) for x in (base, tuned)]
-
-
-def _json(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ratio(apart: float, whole: float) -> float:

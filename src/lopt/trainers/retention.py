@@ -104,6 +104,8 @@ class RetentionCallback(TrainerCallback):
         change = self._measure(state)
         if self.max_forgetting is None or change is None or change <= self.max_forgetting:
             return
+        if state.global_step >= state.max_steps:
+            return  # it ends by itself
         self.stopped = (
             f"Stopped at step {state.global_step} of {state.max_steps}: the loss on retention text has risen "
             f"by {change:.4g} nats per token since the start, more than --max_forgetting "
