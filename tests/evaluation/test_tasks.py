@@ -51,7 +51,7 @@ CASES: dict[str, tuple[list[str], dict[str, int], str]] = {
     "twice": (["truthfulqa_mc", "truthfulqa_mc1"], {}, "--tasks names truthfulqa_mc1 twice"),
     "no file": (["truthfulqa_gen"], {}, "truthfulqa_gen/validation.jsonl is missing, where the questions"),
     "no shots": (["gsm8k"], {}, "gsm8k/train.jsonl is missing, where the 5 shots of gsm8k come from: add it"),
-    "no shots for ARC": (["arc_challenge"], {"arc_challenge": 25}, "/train.jsonl is missing, where the 25 shots"),
+    "no shots for ARC": (["arc_challenge"], {"arc_challenge": 25}, "train.jsonl is missing, where the 25"),
     "no dev rows": (["mmlu_anatomy"], {}, "mmlu/dev.jsonl is missing, where the 5 shots of mmlu_anatomy"),
     "no such subject": (["mmlu_virology"], {}, r"mmlu/test.jsonl has no rows for mmlu_virology \(virology\)"),
     "shots of another task": (["winogrande"], {"gsm8k": 0}, "gsm8k is not among --tasks"),

@@ -66,7 +66,7 @@ def write_retention(folder: Path, base: str, evaluations: Mapping[str, Evaluatio
         "statistics": STATISTICS,
         "date": date.today().isoformat(),
     }
-    write_text(folder / "retention.json", json.dumps(finite(found), indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "retention.json", json.dumps(finite(found), indent=1) + "\n")
     write_text(folder / "report.html", retention_page(base, evaluations, comparisons))
     return "\n\n".join(_told(base, label, comparison) for label, comparison in comparisons.items())
 

@@ -128,6 +128,10 @@ def load_tasks(
         need_punkt()
     options: dict[str, Any] = {}
     if data_dir is not None:
+        if not Path(data_dir).is_dir():
+            raise ValueError(
+                f"--data_dir {data_dir} is not a folder: give one that holds <name>/<split>.jsonl"
+            )
         options = {"class": LocalTask, "dataset_kwargs": {"data_dir": str(data_dir)}}
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     with random_state_kept(), quiet_harness():
