@@ -92,26 +92,6 @@ def test_durations(seconds: float, shown: str) -> None:
     assert report.result_sentence(results).startswith(f"In {shown} on")
 
 
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [
-        (0, 10, 0.0, 0.277533),  # Brown, Cai, DasGupta 2001; z² / (n + z²)
-        (10, 10, 0.722467, 1.0),
-        (5, 10, 0.236593, 0.763407),
-        (81, 263, 0.255289, 0.366210),  # Newcombe 1998, table 1, method 3: .2553 to .3662
-        (1, 29, 0.006113, 0.171755),  # same table: .0061 to .1718
-    ],
-)
-def test_wilson_interval(correct: int, total: int, low: float, high: float) -> None:
-    assert report.wilson_interval(correct, total) == pytest.approx((low, high), abs=2e-5)
-
-
-@pytest.mark.parametrize(("correct", "total"), [(1, 0), (0, 0), (3, 2), (-1, 5)])
-def test_wilson_interval_refuses(correct: int, total: int) -> None:
-    with pytest.raises(ValueError, match="is not a share"):
-        report.wilson_interval(correct, total)
-
-
 def test_demo_page() -> None:
     pytest.importorskip("matplotlib")
     results = _results()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lopt.evaluation import completion_loss, text_loss
+from lopt.evaluation import completion_loss, text_loss, text_losses
 
 PAIRS = [("What is 1 plus 1?", " two"), ("And this?", " a longer one"), ("", "x")]
 
@@ -42,3 +42,16 @@ def test_text_loss_reads_windows(loaded) -> None:
     assert text_loss(model, tokenizer, text, tokens=48, window=16) == pytest.approx(sum(losses) / 3, rel=1e-5)
     with pytest.raises(ValueError, match="too short"):
         text_loss(model, tokenizer, "")
+
+
+def test_text_loss_is_the_mean_of_its_windows_over_tokens(loaded) -> None:
+    model, tokenizer = loaded
+    text = "the quick brown fox " * 3
+    windows = text_losses(model, tokenizer, text, tokens=40, window=16, batch_size=2)
+    assert [window.tokens for window in windows] == [16, 16, 8]
+    assert [token for window in windows for token in window.ids] == tokenizer(text)["input_ids"][:40]
+    mean = sum(window.loss * window.tokens for window in windows) / 40
+    assert text_loss(model, tokenizer, text, tokens=40, window=16) == pytest.approx(mean, rel=1e-5)
+    alone = text_losses(model, tokenizer, text, tokens=40, window=16, batch_size=1)[2]
+    ids = torch.tensor([[tokenizer.bos_token_id, *windows[2].ids]])
+    assert alone.loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)

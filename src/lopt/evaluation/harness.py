@@ -22,7 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.evaluation.ifeval import steady_languages
 from lopt.evaluation.outcomes import Evaluation, TaskOutcome, cut_prompts, merge
-from lopt.evaluation.tasks import BENCHMARKS, LoadedTasks, check_tasks, load_tasks, quiet_harness
+from lopt.evaluation.tasks import (
+    BENCHMARKS,
+    LoadedTasks,
+    check_tasks,
+    load_tasks,
+    quiet_harness,
+    random_state_kept,
+)
 from lopt.memory import free_host_memory
 
 try:
@@ -212,17 +219,11 @@ def _as_found(model: PreTrainedModel) -> Iterator[None]:
 @contextlib.contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     """The harness's seeds inside, the random state untouched outside."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
+    with random_state_kept():
         random.seed(DEFAULT_RANDOM_SEED if seed is None else seed)
         np.random.seed(DEFAULT_OTHER_SEED if seed is None else seed)
         torch.manual_seed(DEFAULT_OTHER_SEED if seed is None else seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield
 
 
 @contextlib.contextmanager

@@ -45,14 +45,13 @@ def load_examinee(
         ValueError: see `load_model`; the weights need more memory than is free.
     """
     base = adapter_base(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where: Any = dict(revision=None if base else revision, trust_remote_code=trust_remote_code)
-    check_memory(base or path, dtype, device, **where)
+    check_memory(base or path, dtype, **where)
     model = load_model(base or path, dtype=dtype, attn_implementation=attn_implementation, **where)
     if base is not None:
         load: Any = model.load_adapter
         load(path)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
 
 
 def load_examinees_tokenizer(
@@ -64,7 +63,7 @@ def load_examinees_tokenizer(
     return load_tokenizer(path if own else str(base), revision=revision, trust_remote_code=trust_remote_code)
 
 
-def check_memory(path: str, dtype: str, device: torch.device, **options: Any) -> None:
+def check_memory(path: str, dtype: str, **options: Any) -> None:
     """Refuse a model whose weights alone are more than what is free.
 
     Raises:
@@ -82,8 +81,8 @@ def check_memory(path: str, dtype: str, device: torch.device, **options: Any) ->
     wanted = getattr(config, "dtype", None) or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     need, free = count * wanted.itemsize, free_host_memory()
     where = "host memory"
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < free:
-        free, where = torch.cuda.mem_get_info(device)[0], "GPU memory"
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < free:
+        free, where = torch.cuda.mem_get_info()[0], "GPU memory"
     if need <= free:
         return
     half = count * 2

@@ -139,24 +139,19 @@ def examples(base: Evaluation, tuned: Evaluation, task: str, count: int = 2) -> 
         if new[metric] == old[metric] or len(found[gained]) == count:
             continue
         old, new = plain_sample(old), plain_sample(new)
-        prompt, reference = question(old)
-        found[gained].append(
-            Example(task, gained, prompt, reference, answer(old, metric), answer(new, metric))
-        )
+        answers = answer(old, metric), answer(new, metric)
+        found[gained].append(Example(task, gained, *question(old, answers[gained]), *answers))
     return found[True] + found[False]
 
 
-def question(sample: Mapping[str, Any]) -> tuple[str, str]:
-    """An item's prompt and its reference answer."""
+def question(sample: Mapping[str, Any], right: str) -> tuple[str, str]:
+    """An item's prompt and its reference answer; `right` is an answer known to be right."""
     arguments = _arguments(sample)
     prompt = str(arguments[0].get("arg_0", ""))
-    options = _options(arguments)
-    if options is None:
+    if _options(arguments) is None:
         return prompt, str(sample["target"])
     if len({argument["arg_0"] for argument in arguments}) > 1:  # the options are in the prompts
-        prompt = str(arguments[0]["arg_1"]).strip()
-    target = str(sample["target"])
-    right = options[int(target)] if target.isdigit() and int(target) < len(options) else target
+        prompt = str(sample["doc"].get("sentence", arguments[0]["arg_1"])).strip()
     return prompt, right
 
 

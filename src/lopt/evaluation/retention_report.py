@@ -66,7 +66,7 @@ def write_retention(folder: Path, base: str, evaluations: Mapping[str, Evaluatio
         "statistics": STATISTICS,
         "date": date.today().isoformat(),
     }
-    write_text(folder / "retention.json", json.dumps(finite(found), indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "retention.json", json.dumps(finite(found), indent=1) + "\n")
     write_text(folder / "report.html", retention_page(base, evaluations, comparisons))
     return "\n\n".join(_told(base, label, comparison) for label, comparison in comparisons.items())
 
@@ -84,15 +84,15 @@ def _with_interval(mean: Estimate, share: bool) -> str:
 
 
 def _cells(change: Change) -> list[str]:
-    """Base, tuned, difference with interval, gained, lost, p."""
+    """Base, tuned, difference, its interval, gained, lost, p."""
     share = _is_share(change)
     means = [_value(value, share) for value in (change.base, change.tuned)]
-    low, high = change.difference.low, change.difference.high
-    difference = f"{_signed(change.difference.value, share)} [{_signed(low, share)}, {_signed(high, share)}]"
+    value, low, high = (_signed(part, share) for part in change.difference)
+    difference = [value, f"{low}\u00a0to\u00a0{high}"]
     if change.gained is None or change.lost is None or change.p_value is None:
-        return [*means, difference, "", "", ""]
+        return [*means, *difference, "", "", ""]
     p = "<0.0001" if change.p_value < 0.0001 else f"{change.p_value:.2g}"
-    return [*means, difference, str(change.gained), str(change.lost), p]
+    return [*means, *difference, str(change.gained), str(change.lost), p]
 
 
 def _is_share(change: Change) -> bool:
@@ -120,7 +120,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _told(base: str, label: str, comparison: Comparison) -> str:
-    rows = [["task", "items", base, label, "difference", "gained", "lost", "p"]]
+    rows = [["task", "items", base, label, "difference", "95 % interval", "gained", "lost", "p"]]
     rows += [[c.task, str(c.items), *_cells(c)] for c in comparison.changes]
     return "\n".join([f"{label} against {base}:", columns(rows), *comparison.refused])
 
@@ -135,10 +135,10 @@ def retention_page(
     sections = [("", paragraph(lede, "lede") + "".join(paragraph(r, "note") for r in refused))]
     sections.append(("Change against the base", _figures(comparisons) + paragraph(STATISTICS, "note")))
     for label, found in comparisons.items():
-        heads = ["Benchmark", "Items", base, label, "Difference", "Gained", "Lost", "p"]
+        heads = ["Benchmark", "Items", base, label, "Difference", "95 % interval", "Gained", "Lost", "p"]
         rows = [[c.task, f"{c.items:,}", *_cells(c)] for c in found.changes]
         caption = "Gained: only this model is right. Lost: only the base is. p: McNemar's exact test."
-        sections.append((f"{label} against {base}", table(heads, rows, caption, numeric=range(1, 8))))
+        sections.append((f"{label} against {base}", table(heads, rows, caption, numeric=range(1, 9))))
     for label, found in comparisons.items():
         shown = [
             example

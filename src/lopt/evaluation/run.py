@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lopt.evaluation.load import adapter_base, load_examinee, load_examinees_tokenizer
+from lopt.evaluation.load import adapter_base, check_memory, load_examinee, load_examinees_tokenizer
 from lopt.evaluation.loss import text_windows
 from lopt.evaluation.outcomes import Evaluation, cut_prompts, merge
 from lopt.evaluation.retention_report import results_table, write_retention
@@ -53,6 +53,7 @@ def run_evaluation(args: Any, models: Mapping[str, str], shots: Mapping[str, int
     }
     report = Path(args.output_dir)
     _check_report(report, args, models)
+    _check_models(args, [models[label] for label, left in missing.items() if left])
     for store in stores.values():
         store.drop_stale()
     for label, store in stores.items():
@@ -104,6 +105,18 @@ def _check_tokenizers(args: Any, models: Mapping[str, str], works: list[Work]) -
             )
 
 
+def _check_models(args: Any, paths: list[str]) -> None:
+    """Refuse models that cannot be examined, before the first one is."""
+    for path in paths:
+        if args.apply_chat_template and not _tokenizer(args, path).chat_template:
+            raise ValueError(f"--apply_chat_template: {path} has no chat template: leave the flag out")
+        base = adapter_base(path)
+        revision = None if base else args.model_revision
+        check_memory(
+            base or path, args.param_dtype, revision=revision, trust_remote_code=args.trust_remote_code
+        )
+
+
 def windows(tokenizer: Any, text: TextTask) -> list[list[int]]:
     """The windows of token ids that a model with this tokenizer is examined on."""
     return text_windows(tokenizer, text.read(), text.tokens, text.window)
@@ -144,8 +157,6 @@ def _tokenizer(args: Any, path: str) -> Any:
 def _examine(args: Any, path: str, store: Store, missing: list[Work]) -> None:
     """Run what is missing and keep each task's results at once."""
     tokenizer = _tokenizer(args, path)
-    if args.apply_chat_template and not tokenizer.chat_template:
-        raise ValueError(f"--apply_chat_template: the tokenizer of {path} has no chat template: leave it out")
     model = load_examinee(
         path,
         dtype=args.param_dtype,
@@ -205,7 +216,7 @@ def _write_results(args: Any, path: str, store: Store, works: list[Work], loaded
     whole["lm_eval_version"] = settings["versions"].get("lm_eval")
     whole["transformers_version"] = settings["versions"].get("transformers")
     whole["date"] = time.time()
-    write_text(file, json.dumps(whole, indent=1, ensure_ascii=False, default=plain) + "\n")
+    write_text(file, json.dumps(whole, indent=1, default=plain) + "\n")
 
 
 def _check_report(folder: Path, args: Any, models: Mapping[str, str]) -> None:

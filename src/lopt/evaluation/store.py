@@ -46,6 +46,8 @@ class Store:
         self.folder, self.settings, self.overwrite = folder, dict(settings), overwrite
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file: choose another --output_dir")
+        if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+            raise ValueError(f"{folder} holds a model: choose another --output_dir")
         if (folder / "results.json").exists() and not (folder / "finished").is_dir():
             raise ValueError(f"{folder} holds a run of another kind already: choose another --output_dir")
         self.stale: set[str] = set()
@@ -67,12 +69,10 @@ class Store:
 
     def save(self, name: str, task: Mapping[str, Any], part: Evaluation) -> None:
         """Keep the results of one task."""
-        rows = (
-            json.dumps(plain_sample(row), ensure_ascii=False, default=plain) for row in part.samples[name]
-        )
+        rows = (json.dumps(plain_sample(row), default=plain) for row in part.samples[name])
         write_text(self._samples(name), "".join(row + "\n" for row in rows))
         record = {"settings": self.settings, "task": dict(task), "results": part.results}
-        write_text(self._record(name), json.dumps(record, indent=1, ensure_ascii=False, default=plain) + "\n")
+        write_text(self._record(name), json.dumps(record, indent=1, default=plain) + "\n")
         self.stale.discard(self._record(name).name)
 
     def read(self, name: str) -> Evaluation:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
+import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
@@ -125,9 +128,13 @@ def load_tasks(
         need_punkt()
     options: dict[str, Any] = {}
     if data_dir is not None:
+        if not Path(data_dir).is_dir():
+            raise ValueError(
+                f"--data_dir {data_dir} is not a folder: give one that holds <name>/<split>.jsonl"
+            )
         options = {"class": LocalTask, "dataset_kwargs": {"data_dir": str(data_dir)}}
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
-    with quiet_harness():
+    with random_state_kept(), quiet_harness():
         for name in names:
             part = _load(manager, name, options)
             for kind, found in loaded.items():
@@ -223,13 +230,18 @@ class LocalTask(ConfigurableTask):
         return None if split is not None and split not in self.dataset else super().fewshot_docs()
 
 
-@functools.lru_cache(maxsize=4)  # MMLU's 57 tasks share two files
 def read_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
     """The rows of a JSON Lines file, and a hash of its bytes.
 
     Raises:
         ValueError: it is not JSON Lines, or a row lacks one of `columns` ("a.b" is the key b of column a).
     """
+    state = path.stat()
+    return _read(path, columns, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=4)  # MMLU's 57 tasks share two files
+def _read(path: Path, columns: tuple[str, ...], *state: int) -> tuple[list[dict[str, Any]], str]:
     content = path.read_bytes()
     rows = []
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -359,6 +371,19 @@ def _check_known(names: Sequence[str], manager: Any) -> None:
                 f"--tasks {name} does not exist: use {', '.join(BENCHMARKS)}, or any of the "
                 f"{len(manager.all_tasks):,} names that `lm_eval ls tasks` prints.{guess}"
             )
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever is drawn inside, nothing is drawn as seen from outside."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 @contextlib.contextmanager
