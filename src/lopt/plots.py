@@ -69,7 +69,7 @@ def line_plot(
             axes.axvline(place, color=_INK, alpha=0.45, lw=0.9, linestyle=(0, (2, 2)))
             axes.annotate(
                 clean(word), (place, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
-                textcoords="offset points", va="top", fontsize=8, alpha=0.8,
+                textcoords="offset points", va="top", fontsize=9.5, alpha=0.8,
             )  # fmt: skip
         _label(fig, axes, y_label, lines, series)
         return _to_svg(fig, title, alt)
