@@ -121,8 +121,10 @@ def run_task(
                 apply_chat_template=apply_chat_template,
                 fewshot_as_multiturn=True,
             )
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            raise _out_of_memory(error, name, lm) from error
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if told := _out_of_memory(error, name, lm):
+                raise ValueError(told) from error
+            raise
     samples = results.pop("samples")
     found: dict[str, Any] = {**results, **({"cut_prompts": {name: lm.cut}} if lm.cut else {})}
     return Evaluation(found, {name: samples[name]})
@@ -134,12 +136,17 @@ def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
     whole = merged.results
     groups = whole.setdefault("groups", {})
     for name, group in loaded.groups.items():
-        if not all(task.task_name in parts for task in group.get_all_tasks()):
+        names = [task.task_name for task in group.get_all_tasks()]
+        if not names or not all(task in parts for task in names):
             continue
         with quiet_harness():
             mean = dict(group.aggregate(whole["results"]))
         whole["results"][name] = mean
         whole["versions"][name] = group.version
+        whole["higher_is_better"][name] = whole["higher_is_better"][names[0]]
+        shots = {whole["n-shot"][task] for task in names}
+        if len(shots) == 1:
+            whole["n-shot"][name] = shots.pop()
         whole.setdefault("group_subtasks", {})[name] = group.child_names
         if group.has_aggregation:
             groups[name] = mean
@@ -170,7 +177,10 @@ class _Examinee(HFLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         # Logits of every position and their softmax, in float32, are what takes the memory.
         bytes_per_token = 12 * self.model.get_input_embeddings().weight.shape[0]
-        longest = self._longest(["".join(request.args) for request in requests], self.max_length + 1)
+        texts = ["".join(request.args) for request in requests]
+        longest, most = len(self.tok_encode(max(texts, key=len))), self.max_length + 1
+        if longest > most // 2:  # characters are a rough guide only
+            longest = self._longest(texts, most)
         if self.budget:
             room = free_host_memory() // 2 // bytes_per_token
             self.batch_size_per_gpu = max(1, min(64, min(CPU_TOKENS, room) // longest))
@@ -194,14 +204,11 @@ class _Examinee(HFLM):
             self.needed = None
 
     def _longest(self, texts: list[str], most: int) -> int:
-        """Tokens of the longest text; warns where the harness cuts texts from the left."""
-        longest = len(self.tok_encode(max(texts, key=len)))
-        if longest > most // 2:  # characters are a rough guide only
-            lengths = [len(self.tok_encode(text)) for text in set(texts)]
-            longest, cut = max(lengths), sum(length > most for length in lengths)
-            if cut:
-                self.cut = {"prompts": len(lengths), "cut": cut, "tokens": most}
-        return longest
+        """Tokens of the longest text; counts the texts that the harness cuts from the left."""
+        lengths = [len(self.tok_encode(text)) for text in set(texts)]
+        if cut := sum(length > most for length in lengths):
+            self.cut = {"prompts": len(lengths), "cut": cut, "tokens": most}
+        return max(lengths)
 
 
 @contextlib.contextmanager
@@ -237,15 +244,14 @@ def _bars(progress: bool) -> Iterator[None]:
             yield
 
 
-def _out_of_memory(error: Exception, task: str, lm: HFLM) -> Exception:
-    """A sentence for an error that is about memory; other errors as they are."""
-    said = str(error).lower()
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in said:
-        return error
+def _out_of_memory(error: RuntimeError, task: str, lm: HFLM) -> str | None:
+    """What would fit, if the error is about memory."""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        return None
     size = lm.batch_size
     smaller = "--batch_size 1" if not isinstance(size, int) else f"--batch_size {max(1, size // 4)}"
     fixes = [] if size == 1 else [f"{smaller} (it was {size})"]
     if lm.model.dtype == torch.float32:
         fixes.append("--param_dtype bfloat16")
     fixes.append("a device with more memory")
-    return ValueError(f"{task} does not fit into the memory of {lm.device}: try {', '.join(fixes)}")
+    return f"{task} does not fit into the memory of {lm.device}: try {', '.join(fixes)}"

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -27,6 +27,7 @@ from datasets.exceptions import DatasetsError
 
 from lopt.data.hub import one_line
 from lopt.evaluation.ifeval import need_punkt
+from lopt.evaluation.local import find_local, read_rows, split_file
 
 try:
     import lm_eval
@@ -52,48 +53,6 @@ SHOTS = {"cais/mmlu": 5}
 """Data set -> shots, where the harness's definition leaves open what the benchmark's protocol says."""
 
 _FOLDERS_OF_TASKS = ("mmlu/default", "ifeval", "arc", "gsm8k", "hellaswag", "truthfulqa", "winogrande")
-
-
-class LocalFiles(NamedTuple):
-    """Where a data set's rows lie in a data folder, and the columns they must have."""
-
-    folder: str
-    columns: tuple[str, ...]
-
-
-# (repository, configuration) on the hub -> local files. A configuration of "" stands for any: MMLU's are its
-# subjects, which the local file has in a column.
-LOCAL = {
-    ("cais/mmlu", ""): LocalFiles("mmlu", ("question", "subject", "choices", "answer")),
-    ("google/IFEval", None): LocalFiles("ifeval", ("key", "prompt", "instruction_id_list", "kwargs")),
-    ("allenai/ai2_arc", "ARC-Challenge"): LocalFiles(
-        "arc_challenge", ("question", "choices.text", "choices.label", "answerKey")
-    ),
-    ("openai/gsm8k", "main"): LocalFiles("gsm8k", ("question", "answer")),
-    ("Rowan/hellaswag", None): LocalFiles(
-        "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")
-    ),
-    ("truthfulqa/truthful_qa", "multiple_choice"): LocalFiles(
-        "truthfulqa_mc",
-        (
-            "question",
-            "mc1_targets.choices",
-            "mc1_targets.labels",
-            "mc2_targets.choices",
-            "mc2_targets.labels",
-        ),
-    ),
-    ("truthfulqa/truthful_qa", "generation"): LocalFiles(
-        "truthfulqa_gen", ("question", "correct_answers", "incorrect_answers")
-    ),
-    ("allenai/winogrande", "winogrande_xl"): LocalFiles(
-        "winogrande", ("sentence", "option1", "option2", "answer")
-    ),
-}
-
-# Where a split's official file is absent. The harness strips HellaSwag's bracket tags itself, so both files
-# give the same questions up to white space; the official one comes first because it gives them exactly.
-_ELSE = {("hellaswag", "validation"): "validation_detagged"}
 
 
 @dataclass(frozen=True)
@@ -197,8 +156,7 @@ class LocalTask(ConfigurableTask):
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """Read every split that the task names and the folder has."""
         config = self.config
-        source = (config.dataset_path, config.dataset_name)
-        local = LOCAL.get((source[0], "")) or LOCAL.get(source)
+        local = find_local(config.dataset_path, config.dataset_name)
         if local is None:
             raise ValueError(
                 f"--data_dir has no files for {config.task} (it reads {config.dataset_path}): leave "
@@ -208,7 +166,7 @@ class LocalTask(ConfigurableTask):
         shots, evaluated = _shots_split(self), config.test_split or config.validation_split
         self.dataset, hashes = {}, []
         for split in sorted({evaluated, shots} - {None}):
-            path = _split_file(folder, split)
+            path = split_file(folder, split)
             if split == evaluated and not path.is_file():
                 raise ValueError(
                     f"--data_dir: {path} is missing, where the questions of {config.task} are read"
@@ -228,51 +186,6 @@ class LocalTask(ConfigurableTask):
         """None where the file that shots come from is absent; never the questions in its place."""
         split = _shots_split(self)
         return None if split is not None and split not in self.dataset else super().fewshot_docs()
-
-
-def read_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a JSON Lines file, and a hash of its bytes.
-
-    Raises:
-        ValueError: it is not JSON Lines, or a row lacks one of `columns` ("a.b" is the key b of column a).
-    """
-    state = path.stat()
-    return _read(path, columns, state.st_mtime_ns, state.st_size)
-
-
-@functools.lru_cache(maxsize=4)  # MMLU's 57 tasks share two files
-def _read(path: Path, columns: tuple[str, ...], *state: int) -> tuple[list[dict[str, Any]], str]:
-    content = path.read_bytes()
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"--data_dir: {path}, line {number}, is not JSON: {one_line(error)}") from error
-        missing = [name for name in columns if not _has(row, name.split("."))]
-        if missing:
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(
-                f"--data_dir: {path}, line {number}, lacks the columns {', '.join(missing)} (it has {found})"
-            )
-        rows.append(row)
-    return rows, hashlib.sha256(content).hexdigest()[:16]
-
-
-def _has(row: Any, keys: Sequence[str]) -> bool:
-    for key in keys:
-        if not isinstance(row, dict) or key not in row:
-            return False
-        row = row[key]
-    return True
-
-
-def _split_file(folder: Path, split: str) -> Path:
-    path = folder / f"{split}.jsonl"
-    other = folder / f"{_ELSE.get((folder.name, split))}.jsonl"
-    return other if not path.is_file() and other.is_file() else path
 
 
 def _manager(names: tuple[str, ...]) -> Any:
