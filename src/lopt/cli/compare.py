@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, parse
-from lopt.cli.rows import sft_rows
+from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
 from lopt.compare.arms import Arm, parse_arms
 from lopt.config import LoPTConfig
@@ -20,8 +20,13 @@ from lopt.models import load_model, resolve_model
 from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
 
+if TYPE_CHECKING:  # evaluation takes seconds to import
+    from lopt.compare.cell import Bench
+    from lopt.compare.yardsticks import Yardsticks
+
 HELD_OUT_ROWS = 64
 DRIFT_ROWS = 8
+SETTING = "setting.json"  # says that a folder is a comparison
 # Flags that change no figure: where things go and what is said on the way.
 _NO_MATTER = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging", "log_", "seed", "data_seed",
               "hub_", "push_", "save_", "eval_", "do_", "project", "trackio", "local_rank",
@@ -78,14 +83,20 @@ def main(arguments: Sequence[str]) -> None:
     check(model_args, data_args, args)
     _check(compare, arms, config, args)
     texts = read_texts(compare.retention_text, compare.text_tokens, "--retention_text")
-    folder = _folder(args, run_args)
+    folder = _folder(args)
 
     from lopt.compare.study import Study  # evaluation takes seconds to import
 
-    bench, setting = _bench(compare, model_args, data_args, args, config, texts, arms, folder)
-    study = Study(bench, arms, compare.seeds, setting, folder)
-    study.check_folder()
-    results = study.run()
+    name = str(model_args.model_name_or_path)
+    model_args.model_name_or_path = resolve_model(name)
+    rows = sft_rows(model_args, data_args, args)
+    bench = _bench(model_args, args, rows, arms, _yardsticks(compare, rows, texts))
+    if compare.keep_models:
+        bench.keep_models = folder / "models"
+    setting = _setting(name, bench, compare, model_args, data_args, config)
+    if run_args.overwrite_output_dir and folder.exists():  # only now: nothing is lost to a mistake
+        shutil.rmtree(folder)
+    results = Study(bench, arms, compare.seeds, setting, folder).run()
     print(_summary(results))
     print(f"\nReport: {folder / 'report.html'}\nFigures: {folder / 'compare.json'}")
 
@@ -118,50 +129,23 @@ def _tasks(compare: CompareArguments) -> list[str]:
     return [*compare.adaptation_tasks, *compare.retention_tasks]
 
 
-def _folder(args: LoPTSFTConfig, run_args: RunArguments) -> Path:
+def _folder(args: LoPTSFTConfig) -> Path:
     """The output folder. A comparison that is there goes on, one that is not ours stays untouched."""
     folder = Path(str(args.output_dir))
-    ours = (folder / "setting.json").is_file()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: choose a folder")
-    if folder.exists() and any(folder.iterdir()) and not ours:
+    if folder.exists() and any(folder.iterdir()) and not (folder / SETTING).is_file():
         raise ValueError(f"--output_dir {folder} holds something else: choose a new folder")
-    if ours and run_args.overwrite_output_dir:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _bench(
-    compare: CompareArguments,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: LoPTSFTConfig,
-    config: LoPTConfig,
-    texts: Mapping[str, str],
-    arms: Sequence[Arm],
-    folder: Path,
-) -> tuple[Any, dict[str, Any]]:
-    """Rows, model and yardsticks, and what identifies them."""
+    model_args: ModelArguments, args: LoPTSFTConfig, rows: SFTRows, arms: Sequence[Arm], yardsticks: Any
+) -> Bench:
+    """What all cells share; the model is loaded anew for each."""
     from lopt.compare.cell import Bench
-    from lopt.compare.study import fingerprint
-    from lopt.compare.yardsticks import Yardsticks
 
-    name = str(model_args.model_name_or_path)
-    model_args.model_name_or_path = resolve_model(name)
-    rows = sft_rows(model_args, data_args, args)
-    held_out = [row for _, row in zip(range(DRIFT_ROWS), rows.held_out, strict=False)]
-    yardsticks = Yardsticks(
-        tokenizer=rows.tokenizer,
-        retention=compare.retention_tasks,
-        adaptation=compare.adaptation_tasks,
-        texts=texts,
-        text_tokens=compare.text_tokens,
-        drift_texts=list(texts.values()) or [_words(row) for row in held_out],
-        data_dir=None if compare.data_dir is None else Path(compare.data_dir),
-        limit=compare.limit,
-    )
-    bench = Bench(
+    return Bench(
         load=lambda: load_model(
             str(model_args.model_name_or_path),
             dtype=model_args.param_dtype,
@@ -180,10 +164,38 @@ def _bench(
         },
         yardsticks=yardsticks,
         cycle=max(arm.config.local_every for arm in arms),
-        keep_models=folder / "models" if compare.keep_models else None,
     )
-    method = {k: v for k, v in asdict(config).items() if v != getattr(LoPTConfig(), k)}
-    setting = {
+
+
+def _yardsticks(compare: CompareArguments, rows: SFTRows, texts: Mapping[str, str]) -> Yardsticks:
+    from lopt.compare.yardsticks import Yardsticks
+
+    held_out = [row for _, row in zip(range(DRIFT_ROWS), rows.held_out, strict=False)]
+    return Yardsticks(
+        tokenizer=rows.tokenizer,
+        retention=compare.retention_tasks,
+        adaptation=compare.adaptation_tasks,
+        texts=texts,
+        text_tokens=compare.text_tokens,
+        drift_texts=list(texts.values()) or [_words(row) for row in held_out],
+        data_dir=None if compare.data_dir is None else Path(compare.data_dir),
+        limit=compare.limit,
+    )
+
+
+def _setting(
+    name: str,
+    bench: Bench,
+    compare: CompareArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: LoPTConfig,
+) -> dict[str, Any]:
+    """What identifies a study: with the same, its cells can stand beside each other."""
+    from lopt.compare.study import fingerprint
+
+    texts = bench.yardsticks.texts
+    return {
         "model": name,
         "model_flags": {
             "dtype": model_args.param_dtype,
@@ -192,11 +204,11 @@ def _bench(
         },
         "data": {
             "source": data_args.dataset_preset or data_args.dataset_name or data_args.train_file,
-            "rows": [len(rows.train), fingerprint(rows.train)],
-            "held_out": [len(rows.held_out), fingerprint(rows.held_out)],
+            "rows": [len(bench.train), fingerprint(bench.train)],
+            "held_out": [len(bench.held_out), fingerprint(bench.held_out)],
         },
-        "method": method,
-        "training": _changed(args),
+        "method": {k: v for k, v in asdict(config).items() if v != getattr(LoPTConfig(), k)},
+        "training": _changed(bench.args),
         "measured": {
             "adaptation_tasks": compare.adaptation_tasks,
             "retention_tasks": compare.retention_tasks,
@@ -204,7 +216,6 @@ def _bench(
             "texts": {k: [len(v), compare.text_tokens] for k, v in texts.items()},
         },
     }
-    return bench, setting
 
 
 def _changed(args: LoPTSFTConfig) -> dict[str, Any]:
