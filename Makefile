@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+JOBS ?= 2
 
 .PHONY: demo test test-slow lint format clean help
 
@@ -13,7 +14,7 @@ demo: $(STAMP)  ## set up, then post-train a real model by LoPT on this machine 
 	$(BIN)/lopt demo $(ARGS)
 
 test: $(STAMP) lint  ## set up, then lint, types and all tests (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes: real weights
 	$(BIN)/python -m pytest -m slow $(ARGS)
