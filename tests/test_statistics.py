@@ -125,12 +125,12 @@ def losses(n: int, change: float, spread: float, skewed: bool) -> Draw:
 @pytest.mark.parametrize(
     ("draw", "truth", "runs"),
     [
-        (binary(100, 0.12, 0.08), 0.04, 4000),
-        (binary(660, 0.05, 0.09), -0.04, 4000),
-        (binary(7000, 0.06, 0.06), 0.0, 2000),
-        (losses(24, 0.05, 0.1, skewed=False), 0.05, 1200),
-        (losses(64, 0.05, 0.1, skewed=True), 0.05, 1200),
-        (losses(200, -0.01, 0.1, skewed=True), -0.01, 600),
+        (binary(100, 0.12, 0.08), 0.04, 2000),
+        (binary(660, 0.05, 0.09), -0.04, 2000),
+        (binary(7000, 0.06, 0.06), 0.0, 800),
+        (losses(24, 0.05, 0.1, skewed=False), 0.05, 800),
+        (losses(64, 0.05, 0.1, skewed=True), 0.05, 800),
+        (losses(200, -0.01, 0.1, skewed=True), -0.01, 500),
     ],
     ids=["binary, 100", "binary, 660", "binary, 7000", "losses, 24", "skewed, 64", "skewed, 200"],
 )
@@ -139,7 +139,7 @@ def test_95_percent_of_intervals_hold_the_truth(draw: Draw, truth: float, runs: 
     for _ in range(runs):
         base, tuned = draw(random)
         continuous = not set(np.unique(tuned)) <= {0.0, 1.0}
-        found = paired_bootstrap(base, tuned, 400) if continuous else paired_difference(base, tuned)
+        found = paired_bootstrap(base, tuned, 300) if continuous else paired_difference(base, tuned)
         assert found.low <= found.value <= found.high
         held += found.low <= truth <= found.high
     assert 0.93 <= held / runs <= 0.97
@@ -147,5 +147,5 @@ def test_95_percent_of_intervals_hold_the_truth(draw: Draw, truth: float, runs: 
 
 def test_the_bootstrap_holds_for_binary_outcomes_of_many_items() -> None:
     random, draw = np.random.default_rng(0), binary(200, 0.10, 0.12)
-    found = [paired_bootstrap(*draw(random), 400) for _ in range(500)]
+    found = [paired_bootstrap(*draw(random), 300) for _ in range(400)]
     assert 0.93 <= np.mean([f.low <= -0.02 <= f.high for f in found]) <= 0.97

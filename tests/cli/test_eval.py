@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lopt.cli.eval import labels
+from lopt.cli.eval import EvalArguments, check, labels
 from lopt.cli.main import main
 from lopt.evaluation import run
 from lopt.evaluation.store import read_results
@@ -165,6 +165,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "nothing to measure": (ONE, "give --tasks (mmlu, ifeval"),
     "missing model": (["--model_name_or_path", "./no", "--tasks", "gsm8k"], "./no is not a folder"),
     "twice": ([*ONE, "{base}", "--text", "x"], "is given twice"),
+    "only the base": ([*NOTES, "--base", "{base}"], "--base {base} is the only model"),
     "limit": ([*NOTES, "--limit", "0"], "--limit 0"),
     "batch": ([*NOTES, "--batch_size", "some"], "--batch_size some"),
     "dtype": ([*NOTES, "--param_dtype", "int8"], "--param_dtype int8"),
@@ -191,6 +192,12 @@ def test_mistakes(mistake: str, world: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["eval", *command, *where]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_base_comes_first() -> None:
+    given = ["org/a", "org/base", "org/b"]
+    models = check(EvalArguments(model_name_or_path=given, base="org/base", tasks=["gsm8k"]))
+    assert list(models) == ["base", "a", "b"]
 
 
 def test_labels(tmp_path: Path) -> None:

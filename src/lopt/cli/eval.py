@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -115,10 +116,14 @@ def check(args: EvalArguments) -> dict[str, str]:
             raise ValueError(f"{flag} {value} is not possible: use {least} or more")
     if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) >= 1):
         raise ValueError(f"--batch_size {args.batch_size} is not possible: use auto, or 1 or more")
-    every = [*([args.base] if args.base else []), *names]
-    if args.base and args.base in names:
-        every.remove(args.base)
-    return labels(every)
+    if args.base is None:
+        return labels(names)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('the report on --base needs matplotlib: pip install "lopt[eval]"')
+    others = [name for name in names if name != args.base]
+    if not others:
+        raise ValueError(f"--base {args.base} is the only model: give others in --model_name_or_path")
+    return labels([args.base, *others])
 
 
 def labels(names: Sequence[str]) -> dict[str, str]:
