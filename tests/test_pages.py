@@ -16,8 +16,8 @@ from evaluation.test_retention import made
 from lopt.cli.retention import write_curves
 from lopt.compare.page import write_page
 from lopt.demo_report import write_demo_report
-from lopt.evaluation.drift import Drift, LayerDrift
-from lopt.evaluation.drift_report import drift_page
+from lopt.drift import Drift, LayerDrift
+from lopt.drift.page import drift_page
 from lopt.evaluation.retention_report import write_retention
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

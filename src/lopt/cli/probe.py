@@ -21,10 +21,10 @@ from lopt.cli.arguments import parse
 from lopt.cli.eval import labels
 from lopt.cli.output import prepare_report
 from lopt.config import LoPTConfig
-from lopt.evaluation.drift import CANNOT, Drift, Reference
-from lopt.evaluation.drift_report import drift_page, drift_table
+from lopt.drift.page import drift_page, drift_table
+from lopt.drift.reference import CANNOT, Drift, Reference
+from lopt.drift.states import windows
 from lopt.evaluation.load import adapter_base, load_examinee, load_examinees_tokenizer
-from lopt.evaluation.states import windows
 from lopt.evaluation.store import write_text
 from lopt.evaluation.texts import read_texts
 from lopt.shapes import model_config

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt.evaluation.drift import Reference
+from lopt.drift import Reference
 from lopt.evaluation.loss import text_losses
 
 DRIFT_TOKENS = 1024

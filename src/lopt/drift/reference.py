@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.blocks import Blocks, base_model, compute_device, find_decoder
 from lopt.config import LoPTConfig
-from lopt.evaluation.states import (
+from lopt.drift.states import (
     effective_weights,
     record_states,
     record_weights,
@@ -98,7 +98,7 @@ class Reference:
     Attributes:
         texts, tokens, window, batch_size: what was run, and how; see `of`.
         rows: its token ids, each after `skip` special tokens.
-        states: (S, N, H), see `lopt.evaluation.states`.
+        states: (S, N, H), see `lopt.drift.states`.
         weights: by name.
         folder: where they are.
     """

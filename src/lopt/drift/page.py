@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from lopt.evaluation.drift import Drift, LayerDrift
+from lopt.drift.reference import Drift, LayerDrift
 from lopt.plots import Points, line_plot
 from lopt.report import figure, page, paragraph, table
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conftest import tiny
 from lopt import LoPTConfig, attach
-from lopt.evaluation.drift import LayerDrift, Reference, compare_states, drift
+from lopt.drift.reference import LayerDrift, Reference, compare_states, drift
 from small_model import byte_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 2
@@ -66,7 +66,7 @@ def test_by_hand() -> None:
 def test_against_numpy_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     b, t = gaussian(101, 6) + 100, gaussian(101, 6, 1) * 2
     t[:, :3] += b[:, :3]
-    monkeypatch.setattr("lopt.evaluation.drift.CHUNK", 17)
+    monkeypatch.setattr("lopt.drift.reference.CHUNK", 17)
     found = compare_states("x", b.float(), t.float())
     x, y = b.float().double().numpy(), t.float().double().numpy()
     k, m = ((z - z.mean(0)) @ (z - z.mean(0)).T for z in (x, y))  # by tokens here, by channels there
