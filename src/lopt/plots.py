@@ -145,7 +145,7 @@ def interval_plot(
             handles.append(_dots(axes, i, [(e, Estimate(y, y, y)) for y, e in rows]))
         if zero:
             axes.axvline(0, color=_INK, alpha=0.5, lw=0.9)
-        axes.set_yticks(range(len(groups)), [_short(group, 24) for group in groups])
+        axes.set_yticks(range(len(groups)), [_short(group, 28) for group in groups])
         axes.set_ylim(len(groups) - 0.4, -0.6)
         axes.grid(axis="x", color=_INK, alpha=0.14, lw=0.7)
         axes.xaxis.get_major_locator().set_params(nbins=6)

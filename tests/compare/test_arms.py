@@ -14,9 +14,12 @@ def names(methods: list[str], *sweep: str, **base: object) -> list[str]:
 
 def test_each_arm_has_its_own_settings_over_those_of_the_command() -> None:
     methods = ["e2e", "ll", "lopt:num_blocks=4,lambda_aux=1", "lora:learning_rate=2e-4,lora_r=4"]
+    methods += ["lopt:num_blocks=4,aux_loss=next_token,frozen_blocks=2"]
     arms = parse_arms(methods, (), LoPTConfig(num_blocks=3, tied_embeddings="freeze"))
-    assert [arm.name for arm in arms] == ["e2e", "lopt k=3", "lopt k=4 λ=1", "lora lr=0.0002 lora_r=4"]
-    assert [arm.config.method for arm in arms] == ["e2e", "lopt", "lopt", "lora"]
+    assert [arm.name for arm in arms] == [
+        "e2e", "lopt k=3", "lopt k=4 λ=1", "lora lr=0.0002 lora_r=4", "lopt k=4 next_token frozen=2",
+    ]  # fmt: skip
+    assert [arm.config.method for arm in arms] == ["e2e", "lopt", "lopt", "lora", "lopt"]
     assert all(arm.config.tied_embeddings == "freeze" for arm in arms)
     assert arms[2].config.num_blocks == 4 and arms[2].config.lambda_aux == 1.0 and not arms[2].changes
     assert dict(arms[3].changes) == {"learning_rate": 2e-4, "lora_r": 4}

@@ -32,7 +32,13 @@ _KINDS: dict[Any, str] = {
     bool: "use true or false",
     list[int]: "use whole numbers joined by +, for example 6+12",
 }
-_SHORT = {"num_blocks": "k", "block_boundaries": "cut at", "lambda_aux": "λ", "learning_rate": "lr"}
+_SHORT = {
+    "num_blocks": "k",
+    "block_boundaries": "cut at",
+    "lambda_aux": "λ",
+    "learning_rate": "lr",
+    "frozen_blocks": "frozen",
+}
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,13 @@ def _name(config: LoPTConfig, settings: Mapping[str, Any]) -> str:
         key = "block_boundaries" if config.block_boundaries is not None else "num_blocks"
         parts.append((key, getattr(config, key)))
     parts += [(key, settings[key]) for key in (*CUTS, *_rest(settings)) if key in settings]
-    words = [f"{_SHORT.get(k, k)}{' ' if k == 'block_boundaries' else '='}{_written(v)}" for k, v in parts]
-    return " ".join([config.method, *words])
+    return " ".join([config.method, *(_word(key, value) for key, value in parts)])
+
+
+def _word(key: str, value: Any) -> str:
+    if key == "aux_loss":
+        return str(value)
+    return f"{_SHORT.get(key, key)}{' ' if key == 'block_boundaries' else '='}{_written(value)}"
 
 
 def _rest(settings: Mapping[str, Any]) -> Iterable[str]:

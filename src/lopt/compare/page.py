@@ -45,7 +45,7 @@ def findings(results: Results) -> tuple[str, list[str]]:
     summary = results["summary"]
     first = [_best(summary, "loss", "had the lowest held-out task loss", min)]
     if "forgetting" in summary["measures"]:
-        first.append(_best(summary, "forgetting", "forgot least (change of the losses elsewhere)", min))
+        first.append(_best(summary, "forgetting", "forgot least (rise of the losses elsewhere)", min))
     elif "retained" in summary["measures"]:
         first.append(_best(summary, "retained", "kept most (change of the scores elsewhere)", max))
     against = summary["against"].items()
@@ -103,29 +103,34 @@ def _written(figures: Mapping[str, Any], digits: int = 3) -> str:
     return f"{text}\u00a0±\u00a0{(figures['high'] - figures['low']) / 2:.{digits}f}"
 
 
-def _pareto(results: Results) -> str:
-    """Adaptation against retention, once by losses and once by scores."""
+def pareto(results: Results) -> list[str]:
+    """Plots of adaptation against retention: by losses and by scores, as far as there are any."""
     summary = results["summary"]
-    parts = []
-    ways = (
+    plots = []
+    for key, label in (
         ("forgetting", "rise of the losses elsewhere, nats (lower is better)"),
         ("retained", "change of the scores elsewhere (higher is better)"),
-    )
-    for key, label in ways:
+    ):
         if key not in summary["measures"]:
             continue
         pairs = {n: (estimate(f["loss"]), estimate(f[key])) for n, f in summary["arms"].items()}
         points = {n: (x, y) for n, (x, y) in pairs.items() if x is not None and y is not None}
         told = "; ".join(f"{n}: task loss {x.value:.3f}, {key} {y.value:.3f}" for n, (x, y) in points.items())
-        svg = scatter_plot(
-            points,
-            title="Adaptation against retention",
-            x_label="held-out task loss, nats per token (lower is better)",
-            y_label=label,
-            alt=f"Adaptation against retention: {told}.",
+        plots.append(
+            scatter_plot(
+                points,
+                title="Adaptation against retention",
+                x_label="held-out task loss, nats per token (lower is better)",
+                y_label=label,
+                alt=f"Adaptation against retention: {told}.",
+            )
         )
-        parts.append(figure(svg, "Means over seeds with 95 % intervals."))
-    return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
+    return plots
+
+
+def _pareto(results: Results) -> str:
+    figures = "".join(figure(svg, "Means over seeds with 95 % intervals.") for svg in pareto(results))
+    return f'<div class="figures">{figures}</div>' if figures else ""
 
 
 def _table(results: Results) -> str:
@@ -133,7 +138,7 @@ def _table(results: Results) -> str:
     keys = list(summary["measures"])
     rows = [["the model as it comes", *(_base(summary["measures"][key]) for key in keys)]]
     for name, figures in summary["arms"].items():
-        rows.append([name, *(_written(figures[key]) for key in keys)])
+        rows.append([name, *(_written(figures[key], 5 if key == "weights" else 3) for key in keys)])
     return _transposed([summary["measures"][k]["label"] for k in keys], rows, "Mean over seeds.")
 
 

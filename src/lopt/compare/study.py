@@ -18,8 +18,9 @@ import torch
 
 from lopt.compare.arms import Arm
 from lopt.compare.cell import Bench, measure_base, run_cell
-from lopt.compare.page import write_page
+from lopt.compare.page import pareto, write_page
 from lopt.compare.summary import summarise
+from lopt.plots import standalone
 from lopt.trainers.mixin import NonFiniteError
 
 
@@ -74,7 +75,7 @@ class Study:
             _write(path, mine)
 
     def write(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """`compare.json` and `report.html` from the cells on disk."""
+        """`compare.json`, `report.html` and `pareto.svg` from the cells on disk."""
         cells = [_read(self._path(arm, seed)) for arm, seed in self._cells()]
         results = {
             "title": "Comparison",
@@ -87,6 +88,8 @@ class Study:
         results["summary"] = summarise(results)
         _write(self.folder / "compare.json", results)
         write_page(results, self.folder / "report.html")
+        for svg in pareto(results)[:1]:
+            (self.folder / "pareto.svg").write_text(standalone(svg) + "\n", encoding="utf-8")
         return results
 
     def _cells(self) -> Iterator[tuple[Arm, int]]:

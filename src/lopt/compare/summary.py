@@ -16,6 +16,9 @@ from lopt.statistics import Estimate, mean_interval, paired_difference
 REFERENCES = ("e2e", "frozen")
 """Methods that every arm is compared with, if they are in the study."""
 
+ANSWERS = ", right answer"
+"""End of the names of losses of right answers."""
+
 COSTS = {
     "trained_parameters": "trained parameters",
     "head_parameters": "of heads, not saved",
@@ -69,12 +72,14 @@ def _measures(base: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> di
         ),
     }
     for key, item in base["items"].items():
-        label = key if item["metric"] == "loss" and "," in key else f"{key}, {item['metric']}"
+        metric = item["metric"].removesuffix(",none")
+        label = key if key.endswith(ANSWERS) else f"{key}, {metric}"
         made[key] = measure(label, item["kind"], item["higher_is_better"], mean(item["values"]))
-    kept = [item for item in base["items"].values() if item["kind"] == "retention"]
-    if any(item["metric"] == "loss" for item in kept):
-        made["forgetting"] = measure("forgetting: mean rise of the losses elsewhere", "retention", False, 0.0)
-    if any(item["metric"] != "loss" for item in kept):
+    losses, scores = _elsewhere(base)
+    if losses:
+        of = "the right answers" if losses[0].endswith(ANSWERS) else "the texts"
+        made["forgetting"] = measure(f"forgetting: mean rise of the losses of {of}", "retention", False, 0.0)
+    if scores:
         made["retained"] = measure("mean change of the scores elsewhere", "retention", True, 0.0)
     if cells and cells[0]["drift"]:
         made["drift"] = measure("drift: mean relative distance of hidden states", "drift", None, 0.0)
@@ -86,19 +91,21 @@ def _figures(cell: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, floa
     """One number per measure of one cell."""
     figures = dict(cell["adaptation"])
     figures |= {key: mean(item["values"]) for key, item in cell["items"].items()}
-    rises: dict[bool, list[float]] = {True: [], False: []}
-    for key, item in cell["items"].items():
-        if item["kind"] == "retention":
-            change = mean(item["values"]) - mean(base["items"][key]["values"])
-            rises[item["metric"] == "loss"].append(change)
-    if rises[True]:
-        figures["forgetting"] = mean(rises[True])
-    if rises[False]:
-        figures["retained"] = mean(rises[False])
+    for name, keys in zip(("forgetting", "retained"), _elsewhere(base), strict=True):
+        if keys:
+            figures[name] = mean(figures[key] - mean(base["items"][key]["values"]) for key in keys)
     if cell["drift"]:
         figures["drift"] = mean(layer["relative_l2"] for layer in cell["drift"]["layers"])
         figures["weights"] = cell["drift"]["weights"]["all"]
     return figures
+
+
+def _elsewhere(base: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Retention measures that are losses, of one unit (nats per token, else nats per answer), and scores."""
+    kept = {key: item for key, item in base["items"].items() if item["kind"] == "retention"}
+    losses = [key for key, item in kept.items() if item["metric"] == "loss"]
+    texts = [key for key in losses if not key.endswith(ANSWERS)]
+    return texts or losses, [key for key in kept if key not in losses]
 
 
 def _over_seeds(values: list[float]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from lopt.compare.summary import ANSWERS
 from lopt.drift import Reference
 from lopt.evaluation.loss import text_losses
 
@@ -82,7 +83,7 @@ def _outcomes(result: Any, kind: str) -> dict[str, dict[str, Any]]:
         losses = [answer_loss(sample) for sample in result.samples.get(name, ())]
         found = [loss for loss in losses if loss is not None]
         if found and len(found) == len(losses):
-            measures[f"{name}, right answer"] = _measure(kind, "loss", False, found)
+            measures[name + ANSWERS] = _measure(kind, "loss", False, found)
     return measures
 
 
