@@ -13,10 +13,9 @@ Local losses, `own` the input of block b, `base` what the unchanged model comput
     next    cross-entropy of E norm(h_b + g(h_b)) with the next token, in the answer; next_all: everywhere
     lens    next, but its head is warmed up to give what the unchanged model's last layer gives, and stays so
 
-First a gauge at no cost in steps: the gradient of each local loss on the unchanged model against that of the
-task through the whole depth. `share` is what an update by the sign of the local gradient, which is Adam's
-first, would take off the task loss, over what the sign of the task's own gradient would: 1 is end to
-end, 0 is a random direction, and below 0 it harms.
+The gauge is the gradient of each local loss on the unchanged model against the task's through the whole
+depth: their cosine, and what an update by the sign of the local gradient (Adam's first) would take off the
+task loss, as a share of what the sign of the task's own gradient would.
 
     python benchmarks/early_updates.py --model PATH --data_dir ../shared/data --gauge 4 \
         --seeds 0 1 --runs "frozen k=4" "library next_token k=4"
@@ -260,7 +259,7 @@ class Study:
         return self.tokens.loss(hidden[:, :-1][where], labels[where])
 
     def run(self, settings: dict, seed: int) -> dict:
-        """One run: the held-out losses after it, its training loss, local losses."""
+        """One run: the held-out losses after it, its training loss and local losses."""
         model, handle, warmup = self.start(settings, seed)
         rate = settings.get("rate", 1.0) * cold_start.LEARNING_RATE
         groups = handle.parameter_groups(rate, settings.get("early", 0.1) * rate)
@@ -279,10 +278,8 @@ class Study:
             local.append([round(x.item(), 4) for x in handle.local_losses()])
             print(f"  {len(losses)} {losses[-1]} {local[-1]}", flush=True)
         after = self.evaluate(model)
-        return dict(
-            settings=settings, seed=seed, after=after, loss=losses, head_warmup=warmup,
-            local=[local[0], local[-1]],
-        )  # fmt: skip
+        ends = [local[0], local[-1]]
+        return dict(settings=settings, seed=seed, after=after, loss=losses, head_warmup=warmup, local=ends)
 
     def times(self, names: list[str], pairs: int) -> dict[str, dict[str, float]]:
         """Median seconds of a step with the whole softmax, and over the first of `names`, taken in turns."""
