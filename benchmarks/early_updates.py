@@ -13,12 +13,12 @@ Local losses, `own` the input of block b, `base` what the unchanged model comput
     next    cross-entropy of E norm(h_b + g(h_b)) with the next token, in the answer; next_all: everywhere
     lens    next, but its head is warmed up to give what the unchanged model's last layer gives, and stays so
 
-First a gauge at no cost in steps: the gradient of each local loss on the unchanged model against that of the
-task through the whole depth. `share` is what an update by the sign of the local gradient, which is Adam's
-first, would take off the task loss, over what the sign of the task's own gradient would: 1 is end to
-end, 0 is a random direction, and below 0 it harms.
+The gauge is the gradient of each local loss on the unchanged model against the task's through the whole
+depth: their cosine, and what an update by the sign of the local gradient (Adam's first) would take off the
+task loss, as a share of what the sign of the task's own gradient would.
 
-    python benchmarks/early_updates.py --model PATH --data_dir ../shared/data
+    python benchmarks/early_updates.py --model PATH --data_dir ../shared/data --gauge 4 \
+        --seeds 0 1 --runs "frozen k=4" "library next_token k=4"
 """
 
 from __future__ import annotations
@@ -259,15 +259,14 @@ class Study:
         return self.tokens.loss(hidden[:, :-1][where], labels[where])
 
     def run(self, settings: dict, seed: int) -> dict:
-        """One run: the held-out losses after it, its training loss, local losses, seconds of a step."""
+        """One run: the held-out losses after it, its training loss and local losses."""
         model, handle, warmup = self.start(settings, seed)
         rate = settings.get("rate", 1.0) * cold_start.LEARNING_RATE
         groups = handle.parameter_groups(rate, settings.get("early", 0.1) * rate)
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], fused=True)
         schedule = get_cosine_schedule_with_warmup(optimizer, 3, self.args.schedule_steps)
-        losses, local, seconds = [], [], []
+        losses, local = [], []
         for batch in self.seeded(seed):
-            started = time.perf_counter()
             handle.batch = batch
             loss = self.task_loss(model, batch)
             loss.backward()
@@ -275,15 +274,12 @@ class Study:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            seconds.append(round(time.perf_counter() - started, 2))
             losses.append(round(loss.item(), 4))
             local.append([round(x.item(), 4) for x in handle.local_losses()])
-            print(f"  {len(losses)} {losses[-1]} {local[-1]} {seconds[-1]}s", flush=True)
+            print(f"  {len(losses)} {losses[-1]} {local[-1]}", flush=True)
         after = self.evaluate(model)
-        return dict(
-            settings=settings, seed=seed, after=after, loss=losses, head_warmup=warmup,
-            local=[local[0], local[-1]], seconds=median(seconds),
-        )  # fmt: skip
+        ends = [local[0], local[-1]]
+        return dict(settings=settings, seed=seed, after=after, loss=losses, head_warmup=warmup, local=ends)
 
     def times(self, names: list[str], pairs: int) -> dict[str, dict[str, float]]:
         """Median seconds of a step with the whole softmax, and over the first of `names`, taken in turns."""
@@ -343,7 +339,7 @@ def summarise(results: dict) -> None:
     by_name: dict[str, dict[int, dict]] = {}
     for key, result in results["runs"].items():
         by_name.setdefault(key.rpartition(" seed ")[0], {})[result["seed"]] = result
-    print(f"{'':28} {'seeds':>5}", *(f"{text:>18}" for text in TEXTS), f"{'s / step':>9}")
+    print(f"{'':28} {'seeds':>5}", *(f"{text:>18}" for text in TEXTS))
     print(f"{'before':28} {'':>5}", *(f"{results['before'][text]:18.4f}" for text in TEXTS))
     for name, seeds in by_name.items():
         local = "loss" in RUNS[name] or "aux_loss" in RUNS[name]
@@ -351,16 +347,20 @@ def summarise(results: dict) -> None:
         pairs = [(r["after"], reference[s]["after"]) for s, r in seeds.items() if s in reference]
         pairs = pairs or [(r["after"], dict.fromkeys(TEXTS, 0.0)) for r in seeds.values()]
         cells = [local_every.spread([a[text] - b[text] for a, b in pairs]) for text in TEXTS]
-        pace = median(r["seconds"] for r in seeds.values())
-        print(f"{name:28} {len(pairs):5}", *(f"{cell:>18}" for cell in cells), f"{pace:9.1f}")
+        print(f"{name:28} {len(pairs):5}", *(f"{cell:>18}" for cell in cells))
+    for name, took in results.get("times", {}).items():
+        print(f"{name:28} {took['seconds']} s a step, {took['ratio']} of the first")
 
 
 def main() -> None:
     parser = cold_start.flags(__doc__, "gsm8k/, arc_challenge/, hellaswag/")
-    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--runs", nargs="*", default=[], choices=list(RUNS), metavar="RUN")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--gauge", nargs="*", type=int, default=[], help="gauge local losses at these k")
-    parser.add_argument("--times", nargs="*", default=[], choices=list(RUNS), help="time these in turns")
+    parser.add_argument(
+        "--times", nargs="*", default=[], choices=list(RUNS), metavar="RUN", help="time these in turns"
+    )
+    parser.add_argument("--pairs", type=int, default=7, help="steps of each to time")
     parser.add_argument("--steps", type=int, default=20, help="the first has learning rate 0")
     parser.add_argument("--rows", type=int, default=32, help="held-out rows of each kind")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/early_updates.json"))
@@ -382,7 +382,7 @@ def main() -> None:
         known |= study.gauge(dict(num_blocks=k), new, study.seeded(0)[:4])
         keep()
     if args.times:
-        results["times"] = study.times(args.times, pairs=7)
+        results["times"] = study.times(args.times, args.pairs)
         keep()
     if todo and "before" not in results:
         results["before"] = study.evaluate(study.load())
@@ -390,7 +390,6 @@ def main() -> None:
     for name, seed in todo:
         print(name, "seed", seed, flush=True)
         results["runs"][f"{name} seed {seed}"] = study.run(RUNS[name], seed)
-        print(name, "seed", seed, results["runs"][f"{name} seed {seed}"]["after"], flush=True)
         keep()
         gc.collect()  # a model and its handle point at each other, and each is gigabytes
     summarise(results)

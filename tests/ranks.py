@@ -143,8 +143,11 @@ def config_of(method: str) -> LoPTConfig:
     if method == "e2e":
         return LoPTConfig(method="e2e")
     kind, k = method[:-1], int(method[-1])
-    staged = dict(schedule="block_major", offload="optimizer") if kind == "staged" else {}
-    return LoPTConfig(num_blocks=k, head_warmup_steps=3, lr_k1=1e-3, **staged)
+    settings: dict[str, dict[str, Any]] = {
+        "staged": dict(schedule="block_major", offload="optimizer"),
+        "next": dict(aux_loss="next_token"),
+    }
+    return LoPTConfig(num_blocks=k, head_warmup_steps=3, lr_k1=1e-3, **settings.get(kind, {}))
 
 
 def main() -> None:

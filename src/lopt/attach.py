@@ -1,7 +1,8 @@
 """Put boundaries on a live model: each block's backward runs inside the forward.
 
-Three kinds of hooks do it, and no forward is rewritten:
+Four kinds of hooks do it, and no forward is rewritten:
 
+- before the model: note the labels it is given, if any;
 - before the decoder: note which tokens are real, and what they are;
 - before a block's first layer: note the block's input;
 - after a block's last layer: compute the local loss, run its backward at once (which frees the

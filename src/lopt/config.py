@@ -126,6 +126,9 @@ class LoPTConfig:
             self.aux_loss in LR_K1_RATIO, "--aux_loss", self.aux_loss, "use one of " + ", ".join(LR_K1_RATIO)
         )
         _check(self.frozen_blocks >= 0, "--frozen_blocks", self.frozen_blocks, "use 0 or more")
+        if self.frozen_blocks:
+            _check(self.method == "lopt", "--frozen_blocks with --method", self.method,
+                   "the earlier blocks that learn are those of lopt; leave --frozen_blocks out")  # fmt: skip
         _check(_finite(self.lambda_aux), "--lambda_aux", self.lambda_aux, "use a finite number >= 0")
         if self.lr_k1 is not None:
             _check(_finite(self.lr_k1), "--lr_k1", self.lr_k1, "use a finite number >= 0")

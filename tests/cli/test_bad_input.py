@@ -30,6 +30,8 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
     "k = 0": ({"--num_blocks": 0}, "--num_blocks 0"),
     "boundaries out of order": ({"--block_boundaries": ["2", "1"]}, "--block_boundaries [2, 1]"),
     "boundary beyond the layers": ({"--block_boundaries": ["2", "4"]}, "--block_boundaries [2, 4]"),
+    "no block left to learn": ({"--frozen_blocks": 1}, "--method frozen"),
+    "frozen blocks, end to end": ({"--frozen_blocks": 1, "--method": "e2e"}, "leave --frozen_blocks out"),
     "never learning locally": ({"--local_every": 0}, "--local_every 0"),
     "block-major, global clipping": (
         {"--schedule": "block_major", "--clip": "global"},

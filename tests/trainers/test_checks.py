@@ -21,6 +21,10 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="needs FSDP2"):
         check_settings(args, LoPTConfig())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_settings(args, LoPTConfig())
+    with pytest.raises(ValueError, match="--aux_loss recon"):
+        check_settings(args, LoPTConfig(aux_loss="next_token"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="each would train alone"):
         check_settings(args, LoPTConfig())
