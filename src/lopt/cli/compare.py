@@ -203,7 +203,9 @@ def _setting(
             **bench.lora,
         },
         "data": {
-            "source": data_args.dataset_preset or data_args.dataset_name or data_args.train_file,
+            "source": data_args.dataset_preset
+            or data_args.dataset_name
+            or [Path(file).name for file in data_args.train_file or ()],
             "rows": [len(bench.train), fingerprint(bench.train)],
             "held_out": [len(bench.held_out), fingerprint(bench.held_out)],
         },
