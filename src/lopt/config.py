@@ -45,7 +45,8 @@ class LoPTConfig:
         default="recon",
         metadata={
             "help": "What every earlier block learns: 'recon' to reconstruct its own input, as published; "
-            "'next_token' to predict the next token, its head being a lens on the LM head."
+            "'next_token' to predict the next token, its head being a lens on the LM head; for blocks near "
+            "the top, as with --num_blocks 4 --frozen_blocks 2."
         },
     )
     frozen_blocks: int = field(
