@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -90,13 +90,15 @@ def _intervals(results: Results) -> str:
         return "One seed: there are no intervals, and differences may be noise."
     return (
         f"± is half of a 95 % Student-t interval over {count} seeds, which draw the order of the rows and "
-        "the heads. All arms saw the same rows in the same order for the same number of steps."
+        "the heads; it does not hold the noise of a benchmark's few items, which is further down. All arms "
+        "saw the same rows in the same order for the same number of steps."
     )
 
 
 def _written(figures: Mapping[str, Any], digits: int = 3) -> str:
     if figures["value"] is None:
         return "–"
+    digits = digits if abs(figures["value"]) < 10 else 1
     text = f"{figures['value']:.{digits}f}"
     if figures["low"] is None:
         return text
@@ -134,28 +136,24 @@ def _pareto(results: Results) -> str:
 
 
 def _table(results: Results) -> str:
+    """Every measure of every arm; one table per kind, or it would be too wide."""
     summary = results["summary"]
-    keys = list(summary["measures"])
-    rows = [["the model as it comes", *(_base(summary["measures"][key]) for key in keys)]]
-    for name, figures in summary["arms"].items():
-        rows.append([name, *(_written(figures[key], 5 if key == "weights" else 3) for key in keys)])
-    return _transposed([summary["measures"][k]["label"] for k in keys], rows, "Mean over seeds.")
+    tables = []
+    for kind in ("adaptation", "retention", "drift"):
+        keys = [key for key, measure in summary["measures"].items() if measure["kind"] == kind]
+        if not keys:
+            continue
+        rows = [["the model as it comes", *(_base(summary["measures"][key]) for key in keys)]]
+        for name, figures in summary["arms"].items():
+            rows.append([name, *(_written(figures[key], 5 if key == "weights" else 3) for key in keys)])
+        labels = [summary["measures"][key]["label"] for key in keys]
+        numeric = range(1, len(keys) + 1)
+        tables.append(table(["", *labels], rows, f"{kind.capitalize()}, mean over seeds.", numeric=numeric))
+    return "".join(tables)
 
 
 def _base(measure: Mapping[str, Any]) -> str:
     return "–" if measure["base"] is None else f"{measure['base']:.3f}"
-
-
-def _transposed(labels: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
-    """One row per measure and one column per arm, or the other way round where arms are many."""
-    rows = [list(row) for row in rows]
-    if len(rows) > 7:
-        return table(["", *labels], rows, caption, numeric=range(1, len(labels) + 1))
-    turned = [
-        [label, *column]
-        for label, column in zip(labels, zip(*(r[1:] for r in rows), strict=True), strict=True)
-    ]
-    return table(["", *(row[0] for row in rows)], turned, caption, numeric=range(1, len(rows) + 1))
 
 
 def _against(results: Results) -> str:
