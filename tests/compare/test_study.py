@@ -80,9 +80,8 @@ def test_the_models_kept_are_those_that_were_measured(study: Path) -> None:
     for path in study.glob("cells/lo*-seed0.json"):
         folder, found = study / "models" / path.stem, read(path)["items"]["text:other"]["values"]
         model = AutoModelForCausalLM.from_pretrained(folder)
-        assert text_losses(model, AutoTokenizer.from_pretrained(folder), TEXT) == pytest.approx(
-            found, abs=1e-5
-        )
+        again = text_losses(model, AutoTokenizer.from_pretrained(folder), TEXT)
+        assert [part.loss for part in again] == pytest.approx(found, abs=2e-5)
 
 
 def test_the_summary_is_what_the_cells_say(study: Path) -> None:
