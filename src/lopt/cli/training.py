@@ -48,17 +48,15 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, args: TrainingAr
     Returns:
         The checkpoint to go on from, if any.
     """
-    with args.main_process_first(desc="output folder and model"):
-        found = ""
-        if args.process_index == 0:  # a large checkpoint is read once
-            found = (
-                prepare_output(
-                    str(args.output_dir), resume=run_args.resume, overwrite=run_args.overwrite_output_dir
-                )
-                or ""
-            )
+    checkpoint = on_first_rank(  # a large checkpoint is read once
+        args,
+        lambda: prepare_output(
+            str(args.output_dir), resume=run_args.resume, overwrite=run_args.overwrite_output_dir
+        ),
+    )
+    with args.main_process_first(desc="model"):
         model_args.model_name_or_path = resolve_model(str(model_args.model_name_or_path))
-    return on_first_rank(args, lambda: found) or None
+    return checkpoint
 
 
 def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:

@@ -179,22 +179,23 @@ class WholeCheckpoints(Trainer):
         found = on_first_rank(
             self.args, lambda: find_checkpoint(folder, "auto" if wanted is True else wanted)
         )
-        self.proven.add(found)
+        self.proven.add(str(found))
         return found
 
 
-def on_first_rank(args: Any, function: Callable[[], str]) -> str:
-    """What `function` says on the first rank, or its `CheckpointError`, on all ranks."""
+def on_first_rank(args: Any, function: Callable[[], str | None]) -> str | None:
+    """What `function` says on the first rank, or the `ValueError` it raises there, on all ranks."""
     found: list[str | None] = [None, None]
+    error: ValueError | None = None
     if args.process_index == 0:
         try:
             found[0] = function()
-        except CheckpointError as error:
-            found[1] = str(error)
+        except ValueError as raised:
+            error, found[1] = raised, str(raised)
     if args.world_size > 1:
         broadcast_object_list(found)
-    if found[0] is None:
-        raise CheckpointError(found[1])
+    if found[1] is not None:
+        raise error or CheckpointError(found[1])
     return found[0]
 
 
