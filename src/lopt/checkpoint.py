@@ -171,9 +171,13 @@ def rotate(folder: str | Path, limit: int | None, newest: Path, best: str | None
             break
         keep.add(path.name)
     gone = [path for path in mine if path.name not in keep]
-    for path in gone:
-        (path / MANIFEST).unlink(missing_ok=True)  # killed in between, it is not taken for whole
-        shutil.rmtree(path)
+    for path in gone:  # without their names first: killed in between, none is half a checkpoint
+        aside = staging(folder, _ASIDE + path.name)
+        aside.parent.mkdir(exist_ok=True)
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+    if gone:
+        shutil.rmtree(Path(folder) / WRITING)
     return gone
 
 
