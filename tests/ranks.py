@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.stop import Stopped, obeying
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from lopt.trainers.retention import RetentionCallback
 
@@ -128,6 +130,42 @@ def resume(folder: Path, tokenizer: Any, sharded: bool) -> None:
     assert len(curves[0][0]) == 5 and curves[0] == curves[1] == [curves[0][0]] * RANKS
     for name, value in ends[0].items():
         assert torch.equal(value, ends[1][name]), name
+    stop(folder, tokenizer, sharded, ends[0])
+
+
+class SignalToTheLast(TrainerCallback):
+    """SIGTERM to the last rank alone, in step 3."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and RANK == RANKS - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop(folder: Path, tokenizer: Any, sharded: bool, end: dict[str, torch.Tensor]) -> None:
+    """All ranks stop when one is told to; resumed, the end is the same, and the saved model is that one."""
+    place, changes = folder / f"stop-{RANKS}-{sharded}", dict(max_steps=4, optim="adamw_torch")
+    for first in (True, False):
+        AcceleratorState._reset_state(reset_partial_state=False)
+        config = LoPTConfig(num_blocks=2, head_warmup_steps=3)
+        trainer = sft(place, config, tokenizer, sharded, rows=24, per_device_train_batch_size=8, **changes)
+        if not first:
+            trainer.train(resume_from_checkpoint=True)
+            break
+        trainer.add_callback(SignalToTheLast())
+        try:
+            with obeying():
+                trainer.train()
+        except Stopped as stopped:
+            assert "after step 3 of 4" in str(stopped), stopped
+        else:
+            raise AssertionError("nobody stopped")
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    saved = load_file(place / "model.safetensors")
+    whole = weights_of(trainer)
+    for name, value in end.items():
+        assert torch.equal(value, whole[name]), name
+        assert name.startswith("head.") or torch.equal(value, saved[name]), name
 
 
 def weights_of(trainer: Any) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from trl import TrlParser
 
 from lopt.data.files import SHUFFLE_BUFFER
 from lopt.data.presets import PRESETS
+from lopt.stop import seconds
 
 
 @dataclass
@@ -113,13 +114,29 @@ class TaskArguments:
 class RunArguments:
     """What to do with an output folder that holds a run already."""
 
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the newest checkpoint in --output_dir."}
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from the newest whole checkpoint in --output_dir (or --resume auto), or from the "
+            "checkpoint that is named."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Start anew in a folder that holds a run; its checkpoints are removed."},
     )
+
+    max_time: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so long, with a checkpoint: 90m, 2h, 1h30m or seconds. Goes on with --resume."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.limit = None if self.max_time is None else seconds(str(self.max_time))
+        word = str(self.resume).lower()  # a YAML file gives true or false
+        self.resume = {"true": "auto", "auto": "auto", "none": None, "false": None}.get(word, self.resume)
 
 
 @dataclass
@@ -164,10 +181,20 @@ def parse(command: str, groups: Sequence[Any], arguments: Sequence[str]) -> tupl
         ValueError: the YAML file is missing, broken or has unknown keys.
     """
     parser = TrlParser(groups, prog=f"lopt {command}")
-    arguments = list(arguments)
+    arguments = _resume_alone(list(arguments))
     if "--config" in arguments:
         _check_yaml(arguments)
     return parser.parse_args_and_config(arguments)
+
+
+def _resume_alone(arguments: list[str]) -> list[str]:
+    """`--resume` without a value means the newest."""
+    ends = [*arguments[1:], "--"]
+    pairs = zip(arguments, ends, strict=True)
+    return [
+        "--resume=auto" if flag == "--resume" and following.startswith("--") else flag
+        for flag, following in pairs
+    ]
 
 
 def _check_yaml(arguments: list[str]) -> None:

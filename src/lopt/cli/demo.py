@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     ):
         if value < 1:
             raise ValueError(f"{flag} {value} is not possible: use 1 or more")
-    prepare_output(args.output_dir, resume=False, overwrite=args.overwrite_output_dir)
+    prepare_output(args.output_dir, resume=None, overwrite=args.overwrite_output_dir)
 
     from lopt.demo import run_demo  # after the checks: this import takes seconds
 

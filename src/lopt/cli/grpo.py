@@ -16,6 +16,7 @@ from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
 from lopt.cli.training import check_run, prepare, run
 from lopt.config import LoPTConfig
+from lopt.stop import obeying
 from lopt.trainers import LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
 
@@ -26,15 +27,16 @@ def main(arguments: Sequence[str]) -> None:
     model_args, data_args, task_args, run_args, retention_args, config, args = parse(
         "grpo", (*groups, LoPTConfig, LoPTGRPOConfig), arguments
     )
-    check_task(task_args, data_args)
-    check(data_args, args)
-    check_run(model_args, config, args)
-    retention = check_retention(retention_args, config, args)
-    checkpoint = prepare(model_args, run_args, args)
-    rows = grpo_rows(model_args, data_args, task_args, args)
-    if model_args.model_revision is not None:  # what TRL loads the reference model with
-        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": model_args.model_revision}
-    run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, retention, reward_funcs=rows.rewards)
+    with obeying(run_args.limit):
+        check_task(task_args, data_args)
+        check(data_args, args)
+        check_run(model_args, config, args)
+        retention = check_retention(retention_args, config, args)
+        checkpoint = prepare(model_args, run_args, args)
+        rows = grpo_rows(model_args, data_args, task_args, args)
+        if model_args.model_revision is not None:  # what TRL loads the reference model with
+            args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": model_args.model_revision}
+        run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, retention, reward_funcs=rows.rewards)
 
 
 def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import lopt
+from lopt.stop import EXIT_STOPPED, Stopped
 
 # Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
 COMMANDS = {
@@ -53,6 +54,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
         where = "" if rank == "0" else f"[rank {rank}] "
         print(f"{where}lopt {command}: error: {message}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nlopt {command}: {stop}", file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         print(f"\nlopt {command}: interrupted", file=sys.stderr)
         return 130

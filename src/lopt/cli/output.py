@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+from lopt.checkpoint import WRITING, find_checkpoint
 
 _SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json", "results.json")
 
 
-def prepare_output(output_dir: str, *, resume: bool, overwrite: bool) -> str | None:
+def prepare_output(output_dir: str, *, resume: str | None, overwrite: bool) -> str | None:
     """Check `output_dir` before any work; returns the checkpoint to go on from, if any.
 
+    Args:
+        resume: `auto` for the newest whole checkpoint, or a checkpoint.
+
     Raises:
-        ValueError: it is not a writable folder, holds a run, or has nothing to resume.
+        ValueError: it is not a writable folder, holds a run, or has nothing whole to resume.
     """
     folder = Path(output_dir)
     if resume and overwrite:
@@ -25,12 +28,9 @@ def prepare_output(output_dir: str, *, resume: bool, overwrite: bool) -> str | N
         raise ValueError(f"--output_dir {folder} is a file: choose a folder")
     checkpoints = sorted(folder.glob("checkpoint-*")) if folder.exists() else []
     if resume:
-        last = get_last_checkpoint(str(folder)) if checkpoints else None
-        if last is None:
-            raise ValueError(
-                f"--resume: there is no checkpoint in {folder}: check --output_dir or leave --resume out"
-            )
-        return last
+        if folder.exists():
+            _check_writable(folder)
+        return find_checkpoint(str(folder), resume)
     if checkpoints or any((folder / name).exists() for name in _SIGNS_OF_A_RUN):
         if not overwrite:
             raise ValueError(
@@ -39,10 +39,21 @@ def prepare_output(output_dir: str, *, resume: bool, overwrite: bool) -> str | N
             )
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint)
+        shutil.rmtree(folder / WRITING, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output_dir {folder} cannot be written to: choose another folder")
+    _check_writable(folder)
     return None
+
+
+def _check_writable(folder: Path) -> None:
+    """By writing, which finds read-only disks that permissions do not show."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {folder} cannot be written to ({error.strerror}): choose another folder"
+        ) from error
 
 
 def prepare_report(output_dir: str, names: Sequence[str], *, overwrite: bool) -> Path:
@@ -60,6 +71,5 @@ def prepare_report(output_dir: str, names: Sequence[str], *, overwrite: bool) ->
             "choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output_dir {folder} cannot be written to: choose another folder")
+    _check_writable(folder)
     return folder

@@ -9,6 +9,7 @@ from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_rows, sft_rows
 from lopt.cli.training import check_model, check_run, prepare, run
 from lopt.config import LoPTConfig
+from lopt.stop import obeying
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
 
@@ -20,12 +21,13 @@ def main(arguments: Sequence[str]) -> None:
         (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig, LoPTSFTConfig),
         arguments,
     )
-    check(model_args, data_args, args)
-    check_run(model_args, config, args)
-    retention = check_retention(retention_args, config, args)
-    checkpoint = prepare(model_args, run_args, args)
-    rows = sft_rows(model_args, data_args, args)
-    run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, retention)
+    with obeying(run_args.limit):
+        check(model_args, data_args, args)
+        check_run(model_args, config, args)
+        retention = check_retention(retention_args, config, args)
+        checkpoint = prepare(model_args, run_args, args)
+        rows = sft_rows(model_args, data_args, args)
+        run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, retention)
 
 
 def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig) -> None:

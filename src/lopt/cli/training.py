@@ -11,12 +11,15 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from lopt.blocks import Blocks
+from lopt.checkpoint import write_text
 from lopt.cli.arguments import ModelArguments, RunArguments
 from lopt.cli.output import prepare_output
 from lopt.cli.retention import Retention, write_curves
 from lopt.config import LoPTConfig
 from lopt.models import load_model, resolve_model
+from lopt.stop import Stopped
 from lopt.trainers.checks import check_settings
+from lopt.trainers.saving import on_first_rank
 
 
 def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:
@@ -45,10 +48,13 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, args: TrainingAr
     Returns:
         The checkpoint to go on from, if any.
     """
-    with args.main_process_first(desc="output folder and model"):
-        checkpoint = prepare_output(
+    checkpoint = on_first_rank(  # a large checkpoint is read once
+        args,
+        lambda: prepare_output(
             str(args.output_dir), resume=run_args.resume, overwrite=run_args.overwrite_output_dir
-        )
+        ),
+    )
+    with args.main_process_first(desc="model"):
         model_args.model_name_or_path = resolve_model(str(model_args.model_name_or_path))
     return checkpoint
 
@@ -113,22 +119,31 @@ def run(
     watch = retention.callback(trainer) if retention is not None else None
     if watch is not None:
         trainer.add_callback(watch)
-    _train_and_save(trainer, checkpoint)
+    try:
+        _train_and_save(trainer, checkpoint)
+    except Stopped:
+        trainer.accelerator.end_training()
+        raise
     if watch is not None and trainer.is_world_process_zero():
         print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), watch.stopped))
 
 
 def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
+    if checkpoint is not None:
+        trainer.proven.add(checkpoint)  # every byte of it was read when it was chosen
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("train", result.metrics)
-    if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir))
-        (folder / "lopt_config.json").write_text(json.dumps(asdict(trainer.lopt.config), indent=2) + "\n")
+        write_text(folder / "lopt_config.json", json.dumps(asdict(trainer.lopt.config), indent=2) + "\n")
         print(f"The model is in {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+    if trainer.eval_dataset is not None:
+        try:
+            metrics = trainer.evaluate()
+        except Stopped as stop:
+            raise Stopped(f"stopped by {stop} in the last evaluation: the model is saved") from None
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_state()
     trainer.accelerator.end_training()

@@ -66,6 +66,7 @@ class BlockMajorSteps:
         norm = clip_block(trainer.lopt, block.index, trainer.args.max_grad_norm or math.inf)
         self.norms.append(norm)
         trainer.check_norms(torch.stack(self.norms))
+        trainer.partly_stepped = True
         trainer.bare_optimizer().step()  # only this block has gradients
         for parameter in trainer.lopt.block_parameters(block.index):
             parameter.grad = None
@@ -115,3 +116,4 @@ class BlockMajorSteps:
         loss = self._schedule.run_early(block, slot, forward)
         if loss is not None:
             trainer.log_losses({block.index: loss})
+        trainer.obey_noted()

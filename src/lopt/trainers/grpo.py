@@ -7,6 +7,7 @@ local losses belong to the training forward alone, over the real tokens of promp
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     _buffered_inputs: Any  # TRL's: the micro-batches of the current generation batch
     _generated: Any = None
     _generated_tokens: Tensor
+    _step: int  # TRL's: micro-batches so far
+    num_iterations: int
 
     def loss_share(self, tokens: int | None) -> float:
         """The part of the optimizer step that a micro-batch is, by tokens where those are known.
@@ -48,7 +51,37 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if self.offload is not None and self.offload.weights is not None:
             self.offload.weights.bring_in()
-        return super()._generate_and_score_completions(inputs)
+        self.obey()
+        made = super()._generate_and_score_completions(inputs)
+        self.obey()
+        return made
+
+    # Rollouts may serve several optimizer steps (--num_iterations, --steps_per_generation): those that
+    # are not used up belong to a checkpoint.
+
+    def own_state(self) -> Any:
+        """Where the trainer is in its rollouts, and those."""
+        return self._step, self._buffered_inputs
+
+    def set_own_state(self, state: Any) -> None:
+        """Take back what `own_state` gave."""
+        self._step, self._buffered_inputs = state
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            torch.save(self.own_state(), Path(output_dir) / self._rollouts)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint or "") / self._rollouts
+        if checkpoint is not None and path.is_file():
+            state = torch.load(path, weights_only=True, map_location=self.args.device)
+            self.set_own_state(state)
+
+    @property
+    def _rollouts(self) -> str:
+        return f"rollouts_{self.args.process_index}.pt"
 
     def real_tokens(self, inputs: Any) -> int | None:
         """Real tokens of prompts and completions."""

@@ -28,10 +28,13 @@ from lopt.config import LoPTConfig
 from lopt.distributed import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
 from lopt.offload import Offload
 from lopt.optim import clip_block, clip_gradients
+from lopt.stop import requested
 from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
 from lopt.trainers.labels import labels_only
 from lopt.trainers.optimizer import block_optimizer, optimizer_factory
+from lopt.trainers.saving import WholeCheckpoints
+from lopt.trainers.stopping import Stoppable
 from lopt.trainers.throughput import Throughput
 from lopt.trainers.travel import TravellingWeights
 
@@ -47,7 +50,7 @@ class NonFiniteError(ValueError):
     """A loss or gradient is not a finite number; raised before the optimizer step."""
 
 
-class LoPTMixin(TravellingWeights, Trainer):
+class LoPTMixin(Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
     """Goes in front of a TRL trainer class and takes one argument more, `lopt_config`.
 
     Attributes:
@@ -74,6 +77,7 @@ class LoPTMixin(TravellingWeights, Trainer):
         if isinstance(model, nn.Module):
             Blocks(model, config)
         self.weights_travel = config.offload == "block"
+        self.proven = set()
         super().__init__(model, *args, **kwargs)
         if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
             raise ValueError("FSDP needs GPUs, on CPUs accelerate would run DDP: leave FSDP out")
@@ -81,6 +85,7 @@ class LoPTMixin(TravellingWeights, Trainer):
             torch.manual_seed(self.args.seed)
             self.lopt: LoPT = attach(self.model, config)
         self.lopt.heads.to(self.args.device)
+        self.lopt.hooks.append(self.model.register_forward_pre_hook(self.before_forward))
         self.reduction: GradientReduction | None = None
         if dist.is_initialized() and self.lopt.heads:  # a launcher's single process is in DDP as well
             self.reduction = GradientReduction(self.lopt, is_last=self._is_last_micro_batch)
@@ -151,7 +156,8 @@ class LoPTMixin(TravellingWeights, Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """All micro-batches of one optimizer step; counts their real tokens on all ranks."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
+        get = super().get_batch_samples
+        batches, items = self.fetch(lambda: get(*args, **kwargs))
         if self.drop_repeated_rows(batches):
             items = self._get_num_items_in_batch(batches, self.args.device)
         tokens = [_real_tokens(batch) for batch in batches]
@@ -220,20 +226,25 @@ class LoPTMixin(TravellingWeights, Trainer):
         if self.reduction is not None:
             self.reduction.wait()
         self.log_losses(dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False)), loss, inputs)
+        self.obey_noted()
         return loss
 
     def log_losses(self, local: dict[int, Tensor], loss: Tensor | None = None, inputs: Any = None) -> None:
         """Note the local losses of a micro-batch by block (from 0); they and `loss` must be finite.
 
-        They are means over ranks by their shares, so that all of them see the same and stop together.
+        They are means over ranks by their shares, so that all of them see the same and stop together; whether
+        any rank was told to stop travels with them.
         """
         named = {f"the local loss of block {block + 1}": value for block, value in local.items()}
         if loss is not None:
             named["the loss"] = loss
         means = torch.stack([value.float() for value in named.values()])
+        told = requested() is not None
         if self.args.world_size > 1:
-            total = self.accelerator.reduce(torch.cat([means, means.new_ones(1)]) * self.share, "sum")
-            means = total[:-1] / total[-1]
+            own = torch.cat([means * self.share, means.new_tensor([self.share, float(told)])])
+            total = self.accelerator.reduce(own, "sum")
+            means, told = total[:-2] / total[-2], bool(total[-1])
+        self.note_stop(told)
         values = means.tolist()
         bad = [f"{n} is {v}" for n, v in zip(named, values, strict=True) if not math.isfinite(v)]
         if bad:
@@ -353,6 +364,9 @@ class _LoopHooks(TrainerCallback):
         if lopt.heads and lopt.config.head_warmup_steps and state.global_step == 0:
             self.trainer.warm_up_heads()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_epoch()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lopt: LoPT = self.trainer.lopt
         lopt.learns_locally = state.global_step % lopt.config.local_every == 0
@@ -365,6 +379,10 @@ class _LoopHooks(TrainerCallback):
         if self.trainer.block_major is not None:
             self.trainer.block_major.end_step()
         self.trainer.throughput.end_step()
+        self.trainer.begin_after("step")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_after("epoch")
 
 
 def _real_tokens(batch: Any) -> int | None:

@@ -63,13 +63,18 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         Rows of a packed batch lie in one line and cannot be told apart: there a few count twice.
         """
         state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not batches or not state.end_of_dataloader or state.remainder <= 0:
-            return False
         rows = self.args.per_device_train_batch_size
+        if self.args.world_size == 1 or not batches or not state.end_of_dataloader:
+            return False
+        # accelerate's own number (`remainder`) is missing in an epoch that a resumed run enters midway.
+        sized = not isinstance(self.train_dataset, IterableDataset) and not self.args.dataloader_drop_last
+        remainder = len(self.train_dataset) % (rows * self.args.world_size) if sized else 0
+        if not remainder:
+            return False
         last = batches[-1]
         if last["input_ids"].shape[0] != rows:
             return False
-        real = min(max(state.remainder - self.args.process_index * rows, 0), rows)
+        real = min(max(remainder - self.args.process_index * rows, 0), rows)
         if real == rows:
             return True
         # One row stays, so that this rank takes part in every collective operation.

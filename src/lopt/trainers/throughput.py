@@ -45,8 +45,9 @@ class Throughput:
 
     def end_step(self) -> None:
         """The optimizer has stepped."""
-        self._seconds += time.perf_counter() - self._started
-        self._steps += 1
+        if self._started:  # a resumed run may repeat what comes after a step, without the step
+            self._seconds += time.perf_counter() - self._started
+            self._steps += 1
 
     def count(self, tokens: int) -> None:
         """So many real tokens are trained on."""

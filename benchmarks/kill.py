@@ -1,0 +1,239 @@
+"""Kill trainings by SIGKILL at random moments, resume them until they are done, compare the final weights.
+
+    python benchmarks/kill.py --runs 50                  # of each kind, into benchmarks/results/kill.json
+    python benchmarks/kill.py --runs 6 --kinds eager --output /tmp/kill.json
+
+Each run is killed once or several times, at moments drawn uniformly over the time that a whole run takes, and
+saves a checkpoint after every step, so that many kills meet it while it writes. A run is a process forked off
+this one, which has imported everything already. Interrupted itself, the script goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.checkpoint import WRITING, checkpoints, choose, damage, recover, write_text
+from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
+from small_model import byte_tokenizer
+
+KINDS = ("eager", "block_major", "grpo", "ranks")
+RANKS = {"ranks": 2}
+STEPS = 3
+MOST_KILLS = 3
+RESULTS = Path(__file__).parent / "results" / "kill.json"
+
+
+def train(kind: str, folder: Path) -> None:
+    """One training, from the newest whole checkpoint in `folder` if there is one, to a saved model."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.2, pad_token_id=0,
+        )
+    )  # fmt: skip
+    staged = dict(schedule="block_major", offload="block") if kind == "block_major" else {}
+    common: dict[str, Any] = dict(
+        output_dir=str(folder), max_steps=STEPS, save_steps=1, save_total_limit=2, learning_rate=1e-2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, disable_tqdm=True, report_to="none",
+        use_cpu=True,
+    )  # fmt: skip
+    rest: dict[str, Any] = dict(
+        lopt_config=LoPTConfig(num_blocks=2, head_warmup_steps=2, **staged), processing_class=tokenizer
+    )
+    rows = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(12)]
+    trainer: Any
+    if kind == "grpo":
+        sizes = dict(num_generations=2, max_completion_length=4, steps_per_generation=2, num_iterations=2)
+        trainer = LoPTGRPOTrainer(
+            model, reward_funcs=_reward, args=LoPTGRPOConfig(**common, **sizes),
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]), **rest,
+        )  # fmt: skip
+    else:
+        trainer = LoPTSFTTrainer(
+            model, args=LoPTSFTConfig(**common), train_dataset=Dataset.from_list(rows), **rest
+        )
+    begun = trainer.accelerator.gather(torch.tensor([bool(checkpoints(folder))])).all()
+    trainer.train(resume_from_checkpoint=bool(begun))
+    trainer.save_model()
+
+
+def _reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text) % 7) for text in completions]
+
+
+def start(kind: str, folder: Path) -> list[int]:
+    """Fork a process per rank; returns their ids."""
+    recover(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks, started = RANKS.get(kind, 1), []
+    for rank in range(ranks):
+        child = os.fork()
+        if child:
+            started.append(child)
+            continue
+        if ranks > 1:
+            places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_PORT=port)
+            os.environ.update({k: str(v) for k, v in places.items()}, MASTER_ADDR="127.0.0.1")
+        log = os.open(folder / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = 1
+        try:
+            train(kind, folder)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return started
+
+
+def finish(processes: list[int], kill_after: float | None = None) -> list[int]:
+    """Wait for all, or kill all after so many seconds; returns their exit codes (-9 for the killed)."""
+    began, codes = time.monotonic(), dict.fromkeys(processes, 0)
+    waiting = set(processes)
+    while waiting:
+        for process in list(waiting):
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                codes[process] = os.waitstatus_to_exitcode(status)
+                waiting.remove(process)
+        if kill_after is not None and time.monotonic() - began >= kill_after:
+            for process in waiting:
+                os.kill(process, signal.SIGKILL)
+            kill_after = None
+        time.sleep(0.002)
+    return list(codes.values())
+
+
+def weights(folder: Path) -> str:
+    """SHA-256 of the final weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def whole_run(kind: str, folder: Path) -> tuple[str, float]:
+    """An uninterrupted run: its weights and the seconds it takes."""
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    codes = finish(start(kind, folder))
+    if any(codes):
+        raise RuntimeError(f"{kind}: the whole run failed\n{(folder / 'log-0.txt').read_text()}")
+    return weights(folder), time.monotonic() - began
+
+
+def killed_run(kind: str, folder: Path, duration: float, draw: random.Random) -> dict[str, Any]:
+    """One run, killed once to `MOST_KILLS` times and resumed until it is done."""
+    folder.mkdir(parents=True)
+    kills: list[dict[str, Any]] = []
+    wanted = draw.randint(1, MOST_KILLS)
+    while True:
+        after = draw.uniform(0, duration) if len(kills) < wanted else None
+        began = time.monotonic()
+        codes = finish(start(kind, folder), after)
+        if not any(codes) and not kills:  # it was faster than the kill: that does not count
+            duration = min(duration, time.monotonic() - began)
+            shutil.rmtree(folder)
+            folder.mkdir()
+            continue
+        if not any(codes):
+            return {"kills": kills, "weights": weights(folder)}
+        if -signal.SIGKILL not in codes:
+            return {"kills": kills, "weights": None, "error": (folder / "log-0.txt").read_text()[-2000:]}
+        kills.append({"after_seconds": round(after or 0, 3), **_disk(folder)})
+
+
+def _disk(folder: Path) -> dict[str, Any]:
+    """What a kill left."""
+    found = {path.name: damage(path) for path in checkpoints(folder)}
+    chosen = choose(folder).path
+    return {
+        "checkpoints": found,
+        "writing": (folder / WRITING).exists(),
+        "model": (folder / "config.json").exists(),
+        "chosen": chosen.name if chosen is not None else None,
+    }
+
+
+def run_kind(kind: str, runs: int, done: dict[str, Any], scratch: Path, save: Any) -> None:
+    """Add runs of one kind until there are so many."""
+    entry = done.setdefault(kind, {"runs": []})
+    entry["weights"], entry["seconds"] = whole_run(kind, scratch / f"{kind}-whole")
+    while len(entry["runs"]) < runs:
+        number = len(entry["runs"])
+        folder = scratch / f"{kind}-{number}"
+        result = killed_run(kind, folder, entry["seconds"], random.Random(f"{kind} {number}"))
+        result["identical"] = result["weights"] == entry["weights"]
+        entry["runs"].append(result)
+        shutil.rmtree(folder)
+        save()
+        print(
+            kind, number, len(result["kills"]), "kills,", "identical" if result["identical"] else "DIFFERENT"
+        )
+
+
+def summary(kinds: dict[str, Any]) -> dict[str, Any]:
+    """The counts that matter."""
+    runs = [run for entry in kinds.values() for run in entry["runs"]]
+    kills = [kill for run in runs for kill in run["kills"]]
+    return {
+        "runs": len(runs),
+        "identical": sum(run["identical"] for run in runs),
+        "kills": len(kills),
+        "kills_while_writing": sum(kill["writing"] for kill in kills),
+        "damaged_chosen": sum(
+            kill["chosen"] is not None and kill["checkpoints"][kill["chosen"]] is not None for kill in kills
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--runs", type=int, default=50, help="of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"kinds": {}}
+
+    def save() -> None:
+        results["summary"] = summary(results["kinds"])
+        results["versions"] = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
+        results["device"] = f"CPU, 1 thread ({platform.machine()})"
+        results["date"] = date.today().isoformat()
+        write_text(arguments.output, json.dumps(results, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind in arguments.kinds:
+            run_kind(kind, arguments.runs, results["kinds"], Path(scratch), save)
+    print(json.dumps(results["summary"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
