@@ -12,6 +12,7 @@ from lopt.cli.arguments import (
     TaskArguments,
     parse,
 )
+from lopt.cli.record import Record
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
 from lopt.cli.training import check_run, prepare, run
@@ -20,13 +21,15 @@ from lopt.stop import obeying
 from lopt.trainers import LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
 
+FLAGS = (
+    *(ModelArguments, DataArguments, TaskArguments, RunArguments, RetentionArguments),
+    *(LoPTConfig, LoPTGRPOConfig),
+)
+
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
-    groups = (ModelArguments, DataArguments, TaskArguments, RunArguments, RetentionArguments)
-    model_args, data_args, task_args, run_args, retention_args, config, args = parse(
-        "grpo", (*groups, LoPTConfig, LoPTGRPOConfig), arguments
-    )
+    model_args, data_args, task_args, run_args, retention_args, config, args = parse("grpo", FLAGS, arguments)
     with obeying(run_args.limit):
         check_task(task_args, data_args)
         check(data_args, args)
@@ -36,7 +39,9 @@ def main(arguments: Sequence[str]) -> None:
         rows = grpo_rows(model_args, data_args, task_args, args)
         if model_args.model_revision is not None:  # what TRL loads the reference model with
             args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": model_args.model_revision}
-        run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, retention, reward_funcs=rows.rewards)
+        record = Record.of("grpo", FLAGS, arguments)
+        rewards = {"reward_funcs": rows.rewards}
+        run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, record, retention, **rewards)
 
 
 def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:
