@@ -3,9 +3,10 @@
     python benchmarks/kill.py --runs 50                  # of each kind, into benchmarks/results/kill.json
     python benchmarks/kill.py --runs 6 --kinds eager --output /tmp/kill.json
 
-Each run is killed once or several times, at moments drawn uniformly over the time that a whole run takes, and
-saves a checkpoint after every step, so that many kills meet it while it writes. A run is a process forked off
-this one, which has imported everything already. Interrupted itself, the script goes on where it was.
+Each run is killed once or several times, at moments drawn uniformly over the time that a whole run takes
+(which is measured anew every ten runs), and saves a checkpoint after every step, so that many kills meet it
+while it writes. A run is a process forked off this one, which has imported everything already. Interrupted
+itself, the script goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -24,7 +24,6 @@ import tempfile
 import time
 import traceback
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.checkpoint import WRITING, checkpoints, choose, damage, recover
 from lopt.files import write_text
+from lopt.provenance import device, versions
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from small_model import byte_tokenizer
 
 KINDS = ("eager", "block_major", "grpo", "ranks")
 RANKS = {"ranks": 2}
-STEPS = 3
+STEPS = 8
+MEASURE_EVERY = 10
 MOST_KILLS = 3
 RESULTS = Path(__file__).parent / "results" / "kill.json"
 
 
-def train(kind: str, folder: Path) -> None:
+def train(kind: str, folder: Path, steps: int) -> None:
     """One training, from the newest whole checkpoint in `folder` if there is one, to a saved model."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
@@ -57,7 +58,7 @@ def train(kind: str, folder: Path) -> None:
     )  # fmt: skip
     staged = dict(schedule="block_major", offload="block") if kind == "block_major" else {}
     common: dict[str, Any] = dict(
-        output_dir=str(folder), max_steps=STEPS, save_steps=1, save_total_limit=2, learning_rate=1e-2,
+        output_dir=str(folder), max_steps=steps, save_steps=1, save_total_limit=2, learning_rate=1e-2,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, disable_tqdm=True, report_to="none",
         use_cpu=True,
     )  # fmt: skip
@@ -85,7 +86,7 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(text) % 7) for text in completions]
 
 
-def start(kind: str, folder: Path) -> list[int]:
+def start(kind: str, folder: Path, steps: int) -> list[int]:
     """Fork a process per rank; returns their ids."""
     recover(folder)
     with socket.socket() as free:
@@ -105,7 +106,7 @@ def start(kind: str, folder: Path) -> list[int]:
         os.dup2(log, 2)
         code = 1
         try:
-            train(kind, folder)
+            train(kind, folder, steps)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -138,17 +139,17 @@ def weights(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def whole_run(kind: str, folder: Path) -> tuple[str, float]:
+def whole_run(kind: str, folder: Path, steps: int) -> tuple[str, float]:
     """An uninterrupted run: its weights and the seconds it takes."""
     folder.mkdir(parents=True)
     began = time.monotonic()
-    codes = finish(start(kind, folder))
+    codes = finish(start(kind, folder, steps))
     if any(codes):
         raise RuntimeError(f"{kind}: the whole run failed\n{(folder / 'log-0.txt').read_text()}")
     return weights(folder), time.monotonic() - began
 
 
-def killed_run(kind: str, folder: Path, duration: float, draw: random.Random) -> dict[str, Any]:
+def killed_run(kind: str, folder: Path, steps: int, duration: float, draw: random.Random) -> dict[str, Any]:
     """One run, killed once to `MOST_KILLS` times and resumed until it is done."""
     folder.mkdir(parents=True)
     kills: list[dict[str, Any]] = []
@@ -156,7 +157,7 @@ def killed_run(kind: str, folder: Path, duration: float, draw: random.Random) ->
     while True:
         after = draw.uniform(0, duration) if len(kills) < wanted else None
         began = time.monotonic()
-        codes = finish(start(kind, folder), after)
+        codes = finish(start(kind, folder, steps), after)
         if not any(codes) and not kills:  # it was faster than the kill: that does not count
             duration = min(duration, time.monotonic() - began)
             shutil.rmtree(folder)
@@ -181,21 +182,24 @@ def _disk(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_kind(kind: str, runs: int, done: dict[str, Any], scratch: Path, save: Any) -> None:
+def run_kind(kind: str, runs: int, steps: int, done: dict[str, Any], scratch: Path, save: Any) -> None:
     """Add runs of one kind until there are so many."""
-    entry = done.setdefault(kind, {"runs": []})
-    entry["weights"], entry["seconds"] = whole_run(kind, scratch / f"{kind}-whole")
-    while len(entry["runs"]) < runs:
-        number = len(entry["runs"])
-        folder = scratch / f"{kind}-{number}"
-        result = killed_run(kind, folder, entry["seconds"], random.Random(f"{kind} {number}"))
+    entry = done.setdefault(kind, {"steps": steps, "runs": []})
+    if entry["steps"] != steps:
+        raise ValueError(f"the results are of {entry['steps']} steps: choose another --output")
+    while (number := len(entry["runs"])) < runs:
+        if number % MEASURE_EVERY == 0 or "weights" not in entry:
+            whole, entry["seconds"] = whole_run(kind, scratch / f"{kind}-whole-{number}", steps)
+            if whole != entry.setdefault("weights", whole):
+                raise RuntimeError(f"{kind}: two whole runs differ")
+        folder, draw = scratch / f"{kind}-{number}", random.Random(f"{kind} {number}")
+        result = killed_run(kind, folder, steps, entry["seconds"], draw)
         result["identical"] = result["weights"] == entry["weights"]
         entry["runs"].append(result)
         shutil.rmtree(folder)
         save()
-        print(
-            kind, number, len(result["kills"]), "kills,", "identical" if result["identical"] else "DIFFERENT"
-        )
+        end = "identical" if result["identical"] else "DIFFERENT"
+        print(kind, number, len(result["kills"]), "kills,", end, flush=True)
 
 
 def summary(kinds: dict[str, Any]) -> dict[str, Any]:
@@ -206,6 +210,7 @@ def summary(kinds: dict[str, Any]) -> dict[str, Any]:
         "runs": len(runs),
         "identical": sum(run["identical"] for run in runs),
         "kills": len(kills),
+        "kills_before_the_first_checkpoint": sum(kill["chosen"] is None for kill in kills),
         "kills_while_writing": sum(kill["writing"] for kill in kills),
         "damaged_chosen": sum(
             kill["chosen"] is not None and kill["checkpoints"][kill["chosen"]] is not None for kill in kills
@@ -216,6 +221,7 @@ def summary(kinds: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=int, default=50, help="of each kind")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps, and checkpoints, of a run")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -225,14 +231,14 @@ def main() -> None:
 
     def save() -> None:
         results["summary"] = summary(results["kinds"])
-        results["versions"] = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
-        results["device"] = f"CPU, 1 thread ({platform.machine()})"
+        results["versions"] = versions(("torch", "transformers", "trl", "accelerate"))
+        results["device"] = device()
         results["date"] = date.today().isoformat()
         write_text(arguments.output, json.dumps(results, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as scratch:
         for kind in arguments.kinds:
-            run_kind(kind, arguments.runs, results["kinds"], Path(scratch), save)
+            run_kind(kind, arguments.runs, arguments.steps, results["kinds"], Path(scratch), save)
     print(json.dumps(results["summary"], indent=2))
 
 

@@ -21,7 +21,7 @@ def run(script: str, output: Path, *flags: str) -> dict[str, Any]:
 
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
-    result = run("kill.py", tmp_path / "kill.json", "--runs", str(RUNS), "--kinds", "eager")
+    result = run("kill.py", tmp_path / "kill.json", "--runs", str(RUNS), "--steps", "3", "--kinds", "eager")
     assert result["summary"]["runs"] == result["summary"]["identical"] == RUNS, result
     assert result["summary"]["kills"] >= RUNS and not result["summary"]["damaged_chosen"]
     assert not any(

@@ -64,6 +64,7 @@ def test_all_arms_see_the_same_rows_and_only_their_parameters_move(study: Path) 
     frozen, e2e = cells["frozen k=2", 0], cells["e2e", 0]
     assert frozen["blocks"] == [[0, 2], [2, 4]] and e2e["blocks"] == [[0, 4]]
     assert frozen["drift"]["weights"]["layer 1"] == 0 < frozen["drift"]["weights"]["layer 2"]
+    assert frozen["drift"]["weights"]["block 1"] == 0 < frozen["drift"]["weights"]["block 2"]
     assert frozen["drift"]["layers"][2]["relative_l2"] == 0  # after layer 1
     assert e2e["drift"]["layers"][0]["relative_l2"] > 0
     cost = {name: results["summary"]["cost"][name] for name in results["arms"]}

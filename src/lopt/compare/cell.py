@@ -106,7 +106,7 @@ def run_cell(bench: Bench, arm: Arm, seed: int, folder: Path, name: str) -> dict
     seconds = time.perf_counter() - started
     cost = _cost(trainer, flops) | {"train_seconds": seconds}
     adaptation = _held_out(trainer)
-    model = _plain(trainer)
+    model, starts = _plain(trainer), [block.start for block in trainer.lopt.blocks[1:]]
     result = {
         "arm": arm.name,
         "seed": seed,
@@ -115,7 +115,7 @@ def run_cell(bench: Bench, arm: Arm, seed: int, folder: Path, name: str) -> dict
         "blocks": [[block.start, block.stop] for block in trainer.lopt.blocks],
         "adaptation": adaptation,
         "items": bench.yardsticks.items(model),
-        "drift": bench.yardsticks.drift(model),
+        "drift": bench.yardsticks.drift(model, starts),
         "cost": cost,
         "curve": _curve(trainer),
     }

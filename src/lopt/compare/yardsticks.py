@@ -45,9 +45,15 @@ class Yardsticks:
         if self.drift_texts:
             self._reference = Reference.of(base, self.tokenizer, self.drift_texts, tokens=DRIFT_TOKENS)
 
-    def drift(self, model: nn.Module) -> dict[str, Any]:
-        """How far hidden states and weights have moved from the base model."""
-        return {} if self._reference is None else self._reference.drift(model).to_dict()
+    def drift(self, model: nn.Module, boundaries: Sequence[int]) -> dict[str, Any]:
+        """How far hidden states, and the weights of each block, have moved from the base model.
+
+        Args:
+            boundaries: layers (from 0) at which blocks 2..k start.
+        """
+        if self._reference is None:
+            return {}
+        return self._reference.drift(model, boundaries=boundaries).to_dict()
 
     def items(self, model: Any) -> dict[str, dict[str, Any]]:
         """Outcomes of every item by measure: `metric`, `higher_is_better`, `kind` and `values`.
