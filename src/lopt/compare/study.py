@@ -21,7 +21,8 @@ from lopt.compare.cell import Bench, measure_base, run_cell
 from lopt.compare.page import pareto, write_page
 from lopt.compare.summary import summarise
 from lopt.plots import standalone
-from lopt.trainers.mixin import NonFiniteError
+from lopt.trainers.guards import NonFiniteError
+from lopt.trainers.trouble import OutOfMemory
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Study:
         except NonFiniteError as error:  # an outcome of this arm, not of the study
             print(f"{arm.name}, seed {seed} failed: {error}", flush=True)
             return {"arm": arm.name, "seed": seed, "failed": str(error)} | _where()
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, OutOfMemory) as error:
             raise ValueError(
                 f"{arm.name} does not fit into the device's memory: leave it out of --methods, lower "
                 "--per_device_train_batch_size or --max_length, or ask `lopt plan --fit` what would; "
