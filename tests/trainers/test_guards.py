@@ -190,7 +190,6 @@ def test_a_learning_rate_that_diverges(make: Make, caplog: pytest.LogCaptureFixt
         assert len(told) == len(rows) == (choice == "warn")
         ends[choice] = weights_of(trainer)
         if told:
-            print(told)
             assert "the local loss of block 1 diverges: its mean is" in told[0]
             assert "a lower --lr_k1 (it is 0.3)" in told[0] and "--on_divergence stop" in told[0]
             assert rows[0]["step"] < 30
@@ -211,7 +210,7 @@ def test_a_learning_rate_that_diverges(make: Make, caplog: pytest.LogCaptureFixt
 def test_boundaries_that_collapse(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     """All tokens get the same embedding: there is nothing to tell them apart."""
     trainer = make(
-        config=dict(lr_k1=0.0, head_warmup_steps=20), max_steps=110, logging_steps=10, learning_rate=0.0,
+        config=dict(lr_k1=0.0, head_warmup_steps=20), max_steps=60, logging_steps=10, learning_rate=0.0,
         per_device_train_batch_size=1, gradient_accumulation_steps=1,
     )  # fmt: skip
     embedding = trainer.model.get_input_embeddings().weight
@@ -223,7 +222,6 @@ def test_boundaries_that_collapse(make: Make, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING, "lopt"):
         trainer.train()
     told = "\n".join(record.getMessage() for record in caplog.records)
-    print(told)
     assert "the hidden states behind block 1 collapse: their spread over tokens is" in told
     assert "the head of block 1 reconstructs no better than a constant would" in told
     rows = [row["spread/block_1"] for row in trainer.state.log_history if "spread/block_1" in row]
@@ -239,8 +237,12 @@ def allocate(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["eager", "block_major"])
-def test_out_of_memory_in_training(make: Make, tmp_path: Path, schedule: str) -> None:
+def test_out_of_memory_in_training(
+    make: Make, tmp_path: Path, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make(config=dict(num_blocks=2, schedule=schedule), save_strategy="steps", save_steps=2)
+    if schedule == "block_major":
+        monkeypatch.setattr("lopt.trainers.trouble.Planner", lambda *_: {}["unknown"])
     layer = trainer.lopt.blocks.last_layer(trainer.lopt.blocks[1])
     trainer.add_callback(At("on_step_begin", 2, lambda: layer.register_forward_pre_hook(allocate) and None))
     with pytest.raises(OutOfMemory) as error:
@@ -250,11 +252,15 @@ def test_out_of_memory_in_training(make: Make, tmp_path: Path, schedule: str) ->
     assert "were in use (weights " in text and "optimizer state " in text
     assert "checkpoint-2 is whole, --resume goes on from there" in text
     same = "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 (the same run otherwise, "
-    assert f"By `lopt plan` this would fit: {same}" in text and "--offload" not in text
+    if schedule == "eager":
+        assert f"By `lopt plan` this would fit: {same}" in text and "--offload" not in text
+    else:
+        assert text.endswith("more --num_blocks")
     assert damage(checkpoints(tmp_path / "out")[-1]) is None
 
 
 def test_out_of_memory_elsewhere(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lopt.trainers.trouble._proposals", lambda attempt: [])
     trainer = make(eval_strategy="steps", eval_steps=1)
     trainer.add_callback(At("on_prediction_step", 1, allocate))
     with pytest.raises(
@@ -267,7 +273,6 @@ def test_out_of_memory_elsewhere(make: Make, monkeypatch: pytest.MonkeyPatch) ->
         trainer.train()
     trainer = make()
     trainer.add_callback(At("on_pre_optimizer_step", 0, allocate))
-    monkeypatch.setattr("lopt.trainers.trouble.Planner", lambda *_: {}["an architecture it cannot plan"])
     with pytest.raises(
         OutOfMemory, match=r"in step 1, the optimizer's step: .* What helps: a smaller --per_device"
     ):
@@ -280,15 +285,16 @@ def test_out_of_memory_in_a_command(
     tiny_folder: Path, sums_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setattr("lopt.cli.training.load_model", lambda *_, **__: allocate())
+    monkeypatch.setattr("lopt.trainers.trouble._proposals", lambda run: [f"--num_blocks 4 ({run.tokens})"])
     flags = ["--model_name_or_path", tiny_folder, "--train_file", sums_file, "--output_dir", tmp_path / "out"]
     assert main(["sft", *map(str, flags)]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
     assert line.startswith(f"lopt sft: error: out of memory in loading {tiny_folder}: the machine has")
-    assert "By `lopt plan` this would fit: --per_device_train_batch_size 4 " in line
+    assert "By `lopt plan` this would fit: --num_blocks 4 " in line
 
 
 class Collator:
-    """Something happens in the worker's eighth batch, which is fetched in step 3."""
+    """Something happens in the worker's eighth batch, which is made ahead in step 2."""
 
     def __init__(self, collate: Any, what: Callable[[], None]) -> None:
         self.collate, self.what, self.calls = collate, what, 0
@@ -309,17 +315,20 @@ def fail() -> None:
     [
         (
             lambda: os.kill(os.getpid(), signal.SIGKILL),
-            r"worker \(process \d+\) was killed \(Killed\): .*/dev/shm",
+            r"worker( \(process \d+\) was killed \(Killed\)| exited): .*/dev/shm",
         ),
         (fail, "data-loader worker 0 failed with KeyError: 'completion'; --dataloader_num_workers 0"),
-        (lambda: os._exit(1), r"worker \(process \d+\) exited"),
     ],
 )
 def test_a_worker_that_dies(make: Make, tmp_path: Path, what: Callable[[], None], words: str) -> None:
     trainer = make(dataloader_num_workers=1, save_strategy="steps", save_steps=1)
     trainer.data_collator = Collator(trainer.data_collator, what)
-    with pytest.raises(WorkerDied, match=words + ".*; checkpoint-[23] is whole, --resume goes on") as error:
+    with pytest.raises(WorkerDied, match=words + ".*; checkpoint-[12] is whole, --resume goes on") as error:
         trainer.train()
     assert "\n" not in str(error.value)
     assert damage(checkpoints(tmp_path / "out")[-1]) is None
+    told = worker_trouble(
+        RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly. Details are lost")
+    )
+    assert told is not None and told.startswith("a data-loader worker (process 12, 13) exited: most likely")
     assert worker_trouble(RuntimeError("shape")) is None

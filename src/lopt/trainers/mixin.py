@@ -233,7 +233,7 @@ class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer
             figures = self.throughput.report()
             figures["tokens_per_second"] = self._sum(figures["tokens_per_second"])
             logs.update(figures)
-            if self.lopt.heads:
+            if self.lopt.heads and self.args.learning_rate:
                 early = self.lopt.config.early_learning_rate(self.args.learning_rate)
                 logs["learning_rate_k1"] = logs["learning_rate"] * early / self.args.learning_rate
         super().log(logs, *args, **kwargs)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from traceback import clear_frames
+from traceback import clear_frames, walk_tb
 from typing import Any
 
 import psutil
@@ -75,11 +75,14 @@ def told_in(phase: str, device: torch.device, attempt: Callable[[], Attempt]) ->
 def worker_trouble(error: BaseException) -> str | None:
     """What happened to a data-loader worker, in words; None if the error is about something else."""
     text = str(error)
-    if killed := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.+)", text):
+    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and _in_data_loader(error):
+        text = "DataLoader worker (pid ?) exited"  # in the midst of handing a batch over
+    if killed := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ?]+)\) (.+)", text):
         signal = re.search(r"killed by signal: ([^.]+)", killed[2])
         how = f"was killed ({signal[1].strip()})" if signal else "exited"
+        process = "" if killed[1] == "?" else f" (process {killed[1]})"
         return (
-            f"a data-loader worker (process {killed[1]}) {how}: most likely host memory or shared memory "
+            f"a data-loader worker{process} {how}: most likely host memory or shared memory "
             "(/dev/shm) ran out; lower --dataloader_num_workers, 0 loads in the training process"
         )
     if caught := re.search(r"Caught (\w+) in DataLoader worker process (\d+)", text):
@@ -89,6 +92,10 @@ def worker_trouble(error: BaseException) -> str | None:
             "LOPT_DEBUG=1 show where"
         )
     return None
+
+
+def _in_data_loader(error: BaseException) -> bool:
+    return any(frame.f_code.co_name == "_try_get_data" for frame, _ in walk_tb(error.__traceback__))
 
 
 # -- what was in use ---------------------------------------------------------------------------------

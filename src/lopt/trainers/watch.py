@@ -112,7 +112,7 @@ class LocalWatch:
         found = []
         for block, share in unexplained.items():
             trend = self._unexplained.setdefault(block, Trend(SETTLED))
-            trend.add(share, step)
+            trend.add(min(share, 10.0), step)  # a target without variance makes it endless
             if trend.count >= SETTLED and trend.mean >= UNEXPLAINED:
                 text = (
                     f"the head of block {block + 1} reconstructs no better than a constant would: its local "
@@ -121,13 +121,15 @@ class LocalWatch:
                 found.append(Trouble(block, "unexplained", trend.mean, text))
         for block, value in spread.items():
             trend = self._spread.setdefault(block, Trend(SETTLED))
-            trend.add(value, step)
-            if trend.count >= SETTLED and trend.mean < SPREAD * trend.first:
+            # Geometric as well, and from below: one look at odd rows is not enough.
+            least = trend.first + math.log(SPREAD**2) if trend.count else -math.inf
+            trend.add(max(math.log(max(value, 1e-30)), least), step)
+            if trend.count >= SETTLED and trend.mean < trend.first + math.log(SPREAD):
                 text = (
                     f"the hidden states behind block {block + 1} collapse: their spread over tokens is "
-                    f"{trend.mean:.3g}, at the start it was {trend.first:.3g}"
+                    f"{value:.3g}, at the start it was {math.exp(trend.first):.3g}"
                 )
-                found.append(Trouble(block, "spread", trend.mean, text))
+                found.append(Trouble(block, "spread", value, text))
         return found
 
     def first_time(self, trouble: Trouble) -> bool:
