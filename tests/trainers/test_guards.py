@@ -70,8 +70,10 @@ def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
 # -- numbers that are not finite ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["eager", "block_major"])
-@pytest.mark.parametrize("kind", ["local loss", "loss", "gradient"])
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [("eager", "local loss"), ("eager", "gradient"), ("block_major", "loss"), ("block_major", "gradient")],
+)
 def test_not_finite_stops_before_a_block_is_stepped(
     make: Make, tmp_path: Path, schedule: str, kind: str
 ) -> None:
@@ -176,7 +178,7 @@ def test_figures_of_a_boundary() -> None:
 
 def test_a_learning_rate_that_diverges(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     wild: dict[str, Any] = dict(
-        config=dict(lr_k1=0.3), max_steps=30, per_device_train_batch_size=8, gradient_accumulation_steps=1
+        config=dict(lr_k1=0.3), max_steps=12, per_device_train_batch_size=8, gradient_accumulation_steps=1
     )
     ends = {}
     for choice in ("warn", "ignore"):
@@ -184,7 +186,7 @@ def test_a_learning_rate_that_diverges(make: Make, caplog: pytest.LogCaptureFixt
         trainer = make(on_divergence=choice, **wild)
         with caplog.at_level(logging.WARNING, "lopt"):
             trainer.train()
-        assert trainer.state.global_step == 30
+        assert trainer.state.global_step == 12
         told = [r.getMessage() for r in caplog.records if "diverges" in r.getMessage()]
         rows = [r for r in trainer.state.log_history if "guard/local_loss_rise/block_1" in r]
         assert len(told) == len(rows) == (choice == "warn")
@@ -192,7 +194,7 @@ def test_a_learning_rate_that_diverges(make: Make, caplog: pytest.LogCaptureFixt
         if told:
             assert "the local loss of block 1 diverges: its mean is" in told[0]
             assert "a lower --lr_k1 (it is 0.3)" in told[0] and "--on_divergence stop" in told[0]
-            assert rows[0]["step"] < 30
+            assert rows[0]["step"] < 12
     assert all(torch.equal(value, ends["ignore"][name]) for name, value in ends["warn"].items())
     trainer = make(on_divergence="stop", save_strategy="steps", save_steps=1, **wild)
     with pytest.raises(DivergedError, match=r"block 1 diverges.*; stopped, checkpoint-\d+ is whole") as error:
@@ -210,7 +212,7 @@ def test_a_learning_rate_that_diverges(make: Make, caplog: pytest.LogCaptureFixt
 def test_boundaries_that_collapse(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     """All tokens get the same embedding: there is nothing to tell them apart."""
     trainer = make(
-        config=dict(lr_k1=0.0, head_warmup_steps=20), max_steps=60, logging_steps=10, learning_rate=0.0,
+        config=dict(lr_k1=0.0, head_warmup_steps=20), max_steps=45, logging_steps=10, learning_rate=0.0,
         per_device_train_batch_size=1, gradient_accumulation_steps=1,
     )  # fmt: skip
     embedding = trainer.model.get_input_embeddings().weight
@@ -315,7 +317,7 @@ def fail() -> None:
     [
         (
             lambda: os.kill(os.getpid(), signal.SIGKILL),
-            r"worker( \(process \d+\) was killed \(Killed\)| exited): .*/dev/shm",
+            r"worker( \(process \d+\))? (was killed \(Killed\)|exited): .*/dev/shm",
         ),
         (fail, "data-loader worker 0 failed with KeyError: 'completion'; --dataloader_num_workers 0"),
     ],
@@ -327,8 +329,6 @@ def test_a_worker_that_dies(make: Make, tmp_path: Path, what: Callable[[], None]
         trainer.train()
     assert "\n" not in str(error.value)
     assert damage(checkpoints(tmp_path / "out")[-1]) is None
-    told = worker_trouble(
-        RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly. Details are lost")
-    )
+    told = worker_trouble(RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly. See above"))
     assert told is not None and told.startswith("a data-loader worker (process 12, 13) exited: most likely")
     assert worker_trouble(RuntimeError("shape")) is None

@@ -324,7 +324,8 @@ class Guarded(Stoppable):
         return f"out of {full} in {self._phase()}: {used}; {kept}{helps}"
 
     def _attempt(self) -> Attempt:
-        widths = [width(batch) for batch in self._batches]
+        rollouts = getattr(self, "_buffered_inputs", None) or []  # GRPO's micro-batches
+        widths = [width(batch) for batch in [*self._batches, *rollouts]]
         longest = max((w for w in widths if w), default=getattr(self.args, "max_length", None))
         weight = next(self.model.parameters())
         config: Any = self.accelerator.unwrap_model(self.model).config

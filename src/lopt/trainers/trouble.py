@@ -132,7 +132,7 @@ def in_use(device: torch.device, model: Any = None, optimizer: Any = None) -> st
         free, used = free_host_memory(), psutil.Process().memory_info().rss
         where = f"the machine has {format_bytes(free + used)} for this process"
     if parts:
-        parts["activations and all else"] = max(0, used - sum(parts.values()))
+        parts["activations and libraries"] = max(0, used - sum(parts.values()))
     told = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
     return f"{where}, {format_bytes(used)} were in use" + (f" ({told})" if told else "")
 
