@@ -32,6 +32,7 @@ from lopt.trainers.trouble import (
     OutOfMemory,
     WorkerDied,
     advice,
+    forget_children,
     in_use,
     is_out_of_memory,
     where,
@@ -300,6 +301,7 @@ class Guarded(Stoppable):
         except Exception as error:  # a worker's error keeps its type, whatever that is; all else goes on
             worker = worker_trouble(error)
             if worker is not None:
+                forget_children()
                 raise WorkerDied(f"{self._phase()}: {worker}; {self.on_disk()}") from error
             if not is_out_of_memory(error):
                 raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,8 +80,8 @@ def worker_trouble(error: BaseException) -> str | None:
     if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and _in_data_loader(error):
         text = "DataLoader worker (pid ?) exited"  # in the midst of handing a batch over
     if killed := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ?]+)\) (.+)", text):
-        signal = re.search(r"killed by signal: ([^.]+)", killed[2])
-        how = f"was killed ({signal[1].strip()})" if signal else "exited"
+        by = re.search(r"killed by signal: ([^.]+)", killed[2])
+        how = f"was killed ({by[1].strip()})" if by else "exited"
         process = "" if killed[1] == "?" else f" (process {killed[1]})"
         return (
             f"a data-loader worker{process} {how}: most likely host memory or shared memory "
@@ -92,6 +94,12 @@ def worker_trouble(error: BaseException) -> str | None:
             "LOPT_DEBUG=1 show where"
         )
     return None
+
+
+def forget_children() -> None:
+    """No more errors about workers: torch's handler of SIGCHLD would raise again, whatever runs by then."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _in_data_loader(error: BaseException) -> bool:
