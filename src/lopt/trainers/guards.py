@@ -265,7 +265,10 @@ class Guarded(Stoppable):
             found += self.watch.look(step - 1, *by_kind)
         new = [trouble for trouble in found if self.watch.first_time(trouble)]
         if found and self._on_divergence == "stop":
-            raise DivergedError(f"{self._advice(step, found)}; stopped, {self.on_disk()}")
+            raise DivergedError(
+                f"{self._advice(step, found)}; stopped, {self.on_disk()} (with the learning rates it has: to "
+                "lower them, start again)"
+            )
         if new:
             self._warn(step, new)
 
