@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.stop import Stopped, obeying
+from lopt.trainers import NonFiniteError
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from lopt.trainers.retention import RetentionCallback
 
@@ -168,6 +169,28 @@ def stop(folder: Path, tokenizer: Any, sharded: bool, end: dict[str, torch.Tenso
         assert name.startswith("head.") or torch.equal(value, saved[name]), name
 
 
+def guard(folder: Path, tokenizer: Any, sharded: bool) -> None:
+    """A loss that is not finite on the last rank alone stops all of them, who all know whose rows it was."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    trainer = sft(
+        folder / "guard", LoPTConfig(num_blocks=2, head_warmup_steps=3), tokenizer, sharded, rows=24
+    )
+
+    def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        bad = RANK == RANKS - 1 and trainer.state.global_step == 2
+        return output * float("nan") if bad else output
+
+    trainer.lopt.blocks.last_layer(trainer.lopt.blocks[-1]).register_forward_hook(spoil)
+    try:
+        trainer.train()
+    except NonFiniteError as error:
+        where = f"(rank {RANKS - 1}: rows " if RANKS > 1 else "(rows "
+        assert "step 3, batch 1 of 1: the loss is nan " + where in str(error), error
+        assert "rank 0: " not in str(error) and trainer.state.global_step == 2, error
+    else:
+        raise AssertionError("nobody stopped")
+
+
 def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
     """Whole weights of model and heads."""
     whole = {
@@ -198,6 +221,7 @@ def main() -> None:
         GradientState._reset_state()
         if case == "resume":
             resume(Path(folder), tokenizer, mode == "fsdp2")
+            guard(Path(folder), tokenizer, mode == "fsdp2")
             (Path(folder) / f"resume.{mode}").touch()
             continue
         name, method = case.split("-")

@@ -65,6 +65,9 @@ class LoPT:
         only: index of the one block that a forward is for (`lopt.schedule`); None for all.
         learns_locally: whether earlier blocks learn in the next forward. If not, they run without
             gradients, as on the steps between those of `config.local_every`, which trainers count.
+        at: index of the block that a training forward is at, or was at last; None before the first.
+        look: called with the index of an earlier block that learns, its output, its input (B, T, H) and the
+            mask (B, T) or None, before its local loss.
         after_local_backward: called with the index of an earlier block when its gradients of this
             forward are complete; `lopt.distributed` averages them over ranks there.
     """
@@ -78,6 +81,8 @@ class LoPT:
         self.loss_scale = 1.0
         self.only: int | None = None
         self.learns_locally = True
+        self.at: int | None = None
+        self.look: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None
         self.after_local_backward: Callable[[int], None] | None = None
         self._device: torch.device | None = None
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -274,7 +279,7 @@ class LoPT:
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._active():
             return
-        self._losses = [None] * len(self.heads)
+        self._losses, self.at = [None] * len(self.heads), self.only or 0
         if not self.learns_locally and self._observe is None:
             self._resting = True
             torch.set_grad_enabled(False)
@@ -310,12 +315,14 @@ class LoPT:
             return None
         if block.index in self.learning:
             self._learn(block, hidden)
-        free = hidden.detach()
+        free, self.at = hidden.detach(), block.index + 1
         return (free, *output[1:]) if isinstance(output, tuple) else free
 
     def _learn(self, block: Block, hidden: Tensor) -> None:
         """The block's own objective and its whole backward; its graph is gone afterwards."""
         assert self._target is not None
+        if self.look is not None:
+            self.look(block.index, hidden.detach(), self._target, self._rows.mask)
         guess = self.heads[block.index](hidden)
         loss = self._objective.loss(guess, hidden, self._target, self._rows)
         self._losses[block.index] = loss.detach()

@@ -31,7 +31,10 @@ def fit(planner: Planner, blocks: Iterable[int], limit: int, tflops: float, band
         ValueError: none fits; says which comes closest and what would help.
     """
     room = limit - (RESERVE if planner.run.device == "cuda" else 0)
-    plans = [planner.plan(setting) for k in blocks for setting in candidates(k)]
+    settings = [setting for k in blocks for setting in candidates(k)]
+    if planner.run.device == "cpu":  # there host and device are one memory
+        settings = [setting for setting in settings if setting.offload == "none"]
+    plans = [planner.plan(setting) for setting in settings]
     fitting = [plan for plan in plans if plan.total <= room]
     if not fitting:
         least = min(plans, key=lambda plan: plan.total)

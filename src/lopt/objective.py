@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,46 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor | None)
     # `where`, not a product: whatever a padded position holds, even NaN, must not count.
     error = torch.where(mask.bool()[..., None], error, error.new_zeros(()))
     return error.square().sum() / (mask.bool().sum().clamp(min=1) * error.shape[-1])
+
+
+@torch.no_grad()
+def token_variance(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Variance over real tokens of `hidden` (B, T, H), mean of the channels, in float32.
+
+    It is the reconstruction loss of the best constant, so that loss / variance is the unexplained share.
+    """
+    count = _count(hidden, mask)
+    mean = torch.stack([row.sum(0) for row, _ in _row_by_row(hidden, mask)]).sum(0) / count
+    errors = [
+        torch.where(keep, row - mean, row.new_zeros(())).square().sum()
+        for row, keep in _row_by_row(hidden, mask)
+    ]
+    return torch.stack(errors).sum() / (count * hidden.shape[-1])
+
+
+@torch.no_grad()
+def token_spread(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """`1 − ‖mean of h/‖h‖‖²` over real tokens of `hidden` (B, T, H), in float32.
+
+    0 if all tokens point the same way, near 1 if they point everywhere; sizes do not matter, so a few tokens
+    with huge states weigh no more than others.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    units = [
+        (row / row.norm(dim=-1, keepdim=True).clamp(min=tiny)).sum(0) for row, _ in _row_by_row(hidden, mask)
+    ]
+    return 1 - (torch.stack(units).sum(0) / _count(hidden, mask)).square().sum()
+
+
+def _count(hidden: Tensor, mask: Tensor | None) -> Tensor | int:
+    return hidden.shape[0] * hidden.shape[1] if mask is None else mask.bool().sum().clamp(min=1)
+
+
+def _row_by_row(hidden: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each row (T, H) in float32, zero where padded, and where it is real (T, 1): little memory at a time."""
+    for index, row in enumerate(hidden):
+        real = torch.ones_like(row[:, :1], dtype=torch.bool) if mask is None else mask[index, :, None].bool()
+        yield torch.where(real, row.float(), 0.0), real
 
 
 @dataclass(frozen=True)

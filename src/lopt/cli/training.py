@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from lopt.blocks import Blocks
@@ -18,9 +19,11 @@ from lopt.cli.retention import Retention, write_curves
 from lopt.config import LoPTConfig
 from lopt.files import write_text
 from lopt.models import load_model, resolve_model
+from lopt.shapes import model_config
 from lopt.stop import Stopped
 from lopt.trainers.checks import check_settings
 from lopt.trainers.saving import on_first_rank
+from lopt.trainers.trouble import Attempt, told_in
 
 
 def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:
@@ -75,6 +78,14 @@ def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrain
     return model
 
 
+def _attempt(model_args: ModelArguments, config: LoPTConfig, args: Any) -> Attempt:
+    """What the planner is asked about when the model does not fit."""
+    shape = model_config(str(model_args.model_name_or_path), model_args.model_revision)
+    named: Any = {"auto": shape.dtype or "float32"}.get(model_args.param_dtype, model_args.param_dtype)
+    dtype = named if isinstance(named, torch.dtype) else getattr(torch, named)
+    return Attempt(shape, args, config, getattr(args, "max_length", None), dtype, args.device)
+
+
 def _adapters(model_args: ModelArguments, config: LoPTConfig) -> Any:
     """The adapters of --method lora, None for other methods."""
     if config.method != "lora":
@@ -109,16 +120,18 @@ def run(
         retention: what is measured on the way.
         more: arguments of this trainer only.
     """
-    trainer = trainer_class(
-        _load(model_args, config, args),
-        args=args,
-        lopt_config=config,
-        train_dataset=rows.train,
-        eval_dataset=rows.held_out,
-        processing_class=rows.tokenizer,
-        peft_config=_adapters(model_args, config),
-        **more,
-    )
+    name = str(model_args.model_name_or_path)
+    with told_in(f"loading {name}", args.device, lambda: _attempt(model_args, config, args)):
+        trainer = trainer_class(
+            _load(model_args, config, args),
+            args=args,
+            lopt_config=config,
+            train_dataset=rows.train,
+            eval_dataset=rows.held_out,
+            processing_class=rows.tokenizer,
+            peft_config=_adapters(model_args, config),
+            **more,
+        )
     watch = retention.callback(trainer) if retention is not None else None
     if watch is not None:
         trainer.add_callback(watch)

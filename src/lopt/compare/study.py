@@ -20,7 +20,8 @@ from lopt.compare.summary import summarise
 from lopt.files import write_text
 from lopt.plots import standalone
 from lopt.provenance import device, versions
-from lopt.trainers.mixin import NonFiniteError
+from lopt.trainers.guards import NonFiniteError
+from lopt.trainers.trouble import OutOfMemory
 
 
 @dataclass
@@ -109,7 +110,7 @@ class Study:
         except NonFiniteError as error:  # an outcome of this arm, not of the study
             print(f"{arm.name}, seed {seed} failed: {error}", flush=True)
             return {"arm": arm.name, "seed": seed, "failed": str(error)} | _where()
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, OutOfMemory) as error:
             raise ValueError(
                 f"{arm.name} does not fit into the device's memory: leave it out of --methods, lower "
                 "--per_device_train_batch_size or --max_length, or ask `lopt plan --fit` what would; "

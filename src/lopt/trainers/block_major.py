@@ -26,10 +26,12 @@ class BlockMajorSteps:
     Attributes:
         norms: gradient norms of the earlier blocks in this optimizer step, before clipping; empty
             where they rest.
+        stepped: the blocks that have been stepped in this optimizer step.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.norms: list[Tensor] = []
+        self.stepped: list[int] = []
         self._trainer = trainer
         self._schedule = BlockMajor(trainer.lopt, trainer.offload)
         self._ready = False
@@ -38,7 +40,8 @@ class BlockMajorSteps:
 
     def begin_step(self) -> None:
         """A new optimizer step: forget the last one."""
-        self.norms, self._prepared, self._slot, self._ready = [], [], None, False
+        self.norms, self.stepped = [], []
+        self._prepared, self._slot, self._ready = [], None, False
 
     def end_step(self) -> None:
         """The last block has been stepped as well."""
@@ -56,6 +59,7 @@ class BlockMajorSteps:
             if trainer.lopt.learns_locally:
                 self._step(block)
             self._schedule.leave(block)
+        trainer.micro_batch = 1
         self._schedule.enter(trainer.lopt.blocks[-1])
         self._ready = True
 
@@ -67,7 +71,10 @@ class BlockMajorSteps:
         self.norms.append(norm)
         trainer.check_norms(torch.stack(self.norms))
         trainer.partly_stepped = True
+        trainer.doing = "optimizer"
         trainer.bare_optimizer().step()  # only this block has gradients
+        trainer.doing = "step"
+        self.stepped.append(block.index)
         for parameter in trainer.lopt.block_parameters(block.index):
             parameter.grad = None
 
@@ -106,7 +113,7 @@ class BlockMajorSteps:
     def _run(self, block: Block, slot: int, items: Any) -> None:
         trainer = self._trainer
         inputs, trainer.lopt.loss_scale, trainer.share = self._prepared[slot]
-        self._slot = slot
+        self._slot, trainer.micro_batch = slot, slot + 1
 
         def forward() -> None:
             copy = dict(inputs)  # some losses take things out of it
@@ -115,5 +122,5 @@ class BlockMajorSteps:
 
         loss = self._schedule.run_early(block, slot, forward)
         if loss is not None:
-            trainer.log_losses({block.index: loss})
+            trainer.log_losses({block.index: loss}, inputs=inputs)
         trainer.obey_noted()

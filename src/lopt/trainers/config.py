@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers.training_args import OptimizerNames
@@ -58,8 +58,32 @@ class _Defaults(TrainingArguments):
         default="float32",
         metadata={"help": "Dtype of the optimizer's state between steps: float32 or bfloat16 (half of it)."},
     )
+    on_divergence: Literal["warn", "stop", "ignore"] = field(
+        default="warn",
+        metadata={
+            "help": "What follows when a local loss rises far above its lowest or a boundary collapses: "
+            "'warn' once, 'stop' with exit code 2, or 'ignore'."
+        },
+    )
+    divergence_factor: float = field(
+        default=3.0,
+        metadata={"help": "A local loss diverges if its mean is more than so many times its lowest mean."},
+    )
+    divergence_steps: int = field(
+        default=50, metadata={"help": "Optimizer steps that this mean is over, about."}
+    )
 
     def __post_init__(self) -> None:
+        if self.on_divergence not in ("warn", "stop", "ignore"):
+            raise ValueError(
+                f"--on_divergence {self.on_divergence} is not possible: use warn, stop or ignore"
+            )
+        if not 1 < self.divergence_factor < float("inf"):
+            raise ValueError(
+                f"--divergence_factor {self.divergence_factor} is not possible: use a number above 1"
+            )
+        if self.divergence_steps < 1:
+            raise ValueError(f"--divergence_steps {self.divergence_steps} is not possible: use 1 or more")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         # Said aloud, or several processes on CPUs would each train alone without a word.

@@ -52,7 +52,8 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         if self.offload is not None and self.offload.weights is not None:
             self.offload.weights.bring_in()
         self.obey()
-        made = super()._generate_and_score_completions(inputs)
+        with self.phase("generation"):
+            made = super()._generate_and_score_completions(inputs)
         self.obey()
         return made
 

@@ -28,9 +28,10 @@ from lopt.config import LoPTConfig
 from lopt.distributed import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
 from lopt.offload import Offload
 from lopt.optim import clip_block, clip_gradients
-from lopt.stop import requested
+from lopt.trainers.batches import real_tokens, size
 from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
+from lopt.trainers.guards import Guarded
 from lopt.trainers.labels import labels_only
 from lopt.trainers.optimizer import block_optimizer, optimizer_factory
 from lopt.trainers.saving import WholeCheckpoints
@@ -46,11 +47,7 @@ else:
 HEADS_NAME = "reconstruction_heads.safetensors"
 
 
-class NonFiniteError(ValueError):
-    """A loss or gradient is not a finite number; raised before the optimizer step."""
-
-
-class LoPTMixin(Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
+class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
     """Goes in front of a TRL trainer class and takes one argument more, `lopt_config`.
 
     Attributes:
@@ -146,21 +143,16 @@ class LoPTMixin(Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
                 self._metrics["train"][f"grad_share/block_{block}"].append(value)
         return total
 
-    def check_norms(self, norms: Tensor) -> None:
-        """Stop before the step at a gradient that is not finite; a float16 scaler skips such a step."""
-        values = norms.tolist()
-        if not all(map(math.isfinite, values)) and not self.args.fp16:
-            raise NonFiniteError(self._where(f"the gradient norms of the blocks are {values}"))
-
     # -- one micro-batch -------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """All micro-batches of one optimizer step; counts their real tokens on all ranks."""
         get = super().get_batch_samples
+        self.doing = "data"
         batches, items = self.fetch(lambda: get(*args, **kwargs))
         if self.drop_repeated_rows(batches):
             items = self._get_num_items_in_batch(batches, self.args.device)
-        tokens = [_real_tokens(batch) for batch in batches]
+        tokens = [real_tokens(batch) for batch in batches]
         if None not in tokens:
             self._step_tokens = int(self._sum(sum(t for t in tokens if t is not None)))
         self.micro_batch = 0
@@ -189,7 +181,7 @@ class LoPTMixin(Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
 
     def real_tokens(self, inputs: Any) -> int | None:
         """Real tokens of a prepared micro-batch; None if it is not made of token rows."""
-        return _real_tokens(inputs)
+        return real_tokens(inputs)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         if self.block_major is not None and self.model.training:
@@ -219,7 +211,7 @@ class LoPTMixin(Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward with the local backwards inside, then the task backward of the last block."""
         self.micro_batch += 1
-        with self.throughput.micro_batch(_size(inputs), self.model, self.optimizer):
+        with self.throughput.micro_batch(size(inputs), self.model, self.optimizer):
             if self.block_major is not None and self.micro_batch == 1:
                 self.block_major.run_early_blocks(self._batches, num_items_in_batch)
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -229,42 +221,11 @@ class LoPTMixin(Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
         self.obey_noted()
         return loss
 
-    def log_losses(self, local: dict[int, Tensor], loss: Tensor | None = None, inputs: Any = None) -> None:
-        """Note the local losses of a micro-batch by block (from 0); they and `loss` must be finite.
-
-        They are means over ranks by their shares, so that all of them see the same and stop together; whether
-        any rank was told to stop travels with them.
-        """
-        named = {f"the local loss of block {block + 1}": value for block, value in local.items()}
-        if loss is not None:
-            named["the loss"] = loss
-        means = torch.stack([value.float() for value in named.values()])
-        told = requested() is not None
-        if self.args.world_size > 1:
-            own = torch.cat([means * self.share, means.new_tensor([self.share, float(told)])])
-            total = self.accelerator.reduce(own, "sum")
-            means, told = total[:-2] / total[-2], bool(total[-1])
-        self.note_stop(told)
-        values = means.tolist()
-        bad = [f"{n} is {v}" for n, v in zip(named, values, strict=True) if not math.isfinite(v)]
-        if bad:
-            raise NonFiniteError(self._where("; ".join(bad), inputs))
-        for block, value in zip(local, values, strict=False):
-            self._metrics["train"][f"local_loss/block_{block + 1}"].append(value)
-
     def _sum(self, value: float) -> float:
         """Sum over ranks."""
         if self.args.world_size == 1:
             return value
         return self.accelerator.reduce(torch.tensor(value, device=self.args.device), "sum").item()
-
-    def _where(self, what: str, inputs: Any = None) -> str:
-        count = self.current_gradient_accumulation_steps
-        text = f"step {self.state.global_step + 1}, batch {self.micro_batch} of {count}: {what}"
-        if isinstance(inputs, Mapping) and "input_ids" in inputs:
-            first = self.processing_class.decode(inputs["input_ids"][0], skip_special_tokens=True)
-            text += f" (the batch starts with {first[:60]!r})"
-        return text + "; stopped before the optimizer step. Look at that batch or lower --learning_rate"
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds tokens per second, peak memory and the earlier blocks' rate to a training log."""
@@ -272,7 +233,7 @@ class LoPTMixin(Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
             figures = self.throughput.report()
             figures["tokens_per_second"] = self._sum(figures["tokens_per_second"])
             logs.update(figures)
-            if self.lopt.heads:
+            if self.lopt.heads and self.args.learning_rate:
                 early = self.lopt.config.early_learning_rate(self.args.learning_rate)
                 logs["learning_rate_k1"] = logs["learning_rate"] * early / self.args.learning_rate
         super().log(logs, *args, **kwargs)
@@ -308,12 +269,15 @@ class LoPTMixin(Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
             def show(step: int, losses: list[float]) -> None:
                 bar.update()
                 bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses))
+                self.check_warm_up(step, losses)
 
-            with torch.random.fork_rng(), self.compute_loss_context_manager():
+            with torch.random.fork_rng(), self.compute_loss_context_manager(), self.phase("head warm-up"):
                 history = self.lopt.warm_up_heads(self.head_warm_up_batches(), progress=show)
         if self.reduction is not None:
             self.reduction.broadcast_heads()
         self.head_warmup_history = history
+        if self.watch is not None:
+            self.watch.start(self.lopt.learning, history)
         ends = [
             f"block {b + 1}: {a:.3g} → {z:.3g}"
             for b, a, z in zip(self.lopt.learning, history[0], history[-1], strict=True)
@@ -371,6 +335,10 @@ class _LoopHooks(TrainerCallback):
         lopt: LoPT = self.trainer.lopt
         lopt.learns_locally = state.global_step % lopt.config.local_every == 0
         self.trainer.throughput.begin_step()
+        self.trainer.begin_guarded_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.doing = "optimizer"
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.lopt.heads.zero_grad()
@@ -380,21 +348,7 @@ class _LoopHooks(TrainerCallback):
             self.trainer.block_major.end_step()
         self.trainer.throughput.end_step()
         self.trainer.begin_after("step")
+        self.trainer.end_guarded_step()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_after("epoch")
-
-
-def _real_tokens(batch: Any) -> int | None:
-    """Real tokens of the rows that have a label; None if the batch is not made of token rows."""
-    if not isinstance(batch, Mapping):
-        return None
-    if "attention_mask" in batch:
-        mask, labels = batch["attention_mask"], batch.get("labels")
-        return int((mask if labels is None else mask[(labels != -100).any(-1)]).sum())
-    return batch["input_ids"].numel() if "input_ids" in batch else None
-
-
-def _size(batch: Any) -> int:
-    """Tokens of a micro-batch, padding included; 0 if it is not made of token rows."""
-    return batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else 0

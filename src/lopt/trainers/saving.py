@@ -131,9 +131,15 @@ class WholeCheckpoints(Trainer):
                 raise
             if self.args.should_save:
                 shutil.rmtree(final.parent / WRITING, ignore_errors=True)
-            good = [path.name for path in checkpoints(final.parent) if str(path) in self.proven]
-            rest = f"{good[-1]} is whole, --resume goes on from there" if good else "there is no earlier one"
-            raise CheckpointError(f"{final} cannot be written: {why}; {rest}") from error
+            raise CheckpointError(f"{final} cannot be written: {why}; {self.on_disk()}") from error
+
+    def on_disk(self) -> str:
+        """The newest checkpoint that this run knows to be whole, in words."""
+        proven = {Path(path).resolve() for path in self.proven}
+        good = [path.name for path in checkpoints(str(self.args.output_dir)) if path.resolve() in proven]
+        if not good:
+            return "there is no earlier checkpoint"
+        return f"{good[-1]} is whole, --resume goes on from there"
 
     # -- the model -------------------------------------------------------------------------------
 

@@ -1,0 +1,73 @@
+"""What a batch is made of: its tokens, its width, the rows that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset
+
+SHOWN = 60  # characters of a row's text
+
+
+def real_tokens(batch: Any) -> int | None:
+    """Real tokens of the rows that have a label; None if the batch is not made of token rows."""
+    if not isinstance(batch, Mapping):
+        return None
+    if "attention_mask" in batch:
+        mask, labels = batch["attention_mask"], batch.get("labels")
+        return int((mask if labels is None else mask[(labels != -100).any(-1)]).sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else None
+
+
+def size(batch: Any) -> int:
+    """Tokens of a micro-batch, padding included; 0 if it is not made of token rows."""
+    return batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else 0
+
+
+def width(batch: Any) -> int | None:
+    """Tokens of the longest row of a batch, padding included; None if it is not made of token rows."""
+    if not isinstance(batch, Mapping):
+        return None
+    names = ("input_ids",) if "input_ids" in batch else ("prompt_ids", "completion_ids")
+    return sum(batch[name].shape[1] for name in names if name in batch) or None
+
+
+def told_rows(dataset: Any, tokenizer: Any, batches: Iterable[Any]) -> str:
+    """The rows of `batches` in words: their numbers in `dataset` if it has them, and how the first begins."""
+    rows = [ids for batch in batches for ids in _token_rows(batch)]
+    if not rows:
+        return ""
+    numbers = row_numbers(dataset, rows)
+    text = tokenizer.decode(rows[0], skip_special_tokens=True)[:SHOWN]
+    if not numbers:
+        return f"the first row starts with {text!r}"
+    listed = ", ".join(map(str, numbers[:16])) + (" and more" if len(numbers) > 16 else "")
+    return f"rows {listed} of the {len(dataset):,} that were prepared, from 0; the first starts with {text!r}"
+
+
+def row_numbers(dataset: Any, rows: Iterable[list[int]]) -> list[int]:
+    """Where in a tokenized data set `rows` are, from 0; empty for a stream and for rows that were packed."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return []
+    wanted = {tuple(row) for row in rows}
+    lengths = {len(row) for row in wanted}
+    found, start = [], 0
+    for table in dataset.with_format("arrow").iter(1000):
+        column = table["input_ids"]
+        for place, length in enumerate(pc.list_value_length(column).to_pylist()):
+            if length in lengths and tuple(column[place].as_py()) in wanted:
+                found.append(start + place)
+        start += len(column)
+    return found
+
+
+def _token_rows(batch: Any) -> list[list[int]]:
+    """The rows of a batch without their padding."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return []
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None or mask.shape != ids.shape:
+        return ids.tolist()
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
