@@ -39,8 +39,8 @@ SAMPLES = 3
 
 def run_demo(args: DemoArguments) -> dict[str, Any]:
     """Measure, train, measure again, save `results.json`, `report.html` and the model."""
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    model = load_model(args.model, trust_remote_code=args.trust_remote_code)
     train, held_out = train_and_held_out(args.task, args.steps * args.batch_size, args.held_out, args.seed)
     print(
         f"{args.model} learns {args.task} by {args.method}: {args.steps} steps of {args.batch_size} "

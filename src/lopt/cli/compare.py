@@ -17,6 +17,7 @@ from lopt.compare.arms import Arm, parse_arms
 from lopt.config import LoPTConfig
 from lopt.evaluation.texts import read_texts
 from lopt.models import load_model, resolve_model
+from lopt.redact import redacted
 from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
 
@@ -225,7 +226,9 @@ def _changed(args: LoPTSFTConfig) -> dict[str, Any]:
     plain = vars(LoPTSFTConfig(output_dir="x"))
     kept = {k: v for k, v in vars(args).items() if not k.startswith(("_", *_NO_MATTER))}
     return {
-        k: v if isinstance(v, (int, float, str)) else str(v) for k, v in kept.items() if v != plain.get(k)
+        k: v if isinstance(v, (int, float, str)) else str(redacted(v))
+        for k, v in kept.items()
+        if v != plain.get(k)
     }
 
 

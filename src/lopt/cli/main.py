@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 
 import lopt
+from lopt.redact import known_secrets, redact
+from lopt.report import clean
 from lopt.stop import EXIT_STOPPED, Stopped
 
 # Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
@@ -49,7 +51,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except (ValueError, ImportError, FileNotFoundError) as error:
         if os.environ.get("LOPT_DEBUG"):
             raise
-        message = " ".join(str(error).split())
+        # It may quote a command line, a model or a data set: no token and no command to the terminal.
+        message = clean(redact(" ".join(str(error).split()), known_secrets(arguments)))
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
         print(f"{where}lopt {command}: error: {message}", file=sys.stderr)
