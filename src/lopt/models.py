@@ -78,6 +78,7 @@ def load_config(
 def empty_model(config: PreTrainedConfig, **options: Any) -> Any:
     """A model with this config and random weights; code that came with the config runs only if trusted."""
     trusted = type(config).__module__.startswith("transformers_modules")
+    options = {"attn_implementation": "eager", **options}  # a config may name a kernel, to be fetched and run
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **options)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
 HIDDEN = "<hidden>"
@@ -24,7 +25,7 @@ def is_secret_name(name: str) -> bool:
 def known_secrets(arguments: Sequence[str] = ()) -> set[str]:
     """Values of the environment and of a command line that must not be shown."""
     found = {value for name, value in os.environ.items() if is_secret_name(name)}
-    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, following in pairwise([*arguments, ""]):
         name, equals, value = flag.partition("=")
         if flag.startswith("--") and _almost_secret(name):
             found.add(value if equals else following)

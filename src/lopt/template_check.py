@@ -21,12 +21,12 @@ _MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "conten
 
 
 def check_template(name: str, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose chat template does not come to an end.
+    """Refuse a tokenizer whose chat template does not come to an end, or reaches for what it may not have.
 
-    Templates that raise an error are left to those who use them: many want other messages than these.
+    Templates that raise another error are left to those who use them: many want other messages than these.
 
     Raises:
-        UntrustedError: it needs more time, memory or room than a template should.
+        UntrustedError: it needs more time, memory or room than a template should; the sandbox stopped it.
     """
     from lopt.trust import UntrustedError  # not needed in the process below
 
@@ -48,7 +48,7 @@ def _tried(template: str, words: str) -> str | None:
     """What is wrong, None if it ended well or with an error of its own."""
     # -P: the folder of this file holds names such as `memory` that must not hide other modules.
     command = [sys.executable, "-P", __file__]
-    question = json.dumps({"template": template, "words": json.loads(words)})
+    question = json.dumps({"template": template, "words": json.loads(words), "seconds": SECONDS})
     try:
         done = subprocess.run(
             command, input=question, capture_output=True, text=True, encoding="ascii", timeout=WALL_SECONDS
@@ -62,25 +62,27 @@ def _tried(template: str, words: str) -> str | None:
     said = done.stdout.strip()
     if said == "memory":
         return f"needs more than {BYTES // 2**30} GiB of memory"
+    if not said.isdigit():
+        return f"is stopped by the sandbox ({said[:200]})"
     return f"makes {int(said):,} characters" if int(said) > CHARACTERS else None
 
 
-def _limit_this_process() -> None:
+def _limit_this_process(seconds: int) -> None:
     try:
         import resource
     except ImportError:  # Windows has no such limits, only the wall clock
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
 
 
 def _render(question: dict[str, Any]) -> str:
     """As `transformers.utils.chat_template_utils` renders, whose import takes seconds."""
-    from jinja2 import Environment, TemplateError, ext, nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import Environment, FunctionLoader, TemplateError, ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
     class Generation(ext.Extension):
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -91,11 +93,17 @@ def _render(question: dict[str, Any]) -> str:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
+    def elsewhere(name: str) -> str:
+        raise SecurityError("it includes another file")
+
     def as_json(value: Any, **options: Any) -> str:
         return json.dumps(value, **{"ensure_ascii": False, **options})
 
     sandbox: Environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, ext.loopcontrols],
+        loader=FunctionLoader(elsewhere),
     )
     sandbox.filters["tojson"] = as_json
     sandbox.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
@@ -105,14 +113,16 @@ def _render(question: dict[str, Any]) -> str:
 
 def _answer() -> None:
     """The process: prints how many characters came out, 0 where the template raised an error."""
-    import jinja2  # noqa: F401  (before the limits, for its own needs)
+    from jinja2.sandbox import SecurityError
 
     question = json.load(sys.stdin)
-    _limit_this_process()
+    _limit_this_process(question["seconds"])
     try:
         print(len(_render(question)))
     except MemoryError:
         print("memory")
+    except SecurityError as error:
+        print(ascii(str(error)).strip("'\""))
     except Exception:  # whatever a template may raise, it has come to an end
         print(0)
 

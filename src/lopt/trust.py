@@ -6,7 +6,9 @@ before they read anything, in one line, and for every load alike.
 
 from __future__ import annotations
 
+import importlib
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Not weights: what trainers leave beside them, and nobody reads.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "rollouts", "random_states")
+# Of FSDP2's checkpoints in one file, which accelerate reads by `torch.load(weights_only=True)`.
+_NO_WEIGHTS += ("pytorch_model_fsdp",)
 _MODEL = ("model.safetensors", "model.safetensors.index.json")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.safetensors.index.json")
 
@@ -51,13 +55,18 @@ def check_kernels(name: str, config: Any, chosen: str | None) -> None:
     Raises:
         UntrustedError: it does, and the user did not choose it with --attn_implementation.
     """
-    for key in ("_attn_implementation", "_experts_implementation"):
-        wanted = getattr(config, key, None)
-        if isinstance(wanted, str) and "/" in wanted and wanted != chosen:
-            raise UntrustedError(
-                f"--model_name_or_path {name} names {wanted} in its config.json, code from the hub: give "
-                f"--attn_implementation sdpa, or {wanted} if you trust it"
-            )
+    wanted = getattr(config, "_attn_implementation", None)
+    if chosen is None and isinstance(wanted, str) and "/" in wanted:
+        raise UntrustedError(
+            f"--model_name_or_path {name} names {wanted} in its config.json, code from the hub: give "
+            f"--attn_implementation sdpa, or {wanted} if you trust it"
+        )
+    wanted = getattr(config, "_experts_implementation", None)
+    if isinstance(wanted, str) and "/" in wanted:
+        raise UntrustedError(
+            f"--model_name_or_path {name} names {wanted} in its config.json, code from the hub: take "
+            "experts_implementation out of that file"
+        )
 
 
 def refused_code(name: str, error: BaseException) -> UntrustedError | None:
@@ -70,14 +79,20 @@ def refused_code(name: str, error: BaseException) -> UntrustedError | None:
     )
 
 
+def pickled_weights(folder: Path) -> list[str]:
+    """The names of pickles in `folder` that a loader could take for weights."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [
+        file.name
+        for file in files
+        if file.suffix.lower() in PICKLES and not file.name.startswith(_NO_WEIGHTS) and file.is_file()
+    ]
+
+
 def _check_safetensors(folder: Path, name: str, accepted: tuple[str, ...]) -> None:
     if any((folder / file).is_file() for file in accepted):
         return
-    pickles = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.suffix.lower() in PICKLES and not path.name.startswith(_NO_WEIGHTS)
-    )
+    pickles = pickled_weights(folder)
     if pickles:
         raise UntrustedError(
             f"--model_name_or_path {name} has its weights in {pickles[0]}, a pickle, which can run code when "
@@ -133,3 +148,43 @@ def _entries(folder: Path) -> Iterator[Path]:
         yield path
         if path.is_dir() and not path.is_symlink() and not path.name.startswith("checkpoint-"):
             yield from sorted(path.iterdir())
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------
+
+
+def check_pickles(folder: str | Path) -> None:
+    """Read the `.metadata` of sharded (FSDP2) checkpoints, which torch unpickles, without running anything.
+
+    Everything else in a checkpoint is safetensors, JSON or read by `torch.load(weights_only=True)`.
+
+    Raises:
+        UntrustedError: it names something that is no part of such a file; weights are pickles.
+    """
+    for name in pickled_weights(Path(folder)):
+        raise UntrustedError(
+            f"--resume {folder} is refused: {name} is a pickle, checkpoints hold safetensors"
+        )
+    for path in Path(folder).rglob(".metadata"):
+        try:
+            with path.open("rb") as file:
+                _OnlyData(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+            raise UntrustedError(f"{path} is refused: {error}") from error
+
+
+class _OnlyData(pickle.Unpickler):
+    """Knows the classes of torch's sharded checkpoints and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain = {("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
+        own = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        is_class = module in own and isinstance(_attribute(module, name), type)
+        is_path = module.split(".")[0] == "pathlib" and name in ("PosixPath", "PurePosixPath", "Path")
+        if is_class or is_path or (module, name) in plain:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it would run {module}.{name}")
+
+
+def _attribute(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name, None)

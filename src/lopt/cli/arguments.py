@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,11 +209,9 @@ class _Parser(TrlParser):
 
 def _resume_alone(arguments: list[str]) -> list[str]:
     """`--resume` without a value means the newest."""
-    ends = [*arguments[1:], "--"]
-    pairs = zip(arguments, ends, strict=True)
     return [
         "--resume=auto" if flag == "--resume" and following.startswith("--") else flag
-        for flag, following in pairs
+        for flag, following in pairwise([*arguments, "--"])
     ]
 
 

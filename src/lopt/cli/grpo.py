@@ -46,7 +46,8 @@ def _of_reference(args: LoPTGRPOConfig, model_args: ModelArguments) -> None:
     found: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": args.trust_remote_code}
     if model_args.model_revision is not None:
         found["revision"] = model_args.model_revision
-    args.model_init_kwargs = {**(args.model_init_kwargs or {}), **found}
+    given: Any = args.model_init_kwargs or {}  # a dict by now: TRL's config has parsed it
+    args.model_init_kwargs = {**given, **found}
 
 
 def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:

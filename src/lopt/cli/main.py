@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 
@@ -57,6 +58,13 @@ def run(command: str, arguments: Sequence[str]) -> int:
         where = "" if rank == "0" else f"[rank {rank}] "
         print(f"{where}lopt {command}: error: {message}", file=sys.stderr)
         return 2
+    except Exception as error:
+        culprit = _culprit(error)
+        if os.environ.get("LOPT_DEBUG") or culprit is None:
+            raise
+        message = clean(redact(" ".join(str(error).split()), known_secrets(arguments)))
+        print(f"lopt {command}: error: {culprit}: {message[:500]}", file=sys.stderr)
+        return 2
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"\nlopt {command}: {stop}", file=sys.stderr)
@@ -65,6 +73,15 @@ def run(command: str, arguments: Sequence[str]) -> int:
         print(f"\nlopt {command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _culprit(error: Exception) -> str | None:
+    """What came from elsewhere and was stopped where nobody expects it; None for a mistake of ours."""
+    if type(error).__module__ == "jinja2.exceptions":  # its own words, or the sandbox's
+        return "the model's chat template failed"
+    if isinstance(error, pickle.UnpicklingError):  # torch.load(weights_only=True)
+        return "a file was refused that holds more than data; nothing of it was run"
+    return None
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def probe(
         ValueError: a model cannot be loaded, is not of the base's shape or reads the text differently.
     """
     sizes = {"tokens": args.tokens, "window": args.window}
-    trust = {"trust_remote_code": args.trust_remote_code}
+    trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     with _named("--base"):
         tokenizer, config = load_examinees_tokenizer(base, **trust), model_config(base, **trust)
     rows = windows(tokenizer, texts, **sizes)

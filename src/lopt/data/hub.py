@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from lopt.data.presets import PRESETS
@@ -40,6 +41,7 @@ def load_hub(
     """
     options = {"streaming": True} if streaming else {}
     try:
+        _check_files(name, config, revision)
         rows = without_media(load_dataset(name, config, split=split, revision=revision, **options))
         empty = next(iter(rows), None) is None  # a stream fails here rather than when it is opened
     except ConnectionError as error:
@@ -62,6 +64,21 @@ def load_hub(
     return rows
 
 
+def _check_files(name: str, config: str | None, revision: str | None) -> None:
+    """Refuse a data set whose card names files outside it, which may be any file of its reader's.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    found = load_dataset_builder(name, config, revision=revision).config.data_files or {}
+    home = Path(name).resolve() if Path(name).is_dir() else None
+    for file in (str(file) for files in found.values() for file in files):
+        place = file.rsplit("::", 1)[-1]  # "zip://rows.csv::hf://datasets/..." is in an archive there
+        inside = home is not None and Path(place).resolve().is_relative_to(home)
+        if not (place.startswith("hf://datasets/") if home is None else inside):
+            raise ValueError(f"its card names {file}, which is no file of the data set")
+
+
 def without_media(rows: Dataset | IterableDataset) -> Any:
     """Rows without columns of pictures, sound and the like, which nothing here learns from.
 
@@ -71,6 +88,8 @@ def without_media(rows: Dataset | IterableDataset) -> Any:
     names = [name for name, feature in (rows.features or {}).items() if any(_media(feature))]
     if names:
         logger.warning("left out the columns %s: pictures, sound and the like are not read", ", ".join(names))
+        if isinstance(rows, IterableDataset):
+            rows = rows.decode(False)  # a stream reads its rows before it removes columns
         rows = rows.remove_columns(names)
     return rows
 
