@@ -33,7 +33,8 @@ from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
-from lopt.checkpoint import WRITING, checkpoints, choose, damage, recover, write_text
+from lopt.checkpoint import WRITING, checkpoints, choose, damage, recover
+from lopt.files import write_text
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from small_model import byte_tokenizer
 

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lopt.files import fsync, write_text
 from lopt.memory import format_bytes
 from lopt.trust import check_pickles
 
@@ -75,7 +76,7 @@ def staging(folder: str | Path, name: str) -> Path:
 def flush(folder: Path) -> None:
     """Until the disk has every file in `folder`, and the folders' entries."""
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
+        fsync(path)
 
 
 def seal(folder: Path) -> None:
@@ -108,7 +109,7 @@ def publish(staged: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, aside)
     os.rename(staged, final)
-    _fsync(final.parent)
+    fsync(final.parent)
     if aside.exists():
         shutil.rmtree(aside)
 
@@ -124,7 +125,7 @@ def recover(folder: str | Path) -> list[Path]:
             finished.append(final)
     if writing.exists():
         shutil.rmtree(writing)
-        _fsync(Path(folder))
+        fsync(Path(folder))
     return finished
 
 
@@ -135,24 +136,15 @@ def move_in(staged: Path, folder: Path, last: str) -> None:
     """
     flush(staged)
     (folder / last).unlink(missing_ok=True)
-    _fsync(folder)
+    fsync(folder)
     for path in sorted(_files(staged), key=lambda path: path.name == last):
         target = folder / path.relative_to(staged)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.name == last:
-            _fsync(folder)
+            fsync(folder)
         os.replace(path, target)
-    _fsync(folder)
+    fsync(folder)
     shutil.rmtree(staged)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    _fsync(beside)
-    os.replace(beside, path)
-    _fsync(path.parent)
 
 
 def rotate(folder: str | Path, limit: int | None, newest: Path, best: str | None = None) -> list[Path]:
@@ -344,14 +336,6 @@ def _hash(path: Path, start: int, length: int) -> str:
             digest.update(buffer[:count])
             length -= count
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _forget_cached(folder: Path) -> None:

@@ -7,25 +7,23 @@ own documentation (PSF licence, in every Python), measures retention.
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-import lopt
 from lopt.config import LoPTConfig
 from lopt.data import Problem, is_correct, prompt, train_and_held_out
 from lopt.demo_report import write_demo_report
 from lopt.evaluation import complete, completion_loss, text_loss
+from lopt.files import write_text
 from lopt.memory import format_bytes
 from lopt.models import load_model, load_tokenizer
+from lopt.provenance import device, versions
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
 
@@ -66,7 +64,7 @@ def run_demo(args: DemoArguments) -> dict[str, Any]:
         "curve": [_point(0, before), *watch.points, _point(args.steps, after)],
         "total_seconds": seconds,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     trainer.save_model(str(folder / "model"))
     _print_summary(results, write_demo_report(results, folder), folder)
     return results
@@ -149,7 +147,6 @@ def _facts(args: DemoArguments, trainer: LoPTSFTTrainer, model: PreTrainedModel)
     config = trainer.lopt.config
     peak = trainer.throughput.peak
     rates = [row["seconds_per_step"] for row in trainer.state.log_history if "seconds_per_step" in row]
-    cuda = model.device.type == "cuda"
     return {
         "title": "LoPT demo",
         "date": date.today().isoformat(),
@@ -163,13 +160,8 @@ def _facts(args: DemoArguments, trainer: LoPTSFTTrainer, model: PreTrainedModel)
             **{k: v for k, v in asdict(config).items() if k not in ("method", "num_blocks")},
             "lr_k1": config.early_learning_rate(args.learning_rate),
         },
-        "versions": {
-            "lopt": lopt.__version__,
-            **{name: version(name) for name in ("torch", "transformers", "trl", "reasoning-gym")},
-        },
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
+        "versions": versions(("lopt", "torch", "transformers", "trl", "reasoning-gym")),
+        "device": device(),
         "head_warmup": [
             {"step": i, "local_loss": row} for i, row in enumerate(trainer.head_warmup_history, start=1)
         ],

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lopt.files import write_text
 from lopt.plots import Points, bar_plot, line_plot
 from lopt.report import Pane, figure, page, paragraph, side_by_side, table
 from lopt.statistics import wilson_interval
@@ -203,7 +204,6 @@ def _duration(seconds: float) -> str:
 
 def write_demo_report(results: Mapping[str, Any], folder: Path) -> Path:
     """Write `demo_page(results)` to `folder/report.html` and return that path."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
-    path.write_text(demo_page(results), encoding="utf-8", newline="\n")
+    write_text(path, demo_page(results))
     return path

@@ -14,6 +14,9 @@ _SECRET_NAME = re.compile(r"(^|[_.-])(token|api_?key|access_?key|secret|password
 _OF_TOKENIZERS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "image_token")
 # Of Hugging Face, GitHub, OpenAI and the like: recognisable wherever they stand.
 _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
+_SECRET_ENTRY = re.compile(
+    r"""(?:token|api_?key|secret|password)["']\s*:\s*["']([^"']+)["']""", re.IGNORECASE
+)
 _SHORTEST = 6  # hiding a shorter value would hide ordinary words
 
 
@@ -29,6 +32,8 @@ def known_secrets(arguments: Sequence[str] = ()) -> set[str]:
         name, equals, value = flag.partition("=")
         if flag.startswith("--") and _almost_secret(name):
             found.add(value if equals else following)
+        if following.startswith("{"):  # such as --model_init_kwargs '{"token": ...}'
+            found |= set(_SECRET_ENTRY.findall(following))
     return {value for value in found if len(value) >= _SHORTEST and not value.startswith("--")}
 
 

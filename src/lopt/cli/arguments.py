@@ -207,6 +207,23 @@ class _Parser(TrlParser):
         super().error(redact(message, self.secrets))
 
 
+def settings(
+    command: str, groups: Sequence[Any], arguments: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The value of every flag, from `arguments`, the YAML file or by default; and those that are no default.
+
+    Both as they can be written in a YAML file, for arguments that `parse` has accepted.
+    """
+    parser, arguments = TrlParser(groups, prog=f"lopt {command}"), _resume_alone(list(arguments))
+    defaults = vars(parser.parse_args([]))
+    parser.parse_args_and_config(arguments)  # makes the file's values the parser's defaults
+    if "--config" in arguments:
+        position = arguments.index("--config")
+        del arguments[position : position + 2]
+    values = vars(parser.parse_args(arguments))
+    return values, {name: value for name, value in values.items() if value != defaults[name]}
+
+
 def _resume_alone(arguments: list[str]) -> list[str]:
     """`--resume` without a value means the newest."""
     return [

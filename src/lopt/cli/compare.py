@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, parse
+from lopt.cli.record import Record
 from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
 from lopt.compare.arms import Arm, parse_arms
 from lopt.config import LoPTConfig
 from lopt.evaluation.texts import read_texts
 from lopt.models import load_model, resolve_model
+from lopt.provenance import fingerprint
 from lopt.redact import redacted
 from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
@@ -75,10 +77,12 @@ class CompareArguments:
     )
 
 
+FLAGS = (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig, LoPTSFTConfig)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then run the cells that are not there yet."""
-    groups = (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig, LoPTSFTConfig)
-    compare, model_args, data_args, run_args, config, args = parse("compare", groups, arguments)
+    compare, model_args, data_args, run_args, config, args = parse("compare", FLAGS, arguments)
     arms = parse_arms(compare.methods, compare.sweep, config)
     data_args.held_out = data_args.held_out or HELD_OUT_ROWS
     check(model_args, data_args, args)
@@ -97,7 +101,10 @@ def main(arguments: Sequence[str]) -> None:
     setting = _setting(name, bench, compare, model_args, data_args, config)
     if run_args.overwrite_output_dir and folder.exists():  # only now: nothing is lost to a mistake
         shutil.rmtree(folder)
-    results = Study(bench, arms, compare.seeds, setting, folder).run()
+    study = Study(bench, arms, compare.seeds, setting, folder)
+    study.check_folder()
+    Record.of("compare", FLAGS, arguments).write(folder)
+    results = study.run()
     print(_summary(results))
     print(f"\nReport: {folder / 'report.html'}\nFigures: {folder / 'compare.json'}")
 
@@ -193,8 +200,6 @@ def _setting(
     config: LoPTConfig,
 ) -> dict[str, Any]:
     """What identifies a study: with the same, its cells can stand beside each other."""
-    from lopt.compare.study import fingerprint
-
     texts = bench.yardsticks.texts
     return {
         "model": name,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from lopt.cli.arguments import parse
 from lopt.cli.output import prepare_output
+from lopt.cli.record import Record
 from lopt.packaged import PACKAGED_MODEL
 
 
@@ -55,4 +57,5 @@ def main(arguments: Sequence[str]) -> None:
 
     from lopt.demo import run_demo  # after the checks: this import takes seconds
 
+    Record.of("demo", (DemoArguments,), arguments).write(Path(args.output_dir))
     run_demo(args)

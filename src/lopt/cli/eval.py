@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lopt.cli.arguments import parse
+from lopt.cli.record import Record
 from lopt.models import DTYPES, resolve_model
 
 NAMES = "mmlu, ifeval, arc_challenge, gsm8k, hellaswag, truthfulqa_mc, truthfulqa_gen, winogrande"
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from lopt.evaluation.run import run_evaluation  # after the checks: this import takes seconds
 
-    run_evaluation(args, models, shots)
+    run_evaluation(args, models, shots, Record.of("eval", (EvalArguments,), arguments).write)
 
 
 def check(args: EvalArguments) -> dict[str, str]:

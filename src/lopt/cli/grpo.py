@@ -13,6 +13,7 @@ from lopt.cli.arguments import (
     TaskArguments,
     parse,
 )
+from lopt.cli.record import Record
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
 from lopt.cli.training import check_run, prepare, run
@@ -21,13 +22,15 @@ from lopt.stop import obeying
 from lopt.trainers import LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
 
+FLAGS = (
+    *(ModelArguments, DataArguments, TaskArguments, RunArguments, RetentionArguments),
+    *(LoPTConfig, LoPTGRPOConfig),
+)
+
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
-    groups = (ModelArguments, DataArguments, TaskArguments, RunArguments, RetentionArguments)
-    model_args, data_args, task_args, run_args, retention_args, config, args = parse(
-        "grpo", (*groups, LoPTConfig, LoPTGRPOConfig), arguments
-    )
+    model_args, data_args, task_args, run_args, retention_args, config, args = parse("grpo", FLAGS, arguments)
     with obeying(run_args.limit):
         check_task(task_args, data_args)
         check(data_args, args)
@@ -36,7 +39,9 @@ def main(arguments: Sequence[str]) -> None:
         checkpoint = prepare(model_args, run_args, args)
         rows = grpo_rows(model_args, data_args, task_args, args)
         _of_reference(args, model_args)
-        run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, retention, reward_funcs=rows.rewards)
+        record = Record.of("grpo", FLAGS, arguments)
+        rewards = {"reward_funcs": rows.rewards}
+        run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, record, retention, **rewards)
 
 
 def _of_reference(args: LoPTGRPOConfig, model_args: ModelArguments) -> None:

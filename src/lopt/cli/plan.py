@@ -13,6 +13,7 @@ import torch
 
 from lopt.cli.arguments import parse
 from lopt.config import LoPTConfig
+from lopt.files import write_text
 from lopt.fit import candidates, fit
 from lopt.memory import MemoryPeak, format_bytes
 from lopt.plan import Plan, Planner, Run, Setting
@@ -113,9 +114,9 @@ def main(arguments: Sequence[str]) -> None:
     print(table(plans, args.tflops, args.bandwidth), bars(plans), _hiding(plans, planner.run, args), sep="\n")
     if args.json:
         rows = [asdict(plan) | {"name": str(plan.setting), "total": plan.total} for plan in plans]
-        Path(args.json).write_text(json.dumps({"arguments": asdict(args), "plans": rows}, indent=1) + "\n")
+        write_text(Path(args.json), json.dumps({"arguments": asdict(args), "plans": rows}, indent=1) + "\n")
     if args.svg:
-        Path(args.svg).write_text(picture(plans, args) + "\n")
+        write_text(Path(args.svg), picture(plans, args) + "\n")
     if limit is not None:
         print(_proposal(fit(planner, blocks, limit, args.tflops, args.bandwidth), limit, args))
 

@@ -20,13 +20,14 @@ from lopt.blocks import split
 from lopt.cli.arguments import parse
 from lopt.cli.eval import labels
 from lopt.cli.output import prepare_report
+from lopt.cli.record import Record
 from lopt.config import LoPTConfig
 from lopt.drift.page import drift_page, drift_table
 from lopt.drift.reference import CANNOT, Drift, Reference
 from lopt.drift.states import windows
 from lopt.evaluation.load import adapter_base, load_examinee, load_examinees_tokenizer
-from lopt.evaluation.store import write_text
 from lopt.evaluation.texts import read_texts
+from lopt.files import write_text
 from lopt.shapes import model_config
 
 FILES = ("probe.json", "report.html")
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         ((base, base_path),) = labels([args.base]).items()
     models = labels(args.model_name_or_path)
     folder = prepare_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
+    record = Record.of("probe", (ProbeArguments,), arguments)
     drifts = probe(args, base_path, models, list(texts.values()))
     about = {"base": args.base, "text": args.text, "tokens": args.tokens, "window": args.window}
     about |= {"param_dtype": args.param_dtype}
@@ -89,6 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     facts = {**about, "text": ", ".join(args.text), **models, **versions}
     write_text(folder / "probe.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_text(folder / "report.html", drift_page(drifts, base, list(texts), facts))
+    record.write(folder)
     print(drift_table(drifts))
     print(f"The report is {folder / 'report.html'}, its numbers are in {folder / 'probe.json'}")
 

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from lopt.cli.arguments import RetentionArguments
 from lopt.config import LoPTConfig
-from lopt.evaluation.store import write_text
 from lopt.evaluation.texts import read_texts
+from lopt.files import write_text
 from lopt.plots import line_plot, standalone
 from lopt.report import figure, page, paragraph, table
 from lopt.trainers.retention import CHANGE, PREFIX, TASKS_CHANGE, RetentionCallback, check_whole_model

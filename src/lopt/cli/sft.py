@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lopt.cli.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments, parse
+from lopt.cli.record import Record
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_rows, sft_rows
 from lopt.cli.training import check_model, check_run, prepare, run
@@ -13,21 +14,20 @@ from lopt.stop import obeying
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
 
+FLAGS = (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig, LoPTSFTConfig)
+
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
-    model_args, data_args, run_args, retention_args, config, args = parse(
-        "sft",
-        (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig, LoPTSFTConfig),
-        arguments,
-    )
+    model_args, data_args, run_args, retention_args, config, args = parse("sft", FLAGS, arguments)
     with obeying(run_args.limit):
         check(model_args, data_args, args)
         check_run(model_args, config, args)
         retention = check_retention(retention_args, config, args)
         checkpoint = prepare(model_args, run_args, args)
         rows = sft_rows(model_args, data_args, args)
-        run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, retention)
+        record = Record.of("sft", FLAGS, arguments)
+        run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, record, retention)
 
 
 def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig) -> None:

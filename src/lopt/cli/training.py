@@ -11,11 +11,12 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from lopt.blocks import Blocks
-from lopt.checkpoint import write_text
 from lopt.cli.arguments import ModelArguments, RunArguments
 from lopt.cli.output import prepare_output
+from lopt.cli.record import Record, data_facts
 from lopt.cli.retention import Retention, write_curves
 from lopt.config import LoPTConfig
+from lopt.files import write_text
 from lopt.models import load_model, resolve_model
 from lopt.stop import Stopped
 from lopt.trainers.checks import check_settings
@@ -95,6 +96,7 @@ def run(
     config: LoPTConfig,
     args: Any,
     checkpoint: str | None,
+    record: Record,
     retention: Retention | None = None,
     **more: Any,
 ) -> None:
@@ -103,6 +105,7 @@ def run(
     Args:
         rows: `train`, `held_out` and `tokenizer`, from `lopt.cli.rows`.
         checkpoint: what to go on from.
+        record: what goes into the output folder, to make it again.
         retention: what is measured on the way.
         more: arguments of this trainer only.
     """
@@ -119,6 +122,9 @@ def run(
     watch = retention.callback(trainer) if retention is not None else None
     if watch is not None:
         trainer.add_callback(watch)
+    if trainer.is_world_process_zero():
+        data = data_facts({"train": rows.train, "held_out": rows.held_out})
+        record.write(Path(str(args.output_dir)), data, checkpoint)
     try:
         _train_and_save(trainer, checkpoint)
     except Stopped:

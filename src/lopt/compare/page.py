@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from lopt.compare.summary import COSTS, estimate
+from lopt.files import write_text
 from lopt.memory import format_bytes
 from lopt.plots import bar_plot, interval_plot, line_plot, scatter_plot
 from lopt.report import figure, page, paragraph, table
@@ -36,7 +37,7 @@ def write_page(results: Results, path: Path) -> Path:
     when = dates[0] if len(set(dates)) < 2 else f"{dates[0]} to {dates[-1]}"
     below = f"{results['setting']['model']}, {cells[0]['device']}, {when}"
     title = f"{len(results['arms'])} ways to train, side by side"
-    path.write_text(page(title, [s for s in sections if s[1]], below), encoding="utf-8")
+    write_text(path, page(title, [s for s in sections if s[1]], below))
     return path
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,9 @@ from lopt.compare.arms import Arm
 from lopt.compare.cell import Bench, measure_base, run_cell
 from lopt.compare.page import pareto, write_page
 from lopt.compare.summary import summarise
+from lopt.files import write_text
 from lopt.plots import standalone
+from lopt.provenance import device, versions
 from lopt.trainers.mixin import NonFiniteError
 
 
@@ -89,7 +88,7 @@ class Study:
         _write(self.folder / "compare.json", results)
         write_page(results, self.folder / "report.html")
         for svg in pareto(results)[:1]:
-            (self.folder / "pareto.svg").write_text(standalone(svg) + "\n", encoding="utf-8")
+            write_text(self.folder / "pareto.svg", standalone(svg) + "\n")
         return results
 
     def _cells(self) -> Iterator[tuple[Arm, int]]:
@@ -123,32 +122,10 @@ class Study:
         return _read(path)
 
 
-def fingerprint(rows: Any) -> str:
-    """SHA-256 over the rows of a data set in their order, as text."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
 def _where() -> dict[str, Any]:
     """Where and when a result was made."""
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     packages = ("lopt", "torch", "transformers", "trl", "peft", "lm_eval")
-    return {
-        "device": f"{device} ({platform.machine()})",
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in packages if _installed(name)},
-    }
-
-
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except ImportError:  # PackageNotFoundError is one
-        return False
-    return True
+    return {"device": device(), "date": date.today().isoformat(), "versions": versions(packages)}
 
 
 def _slug(name: str) -> str:
@@ -162,10 +139,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all: a kill in the middle leaves what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(
-        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    os.replace(part, path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

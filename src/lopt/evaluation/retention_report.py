@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lopt.evaluation.outcomes import Evaluation, TaskOutcome, cut_prompts, task_members
 from lopt.evaluation.retention import Change, Comparison, Example, compare, estimate, examples
-from lopt.evaluation.store import finite, write_text
+from lopt.evaluation.store import finite
+from lopt.files import write_text
 from lopt.plots import interval_plot
 from lopt.report import Pane, figure, page, paragraph, side_by_side, table
 from lopt.statistics import Estimate

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,10 @@ from lopt.evaluation.load import adapter_base, check_memory, load_examinee, load
 from lopt.evaluation.loss import text_windows
 from lopt.evaluation.outcomes import Evaluation, cut_prompts, merge
 from lopt.evaluation.retention_report import results_table, write_retention
-from lopt.evaluation.store import Store, file_name, model_identity, plain, write_text
+from lopt.evaluation.store import Store, file_name, model_identity, plain
 from lopt.evaluation.text import TextTask, evaluate_text
+from lopt.files import write_text
+from lopt.provenance import versions
 
 _PACKAGES = ("lopt", "lm_eval", "transformers", "torch")
 
@@ -33,8 +33,15 @@ class Work:
     task: Any
 
 
-def run_evaluation(args: Any, models: Mapping[str, str], shots: Mapping[str, int]) -> None:
+def run_evaluation(
+    args: Any,
+    models: Mapping[str, str],
+    shots: Mapping[str, int],
+    begin: Callable[[Path], object] = lambda folder: None,
+) -> None:
     """Examine `models` (path by label, the base first if there is one) as the flags of `lopt eval` say.
+
+    `begin` is called with the output folder when everything has been checked.
 
     Raises:
         ValueError: before any model is loaded, what can be told by then.
@@ -56,6 +63,7 @@ def run_evaluation(args: Any, models: Mapping[str, str], shots: Mapping[str, int
     _check_models(args, [models[label] for label, left in missing.items() if left])
     for store in stores.values():
         store.drop_stale()
+    begin(report)
     for label, store in stores.items():
         done = len(works) - len(missing[label])
         print(f"{label}: {len(works)} tasks" + (f", {done} of them finished before" if done else ""))
@@ -135,17 +143,8 @@ def _settings(args: Any, path: str) -> dict[str, Any]:
         "limit": args.limit,
         "apply_chat_template": args.apply_chat_template,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "versions": versions(),
+        "versions": versions(_PACKAGES),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the results."""
-    found = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def _tokenizer(args: Any, path: str) -> Any:

@@ -31,8 +31,8 @@ from lopt.checkpoint import (
     rotate,
     seal,
     staging,
-    write_text,
 )
+from lopt.files import write_text
 from lopt.redact import redacted
 
 if TYPE_CHECKING:  # what the mixin is put in front of

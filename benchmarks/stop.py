@@ -1,0 +1,295 @@
+"""SIGTERM at random moments of every phase of `lopt sft` and `lopt grpo`; each run is resumed to its end.
+
+    python benchmarks/stop.py --moments 50               # of each phase, into benchmarks/results/stop.json
+    python benchmarks/stop.py --moments 2 --phases data saving --output /tmp/stop.json
+
+A moment is drawn uniformly over the time that a whole run spends in the phase. What has to hold: exit code
+75, no checkpoint that is not whole, and in the end the weights of the run that nobody stopped. A run is a
+process forked off this one, which has imported everything already. Interrupted itself, the script goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from kill import weights
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lopt.cli.grpo
+import lopt.cli.sft
+from lopt.checkpoint import checkpoints, damage
+from lopt.cli.main import main as lopt_main
+from lopt.files import write_text
+from lopt.provenance import device, versions
+from lopt.stop import EXIT_STOPPED
+from lopt.trainers import LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.trainers.retention import RetentionCallback
+from small_model import byte_tokenizer
+
+RESULTS = Path(__file__).parent / "results" / "stop.json"
+LONGEST = 60.0
+LEFT = 128
+
+COMMON = """--max_steps 4 --save_steps 1 --learning_rate 1e-2 --per_device_train_batch_size 2
+    --gradient_accumulation_steps 2 --num_blocks 2 --head_warmup_steps 8 --use_cpu --disable_tqdm true
+    --logging_steps 1"""
+SFT = """--held_out 8 --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 1 --retention_every 1
+    --retention_tokens 512"""
+GRPO = "--task gsm8k --num_generations 2 --max_completion_length 12 --num_iterations 2"
+
+# Phase -> command, and where it is: the owner of a function and its name.
+PHASES: dict[str, tuple[str, Any, str]] = {
+    "data": ("sft", lopt.cli.sft, "sft_rows"),
+    "tokenizing": ("sft", LoPTSFTTrainer, "_prepare_dataset"),
+    "head warm-up": ("sft", LoPTSFTTrainer, "warm_up_heads"),
+    "training": ("sft", LoPTSFTTrainer, "training_step"),
+    "evaluation": ("sft", LoPTSFTTrainer, "evaluate"),
+    "retention": ("sft", RetentionCallback, "_losses"),
+    "saving": ("sft", LoPTSFTTrainer, "_save_checkpoint"),
+    "last model": ("sft", LoPTSFTTrainer, "save_model"),
+    "generation": ("grpo", LoPTGRPOTrainer, "_generate_and_score_completions"),
+}
+
+
+@dataclass
+class Job:
+    """A command on little data.
+
+    Attributes:
+        arguments: all but the output folder.
+        seconds: that a whole run spends in each phase.
+        weights: SHA-256 of what a whole run ends with.
+    """
+
+    arguments: list[str]
+    seconds: dict[str, float]
+    weights: str = ""
+
+
+def jobs(folder: Path) -> dict[str, Job]:
+    """A tiny model, two dozen rows, and a command line for each of the two commands."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.2, pad_token_id=0,
+        )
+    ).save_pretrained(folder / "model")  # fmt: skip
+    tokenizer.save_pretrained(folder / "model")
+    rows = [
+        {"question": f"What is {i}?", "answer": f"It is {i}. " * (i % 4 + 1) + f"#### {i}"} for i in range(24)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    common = [f"--model_name_or_path={folder}/model", f"--train_file={folder}/rows.jsonl", *COMMON.split()]
+    sft = [*common, f"--retention_text={folder}/text.txt", *SFT.split()]
+    grpo = [*common, *GRPO.split()]
+    return {"sft": Job(sft, {}), "grpo": Job(grpo, {})}
+
+
+def mark(command: str, told: int) -> None:
+    """From now on, entering and leaving a phase is told on the pipe `told`: its number, or 128 more."""
+    for number, (of, owner, name) in enumerate(PHASES.values()):
+        if of == command:
+            setattr(owner, name, _marked(getattr(owner, name), number, told))
+
+
+def _marked(function: Callable[..., Any], number: int, told: int) -> Callable[..., Any]:
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        os.write(told, bytes([number]))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            os.write(told, bytes([number + LEFT]))
+
+    return marked
+
+
+def start(command: str, arguments: list[str], folder: Path, told: int) -> int:
+    """Fork a process that runs the command; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        mark(command, told)
+        code = lopt_main([command, *arguments, "--output_dir", str(folder)])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+class Clock:
+    """Seconds spent in each phase."""
+
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys(PHASES, 0.0)
+        self.entered: dict[str, float] = {}
+
+    def note(self, marked: int) -> None:
+        """A byte from the pipe."""
+        phase = list(PHASES)[marked % LEFT]
+        if marked < LEFT:
+            self.entered[phase] = time.monotonic()
+        elif phase in self.entered:
+            self.spent[phase] += time.monotonic() - self.entered.pop(phase)
+
+    def until(self, phase: str, moment: float) -> float | None:
+        """Seconds until so many have been spent in the phase, if it goes on; None if it is not in it."""
+        if phase not in self.entered:
+            return None
+        return max(moment - self.spent[phase] - (time.monotonic() - self.entered[phase]), 0)
+
+
+def run(
+    command: str, arguments: list[str], folder: Path, stop_at: tuple[str, float] | None = None
+) -> tuple[int, dict[str, float], float | None]:
+    """One process, to its end.
+
+    Args:
+        stop_at: send SIGTERM when it has spent so many seconds in that phase.
+
+    Returns:
+        Exit code, seconds spent in each phase, seconds from the signal to the end (None: it was not sent).
+    """
+    listen, told = os.pipe()
+    child = start(command, arguments, folder, told)
+    os.close(told)
+    clock, sent = Clock(), None
+    while True:
+        left = clock.until(*stop_at) if stop_at is not None and sent is None else None
+        if select.select([listen], [], [], LONGEST if left is None else left)[0]:
+            marked = os.read(listen, 1)
+            if not marked:
+                break
+            clock.note(marked[0])
+        elif left is not None:
+            os.kill(child, signal.SIGTERM)
+            sent = time.monotonic()
+        else:
+            os.kill(child, signal.SIGKILL)
+            raise RuntimeError(f"{command}: nothing happens for {LONGEST:g} s, see {folder}.log")
+    os.close(listen)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, clock.spent, None if sent is None else time.monotonic() - sent
+
+
+def whole_run(job: Job, command: str, folder: Path) -> None:
+    """What a run that nobody stops ends with, and its time in each phase."""
+    code, job.seconds, _ = run(command, job.arguments, folder)
+    if code != 0:
+        log = folder.with_suffix(".log").read_text()
+        raise RuntimeError(f"{command}: the whole run failed\n{log[-3000:]}")
+    job.weights = weights(folder)
+
+
+def stopped_run(job: Job, command: str, folder: Path, phase: str, draw: random.Random) -> dict[str, Any]:
+    """One run: stopped at a moment of the phase, looked at, resumed to its end."""
+    moment = draw.uniform(0, job.seconds[phase])
+    code, spent, took = run(command, job.arguments, folder, (phase, moment))
+    if took is None:  # it was faster than the whole run and is done
+        job.seconds[phase] = spent[phase]
+        shutil.rmtree(folder)
+        return stopped_run(job, command, folder, phase, draw)
+    there = checkpoints(folder)
+    result = {
+        "moment": round(moment, 3),
+        "exit_code": code,
+        "seconds": round(took, 3),
+        "checkpoints": {path.name: damage(path) for path in there},
+    }
+    again = run(command, [*job.arguments, *(["--resume"] if there else [])], folder)[0]
+    result["identical"] = again == 0 and weights(folder) == job.weights
+    if not result["identical"] or code != EXIT_STOPPED:
+        result["log"] = folder.with_suffix(".log").read_text()[-2000:]
+    shutil.rmtree(folder)
+    folder.with_suffix(".log").unlink()
+    return result
+
+
+def run_phase(
+    phase: str,
+    moments: int,
+    made: dict[str, Job],
+    done: dict[str, Any],
+    scratch: Path,
+    save: Callable[[], None],
+) -> None:
+    """Add stopped runs of one phase until there are so many."""
+    runs, command = done.setdefault(phase, []), PHASES[phase][0]
+    if len(runs) < moments and not made[command].weights:
+        whole_run(made[command], command, scratch / f"whole-{command}")
+    while len(runs) < moments:
+        draw = random.Random(f"{phase} {len(runs)}")
+        runs.append(stopped_run(made[command], command, scratch / f"run-{len(runs)}", phase, draw))
+        save()
+        told = {k: runs[-1][k] for k in ("exit_code", "seconds", "identical")}
+        print(f"{phase} {len(runs)}: {told}", flush=True)
+
+
+def summary(phases: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The counts that matter, by phase."""
+    return {
+        phase: {
+            "moments": len(runs),
+            "exit_code_75": sum(run["exit_code"] == EXIT_STOPPED for run in runs),
+            "identical": sum(run["identical"] for run in runs),
+            "damaged_checkpoints": sum(
+                why is not None for run in runs for why in run["checkpoints"].values()
+            ),
+            "longest_seconds": max(run["seconds"] for run in runs),
+        }
+        for phase, runs in phases.items()
+        if runs
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--moments", type=int, default=50, help="of each phase")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"phases": {}}
+
+    def save() -> None:
+        packages = ("torch", "transformers", "trl", "accelerate")
+        about = {"versions": versions(packages), "device": device(), "date": date.today().isoformat()}
+        results.update(summary=summary(results["phases"]), **about)
+        write_text(arguments.output, json.dumps(results, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        made = jobs(Path(scratch))
+        for phase in arguments.phases:
+            run_phase(phase, arguments.moments, made, results["phases"], Path(scratch), save)
+    print(json.dumps(results["summary"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
