@@ -15,9 +15,10 @@ from typing import Any
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Not weights: what trainers leave beside them, and nobody reads.
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "rollouts", "random_states")
-# Of FSDP2's checkpoints in one file, which accelerate reads by `torch.load(weights_only=True)`.
-_NO_WEIGHTS += ("pytorch_model_fsdp",)
+_NO_WEIGHTS = (
+    *("training_args", "optimizer", "scheduler", "scaler", "rng_state", "rollouts", "random_states"),
+    "pytorch_model_fsdp",  # FSDP2's in one file, which accelerate reads by `torch.load(weights_only=True)`
+)
 _MODEL = ("model.safetensors", "model.safetensors.index.json")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.safetensors.index.json")
 
