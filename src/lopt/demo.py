@@ -24,6 +24,7 @@ from lopt.files import write_text
 from lopt.memory import format_bytes
 from lopt.models import load_model, load_tokenizer
 from lopt.provenance import device, versions
+from lopt.report import clean
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
 
@@ -225,5 +226,5 @@ def _print_summary(results: dict[str, Any], report: Path, folder: Path) -> None:
 
 
 def _short(text: str) -> str:
-    line = " | ".join(text.splitlines())
+    line = clean(" | ".join(text.splitlines()))  # a model's words give no command to a terminal
     return line if len(line) <= 100 else line[:97] + "..."
