@@ -29,6 +29,7 @@ from lopt.checkpoint import (
     staging,
     step_of,
 )
+from lopt.trust import UntrustedError
 
 
 def write(folder: Path, step: int, published: bool = True) -> Path:
@@ -176,7 +177,7 @@ def test_a_pickle_in_a_sharded_checkpoint_does_nothing(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / ".metadata").write_bytes(pickle.dumps({"a": Evil()}))
-    with pytest.raises(CheckpointError, match=r"it would run posix\.mkdir"):
+    with pytest.raises(UntrustedError, match=r"it would run posix\.mkdir"):
         check_checkpoint(tmp_path / "checkpoint-1")
     assert not (tmp_path / "owned").exists()
 

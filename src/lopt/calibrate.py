@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from lopt.config import LoPTConfig
 from lopt.memory import MemoryPeak, MemoryTracker, free_host_memory
+from lopt.models import empty_model
 from lopt.plan import Run, Setting
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
@@ -25,7 +26,7 @@ def calibrate(run: Run, setting: Setting) -> MemoryPeak | int:
         On a CPU live tensor bytes by category, on a GPU what its allocator had given out.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype, attn_implementation="sdpa")
+    model = empty_model(run.config, dtype=run.dtype, attn_implementation="sdpa")
     with tempfile.TemporaryDirectory() as folder:
         trainer = LoPTSFTTrainer(
             model,

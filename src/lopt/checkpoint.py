@@ -15,17 +15,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lopt.files import fsync, write_text
 from lopt.memory import format_bytes
+from lopt.trust import check_pickles
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"
@@ -249,7 +248,8 @@ def check_checkpoint(path: str | Path) -> str | None:
     """Refuse a checkpoint that the user names if it is damaged; returns a warning if it has no manifest.
 
     Raises:
-        CheckpointError: it is not a folder, was damaged, or holds a pickle that would do more than hold data.
+        CheckpointError: it is not a folder, or was damaged.
+        UntrustedError: it holds a pickle that would do more than hold data.
     """
     path = Path(path)
     if not path.is_dir():
@@ -292,41 +292,6 @@ def find_checkpoint(folder: str, wanted: str) -> str:
     check_pickles(choice.path)
     print(f"Resume: going on from {choice.path}, step {step_of(choice.path)}")
     return str(choice.path)
-
-
-def check_pickles(folder: str | Path) -> None:
-    """Read the `.metadata` of sharded (FSDP2) checkpoints, which torch unpickles, without running anything.
-
-    Everything else in a checkpoint is safetensors, JSON or read by `torch.load(weights_only=True)`.
-
-    Raises:
-        CheckpointError: it names something that is no part of such a file.
-    """
-    for path in Path(folder).rglob(".metadata"):
-        try:
-            with path.open("rb") as file:
-                _OnlyData(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-            raise CheckpointError(f"{path} is refused: {error}") from error
-
-
-class _OnlyData(pickle.Unpickler):
-    """Knows the classes of torch's sharded checkpoints and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = {("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
-        own = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        is_class = module in own and isinstance(_attribute(module, name), type)
-        is_path = module.split(".")[0] == "pathlib" and name in ("PosixPath", "PurePosixPath", "Path")
-        if is_class or is_path or (module, name) in plain:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it would run {module}.{name}")
-
-
-def _attribute(module: str, name: str) -> Any:
-    import importlib
-
-    return getattr(importlib.import_module(module), name, None)
 
 
 # -- files -------------------------------------------------------------------------------------------

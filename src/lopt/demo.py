@@ -24,6 +24,7 @@ from lopt.files import write_text
 from lopt.memory import format_bytes
 from lopt.models import load_model, load_tokenizer
 from lopt.provenance import device, versions
+from lopt.report import clean
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
 
@@ -37,8 +38,8 @@ SAMPLES = 3
 
 def run_demo(args: DemoArguments) -> dict[str, Any]:
     """Measure, train, measure again, save `results.json`, `report.html` and the model."""
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    model = load_model(args.model, trust_remote_code=args.trust_remote_code)
     train, held_out = train_and_held_out(args.task, args.steps * args.batch_size, args.held_out, args.seed)
     print(
         f"{args.model} learns {args.task} by {args.method}: {args.steps} steps of {args.batch_size} "
@@ -225,5 +226,5 @@ def _print_summary(results: dict[str, Any], report: Path, folder: Path) -> None:
 
 
 def _short(text: str) -> str:
-    line = " | ".join(text.splitlines())
+    line = clean(" | ".join(text.splitlines()))  # a model's words give no command to a terminal
     return line if len(line) <= 100 else line[:97] + "..."

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
@@ -32,6 +32,7 @@ from lopt.blocks import Block, Blocks
 from lopt.config import LoPTConfig
 from lopt.flops import FlopCounter
 from lopt.memory import MemoryTracker
+from lopt.models import empty_model
 
 Method = Literal["lopt", "frozen", "e2e"]
 # Layers that are measured in each place. A middle block's second layer stands for all but a block's first.
@@ -133,7 +134,7 @@ def _complete(segments: dict[tuple[str, str], Segment], method: Method) -> None:
 
 def build(config: PreTrainedConfig, work: Work) -> Any:
     """A model from its config, as a trainer would hand it to the method."""
-    model = AutoModelForCausalLM.from_config(config, dtype=work.dtype, attn_implementation="sdpa").train()
+    model = empty_model(config, dtype=work.dtype, attn_implementation="sdpa").train()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
     if work.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

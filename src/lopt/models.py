@@ -12,12 +12,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lopt.packaged import PACKAGED_MODEL, packaged_model
+from lopt.template_check import check_template
+from lopt.trust import UntrustedError, check_folder, check_kernels, refused_code
 
 ALIASES = {
     "qwen3-4b": "Qwen/Qwen3-4B",
@@ -48,6 +51,37 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = False
+) -> PreTrainedConfig:
+    """The config of a model, which may be a config.json; no code that comes with it runs unless trusted.
+
+    Args:
+        weights: refuse a folder whose weights could not be loaded, too.
+
+    Raises:
+        UntrustedError: see `lopt.trust`.
+        OSError, ValueError: as `AutoConfig` raises them.
+    """
+    path = name if Path(name).is_file() else resolve_model(name)
+    local = Path(path).exists()
+    if Path(path).is_dir():
+        check_folder(path, weights=weights, name=name)
+    where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local, **where)
+    except ValueError as error:
+        raise refused_code(name, error) or error from error
+    return config
+
+
+def empty_model(config: PreTrainedConfig, **options: Any) -> Any:
+    """A model with this config and random weights; code that came with the config runs only if trusted."""
+    trusted = type(config).__module__.startswith("transformers_modules")
+    options = {"attn_implementation": "eager", **options}  # a config may name a kernel, to be fetched and run
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **options)
+
+
 def load_model(
     name: str,
     *,
@@ -64,17 +98,19 @@ def load_model(
             needs an optimizer that does not round small steps away (`lopt.optim`).
 
     Raises:
-        ValueError: not found, not reachable, not a decoder-only causal LM, not safetensors.
+        ValueError: not found, not reachable, not a decoder-only causal LM, not safetensors, or with code of
+            its own and no `trust_remote_code`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--param_dtype {dtype} is not possible: use one of {', '.join(DTYPES)}")
     path = resolve_model(name)
     where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, **where)
+        config = load_config(name, weights=True, **where)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from error
     check_causal(name, config)
+    check_kernels(name, config, attn_implementation)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -96,11 +132,15 @@ def load_tokenizer(
         ValueError: there is none, or it has no end-of-text token.
     """
     path = resolve_model(name)
+    if Path(path).is_dir():
+        check_folder(path, weights=False, name=name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
+        if refused := refused_code(name, error):
+            raise refused from error
         raise ValueError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token is None:
         raise ValueError(
@@ -108,6 +148,7 @@ def load_tokenizer(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_template(name, tokenizer)
     return tokenizer
 
 
@@ -173,6 +214,15 @@ def check_causal(name: str, config: Any) -> None:
 
 
 def _cannot_load(name: str, error: Exception) -> ValueError:
+    if isinstance(error, UntrustedError):
+        return error
+    if refused := refused_code(name, error):
+        return refused
+    if "safetensors" in str(error) and not Path(resolve_model(name)).is_dir():
+        return UntrustedError(
+            f"--model_name_or_path {name} has no weights in safetensors on the hub, pickles are not read: "
+            'convert them (docs/guide.md, "From .bin to safetensors"), or name a --model_revision with them'
+        )
     return ValueError(f"--model_name_or_path {name} cannot be loaded: {_first_line(error)}")
 
 

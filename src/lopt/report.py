@@ -12,8 +12,12 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# The last two groups are marks that turn the order of the text around them, beyond their own end.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
+)
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _CSS = """
 :root{color-scheme:light dark;--bg:#fdfcfa;--ink:#1d1f22;--soft:#5d6167;--line:#d9d6cf;--card:#f5f3ee;
 --good:#0a6b50;--bad:#a8400a}
@@ -124,7 +128,7 @@ def page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") ->
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{text(title)}</title>
 <style>{_CSS}</style>

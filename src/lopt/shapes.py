@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from lopt.blocks import Blocks, split
 from lopt.config import LoPTConfig
-from lopt.models import ALIASES, check_causal, resolve_model, shares_embeddings
+from lopt.models import ALIASES, check_causal, empty_model, load_config, resolve_model, shares_embeddings
 from lopt.objective import ReconstructionHead
 from lopt.packaged import PACKAGED_MODEL
+from lopt.trust import UntrustedError
 
 # As in the published config.json files: what decides about bytes and FLOPs.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -45,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+def model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of an alias (or what it stands for), a folder, a config.json or a hub id.
 
     Raises:
@@ -59,7 +60,9 @@ def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     path = Path(name).expanduser()
     where = str(path) if path.is_file() else resolve_model(name)
     try:
-        config = AutoConfig.from_pretrained(where, revision=revision, local_files_only=Path(where).exists())
+        config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
+    except UntrustedError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -117,7 +120,7 @@ class Sizes:
     def of(cls, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Sizes:
         """Counted on the model itself, on the meta device, with weights of `dtype`."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = empty_model(config, dtype=dtype)
             head = ReconstructionHead(config.get_text_config().hidden_size)
         count = len(Blocks(model, LoPTConfig(method="e2e")).layers)
         blocks = Blocks(model, LoPTConfig(num_blocks=count))

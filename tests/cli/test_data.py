@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 def _stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_list([{"query": "q", "response": "r"}] * 3)
     monkeypatch.setattr(hub, "load_dataset", lambda *args, **kwargs: rows)
+    monkeypatch.setattr(hub, "_check_files", lambda *args: None)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("LOPT_CACHE", str(tmp_path / "lopt"))
     monkeypatch.chdir(tmp_path)

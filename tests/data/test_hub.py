@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
@@ -21,7 +24,23 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
         return ROWS.to_iterable_dataset() if kwargs.get("streaming") else ROWS
 
     monkeypatch.setattr(hub, "load_dataset", load)
+    monkeypatch.setattr(hub, "load_dataset_builder", card("hf://datasets/org/data@abc/rows.jsonl"))
     return calls
+
+
+def card(file: str) -> Callable[..., SimpleNamespace]:
+    """A data set whose card names this file."""
+    return lambda *_args, **_kwargs: SimpleNamespace(config=SimpleNamespace(data_files={"train": [file]}))
+
+
+@pytest.mark.parametrize(
+    "file", ["/etc/passwd", "file:///etc/passwd", "https://elsewhere/x.csv", "zip://a::/b.zip"]
+)
+def test_a_card_that_names_files_elsewhere_is_refused(file: str, asked: list, monkeypatch) -> None:
+    monkeypatch.setattr(hub, "load_dataset_builder", card(file))
+    with pytest.raises(ValueError, match=r"--dataset_name: .* is no file of the data set"):
+        load_rows(dataset_name="org/data")
+    assert not asked
 
 
 def test_the_hub_is_asked_for_what_the_flags_say(asked: list, tmp_path, monkeypatch) -> None:
@@ -45,7 +64,10 @@ def test_the_hub_is_asked_for_what_the_flags_say(asked: list, tmp_path, monkeypa
         (ConnectionError("Couldn't reach 'org/data'\non the Hub"), ["use --train_file with a local copy"]),
         (FileNotFoundError("Dataset 'org/data' doesn't exist"), ["doesn't exist"]),
         (ValueError("Config name is missing.\nPlease pick one"), ["missing. Please pick one"]),
-        (RuntimeError("Dataset scripts are no longer supported"), ["no longer supported"]),
+        (
+            RuntimeError("Dataset scripts are no longer supported"),
+            ["is not run", "--train_file"],
+        ),
         (
             DatasetNotFoundError("Dataset 'org/data' is a gated dataset on the Hub."),
             ["accept its terms at https://huggingface.co/datasets/org/data", "`hf auth login`"],
@@ -56,7 +78,7 @@ def test_a_refusal_is_one_line_with_the_fix(error: Exception, words: list[str], 
     def fail(*_args: object, **_kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(hub, "load_dataset", fail)
+    monkeypatch.setattr(hub, "load_dataset_builder", fail)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(ValueError) as caught:
         load_rows(dataset_name="org/data")
@@ -69,7 +91,7 @@ def test_without_a_connection_a_preset_says_how_to_fetch_it(monkeypatch: pytest.
     def fail(*_args: object, **_kwargs: object) -> None:
         raise ConnectionError("Couldn't reach it")
 
-    monkeypatch.setattr(hub, "load_dataset", fail)
+    monkeypatch.setattr(hub, "load_dataset_builder", fail)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(ValueError, match=r"--dataset_preset tulu3: .*`lopt data download --dataset tulu3"):
         load_rows(preset="tulu3")

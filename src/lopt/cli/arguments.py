@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
 from lopt.data.files import SHUFFLE_BUFFER
 from lopt.data.presets import PRESETS
+from lopt.redact import is_secret_name, known_secrets, redact
 from lopt.stop import seconds
 
 
@@ -181,11 +182,29 @@ def parse(command: str, groups: Sequence[Any], arguments: Sequence[str]) -> tupl
     Raises:
         ValueError: the YAML file is missing, broken or has unknown keys.
     """
-    parser = TrlParser(groups, prog=f"lopt {command}")
     arguments = _resume_alone(list(arguments))
+    secrets = known_secrets(arguments)
     if "--config" in arguments:
-        _check_yaml(arguments)
-    return parser.parse_args_and_config(arguments)
+        content = _check_yaml(arguments)
+        secrets |= {str(value) for name, value in content.items() if value and is_secret_name(str(name))}
+    parser = _Parser(groups, prog=f"lopt {command}")
+    parser.secrets = secrets
+    try:
+        return parser.parse_args_and_config(arguments)
+    except ValueError as error:
+        told = redact(str(error), secrets)
+        if told == str(error):
+            raise
+        raise ValueError(told) from None  # the cause would show the secret
+
+
+class _Parser(TrlParser):
+    """argparse repeats what it does not understand: not if that is a token."""
+
+    secrets: Collection[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message, self.secrets))
 
 
 def settings(
@@ -207,14 +226,13 @@ def settings(
 
 def _resume_alone(arguments: list[str]) -> list[str]:
     """`--resume` without a value means the newest."""
-    pairs = zip_longest(arguments, arguments[1:], fillvalue="--")
     return [
         "--resume=auto" if flag == "--resume" and following.startswith("--") else flag
-        for flag, following in pairs
+        for flag, following in pairwise([*arguments, "--"])
     ]
 
 
-def _check_yaml(arguments: list[str]) -> None:
+def _check_yaml(arguments: list[str]) -> Mapping[str, Any]:
     position = arguments.index("--config") + 1
     if position >= len(arguments):
         raise ValueError("--config needs a YAML file")
@@ -223,7 +241,15 @@ def _check_yaml(arguments: list[str]) -> None:
         raise ValueError(f"--config {path} is not a file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(
+            error, "problem_mark", None
+        )  # the error itself quotes the line, which may hold a token
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        why = getattr(error, "problem", None) or type(error).__name__
+        raise ValueError(f"--config {path} is not valid YAML{where}: {why}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path} is not valid YAML: it is not UTF-8") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold flags, one 'name: value' per line")
+    return content

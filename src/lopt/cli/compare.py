@@ -19,6 +19,7 @@ from lopt.config import LoPTConfig
 from lopt.evaluation.texts import read_texts
 from lopt.models import load_model, resolve_model
 from lopt.provenance import fingerprint
+from lopt.redact import redacted
 from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
 
@@ -230,7 +231,9 @@ def _changed(args: LoPTSFTConfig) -> dict[str, Any]:
     plain = vars(LoPTSFTConfig(output_dir="x"))
     kept = {k: v for k, v in vars(args).items() if not k.startswith(("_", *_NO_MATTER))}
     return {
-        k: v if isinstance(v, (int, float, str)) else str(v) for k, v in kept.items() if v != plain.get(k)
+        k: v if isinstance(v, (int, float, str)) else str(redacted(v))
+        for k, v in kept.items()
+        if v != plain.get(k)
     }
 
 

@@ -32,6 +32,7 @@ class DemoArguments:
     batch_size: int = field(default=8, metadata={"help": "Problems per step."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the last block."})
     held_out: int = field(default=64, metadata={"help": "Problems kept back for the examination."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
     seed: int = field(default=0, metadata={"help": "Seed of problems, heads and order."})
     output_dir: str = field(default="outputs/demo", metadata={"help": "Where model, figures and report go."})
     overwrite_output_dir: bool = field(

@@ -142,7 +142,8 @@ def labels(names: Sequence[str]) -> dict[str, str]:
     shown = [name if short else path for name, path, short in zip(names, told, alias, strict=True)]
     for parts in range(1, 1 + max(path.count("/") + 1 for path in shown)):
         short = ["-".join(path.strip("/").split("/")[-parts:]) for path in shown]
-        short = [re.sub(r"[^\w.-]+", "_", label) for label in short]
+        # A label becomes a folder: of the hub's "a/.." nothing but the letters.
+        short = [re.sub(r"[^\w.-]+", "_", label).lstrip(".") or "model" for label in short]
         if len(set(short)) == len(short):
             break
     return dict(zip(short, paths, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lopt.cli.arguments import (
     DataArguments,
@@ -37,11 +38,21 @@ def main(arguments: Sequence[str]) -> None:
         retention = check_retention(retention_args, config, args)
         checkpoint = prepare(model_args, run_args, args)
         rows = grpo_rows(model_args, data_args, task_args, args)
-        if model_args.model_revision is not None:  # what TRL loads the reference model with
-            args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": model_args.model_revision}
+        _of_reference(args, model_args)
         record = Record.of("grpo", FLAGS, arguments)
         rewards = {"reward_funcs": rows.rewards}
         run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, record, retention, **rewards)
+
+
+def _of_reference(args: LoPTGRPOConfig, model_args: ModelArguments) -> None:
+    """What TRL loads the reference model with, if there is one: as the policy was loaded."""
+    if not args.beta and model_args.model_revision is None:
+        return
+    found: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": args.trust_remote_code}
+    if model_args.model_revision is not None:
+        found["revision"] = model_args.model_revision
+    given: Any = args.model_init_kwargs or {}  # a dict by now: TRL's config has parsed it
+    args.model_init_kwargs = {**given, **found}
 
 
 def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 
 import lopt
+from lopt.redact import known_secrets, redact
+from lopt.report import clean
 from lopt.stop import EXIT_STOPPED, Stopped
 
 # Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
@@ -49,10 +52,18 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except (ValueError, ImportError, FileNotFoundError) as error:
         if os.environ.get("LOPT_DEBUG"):
             raise
-        message = " ".join(str(error).split())
+        # It may quote a command line, a model or a data set: no token and no command to the terminal.
+        message = clean(redact(" ".join(str(error).split()), known_secrets(arguments)))
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
         print(f"{where}lopt {command}: error: {message}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        culprit = _culprit(error)
+        if os.environ.get("LOPT_DEBUG") or culprit is None:
+            raise
+        message = clean(redact(" ".join(str(error).split()), known_secrets(arguments)))
+        print(f"lopt {command}: error: {culprit}: {message[:500]}", file=sys.stderr)
         return 2
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
@@ -62,6 +73,15 @@ def run(command: str, arguments: Sequence[str]) -> int:
         print(f"\nlopt {command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _culprit(error: Exception) -> str | None:
+    """What came from elsewhere and was stopped where nobody expects it; None for a mistake of ours."""
+    if type(error).__module__ == "jinja2.exceptions":  # its own words, or the sandbox's
+        return "the model's chat template failed"
+    if isinstance(error, pickle.UnpicklingError):  # torch.load(weights_only=True)
+        return "a file was refused that holds more than data; nothing of it was run"
+    return None
 
 
 if __name__ == "__main__":

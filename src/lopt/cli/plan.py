@@ -45,6 +45,7 @@ class PlanArguments:
         metadata={"help": f"A folder, a config.json, a hub id or, without any network: {', '.join(SHAPES)}."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
     param_dtype: str = field(
         default="float32",
         metadata={"aliases": ["--dtype"], "help": "Dtype of the weights: float32 or bfloat16."},
@@ -220,7 +221,7 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
 def _run(args: PlanArguments) -> Run:
     on_gpu = not (args.use_cpu or (args.calibrate and not torch.cuda.is_available()))
     return Run(
-        config=model_config(str(args.model_name_or_path), args.model_revision),
+        config=model_config(str(args.model_name_or_path), args.model_revision, args.trust_remote_code),
         batch=args.per_device_train_batch_size,
         tokens=args.max_length,
         accumulation=args.gradient_accumulation_steps,

@@ -66,6 +66,7 @@ class ProbeArguments:
             "help": "Dtype that the models are run in: float32, bfloat16, auto.",
         },
     )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
     output_dir: str = field(
         default="outputs/probe", metadata={"help": "Where probe.json and report.html go."}
     )
@@ -132,24 +133,25 @@ def probe(
         ValueError: a model cannot be loaded, is not of the base's shape or reads the text differently.
     """
     sizes = {"tokens": args.tokens, "window": args.window}
+    trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     with _named("--base"):
-        tokenizer, config = load_examinees_tokenizer(base), model_config(base)
+        tokenizer, config = load_examinees_tokenizer(base, **trust), model_config(base, **trust)
     rows = windows(tokenizer, texts, **sizes)
     boundaries = {}
     for label, path in models.items():
-        _check_alike(label, config, model_config(adapter_base(path) or path))
-        if windows(load_examinees_tokenizer(path), texts, **sizes) != rows:
+        _check_alike(label, config, model_config(adapter_base(path) or path, **trust))
+        if windows(load_examinees_tokenizer(path, **trust), texts, **sizes) != rows:
             raise ValueError(f"{label}: {CANNOT}, their tokenizers read the text as different tokens")
         boundaries[label] = boundaries_of(path, args, config.get_text_config().num_hidden_layers)
     drifts = {}
     with tqdm(total=1 + len(models), desc="Models", unit="model") as bar:
         with _named("--base"):
-            model: Any = load_examinee(base, dtype=args.param_dtype)
+            model: Any = load_examinee(base, dtype=args.param_dtype, **trust)
         reference = Reference.of(model, tokenizer, texts, batch_size=args.batch_size, **sizes)
         bar.update()
         for label, path in models.items():
             del model  # before the next one is loaded
-            model = load_examinee(path, dtype=args.param_dtype)
+            model = load_examinee(path, dtype=args.param_dtype, **trust)
             drifts[label] = reference.drift(model, boundaries=boundaries[label])
             bar.update()
     return drifts

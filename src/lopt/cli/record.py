@@ -17,6 +17,7 @@ from lopt.cli.arguments import settings
 from lopt.evaluation.store import differences
 from lopt.files import write_text
 from lopt.provenance import environment, fingerprint, git_states, versions
+from lopt.redact import known_secrets, redacted
 
 RUN_YAML, RUN_JSON = "run.yaml", "run.json"
 _SECRETS = ("hub_token",)
@@ -48,11 +49,12 @@ class Record:
     @classmethod
     def of(cls, command: str, groups: Sequence[Any], arguments: Sequence[str]) -> Record:
         """The record of arguments that `lopt.cli.arguments.parse` has accepted; secrets are left out."""
+        secrets = known_secrets(arguments)
         every, changed = (
-            {k: v for k, v in values.items() if k not in _SECRETS}
+            redacted({k: v for k, v in values.items() if k not in _SECRETS}, secrets)
             for values in settings(command, groups, arguments)
         )
-        return cls(command, _without_secrets(arguments), every, changed)
+        return cls(command, redacted(_without_secrets(arguments), secrets), every, changed)
 
     def write(
         self, folder: Path, data: Mapping[str, Any] | None = None, resumed_from: str | None = None

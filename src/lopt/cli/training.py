@@ -24,6 +24,7 @@ from lopt.stop import Stopped
 from lopt.trainers.checks import check_settings
 from lopt.trainers.saving import on_first_rank
 from lopt.trainers.trouble import Attempt, told_in
+from lopt.trust import check_folder
 
 
 def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:
@@ -59,7 +60,10 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, args: TrainingAr
         ),
     )
     with args.main_process_first(desc="model"):
-        model_args.model_name_or_path = resolve_model(str(model_args.model_name_or_path))
+        name = str(model_args.model_name_or_path)
+        model_args.model_name_or_path = resolve_model(name)
+        if Path(model_args.model_name_or_path).is_dir():  # before rows are read, which may take long
+            check_folder(model_args.model_name_or_path, weights=True, name=name)
     return checkpoint
 
 

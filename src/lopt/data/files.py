@@ -20,7 +20,7 @@ from pathlib import Path
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from lopt.data.hub import load_hub, one_line
+from lopt.data.hub import load_hub, one_line, without_media
 from lopt.data.presets import Preset, check_columns, find_preset, show_licence
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -240,8 +240,8 @@ def _load_files(paths: list[Path], split: str, streaming: bool) -> Dataset | Ite
     try:
         options = _csv_as_text(paths[0]) if builder == "csv" else {}
         if not streaming:
-            return load_dataset(builder, data_files=files, split=split, **options)
-        rows = load_dataset(builder, data_files=files, split=split, streaming=True, **options)
+            return without_media(load_dataset(builder, data_files=files, split=split, **options))
+        rows = without_media(load_dataset(builder, data_files=files, split=split, streaming=True, **options))
         empty = next(iter(rows), None) is None
     except (DatasetsError, ValueError, StopIteration) as error:
         # A file that is streamed may be too large to be read in search of the fault.

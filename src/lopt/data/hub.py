@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from lopt.data.presets import PRESETS
+
+logger = logging.getLogger(__name__)
 
 
 def load_hub(
@@ -35,7 +41,8 @@ def load_hub(
     """
     options = {"streaming": True} if streaming else {}
     try:
-        rows = load_dataset(name, config, split=split, revision=revision, **options)
+        _check_files(name, config, revision)
+        rows = without_media(load_dataset(name, config, split=split, revision=revision, **options))
         empty = next(iter(rows), None) is None  # a stream fails here rather than when it is opened
     except ConnectionError as error:
         raise ValueError(_offline(name, error, flag)) from error
@@ -46,10 +53,60 @@ def load_hub(
                 f"{flag}: {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, "
                 "then log in with `hf auth login`"
             ) from error
+        if "scripts are no longer supported" in str(error):
+            raise ValueError(
+                f"{flag}: {name} is made by a Python script, which is not run: use a revision with data "
+                "files (often refs/convert/parquet), or --train_file with a local copy"
+            ) from error
         raise ValueError(f"{flag}: cannot load {name}, --dataset_split {split}: {one_line(error)}") from error
     if empty:
         raise ValueError(f"{flag}: {name}, --dataset_split {split}, has no rows: name another")
     return rows
+
+
+def _check_files(name: str, config: str | None, revision: str | None) -> None:
+    """Refuse a data set whose card names files outside it, which may be any file of its reader's.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    found = load_dataset_builder(name, config, revision=revision).config.data_files or {}
+    home = Path(name).resolve() if Path(name).is_dir() else None
+    for file in (str(file) for files in found.values() for file in files):
+        place = file.rsplit("::", 1)[-1]  # "zip://rows.csv::hf://datasets/..." is in an archive there
+        inside = home is not None and Path(place).resolve().is_relative_to(home)
+        if not (place.startswith("hf://datasets/") if home is None else inside):
+            raise ValueError(f"its card names {file}, which is no file of the data set")
+
+
+def without_media(rows: Dataset | IterableDataset) -> Any:
+    """Rows without columns of pictures, sound and the like, which nothing here learns from.
+
+    Such a column may hold a path or an address in place of the content, and reading a row would open it: a
+    data set could so name any file of its reader's.
+    """
+    names = [name for name, feature in (rows.features or {}).items() if any(_media(feature))]
+    if names:
+        logger.warning("left out the columns %s: pictures, sound and the like are not read", ", ".join(names))
+        if isinstance(rows, IterableDataset):
+            rows = rows.decode(False)  # a stream reads its rows before it removes columns
+        rows = rows.remove_columns(names)
+    return rows
+
+
+def _media(feature: Any) -> Iterator[bool]:
+    """Of a column's type and the types in it, whether it takes what it holds from elsewhere."""
+    if isinstance(feature, dict):
+        for part in feature.values():
+            yield from _media(part)
+    elif isinstance(feature, list):
+        for part in feature:
+            yield from _media(part)
+    else:
+        yield hasattr(feature, "embed_storage")
+        inner = getattr(feature, "feature", None)
+        if inner is not None:
+            yield from _media(inner)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

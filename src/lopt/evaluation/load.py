@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.memory import format_bytes, free_host_memory
-from lopt.models import load_model, load_tokenizer, resolve_model
+from lopt.models import empty_model, load_config, load_model, load_tokenizer, resolve_model
+from lopt.trust import UntrustedError, check_folder
 
 
 def adapter_base(path: str) -> str | None:
@@ -45,6 +46,8 @@ def load_examinee(
         ValueError: see `load_model`; the weights need more memory than is free.
     """
     base = adapter_base(path)
+    if base is not None:
+        check_folder(path, weights=True)
     where: Any = dict(revision=None if base else revision, trust_remote_code=trust_remote_code)
     check_memory(base or path, dtype, **where)
     model = load_model(base or path, dtype=dtype, attn_implementation=attn_implementation, **where)
@@ -67,14 +70,15 @@ def check_memory(path: str, dtype: str, **options: Any) -> None:
     """Refuse a model whose weights alone are more than what is free.
 
     Raises:
-        ValueError: with what would fit. A config that cannot be read is left to `load_model`.
+        ValueError: with what would fit; what `lopt.trust` refuses. A config that cannot be read is left to
+            `load_model`.
     """
     try:
-        config = AutoConfig.from_pretrained(path, **options)
+        config = load_config(path, weights=True, **options)
         with torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=options.get("trust_remote_code", False)
-            )
+            shape = empty_model(config)
+    except UntrustedError:
+        raise
     except (OSError, ValueError):
         return
     count = sum(parameter.numel() for parameter in shape.parameters())

@@ -133,9 +133,9 @@ def windows(tokenizer: Any, text: TextTask) -> list[list[int]]:
 def _settings(args: Any, path: str) -> dict[str, Any]:
     """What all tasks of a model share and what decides its results."""
     base = adapter_base(path)
-    model: dict[str, Any] = {"files": model_identity(path, args.model_revision)}
+    model: dict[str, Any] = {"files": model_identity(path, args.model_revision, args.trust_remote_code)}
     if base is not None:
-        model["base"] = model_identity(base)
+        model["base"] = model_identity(base, trust_remote_code=args.trust_remote_code)
     return {
         "model": model,
         "param_dtype": args.param_dtype,

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from lopt.evaluation.outcomes import Evaluation
 from lopt.files import write_text
+from lopt.models import load_config
 
 _OF_A_MODEL = (
     *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors*", "*.jinja"),
@@ -126,14 +126,14 @@ def read_results(folder: str | Path) -> Evaluation:
     return Evaluation(results, samples)
 
 
-def model_identity(path: str, revision: str | None = None) -> dict[str, str]:
+def model_identity(path: str, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, str]:
     """What tells one model from another: for a folder its files, on the hub its commit.
 
     Small files count by their content, weights by size and time of change.
     """
     folder = Path(path)
     if not folder.is_dir():
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
         return {"hub": path, "commit": str(getattr(config, "_commit_hash", None) or revision)}
     files: dict[str, str] = {}
     for pattern in _OF_A_MODEL:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig, SFTConfig
 
+from lopt.redact import redacted
 from lopt.trainers.optimizer import is_torch_optimizer, torch_options
 
 if TYPE_CHECKING:  # what the defaults are put in front of
@@ -104,6 +105,10 @@ class _Defaults(TrainingArguments):
             )
         super().__post_init__()
         self.optim = own or self.optim
+
+    def to_dict(self) -> dict[str, Any]:
+        """What checkpoints, logs and trackers show: no token in it, also none of `model_init_kwargs`."""
+        return redacted(super().to_dict())
 
 
 @dataclass

@@ -33,6 +33,7 @@ from lopt.checkpoint import (
     staging,
 )
 from lopt.files import write_text
+from lopt.redact import redacted
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from transformers import Trainer
@@ -169,7 +170,9 @@ class WholeCheckpoints(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         super()._save(str(folder), state_dict)
         (folder / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
-        write_text(folder / ARGUMENTS, json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
+        write_text(
+            folder / ARGUMENTS, json.dumps(redacted(self.args.to_dict()), indent=2, default=str) + "\n"
+        )
 
     # -- resuming --------------------------------------------------------------------------------
 
