@@ -84,7 +84,8 @@ def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrain
 
 def _attempt(model_args: ModelArguments, config: LoPTConfig, args: Any) -> Attempt:
     """What the planner is asked about when the model does not fit."""
-    shape = model_config(str(model_args.model_name_or_path), model_args.model_revision)
+    where = model_args.model_revision, args.trust_remote_code
+    shape = model_config(str(model_args.model_name_or_path), *where)
     named: Any = {"auto": shape.dtype or "float32"}.get(model_args.param_dtype, model_args.param_dtype)
     dtype = named if isinstance(named, torch.dtype) else getattr(torch, named)
     return Attempt(shape, args, config, getattr(args, "max_length", None), dtype, args.device)
