@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
+from yaml.constructor import ConstructorError
 
 from lopt.data.files import SHUFFLE_BUFFER
 from lopt.data.presets import PRESETS
@@ -174,17 +179,50 @@ class RetentionArguments:
     )
 
 
+class _Parser(TrlParser):
+    """Says a mistake in one line, as all of lopt does, rather than after three hundred lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(re.sub(r"^argument (--\w+)[^:]*:", r"\1:", message))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse(command: str, groups: Sequence[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
     """Flags and `--config file.yaml` (flags win) into one instance per dataclass.
 
     Raises:
-        ValueError: the YAML file is missing, broken or has unknown keys.
+        ValueError: an unknown flag, a value of the wrong type; the YAML file is missing, broken or has
+            unknown keys.
     """
-    parser = TrlParser(groups, prog=f"lopt {command}")
-    arguments = _resume_alone(list(arguments))
-    if "--config" in arguments:
-        _check_yaml(arguments)
-    return parser.parse_args_and_config(arguments)
+    parser = _Parser(groups, prog=f"lopt {command}")
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    path, words = _take_config(_resume_alone(list(arguments)))
+    if path is not None:
+        words = _words_of(_read_yaml(path), f"--config {path}", parser, hints) + words
+    *parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+        name = flag.lstrip("-").partition("=")[0]
+        raise ValueError(f"{flag} is no flag of lopt {command}: {_hint(name, hints, '--')}")
+    return tuple(parsed)
+
+
+def _hint(name: str, known: Iterable[str], dashes: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {dashes}{close[0]}?" if close else "--help lists them"
 
 
 def _resume_alone(arguments: list[str]) -> list[str]:
@@ -197,16 +235,45 @@ def _resume_alone(arguments: list[str]) -> list[str]:
     ]
 
 
-def _check_yaml(arguments: list[str]) -> None:
-    position = arguments.index("--config") + 1
-    if position >= len(arguments):
-        raise ValueError("--config needs a YAML file")
-    path = Path(arguments[position])
+def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The file of `--config FILE` or `--config=FILE`, and the other arguments."""
+    for position, word in enumerate(arguments):
+        flag, sign, value = word.partition("=")
+        if flag == "--config":
+            end = position + (1 if sign else 2)
+            value = value if sign else "".join(arguments[position + 1 : end])
+            if not value:
+                raise ValueError("--config needs a YAML file")
+            return Path(value), arguments[:position] + arguments[end:]
+    return None, arguments
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path} is not a file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
+    # The last three are what PyYAML itself stumbles over: deep nesting, values that their tags do not fit.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
         raise ValueError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold flags, one 'name: value' per line")
+    return content
+
+
+def _words_of(content: dict[Any, Any], where: str, parser: _Parser, hints: Mapping[str, Any]) -> list[str]:
+    """A YAML file as words of a command line, so that its values are checked like those of flags."""
+    words: list[str] = []
+    for key, value in content.items():
+        if key not in hints:
+            raise ValueError(f"{where}: {key!r} is no flag: {_hint(str(key), hints)}")
+        if value is None and NoneType not in get_args(hints[key]):
+            raise ValueError(f"{where}: {key} has no value: give it one, or leave the line out")
+        if value is None or value == []:  # no word says this
+            parser.set_defaults(**{key: value})
+        elif isinstance(value, list) and len(value) > 1:
+            words += [f"--{key}", *map(str, value)]
+        else:
+            (value,) = value if isinstance(value, list) else [value]
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words

@@ -46,7 +46,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run `lopt.cli.<command>`; LOPT_DEBUG=1 shows where an error comes from."""
     try:
         importlib.import_module(f"lopt.cli.{command}").main(list(arguments))
-    except (ValueError, ImportError, FileNotFoundError) as error:
+    except (ValueError, ImportError, OSError) as error:
         if os.environ.get("LOPT_DEBUG"):
             raise
         message = " ".join(str(error).split())

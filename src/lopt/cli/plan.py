@@ -149,6 +149,8 @@ def check(args: PlanArguments) -> int | None:
         value = getattr(args, name)
         if value is not None and not Path(value).absolute().parent.is_dir():
             raise ValueError(f"--{name} {value}: its folder does not exist: make it first")
+        if value is not None and Path(value).is_dir():
+            raise ValueError(f"--{name} {value} is a folder: name a file")
     return None if args.fit is None else size_in_bytes(args.fit)
 
 

@@ -201,6 +201,8 @@ def _check_file(path: Path, streaming: bool) -> None:
         raise ValueError(f"--train_file: {path} is a folder: name the files to read ({inside})")
     if not path.exists():
         raise ValueError(f"--train_file: {path} does not exist: check the path")
+    if not path.is_file():  # a pipe would be waited for, and is gone once read
+        raise ValueError(f"--train_file: {path} is no regular file: write the rows to a file first")
     if path.suffix.lower() not in BUILDERS:
         raise ValueError(f"--train_file: {path.name} is of an unknown type: give {_ACCEPTED}")
     try:
@@ -256,7 +258,15 @@ def _load_files(paths: list[Path], split: str, streaming: bool) -> Dataset | Ite
 def _csv_as_text(path: Path) -> dict[str, object]:
     """Options that keep CSV cells as written: guessed types would turn the answer 007 into 7.0."""
     with path.open(encoding="utf-8-sig", newline="") as handle:
-        header = next(csv.reader(handle), [])
+        try:
+            header = next(csv.reader(handle), [])
+        except csv.Error as error:
+            raise ValueError(f"its first line is no CSV header ({error})") from error
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"two columns are called {twice[0]!r}: rename one")
+    if len(header) == 1 and re.search(r"[;\t|]", header[0]):
+        raise ValueError(f"its header is {header[0]!r}: separate columns by commas")
     return {
         "features": Features({name: Value("string") for name in header}),
         "keep_default_na": False,

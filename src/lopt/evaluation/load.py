@@ -25,7 +25,10 @@ def adapter_base(path: str) -> str | None:
         return None
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f'{path} holds an adapter, which needs peft: pip install "lopt[peft]"')
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = dict(json.loads(config.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config} is broken ({error}): save the adapter again") from error
     if not base:
         raise ValueError(f"{config} does not say which model it belongs to: set base_model_name_or_path")
     return resolve_model(str(base))

@@ -17,6 +17,8 @@ def read_texts(paths: Sequence[str], tokens: int, flag: str) -> dict[str, str]:
     texts = {}
     for path, name in zip(paths, short_names(paths), strict=True):
         try:
+            if Path(path).expanduser().is_fifo():  # would be waited for, and is gone once read
+                raise ValueError(f"{flag} {path} is a pipe: write the text to a file first")
             with Path(path).expanduser().open(encoding="utf-8-sig") as file:
                 text = file.read(CHARACTERS_PER_TOKEN * tokens)
         except UnicodeDecodeError as error:

@@ -60,6 +60,8 @@ class _Defaults(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.fp16 and self.bf16:
+            raise ValueError("--fp16 and --bf16 contradict each other: give one of them")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         # Said aloud, or several processes on CPUs would each train alone without a word.
