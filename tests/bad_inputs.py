@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
     "comma.jsonl": ('{"question": "a", "answer": "b",}\n', "line 1 is not valid JSON"),
     "array.jsonl": ('["question", "answer"]\n[1, 2]\n', "array.jsonl"),
     "number.jsonl": ("3\n4\n", "line 1 is not a JSON object"),
-    "deep.jsonl": ('{"question": ' + "[" * 5000 + "]" * 5000 + ', "answer": "1"}\n', "deep.jsonl"),
+    "deep.jsonl": ('{"question": ' + "[" * 99_999 + "]" * 99_999 + "}\n", "line 1 is nested too deeply"),
     "twenty_megabytes.jsonl": (
         row() + '{"question": "' + "x" * 20_000_000 + '", "answer": \n',
         "twenty_megabytes.jsonl is broken: line 2 is not valid JSON",
@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
     "infinity.jsonl": ('{"question": Infinity, "answer": "1"}\n', "`question`, must be text"),
     "columns.jsonl": ('{"spam": "a", "eggs": "b"}\n', "found spam, eggs: rename them to one of"),
     "differing.jsonl": (row() + '{"spam": "a"}\n', "row 1 (from 0), column `question`"),
-    "types.jsonl": (row() + row({"text": "a"}), "types.jsonl"),
+    "types.jsonl": (row() + row({"text": "a"}), "row 1 (from 0), column `question`, must be text, not dict"),
     "numbers.jsonl": (row(7), "row 0 (from 0), column `question`, must be text, not int"),
     "null.jsonl": (row() + row(None), "row 1 (from 0), column `question`, must be text, not NoneType"),
     "void.jsonl": (row() + row("  "), "row 1 (from 0), column `question`, is empty: fill it or remove"),
@@ -147,8 +147,8 @@ def build_models(folder: Path) -> None:
     like_it("misshapen", intermediate_size=64)
     shard = like_it("shardless") / "model.safetensors"
     shard.rename(shard.with_name("model-00001-of-00002.safetensors"))
-    where = {"lm_head.weight": "model-00002-of-00002.safetensors"}
-    shard.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    shard.with_name("model.safetensors.index.json").write_text(json.dumps(index))
     save_tiny(folder / "experts", "mixtral")
     save_tiny(folder / "strict", chat_template="{{ raise_exception('no such role as assistant') }}")
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)

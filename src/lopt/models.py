@@ -73,7 +73,7 @@ def load_model(
     where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
     load_config(name, **where)
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -84,6 +84,7 @@ def load_model(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load(name, error) from error
+    model, told = loaded
     _check_complete(name, told)
     return model
 
@@ -120,10 +121,11 @@ def load_tokenizer(
         ValueError: there is none, or it has no end-of-text token.
     """
     path = resolve_model(name)
+    where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
+    alone = os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json"))  # an adapter's
+    config = None if alone else load_config(name, **where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
     except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token is None:
@@ -132,8 +134,7 @@ def load_tokenizer(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not os.path.isdir(path) or os.path.isfile(os.path.join(path, "config.json")):  # an adapter has none
-        config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    if config is not None:
         _check_vocabulary(name, tokenizer, config.get_text_config().vocab_size)
     return tokenizer
 

@@ -71,7 +71,7 @@ def spare_model(output_dir: str, model: str, written: Sequence[str] = ("checkpoi
 
 def _check_writable(folder: Path) -> None:
     """By writing, which finds read-only disks that permissions do not show; in the parent of a new folder."""
-    there = folder.absolute()
+    there = folder
     while not there.exists():
         there = there.parent
     if not there.is_dir():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from lopt.blocks import Blocks, split
 from lopt.checkpoint import write_text
@@ -19,7 +20,7 @@ from lopt.cli.retention import Retention, write_curves
 from lopt.config import LoPTConfig
 from lopt.models import load_config, load_model, resolve_model
 from lopt.stop import Stopped
-from lopt.trainers.checks import check_numbers, check_settings
+from lopt.trainers.checks import check_numbers, check_routers, check_settings
 from lopt.trainers.saving import on_first_rank
 
 
@@ -32,6 +33,10 @@ def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArgu
     check_model(model_args)
     check_numbers(args)
     check_settings(args, config)
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise ValueError(f"--report_to: {error}") from error
     if config.method == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
 
@@ -53,14 +58,15 @@ def check_evaluation(data_args: DataArguments, args: TrainingArguments) -> None:
 
 
 def check_cut(model: str, configs: Iterable[LoPTConfig], **where: Any) -> None:
-    """Refuse blocks that the model has not layers for, by its config, before its weights are read.
+    """Refuse what the model cannot be cut into, by its config, before its weights are read.
 
     Args:
         where: `revision` and `trust_remote_code` of the model.
     """
-    layers = getattr(load_config(model, **where).get_text_config(), "num_hidden_layers", None)
-    for config in configs if layers is not None else ():
-        split(layers, config)
+    model_config = load_config(model, **where)
+    for config in configs:
+        split(model_config.get_text_config().num_hidden_layers, config)
+        check_routers(config, model_config)
 
 
 def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConfig, args: Any) -> str | None:

@@ -32,6 +32,7 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 """Accepted suffix -> name of the `datasets` builder that reads it."""
 
 _ACCEPTED = ", ".join(BUILDERS)
+_DEEP = 500  # opening brackets in a line from which on it is looked at closely
 
 
 def load_rows(
@@ -228,7 +229,20 @@ def _content_fault(path: Path, streaming: bool) -> str | None:
                 line.decode("utf-8")
             except UnicodeDecodeError:
                 return f"is not UTF-8 (line {number}): convert it to UTF-8"
+            if line.count(b"[") + line.count(b"{") > _DEEP and _is_deep(line):
+                return f"is broken: line {number} is nested too deeply"
     return None
+
+
+def _is_deep(line: bytes) -> bool:
+    """Whether it is JSON nested too deeply for Python's parser: on that, Arrow's crashes the process."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False  # told with more words later
+    except RecursionError:
+        return True
+    return False
 
 
 def _load_files(paths: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:
@@ -245,7 +259,7 @@ def _load_files(paths: list[Path], split: str, streaming: bool) -> Dataset | Ite
             return load_dataset(builder, data_files=files, split=split, **options)
         rows = load_dataset(builder, data_files=files, split=split, streaming=True, **options)
         empty = next(iter(rows), None) is None
-    except (DatasetsError, ValueError, StopIteration) as error:
+    except (DatasetsError, ValueError, StopIteration, RecursionError) as error:
         # A file that is streamed may be too large to be read in search of the fault.
         names = ", ".join(map(str, paths))
         what = f"cannot read {names}: {one_line(error)}" if streaming else _diagnose(paths, split, error)
@@ -304,6 +318,8 @@ def _json_fault(path: Path) -> str | None:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             return f"is broken: line {number} is not valid JSON ({error.msg})"
+        except RecursionError:
+            return f"is broken: line {number} is nested too deeply"
         if not isinstance(row, dict):
             return f"is broken: line {number} is not a JSON object such as {{'prompt': ...}}"
     return None

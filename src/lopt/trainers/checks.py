@@ -102,7 +102,13 @@ def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) 
             "--offload block with --use_vllm: vLLM would read weights that are not on the device: "
             "use --offload optimizer"
         )
-    if isinstance(model, nn.Module) and getattr(model.config, "output_router_logits", False):
+    if isinstance(model, nn.Module):
+        check_routers(config, model.config)
+
+
+def check_routers(config: LoPTConfig, model_config: Any) -> None:
+    """Refuse the block-major schedule for a model that balances its routers, by its config."""
+    if config.schedule == "block_major" and getattr(model_config, "output_router_logits", False):
         raise ValueError(
             "--schedule block_major cannot balance routers over all layers at once: use --schedule eager"
         )
