@@ -82,8 +82,12 @@ def load_model(
             output_loading_info=True,
             **where,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"--model_name_or_path {name}: its weights are damaged ({_first_line(error)}): get them again"
+        ) from error
     model, told = loaded
     _check_complete(name, told)
     return model
@@ -127,7 +131,10 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(
+            f"the tokenizer of {name} cannot be loaded: {_first_line(error)}: put its files "
+            "beside config.json"
+        ) from error
     if tokenizer.eos_token is None:
         raise ValueError(
             f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json"

@@ -61,7 +61,7 @@ def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, local_files_only=Path(where).exists())
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
             f"--model_name_or_path {name} has no readable config: {reason}. Give a folder, a config.json, a "
             f"hub id or one of {', '.join(SHAPES)}"

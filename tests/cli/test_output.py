@@ -10,12 +10,13 @@ import pytest
 
 from lopt.checkpoint import MANIFEST, publish, seal, staging
 from lopt.cli.arguments import RunArguments, parse
-from lopt.cli.output import check_output
+from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.trainers.config import LoPTSFTConfig
 
 
 def test_new_empty_and_unrelated_folders_are_fine(tmp_path: Path) -> None:
     assert check_output(str(tmp_path / "a" / "b"), resume=None, overwrite=False) is None
+    assert not (tmp_path / "a").exists()
     (tmp_path / "notes.txt").write_text("mine")
     assert check_output(str(tmp_path), resume=None, overwrite=False) is None
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -27,7 +28,26 @@ def test_overwrite_removes_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--resume"):
         check_output(str(tmp_path), resume=None, overwrite=False)
     check_output(str(tmp_path), resume=None, overwrite=True)
+    assert (tmp_path / "checkpoint-4").is_dir()  # until all else is known to be right
+    start_anew(str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_model_is_not_written_over(tmp_path: Path) -> None:
+    for inside in ("out", "out/checkpoint-3", "out/models/a"):
+        (tmp_path / inside).mkdir(exist_ok=True, parents=True)
+    model, out = str(tmp_path / "out"), tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
+    for folder in (out, out / "new", tmp_path / "link"):
+        with pytest.raises(ValueError, match="would write over the model"):
+            spare_model(str(folder), model)
+    with pytest.raises(ValueError, match="would write over the model"):
+        spare_model(str(out), str(out / "checkpoint-3"))
+    with pytest.raises(ValueError, match="would write over the model"):
+        spare_model(str(out), str(out / "models/a"), ("models",))
+    spare_model(str(out), str(out / "models/a"))
+    spare_model(str(tmp_path), model)
+    spare_model(model, "org/name")
 
 
 def test_resume_takes_the_newest_whole_one_and_says_so(tmp_path: Path, capsys) -> None:

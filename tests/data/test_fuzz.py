@@ -135,7 +135,7 @@ def test_any_file_is_rows_or_a_sentence(content: bytes, suffix: str, stream: boo
 
 
 @fuzz(cost=20)
-@given(GOOD)
+@given(rows=GOOD)
 def test_neither_a_byte_order_mark_nor_line_ends_matter(rows: list[dict], place: Path) -> None:
     texts = [json.dumps(row) for row in rows]
     found = []
@@ -150,7 +150,7 @@ def test_neither_a_byte_order_mark_nor_line_ends_matter(rows: list[dict], place:
 
 
 @fuzz(cost=4)
-@given(st.binary(max_size=200), st.integers(1, 5))
+@given(content=st.binary(max_size=200), tokens=st.integers(1, 5))
 def test_any_text_file_is_read_or_refused(content: bytes, tokens: int, place: Path) -> None:
     path = place / "notes.txt"
     path.write_bytes(content)
@@ -169,7 +169,7 @@ yaml_files = (
 
 
 @fuzz(cost=4)
-@given(yaml_files)
+@given(content=yaml_files)
 def test_any_config_is_flags_or_a_sentence(content: bytes, place: Path) -> None:
     path = place / "run.yaml"
     path.write_bytes(content)

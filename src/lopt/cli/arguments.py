@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
 from yaml.constructor import ConstructorError
 
 from lopt.data.files import SHUFFLE_BUFFER
+from lopt.data.hub import one_line
 from lopt.data.presets import PRESETS
 from lopt.stop import seconds
 
@@ -255,7 +256,9 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
     # The last three are what PyYAML itself stumbles over: deep nesting, values that their tags do not fit.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        told = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else one_line(error)
+        raise ValueError(f"--config {path} is not valid YAML: {told}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold flags, one 'name: value' per line")
     return content
@@ -269,6 +272,8 @@ def _words_of(content: dict[Any, Any], where: str, parser: _Parser, hints: Mappi
             raise ValueError(f"{where}: {key!r} is no flag: {_hint(str(key), hints)}")
         if value is None and NoneType not in get_args(hints[key]):
             raise ValueError(f"{where}: {key} has no value: give it one, or leave the line out")
+        if isinstance(value, list) and list not in map(get_origin, (hints[key], *get_args(hints[key]))):
+            raise ValueError(f"{where}: {key} takes one value, not a list")
         if value is None or value == []:  # no word says this
             parser.set_defaults(**{key: value})
         elif isinstance(value, list) and len(value) > 1:

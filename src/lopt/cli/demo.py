@@ -58,13 +58,17 @@ def main(arguments: Sequence[str]) -> None:
     if not 0 < args.learning_rate < float("inf"):
         raise ValueError(f"--learning_rate {args.learning_rate} is not possible: use a finite number above 0")
     config = LoPTConfig(method=args.method, num_blocks=args.num_blocks)
-    check_output(args.output_dir, resume=None, overwrite=args.overwrite_output_dir)
-    model = resolve_model(args.model)
-    spare_model(args.output_dir, model, ("checkpoint-*", "model"))
 
     from lopt.cli.training import check_cut  # after the checks: this import takes seconds
 
-    check_cut(model, [config])
+    try:
+        check_output(args.output_dir, resume=None, overwrite=args.overwrite_output_dir)
+        model = resolve_model(args.model)
+        spare_model(args.output_dir, model, ("checkpoint-*", "model"))
+        check_cut(model, [config])
+    except ValueError as error:  # they know the flags of lopt sft
+        told = str(error).replace("--model_name_or_path", "--model").replace("go on with --resume, ", "")
+        raise ValueError(told) from error
 
     from lopt.demo import run_demo
 

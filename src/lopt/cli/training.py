@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
 
 from lopt.blocks import Blocks, split
 from lopt.checkpoint import write_text
@@ -54,7 +55,8 @@ def check_evaluation(data_args: DataArguments, args: TrainingArguments) -> None:
     if args.eval_strategy == "no":
         args.eval_strategy = "epoch" if data_args.held_out else "no"
     elif not data_args.held_out:
-        raise ValueError(f"--eval_strategy {args.eval_strategy} has no rows to evaluate on: add --held_out")
+        name = IntervalStrategy(args.eval_strategy).value
+        raise ValueError(f"--eval_strategy {name} has no rows to evaluate on: add --held_out")
 
 
 def check_cut(model: str, configs: Iterable[LoPTConfig], **where: Any) -> None:

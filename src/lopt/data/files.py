@@ -229,6 +229,8 @@ def _content_fault(path: Path, streaming: bool) -> str | None:
                 line.decode("utf-8")
             except UnicodeDecodeError:
                 return f"is not UTF-8 (line {number}): convert it to UTF-8"
+            if b"\0" in line:
+                return f"has a NUL byte (line {number}), as UTF-16 does: write it anew as UTF-8"
             if line.count(b"[") + line.count(b"{") > _DEEP and _is_deep(line):
                 return f"is broken: line {number} is nested too deeply"
     return None

@@ -104,6 +104,10 @@ class LoPTGRPOConfig(_Defaults, GRPOConfig):
     """
 
     def __post_init__(self) -> None:
+        if self.num_generations is not None and self.num_generations < 2:
+            raise ValueError(
+                f"--num_generations {self.num_generations} leaves nothing to compare: use 2 or more"
+            )
         if self.generation_batch_size is None:
             self.steps_per_generation = self._whole_groups(
                 self.steps_per_generation or self.gradient_accumulation_steps
