@@ -222,6 +222,8 @@ def test_rewards_are_0_or_1(completion: Any, answer: Any) -> None:
 
 @fuzz()
 @given(answer=answers)
+@example(answer="..")
+@example(answer="4. .")
 def test_the_right_answer_is_always_right(answer: str) -> None:
     def score(name: str, completion: str, wanted: str | None) -> list[float]:
         return REWARDS[name](prompts=["?"], completions=[completion], answer=[wanted])
