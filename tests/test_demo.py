@@ -38,10 +38,3 @@ def test_demo(method: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     AutoModelForCausalLM.from_pretrained(out / "model")
     assert main(["demo", *words, "--output_dir", str(out)]) == 2
     assert "--overwrite_output_dir" in capsys.readouterr().err
-
-
-def test_demo_mistakes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    out = ["--output_dir", str(tmp_path / "x")]
-    assert main(["demo", "--steps", "0", *out]) == 2 and "--steps 0" in capsys.readouterr().err
-    assert main(["demo", "--task", "chess", "--model", "./no", *out]) == 2
-    assert "--model" in capsys.readouterr().err

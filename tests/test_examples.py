@@ -10,8 +10,9 @@ import yaml
 
 from lopt import LoPTConfig
 from lopt.cli import grpo, sft
-from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments, parse
+from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments
 from lopt.cli.compare import CompareArguments
+from lopt.cli.parsing import parse
 from lopt.cli.rows import check_task
 from lopt.compare import parse_arms
 from lopt.data.presets import PRESETS

@@ -64,12 +64,6 @@ class Blocks(Sequence[Block]):
         spans = split(len(self.layers), config)
         self._blocks = [Block(i, a, b) for i, (a, b) in enumerate(spans)]
         self._base, self._layout = base, layout
-        frozen, most = config.frozen_blocks, max(0, len(spans) - 2)
-        if config.is_local and frozen > most:
-            raise ValueError(
-                f"--frozen_blocks {frozen} of {len(spans)} blocks leaves no earlier block that learns: "
-                f"use {most} or fewer, or --method frozen"
-            )
         self._owners()  # refuses layers that share weights
 
     def __len__(self) -> int:
@@ -162,7 +156,11 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, Layout]:
 
 
 def split(num_layers: int, config: LoPTConfig) -> list[tuple[int, int]]:
-    """Contiguous (start, stop) spans, as even as possible, earlier blocks taking the remainder."""
+    """Contiguous (start, stop) spans, as even as possible, earlier blocks taking the remainder.
+
+    Raises:
+        ValueError: the model has not layers enough, or no earlier block is left to learn.
+    """
     if not config.is_cut:
         return [(0, num_layers)]
     starts = config.block_boundaries
@@ -178,5 +176,11 @@ def split(num_layers: int, config: LoPTConfig) -> list[tuple[int, int]]:
         raise ValueError(
             f"--block_boundaries {starts}: the model has {num_layers} layers, "
             f"so the last boundary must be below {num_layers}"
+        )
+    frozen, most = config.frozen_blocks, max(0, len(starts) - 1)
+    if config.is_local and frozen > most:
+        raise ValueError(
+            f"--frozen_blocks {frozen} of {len(starts) + 1} blocks leaves no earlier block that learns: "
+            f"use {most} or fewer, or --method frozen"
         )
     return list(zip([0, *starts], [*starts, num_layers], strict=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -51,10 +53,10 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def load_config(
+def read_config(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = False
 ) -> PreTrainedConfig:
-    """The config of a model, which may be a config.json; no code that comes with it runs unless trusted.
+    """The config of any model, which may be a config.json; no code that comes with it runs unless trusted.
 
     Args:
         weights: refuse a folder whose weights could not be loaded, too.
@@ -103,24 +105,50 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--param_dtype {dtype} is not possible: use one of {', '.join(DTYPES)}")
-    path = resolve_model(name)
     where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
-    try:
-        config = load_config(name, weights=True, **where)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(name, error) from error
-    check_causal(name, config)
+    config = load_config(name, weights=True, **where)
     check_kernels(name, config, attn_implementation)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name),
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below, in a line
+            output_loading_info=True,
             **where,
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"--model_name_or_path {name}: its weights are damaged ({_first_line(error)}): get them again"
+        ) from error
+    model, told = loaded
+    _check_complete(name, told)
+    return model
+
+
+def load_config(name: str, **where: Any) -> PreTrainedConfig:
+    """The config of a decoder-only causal LM; arguments as for `read_config`, errors as for `load_model`."""
+    try:
+        config = read_config(name, **where)
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # whatever a config.json may hold
+        raise _cannot_load(name, error) from error
+    check_causal(name, config)
+    return config
+
+
+def _check_complete(name: str, told: Mapping[str, Any]) -> None:
+    """Refuse weights that transformers would fill in at random, with no more than a warning."""
+    wrong = [f"{key} is {list(there)}, not {list(here)}" for key, there, here in told["mismatched_keys"]]
+    wrong += [f"{key} is missing" for key in sorted(told["missing_keys"])]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"--model_name_or_path {name}: its weights do not fit its config.json: {wrong[0]}{more}. Get "
+            "both from one place, with a head (...ForCausalLM)"
+        )
 
 
 def load_tokenizer(
@@ -134,14 +162,18 @@ def load_tokenizer(
     path = resolve_model(name)
     if Path(path).is_dir():
         check_folder(path, weights=False, name=name)
+    where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
+    alone = os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json"))  # an adapter's
+    config = None if alone else load_config(name, **where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
     except (OSError, ValueError) as error:
         if refused := refused_code(name, error):
             raise refused from error
-        raise ValueError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(
+            f"the tokenizer of {name} cannot be loaded: {_first_line(error)}: put its files "
+            "beside config.json"
+        ) from error
     if tokenizer.eos_token is None:
         raise ValueError(
             f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json"
@@ -149,7 +181,25 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_template(name, tokenizer)
+    if config is not None:
+        _check_vocabulary(name, tokenizer, config.get_text_config().vocab_size)
     return tokenizer
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuse tokens that the embedding of `rows` rows has no row for.
+
+    Added tokens do not count unless they end or pad a text: some tokenizers, as Gemma 3's, have a few for
+    images that their text models never see.
+    """
+    added = set(tokenizer.get_added_vocab().values())
+    used = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id} - {None}
+    most = max((used | set(tokenizer.get_vocab().values())) - (added - used))
+    if most >= rows:
+        raise ValueError(
+            f"the tokenizer of {name} has a token {most}, and the model's embedding {rows} rows: give the "
+            "tokenizer that belongs to it, or call model.resize_token_embeddings and save it"
+        )
 
 
 def save_model(
@@ -223,8 +273,12 @@ def _cannot_load(name: str, error: Exception) -> ValueError:
             f"--model_name_or_path {name} has no weights in safetensors on the hub, pickles are not read: "
             'convert them (docs/guide.md, "From .bin to safetensors"), or name a --model_revision with them'
         )
-    return ValueError(f"--model_name_or_path {name} cannot be loaded: {_first_line(error)}")
+    return ValueError(
+        f"--model_name_or_path {name} cannot be loaded: {_first_line(error)}. Give a folder with config.json "
+        "and safetensors, a hub id or an alias"
+    )
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".: ")

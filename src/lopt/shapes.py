@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lopt.blocks import Blocks, split
 from lopt.config import LoPTConfig
-from lopt.models import ALIASES, check_causal, empty_model, load_config, resolve_model, shares_embeddings
+from lopt.models import ALIASES, check_causal, empty_model, read_config, resolve_model, shares_embeddings
 from lopt.objective import ReconstructionHead
 from lopt.packaged import PACKAGED_MODEL
 from lopt.trust import UntrustedError
@@ -60,11 +60,11 @@ def model_config(name: str, revision: str | None = None, trust_remote_code: bool
     path = Path(name).expanduser()
     where = str(path) if path.is_file() else resolve_model(name)
     try:
-        config = load_config(where, revision=revision, trust_remote_code=trust_remote_code)
+        config = read_config(where, revision=revision, trust_remote_code=trust_remote_code)
     except UntrustedError:
         raise
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
             f"--model_name_or_path {name} has no readable config: {reason}. Give a folder, a config.json, a "
             f"hub id or one of {', '.join(SHAPES)}"

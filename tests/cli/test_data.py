@@ -47,23 +47,6 @@ def test_without_parquet_only_the_cache_is_filled(tmp_path: Path, capsys: pytest
     assert "Train with --dataset_preset metamathqa" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("fly", "there is no subcommand 'fly'"),
-        ("download", "--dataset is missing"),
-        ("download --dataset spam", "--dataset spam is unknown"),
-        ("download --dataset all --revision v1", "--revision belongs to one data set"),
-        ("preview --rows 0", "--rows 0 shows nothing"),
-        ("preview --train_file none.jsonl", "--model_name_or_path is missing"),
-        ("preview --model_name_or_path gpt2 --train_file none.jsonl", "none.jsonl does not exist"),
-    ],
-)
-def test_mistakes(words: str, message: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(["data", *words.split()]) == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
-
-
 def test_colour_is_for_terminals(
     tiny_folder: Path, sums_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -158,42 +158,6 @@ def test_other_tokenizers(world: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "different tokenizers" in capsys.readouterr().err and not (tmp_path / "text").exists()
 
 
-ONE = ["--model_name_or_path", "{base}"]
-NOTES = [*ONE, "--text", "{base}/../notes.txt"]
-MISTAKES: dict[str, tuple[list[str], str]] = {
-    "no model": (["--tasks", "gsm8k"], "--model_name_or_path is missing"),
-    "nothing to measure": (ONE, "give --tasks (mmlu, ifeval"),
-    "missing model": (["--model_name_or_path", "./no", "--tasks", "gsm8k"], "./no is not a folder"),
-    "twice": ([*ONE, "{base}", "--text", "x"], "is given twice"),
-    "only the base": ([*NOTES, "--base", "{base}"], "--base {base} is the only model"),
-    "limit": ([*NOTES, "--limit", "0"], "--limit 0"),
-    "batch": ([*NOTES, "--batch_size", "some"], "--batch_size some"),
-    "dtype": ([*NOTES, "--param_dtype", "int8"], "--param_dtype int8"),
-    "shots": ([*ONE, "--tasks", "gsm8k", "--num_fewshot", "5"], "arc_challenge=25"),
-    "shots without tasks": ([*NOTES, "--num_fewshot", "gsm8k=1"], "--num_fewshot goes with --tasks"),
-    "no text": ([*ONE, "--text", "{base}/none.txt"], "none.txt cannot be read"),
-    "binary text": ([*ONE, "--text", "{base}/model.safetensors"], "is not UTF-8"),
-    "no data": ([*ONE, "--tasks", "gsm8k", "--data_dir", "{base}"], "gsm8k/test.jsonl is missing"),
-    "no data folder": (
-        [*ONE, "--tasks", "gsm8k", "--data_dir", "{base}/no"],
-        "--data_dir {base}/no is not a",
-    ),
-    "no template": ([*NOTES, "--apply_chat_template"], "has no chat template"),
-    "in a model's folder": ([*NOTES, "--output_dir", "{base}/.."], "holds a model"),
-    "unknown flag": ([*NOTES, "--colour", "red"], "--colour"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given, message = MISTAKES[mistake]
-    *command, message = (part.replace("{base}", str(world / "base")) for part in [*given, message])
-    where = [] if "--output_dir" in command else ["--output_dir", str(tmp_path / "out")]
-    assert main(["eval", *command, *where]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_base_comes_first() -> None:
     given = ["org/a", "org/base", "org/b"]
     models = check(EvalArguments(model_name_or_path=given, base="org/base", tasks=["gsm8k"]))

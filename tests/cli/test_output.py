@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 
 from lopt.checkpoint import MANIFEST, publish, seal, staging
-from lopt.cli.arguments import RunArguments, parse
-from lopt.cli.output import prepare_output
+from lopt.cli.arguments import RunArguments
+from lopt.cli.output import check_output, spare_model, start_anew
+from lopt.cli.parsing import parse
 from lopt.trainers.config import LoPTSFTConfig
 
 
 def test_new_empty_and_unrelated_folders_are_fine(tmp_path: Path) -> None:
-    assert prepare_output(str(tmp_path / "a" / "b"), resume=None, overwrite=False) is None
+    assert check_output(str(tmp_path / "a" / "b"), resume=None, overwrite=False) is None
+    assert not (tmp_path / "a").exists()
     (tmp_path / "notes.txt").write_text("mine")
-    assert prepare_output(str(tmp_path), resume=None, overwrite=False) is None
+    assert check_output(str(tmp_path), resume=None, overwrite=False) is None
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -25,9 +27,28 @@ def test_overwrite_removes_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="--resume"):
-        prepare_output(str(tmp_path), resume=None, overwrite=False)
-    prepare_output(str(tmp_path), resume=None, overwrite=True)
+        check_output(str(tmp_path), resume=None, overwrite=False)
+    check_output(str(tmp_path), resume=None, overwrite=True)
+    assert (tmp_path / "checkpoint-4").is_dir()  # until all else is known to be right
+    start_anew(str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_model_is_not_written_over(tmp_path: Path) -> None:
+    for inside in ("out", "out/checkpoint-3", "out/models/a"):
+        (tmp_path / inside).mkdir(exist_ok=True, parents=True)
+    model, out = str(tmp_path / "out"), tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
+    for folder in (out, out / "new", tmp_path / "link"):
+        with pytest.raises(ValueError, match="would write over the model"):
+            spare_model(str(folder), model)
+    with pytest.raises(ValueError, match="would write over the model"):
+        spare_model(str(out), str(out / "checkpoint-3"))
+    with pytest.raises(ValueError, match="would write over the model"):
+        spare_model(str(out), str(out / "models/a"), ("models",))
+    spare_model(str(out), str(out / "models/a"))
+    spare_model(str(tmp_path), model)
+    spare_model(model, "org/name")
 
 
 def test_resume_takes_the_newest_whole_one_and_says_so(tmp_path: Path, capsys) -> None:
@@ -39,20 +60,20 @@ def test_resume_takes_the_newest_whole_one_and_says_so(tmp_path: Path, capsys) -
         publish(staged, tmp_path / staged.name)
     (tmp_path / "checkpoint-16" / "trainer_state.json").write_text("")
     (tmp_path / "checkpoint-12" / MANIFEST).unlink()
-    assert prepare_output(str(tmp_path), resume="auto", overwrite=False) == str(tmp_path / "checkpoint-8")
+    assert check_output(str(tmp_path), resume="auto", overwrite=False) == str(tmp_path / "checkpoint-8")
     said = capsys.readouterr().out
     assert "checkpoint-16 is passed over: trainer_state.json is empty" in said
     assert "checkpoint-12 is passed over: it has no manifest.json" in said
     assert f"going on from {tmp_path}/checkpoint-8, step 8" in said
     old = str(tmp_path / "checkpoint-12")
-    assert prepare_output(str(tmp_path), resume=old, overwrite=False) == old
+    assert check_output(str(tmp_path), resume=old, overwrite=False) == old
     assert "taken as it is" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is refused: trainer_state"):
-        prepare_output(str(tmp_path), resume=str(tmp_path / "checkpoint-16"), overwrite=False)
+        check_output(str(tmp_path), resume=str(tmp_path / "checkpoint-16"), overwrite=False)
     for step in (4, 8):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match=r"no whole checkpoint in .*checkpoint-4 is passed over"):
-        prepare_output(str(tmp_path), resume="auto", overwrite=False)
+        check_output(str(tmp_path), resume="auto", overwrite=False)
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch) -> None:
@@ -62,7 +83,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     for resume in (None, "auto"):
         with pytest.raises(ValueError, match=r"cannot be written to \(Read-only file system\)"):
-            prepare_output(str(tmp_path), resume=resume, overwrite=False)
+            check_output(str(tmp_path), resume=resume, overwrite=False)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from lopt.cli.main import main
 from lopt.cli.plan import PlanArguments, command, size_in_bytes
@@ -148,35 +148,6 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
     monkeypatch.setattr("lopt.calibrate.machine_memory", lambda device: 10**6)
     assert plan(*flags) == 2
     assert "--calibrate would run k=3" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"--model_name_or_path": None}, "--model_name_or_path is missing"),
-        ({"--model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere is not a folder"),
-        ({"--model_name_or_path": "{tmp}"}, "not a decoder-only causal LM"),
-        ({"--param_dtype": "int8"}, "--param_dtype int8"),
-        ({"--num_blocks": 1}, "--num_blocks 1"),
-        ({"--num_blocks": 7}, "--num_blocks 7 is not possible: use 2 to 6"),
-        ({"--optim": "lomo"}, "--optim lomo"),
-        ({"--max_length": 1}, "--max_length 1"),
-        ({"--local_every": 0}, "--local_every 0"),
-        ({"--offload": "block"}, "add --schedule block_major"),
-        ({"--bandwidth": 0}, "--bandwidth 0"),
-        ({"--tflops": "nan"}, "--tflops nan"),
-        ({"--fit": "much"}, "--fit much is not a size"),
-        ({"--svg": "/nowhere/a.svg"}, "--svg /nowhere/a.svg"),
-    ],
-)
-def test_mistakes(
-    flags: dict, message: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
-    given = {"--model_name_or_path": folder} | flags
-    words = [word for flag, value in given.items() if value is not None for word in (flag, value)]
-    assert plan(*(str(word).format(tmp=tmp_path) for word in words)) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_sizes() -> None:

@@ -80,38 +80,3 @@ def test_adapters(folder: Path) -> None:
     assert probe(folder, "--model_name_or_path", folder / "adapter", "--output_dir", out) == 0
     weights = json.loads((out / "probe.json").read_text())["models"]["adapter"]["weights"]
     assert weights["layer 0"] > 0 and weights["embedding"] == 0
-
-
-MISTAKES: dict[str, tuple[dict[str, object], str]] = {
-    "no base": ({"--base": None}, "--base is missing"),
-    "no model": ({"--model_name_or_path": None}, "--model_name_or_path is missing"),
-    "no text": ({"--text": None}, "--text is missing"),
-    "base is no folder": ({"--base": "./nowhere"}, "--base ./nowhere is not a folder"),
-    "missing file": ({"--text": "{tmp}/none.txt"}, "none.txt cannot be read: No such file"),
-    "empty file": ({"--text": "{tmp}/empty.txt"}, "empty.txt is empty"),
-    "not text": ({"--text": "{tmp}/binary.txt"}, "binary.txt is not UTF-8 text"),
-    "other shape": ({"--model_name_or_path": "{tmp}/wide"}, "4 layers of 32 channels, 259 tokens, this one"),
-    "other tokenizer": ({"--model_name_or_path": "{tmp}/reader"}, "their tokenizers read the text"),
-    "too many blocks": ({"--num_blocks": 9}, "--num_blocks 9 is more than the model's 4 layers"),
-    "no tokens": ({"--tokens": 0}, "--tokens 0"),
-    "long windows": ({"--window": 600, "--tokens": 600}, "--window: the model has 512 positions"),
-    "output is a file": ({"--output_dir": "{tmp}/text.txt"}, "is a file"),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistake(case: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
-    (folder / "empty.txt").write_text(" \n")
-    (folder / "binary.txt").write_bytes(b"\xff\xfe\xfa")
-    (folder / "text.txt").write_text(TEXT * 4)
-    flags: dict[str, object] = {
-        "--base": folder / "base",
-        "--model_name_or_path": folder / "cut",
-        "--text": folder / "text.txt",
-        "--output_dir": folder / "bad",
-    }
-    changes, message = MISTAKES[case]
-    words = [str(w) for flag, v in (flags | changes).items() if v is not None for w in (flag, v)]
-    assert main(["probe", *(w.replace("{tmp}", str(folder)) for w in words)]) == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (folder / "bad" / "probe.json").exists()

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from lopt.cli.arguments import settings
 from lopt.cli.main import COMMANDS, main
+from lopt.cli.parsing import settings
 from lopt.cli.record import RUN_JSON, RUN_YAML, Record
 from lopt.cli.sft import FLAGS
 from lopt.provenance import versions

@@ -222,3 +222,13 @@ def test_rows_that_are_too_long_are_counted(sft: Run, sums_file: Path, tmp_path:
         caplog.clear()
         sft(name, "--train_file", str(mixed), "--max_seq_length", "100", "--packing", packing)
         assert "2 of 50 train rows are left out: their prompt alone reaches --max_length 100" in caplog.text
+
+
+def test_a_run_that_explodes_stops_and_names_the_step(
+    tiny_folder: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    files = ("--model_name_or_path", tiny_folder, "--train_file", sums_file, "--output_dir", tmp_path / "out")
+    assert main(["sft", *map(str, files), *["--learning_rate", "1e30", "--head_warmup_steps", "0"]]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 2, batch 1 of 1" in error and "stopped before the optimizer step" in error
+    assert not (tmp_path / "out" / "config.json").exists()

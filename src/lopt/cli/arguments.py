@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
-from trl import TrlParser
 
 from lopt.data.files import SHUFFLE_BUFFER
 from lopt.data.presets import PRESETS
-from lopt.redact import is_secret_name, known_secrets, redact
 from lopt.stop import seconds
 
 
@@ -174,82 +166,3 @@ class RetentionArguments:
             "token since the start. The model is saved as it is then."
         },
     )
-
-
-def parse(command: str, groups: Sequence[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Flags and `--config file.yaml` (flags win) into one instance per dataclass.
-
-    Raises:
-        ValueError: the YAML file is missing, broken or has unknown keys.
-    """
-    arguments = _resume_alone(list(arguments))
-    secrets = known_secrets(arguments)
-    if "--config" in arguments:
-        content = _check_yaml(arguments)
-        secrets |= {str(value) for name, value in content.items() if value and is_secret_name(str(name))}
-    parser = _Parser(groups, prog=f"lopt {command}")
-    parser.secrets = secrets
-    try:
-        return parser.parse_args_and_config(arguments)
-    except ValueError as error:
-        told = redact(str(error), secrets)
-        if told == str(error):
-            raise
-        raise ValueError(told) from None  # the cause would show the secret
-
-
-class _Parser(TrlParser):
-    """argparse repeats what it does not understand: not if that is a token."""
-
-    secrets: Collection[str] = ()
-
-    def error(self, message: str) -> NoReturn:
-        super().error(redact(message, self.secrets))
-
-
-def settings(
-    command: str, groups: Sequence[Any], arguments: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The value of every flag, from `arguments`, the YAML file or by default; and those that are no default.
-
-    Both as they can be written in a YAML file, for arguments that `parse` has accepted.
-    """
-    parser, arguments = TrlParser(groups, prog=f"lopt {command}"), _resume_alone(list(arguments))
-    defaults = vars(parser.parse_args([]))
-    parser.parse_args_and_config(arguments)  # makes the file's values the parser's defaults
-    if "--config" in arguments:
-        position = arguments.index("--config")
-        del arguments[position : position + 2]
-    values = vars(parser.parse_args(arguments))
-    return values, {name: value for name, value in values.items() if value != defaults[name]}
-
-
-def _resume_alone(arguments: list[str]) -> list[str]:
-    """`--resume` without a value means the newest."""
-    return [
-        "--resume=auto" if flag == "--resume" and following.startswith("--") else flag
-        for flag, following in pairwise([*arguments, "--"])
-    ]
-
-
-def _check_yaml(arguments: list[str]) -> Mapping[str, Any]:
-    position = arguments.index("--config") + 1
-    if position >= len(arguments):
-        raise ValueError("--config needs a YAML file")
-    path = Path(arguments[position])
-    if not path.is_file():
-        raise ValueError(f"--config {path} is not a file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(
-            error, "problem_mark", None
-        )  # the error itself quotes the line, which may hold a token
-        where = "" if mark is None else f" in line {mark.line + 1}"
-        why = getattr(error, "problem", None) or type(error).__name__
-        raise ValueError(f"--config {path} is not valid YAML{where}: {why}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--config {path} is not valid YAML: it is not UTF-8") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path} must hold flags, one 'name: value' per line")
-    return content

@@ -10,17 +10,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, parse
+from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments
+from lopt.cli.output import spare_model
+from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
+from lopt.cli.training import check_cut
 from lopt.compare.arms import Arm, parse_arms
 from lopt.config import LoPTConfig
 from lopt.evaluation.texts import read_texts
 from lopt.models import load_model, resolve_model
 from lopt.provenance import fingerprint
 from lopt.redact import redacted
-from lopt.trainers.checks import check_settings
+from lopt.trainers.checks import check_numbers, check_settings
 from lopt.trainers.config import LoPTSFTConfig
 
 if TYPE_CHECKING:  # evaluation takes seconds to import
@@ -30,6 +33,8 @@ if TYPE_CHECKING:  # evaluation takes seconds to import
 HELD_OUT_ROWS = 64
 DRIFT_ROWS = 8
 SETTING = "setting.json"  # says that a folder is a comparison
+# What a comparison writes, and --overwrite_output_dir removes; anything else in the folder is the user's.
+WRITTEN = (SETTING, "base.json", "cells", "runs", "models", "compare.json", "report.html", "pareto.svg")
 # Flags that change no figure: where things go and what is said on the way.
 _NO_MATTER = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging", "log_", "seed", "data_seed",
               "hub_", "push_", "save_", "eval_", "do_", "project", "trackio", "local_rank",
@@ -94,13 +99,18 @@ def main(arguments: Sequence[str]) -> None:
 
     name = str(model_args.model_name_or_path)
     model_args.model_name_or_path = resolve_model(name)
+    where = dict(revision=model_args.model_revision, trust_remote_code=args.trust_remote_code)
+    check_cut(model_args.model_name_or_path, [arm.config for arm in arms], **where)
+    spare_model(str(folder), model_args.model_name_or_path, WRITTEN)
     rows = sft_rows(model_args, data_args, args)
     bench = _bench(model_args, args, rows, arms, _yardsticks(compare, rows, texts))
     if compare.keep_models:
         bench.keep_models = folder / "models"
     setting = _setting(name, bench, compare, model_args, data_args, config)
     if run_args.overwrite_output_dir and folder.exists():  # only now: nothing is lost to a mistake
-        shutil.rmtree(folder)
+        for part in WRITTEN:
+            path = folder / part
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     study = Study(bench, arms, compare.seeds, setting, folder)
     study.check_folder()
     Record.of("compare", FLAGS, arguments).write(folder)
@@ -125,6 +135,7 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
     for package in ("matplotlib", "lm_eval") if _tasks(compare) else ("matplotlib",):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'lopt compare needs {package}: pip install "lopt[eval]"')
+    check_numbers(args)
     for arm in arms:
         check_settings(args, arm.config)
     if _tasks(compare):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lopt.cli.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments, parse
+from lopt.cli.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments
+from lopt.cli.parsing import parse
 from lopt.config import LoPTConfig
 from lopt.data.download import choose, download
 from lopt.data.presets import PRESETS

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lopt.cli.arguments import parse
-from lopt.cli.output import prepare_output
+from lopt.cli.output import check_output, spare_model
+from lopt.cli.parsing import parse
 from lopt.cli.record import Record
+from lopt.config import LoPTConfig
+from lopt.data.tasks import TASKS
+from lopt.models import resolve_model
 from lopt.packaged import PACKAGED_MODEL
 
 
@@ -53,9 +56,24 @@ def main(arguments: Sequence[str]) -> None:
     ):
         if value < 1:
             raise ValueError(f"{flag} {value} is not possible: use 1 or more")
-    prepare_output(args.output_dir, resume=None, overwrite=args.overwrite_output_dir)
+    if args.task not in TASKS:
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}, not {args.task}")
+    if not 0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning_rate {args.learning_rate} is not possible: use a finite number above 0")
+    config = LoPTConfig(method=args.method, num_blocks=args.num_blocks)
 
-    from lopt.demo import run_demo  # after the checks: this import takes seconds
+    from lopt.cli.training import check_cut  # after the checks: this import takes seconds
+
+    try:
+        check_output(args.output_dir, resume=None, overwrite=args.overwrite_output_dir)
+        model = resolve_model(args.model)
+        spare_model(args.output_dir, model, ("checkpoint-*", "model"))
+        check_cut(model, [config])
+    except ValueError as error:  # they know the flags of lopt sft
+        told = str(error).replace("--model_name_or_path", "--model").replace("go on with --resume, ", "")
+        raise ValueError(told) from error
+
+    from lopt.demo import run_demo
 
     Record.of("demo", (DemoArguments,), arguments).write(Path(args.output_dir))
     run_demo(args)

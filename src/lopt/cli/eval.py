@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lopt.cli.arguments import parse
+from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.models import DTYPES, resolve_model
 

@@ -11,12 +11,12 @@ from lopt.cli.arguments import (
     RetentionArguments,
     RunArguments,
     TaskArguments,
-    parse,
 )
+from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
-from lopt.cli.training import check_run, prepare, run
+from lopt.cli.training import check_evaluation, check_run, prepare, run
 from lopt.config import LoPTConfig
 from lopt.stop import obeying
 from lopt.trainers import LoPTGRPOTrainer
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         check(data_args, args)
         check_run(model_args, config, args)
         retention = check_retention(retention_args, config, args)
-        checkpoint = prepare(model_args, run_args, args)
+        checkpoint = prepare(model_args, run_args, config, args)
         rows = grpo_rows(model_args, data_args, task_args, args)
         _of_reference(args, model_args)
         record = Record.of("grpo", FLAGS, arguments)
@@ -63,10 +63,9 @@ def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:
     """
     if data_args.max_seq_length is not None:
         raise ValueError("--max_seq_length is for lopt sft: use --max_prompt_length, --max_completion_length")
+    check_evaluation(data_args, args)
     if not data_args.held_out:
         return
-    if args.eval_strategy == "no":
-        args.eval_strategy = "epoch"
     group = args.num_generations_eval or args.num_generations or 1
     rows = args.per_device_eval_batch_size * args.world_size
     if rows % group:

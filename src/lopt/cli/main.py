@@ -49,7 +49,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run `lopt.cli.<command>`; LOPT_DEBUG=1 shows where an error comes from."""
     try:
         importlib.import_module(f"lopt.cli.{command}").main(list(arguments))
-    except (ValueError, ImportError, FileNotFoundError) as error:
+    except (ValueError, ImportError, OSError) as error:
         if os.environ.get("LOPT_DEBUG"):
             raise
         # It may quote a command line, a model or a data set: no token and no command to the terminal.

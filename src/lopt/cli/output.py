@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
-from lopt.checkpoint import WRITING, find_checkpoint
+from lopt.checkpoint import WRITING, checkpoints, find_checkpoint
 
 _SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json", "results.json")
 
 
-def prepare_output(output_dir: str, *, resume: str | None, overwrite: bool) -> str | None:
-    """Check `output_dir` before any work; returns the checkpoint to go on from, if any.
+def check_output(output_dir: str, *, resume: str | None, overwrite: bool) -> str | None:
+    """Check `output_dir` before any work, changing nothing; returns the checkpoint to go on from, if any.
 
     Args:
         resume: `auto` for the newest whole checkpoint, or a checkpoint.
@@ -24,31 +25,59 @@ def prepare_output(output_dir: str, *, resume: str | None, overwrite: bool) -> s
     folder = Path(output_dir)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite_output_dir contradict each other: give one of them")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: choose a folder")
-    checkpoints = sorted(folder.glob("checkpoint-*")) if folder.exists() else []
-    if resume:
-        if folder.exists():
-            _check_writable(folder)
-        return find_checkpoint(str(folder), resume)
-    if checkpoints or any((folder / name).exists() for name in _SIGNS_OF_A_RUN):
-        if not overwrite:
-            raise ValueError(
-                f"--output_dir {folder} holds a run already: go on with --resume, start anew with "
-                "--overwrite_output_dir, or choose another folder"
-            )
-        for checkpoint in checkpoints:
-            shutil.rmtree(checkpoint)
-        shutil.rmtree(folder / WRITING, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     _check_writable(folder)
+    if resume:
+        return find_checkpoint(str(folder), resume)
+    if not overwrite and (checkpoints(folder) or any((folder / name).exists() for name in _SIGNS_OF_A_RUN)):
+        raise ValueError(
+            f"--output_dir {folder} holds a run already: go on with --resume, start anew with "
+            "--overwrite_output_dir, or choose another folder"
+        )
     return None
 
 
+def start_anew(output_dir: str) -> None:
+    """Make the folder; what `--overwrite_output_dir` gives up in it goes now, when all else is ready."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / WRITING, ignore_errors=True)
+
+
+def spare_model(output_dir: str, model: str, written: Sequence[str] = ("checkpoint-*",)) -> None:
+    """Refuse to write over the model that a run starts from.
+
+    Args:
+        model: a folder; a hub id is nowhere here.
+        written: patterns of the names in the output folder that the run replaces or removes.
+
+    Raises:
+        ValueError: the output folder is the model's, lies in it, or the model lies in what is written.
+    """
+    folder, source = Path(output_dir).resolve(), Path(model).expanduser().resolve()
+    if not source.is_dir():
+        return
+    inside = source == folder or source in folder.parents
+    if folder in source.parents:
+        first = source.relative_to(folder).parts[0]
+        inside = any(fnmatch(first, pattern) for pattern in written)
+    if inside:
+        raise ValueError(
+            f"--output_dir {output_dir} would write over the model it starts from, {model}: "
+            "choose another folder"
+        )
+
+
 def _check_writable(folder: Path) -> None:
-    """By writing, which finds read-only disks that permissions do not show."""
+    """By writing, which finds read-only disks that permissions do not show; in the parent of a new folder."""
+    there = folder
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"--output_dir {there} is a file: choose a folder")
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ValueError(
@@ -56,20 +85,17 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def prepare_report(output_dir: str, names: Sequence[str], *, overwrite: bool) -> Path:
-    """A writable folder for a report of the files `names`; nothing else in it is touched.
+def check_report(output_dir: str, names: Sequence[str], *, overwrite: bool) -> Path:
+    """Check the folder for a report of the files `names` before any work, changing nothing.
 
     Raises:
         ValueError: it is not a writable folder, or holds such a report.
     """
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: choose a folder")
+    _check_writable(folder)
     if not overwrite and any((folder / name).exists() for name in names):
         raise ValueError(
             f"--output_dir {folder} holds a report already: replace it with --overwrite_output_dir, or "
             "choose another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_writable(folder)
     return folder

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from lopt.cli.arguments import parse
+from lopt.cli.parsing import parse
 from lopt.config import LoPTConfig
 from lopt.files import write_text
 from lopt.fit import candidates, fit
@@ -151,6 +151,8 @@ def check(args: PlanArguments) -> int | None:
         value = getattr(args, name)
         if value is not None and not Path(value).absolute().parent.is_dir():
             raise ValueError(f"--{name} {value}: its folder does not exist: make it first")
+        if value is not None and Path(value).is_dir():
+            raise ValueError(f"--{name} {value} is a folder: name a file")
     return None if args.fit is None else size_in_bytes(args.fit)
 
 

@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig
 
 import lopt
 from lopt.blocks import split
-from lopt.cli.arguments import parse
 from lopt.cli.eval import labels
-from lopt.cli.output import prepare_report
+from lopt.cli.output import check_report
+from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.config import LoPTConfig
 from lopt.drift.page import drift_page, drift_table
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     with _named("--base"):
         ((base, base_path),) = labels([args.base]).items()
     models = labels(args.model_name_or_path)
-    folder = prepare_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
+    folder = check_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
     record = Record.of("probe", (ProbeArguments,), arguments)
     drifts = probe(args, base_path, models, list(texts.values()))
     about = {"base": args.base, "text": args.text, "tokens": args.tokens, "window": args.window}

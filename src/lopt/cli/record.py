@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 import lopt
-from lopt.cli.arguments import settings
+from lopt.cli.parsing import settings
 from lopt.evaluation.store import differences
 from lopt.files import write_text
 from lopt.provenance import environment, fingerprint, git_states, versions
@@ -48,7 +48,7 @@ class Record:
 
     @classmethod
     def of(cls, command: str, groups: Sequence[Any], arguments: Sequence[str]) -> Record:
-        """The record of arguments that `lopt.cli.arguments.parse` has accepted; secrets are left out."""
+        """The record of arguments that `lopt.cli.parsing.parse` has accepted; secrets are left out."""
         secrets = known_secrets(arguments)
         every, changed = (
             redacted({k: v for k, v in values.items() if k not in _SECRETS}, secrets)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lopt.cli.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments, parse
+from lopt.cli.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments
+from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_rows, sft_rows
-from lopt.cli.training import check_model, check_run, prepare, run
+from lopt.cli.training import check_evaluation, check_model, check_run, prepare, run
 from lopt.config import LoPTConfig
 from lopt.stop import obeying
 from lopt.trainers import LoPTSFTTrainer
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         check(model_args, data_args, args)
         check_run(model_args, config, args)
         retention = check_retention(retention_args, config, args)
-        checkpoint = prepare(model_args, run_args, args)
+        checkpoint = prepare(model_args, run_args, config, args)
         rows = sft_rows(model_args, data_args, args)
         record = Record.of("sft", FLAGS, arguments)
         run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, record, retention)
@@ -42,5 +43,4 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTCon
     if args.max_length is not None and args.max_length < 2:
         raise ValueError(f"--max_length {args.max_length} leaves nothing to predict: use 2 or more")
     check_rows(data_args, args.max_steps)
-    if data_args.held_out and args.eval_strategy == "no":
-        args.eval_strategy = "epoch"
+    check_evaluation(data_args, args)

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
 
-from lopt.blocks import Blocks
-from lopt.cli.arguments import ModelArguments, RunArguments
-from lopt.cli.output import prepare_output
+from lopt.blocks import Blocks, split
+from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments
+from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.record import Record, data_facts
 from lopt.cli.retention import Retention, write_curves
 from lopt.config import LoPTConfig
 from lopt.files import write_text
-from lopt.models import load_model, resolve_model
+from lopt.models import load_config, load_model, resolve_model
 from lopt.shapes import model_config
 from lopt.stop import Stopped
-from lopt.trainers.checks import check_settings
+from lopt.trainers.checks import check_numbers, check_routers, check_settings
 from lopt.trainers.saving import on_first_rank
 from lopt.trainers.trouble import Attempt, told_in
-from lopt.trust import check_folder
 
 
 def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:
@@ -34,7 +36,12 @@ def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArgu
         ValueError: no model, no peft, settings that do not go with the method.
     """
     check_model(model_args)
+    check_numbers(args)
     check_settings(args, config)
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise ValueError(f"--report_to: {error}") from error
     if config.method == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
 
@@ -47,23 +54,46 @@ def check_model(model_args: ModelArguments) -> None:
         )
 
 
-def prepare(model_args: ModelArguments, run_args: RunArguments, args: TrainingArguments) -> str | None:
-    """Check the output folder and find the model, the first process before all others.
+def check_evaluation(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Evaluate each epoch where rows are held out; refuse evaluations where none are."""
+    if args.eval_strategy == "no":
+        args.eval_strategy = "epoch" if data_args.held_out else "no"
+    elif not data_args.held_out:
+        name = IntervalStrategy(args.eval_strategy).value
+        raise ValueError(f"--eval_strategy {name} has no rows to evaluate on: add --held_out")
+
+
+def check_cut(model: str, configs: Iterable[LoPTConfig], **where: Any) -> None:
+    """Refuse what the model cannot be cut into, by its config, before its weights are read.
+
+    Args:
+        where: `revision` and `trust_remote_code` of the model.
+    """
+    shape = load_config(model, weights=True, **where)
+    for config in configs:
+        split(shape.get_text_config().num_hidden_layers, config)
+        check_routers(config, shape)
+
+
+def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConfig, args: Any) -> str | None:
+    """Check the output folder and the model's config, the first process before all others.
 
     Returns:
         The checkpoint to go on from, if any.
     """
     checkpoint = on_first_rank(  # a large checkpoint is read once
         args,
-        lambda: prepare_output(
+        lambda: check_output(
             str(args.output_dir), resume=run_args.resume, overwrite=run_args.overwrite_output_dir
         ),
     )
     with args.main_process_first(desc="model"):
         name = str(model_args.model_name_or_path)
+        check_cut(
+            name, [config], revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        )
         model_args.model_name_or_path = resolve_model(name)
-        if Path(model_args.model_name_or_path).is_dir():  # before rows are read, which may take long
-            check_folder(model_args.model_name_or_path, weights=True, name=name)
+    spare_model(str(args.output_dir), model_args.model_name_or_path)
     return checkpoint
 
 
@@ -155,6 +185,9 @@ def run(
 def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
     if checkpoint is not None:
         trainer.proven.add(checkpoint)  # every byte of it was read when it was chosen
+    elif trainer.is_world_process_zero():
+        start_anew(str(trainer.args.output_dir))
+    trainer.accelerator.wait_for_everyone()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("train", result.metrics)
     trainer.save_model()

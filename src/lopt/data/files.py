@@ -32,6 +32,7 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 """Accepted suffix -> name of the `datasets` builder that reads it."""
 
 _ACCEPTED = ", ".join(BUILDERS)
+_DEEP = 500  # opening brackets in a line from which on it is looked at closely
 
 
 def load_rows(
@@ -201,6 +202,8 @@ def _check_file(path: Path, streaming: bool) -> None:
         raise ValueError(f"--train_file: {path} is a folder: name the files to read ({inside})")
     if not path.exists():
         raise ValueError(f"--train_file: {path} does not exist: check the path")
+    if not path.is_file():  # a pipe would be waited for, and is gone once read
+        raise ValueError(f"--train_file: {path} is no regular file: write the rows to a file first")
     if path.suffix.lower() not in BUILDERS:
         raise ValueError(f"--train_file: {path.name} is of an unknown type: give {_ACCEPTED}")
     try:
@@ -226,7 +229,22 @@ def _content_fault(path: Path, streaming: bool) -> str | None:
                 line.decode("utf-8")
             except UnicodeDecodeError:
                 return f"is not UTF-8 (line {number}): convert it to UTF-8"
+            if b"\0" in line:
+                return f"has a NUL byte (line {number}), as UTF-16 does: write it anew as UTF-8"
+            if line.count(b"[") + line.count(b"{") > _DEEP and _is_deep(line):
+                return f"is broken: line {number} is nested too deeply"
     return None
+
+
+def _is_deep(line: bytes) -> bool:
+    """Whether it is JSON nested too deeply for Python's parser: on that, Arrow's crashes the process."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False  # told with more words later
+    except RecursionError:
+        return True
+    return False
 
 
 def _load_files(paths: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:
@@ -243,7 +261,7 @@ def _load_files(paths: list[Path], split: str, streaming: bool) -> Dataset | Ite
             return without_media(load_dataset(builder, data_files=files, split=split, **options))
         rows = without_media(load_dataset(builder, data_files=files, split=split, streaming=True, **options))
         empty = next(iter(rows), None) is None
-    except (DatasetsError, ValueError, StopIteration) as error:
+    except (DatasetsError, ValueError, StopIteration, RecursionError) as error:
         # A file that is streamed may be too large to be read in search of the fault.
         names = ", ".join(map(str, paths))
         what = f"cannot read {names}: {one_line(error)}" if streaming else _diagnose(paths, split, error)
@@ -256,7 +274,15 @@ def _load_files(paths: list[Path], split: str, streaming: bool) -> Dataset | Ite
 def _csv_as_text(path: Path) -> dict[str, object]:
     """Options that keep CSV cells as written: guessed types would turn the answer 007 into 7.0."""
     with path.open(encoding="utf-8-sig", newline="") as handle:
-        header = next(csv.reader(handle), [])
+        try:
+            header = next(csv.reader(handle), [])
+        except csv.Error as error:
+            raise ValueError(f"its first line is no CSV header ({error})") from error
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"two columns are called {twice[0]!r}: rename one")
+    if len(header) == 1 and re.search(r"[;\t|]", header[0]):
+        raise ValueError(f"its header is {header[0]!r}: separate columns by commas")
     return {
         "features": Features({name: Value("string") for name in header}),
         "keep_default_na": False,
@@ -294,6 +320,8 @@ def _json_fault(path: Path) -> str | None:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             return f"is broken: line {number} is not valid JSON ({error.msg})"
+        except RecursionError:
+            return f"is broken: line {number} is nested too deeply"
         if not isinstance(row, dict):
             return f"is broken: line {number} is not a JSON object such as {{'prompt': ...}}"
     return None

@@ -22,6 +22,9 @@ MARK = "####"
 _PLAIN_SIGNS = str.maketrans({"×": "*", "÷": "/", "•": "-"})
 
 
+_ENDS = "." + "".join(filter(str.isspace, map(chr, range(0x3001))))
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem: its question, its answer, and a chain of thought ending in `#### {answer}`."""
@@ -119,14 +122,15 @@ def prompt(problem: Problem) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    """What follows the first `####` on its line, without commas and a final period.
+    """What follows the first `####` on its line, without commas and final periods.
 
     None where there is no `####` or nothing follows it.
     """
     _, mark, rest = text.partition(MARK)
     if not mark:
         return None
-    answer = rest.partition("\n")[0].replace(",", "").strip().removesuffix(".").strip()
+    # All of them, so that an answer found once is found again.
+    answer = rest.partition("\n")[0].replace(",", "").strip().rstrip(_ENDS)
     return answer or None
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.memory import format_bytes, free_host_memory
-from lopt.models import empty_model, load_config, load_model, load_tokenizer, resolve_model
+from lopt.models import empty_model, load_model, load_tokenizer, read_config, resolve_model
 from lopt.trust import UntrustedError, check_folder
 
 
@@ -26,7 +26,10 @@ def adapter_base(path: str) -> str | None:
         return None
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f'{path} holds an adapter, which needs peft: pip install "lopt[peft]"')
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = dict(json.loads(config.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config} is broken ({error}): save the adapter again") from error
     if not base:
         raise ValueError(f"{config} does not say which model it belongs to: set base_model_name_or_path")
     return resolve_model(str(base))
@@ -74,7 +77,7 @@ def check_memory(path: str, dtype: str, **options: Any) -> None:
             `load_model`.
     """
     try:
-        config = load_config(path, weights=True, **options)
+        config = read_config(path, weights=True, **options)
         with torch.device("meta"):
             shape = empty_model(config)
     except UntrustedError:

@@ -21,7 +21,7 @@ import numpy as np
 
 from lopt.evaluation.outcomes import Evaluation
 from lopt.files import write_text
-from lopt.models import load_config
+from lopt.models import read_config
 
 _OF_A_MODEL = (
     *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors*", "*.jinja"),
@@ -133,7 +133,7 @@ def model_identity(path: str, revision: str | None = None, trust_remote_code: bo
     """
     folder = Path(path)
     if not folder.is_dir():
-        config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+        config = read_config(path, revision=revision, trust_remote_code=trust_remote_code)
         return {"hub": path, "commit": str(getattr(config, "_commit_hash", None) or revision)}
     files: dict[str, str] = {}
     for pattern in _OF_A_MODEL:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.evaluation.loss import text_losses
 from lopt.evaluation.outcomes import Evaluation
+from lopt.evaluation.texts import refuse_pipe
 
 BATCH_TOKENS = 2048
 
@@ -40,7 +41,8 @@ class TextTask:
             ValueError: no such file, not UTF-8, or nothing in it.
         """
         try:
-            text = self.path.read_text(encoding="utf-8")
+            refuse_pipe(self.path, "--text")
+            text = self.path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"--text {self.path} is not UTF-8: convert it") from error
         except OSError as error:

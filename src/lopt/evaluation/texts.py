@@ -17,6 +17,7 @@ def read_texts(paths: Sequence[str], tokens: int, flag: str) -> dict[str, str]:
     texts = {}
     for path, name in zip(paths, short_names(paths), strict=True):
         try:
+            refuse_pipe(path, flag)
             with Path(path).expanduser().open(encoding="utf-8-sig") as file:
                 text = file.read(CHARACTERS_PER_TOKEN * tokens)
         except UnicodeDecodeError as error:
@@ -29,6 +30,12 @@ def read_texts(paths: Sequence[str], tokens: int, flag: str) -> dict[str, str]:
             raise ValueError(f"{flag} {path} is given twice")
         texts[name] = text
     return texts
+
+
+def refuse_pipe(path: str | Path, flag: str) -> None:
+    """A pipe would be waited for, perhaps without end, and is gone once read."""
+    if Path(path).expanduser().is_fifo():
+        raise ValueError(f"{flag} {path} is a pipe: write the text to a file first")
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

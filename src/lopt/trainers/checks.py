@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -11,6 +12,36 @@ from transformers import TrainingArguments
 from lopt.blocks import base_model
 from lopt.config import LoPTConfig
 from lopt.models import shares_embeddings
+
+
+def check_numbers(args: TrainingArguments) -> None:
+    """Refuse numbers that a trainer would take for something else, or stumble over late.
+
+    Raises:
+        ValueError: with the flag and what is possible.
+    """
+    for flag, least in (
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("dataloader_num_workers", 0),
+        ("weight_decay", 0),
+        ("max_grad_norm", 0),
+        ("warmup_steps", 0),
+    ):
+        value = getattr(args, flag)
+        if value is not None and not least <= value < math.inf:  # written so that NaN fails it too
+            raise ValueError(f"--{flag} {value} is not possible: use {least} or more")
+    for flag, value in (("learning_rate", args.learning_rate), ("num_train_epochs", args.num_train_epochs)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{flag} {value} is not possible: use a finite number above 0")
+    if args.max_steps < 1 and args.max_steps != -1:
+        raise ValueError(
+            f"--max_steps {args.max_steps} is not possible: use 1 or more, or leave it out for "
+            "--num_train_epochs"
+        )
+    if args.fp16 and args.use_cpu:
+        raise ValueError("--fp16 needs a GPU: leave it out, or use --bf16")
 
 
 def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = None) -> None:
@@ -71,7 +102,13 @@ def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) 
             "--offload block with --use_vllm: vLLM would read weights that are not on the device: "
             "use --offload optimizer"
         )
-    if isinstance(model, nn.Module) and getattr(model.config, "output_router_logits", False):
+    if isinstance(model, nn.Module):
+        check_routers(config, model.config)
+
+
+def check_routers(config: LoPTConfig, model_config: Any) -> None:
+    """Refuse the block-major schedule for a model that balances its routers, by its config."""
+    if config.schedule == "block_major" and getattr(model_config, "output_router_logits", False):
         raise ValueError(
             "--schedule block_major cannot balance routers over all layers at once: use --schedule eager"
         )

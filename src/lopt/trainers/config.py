@@ -85,6 +85,8 @@ class _Defaults(TrainingArguments):
             )
         if self.divergence_steps < 1:
             raise ValueError(f"--divergence_steps {self.divergence_steps} is not possible: use 1 or more")
+        if self.fp16 and self.bf16:
+            raise ValueError("--fp16 and --bf16 contradict each other: give one of them")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         # Said aloud, or several processes on CPUs would each train alone without a word.
@@ -131,6 +133,10 @@ class LoPTGRPOConfig(_Defaults, GRPOConfig):
     """
 
     def __post_init__(self) -> None:
+        if self.num_generations is not None and self.num_generations < 2:
+            raise ValueError(
+                f"--num_generations {self.num_generations} leaves nothing to compare: use 2 or more"
+            )
         if self.generation_batch_size is None:
             self.steps_per_generation = self._whole_groups(
                 self.steps_per_generation or self.gradient_accumulation_steps

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from torch import Tensor
 from trl import SFTTrainer
 
@@ -114,9 +115,15 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         def prepare(rows: Any, packing: bool = False, **changes: Any) -> Any:
             changed = copy.copy(args)
             vars(changed).update(changes)
-            return super(LoPTSFTTrainer, self)._prepare_dataset(
-                rows, processing_class, changed, packing, *rest
-            )
+            try:
+                return super(LoPTSFTTrainer, self)._prepare_dataset(
+                    rows, processing_class, changed, packing, *rest
+                )
+            except TemplateError as error:
+                raise ValueError(
+                    f"the tokenizer's chat template refuses a row of --train_file/--dataset_name: {error}: "
+                    "change the row's roles, or the template"
+                ) from error
 
         name = rest[-1] if rest else "train"
         limit = args.max_length if getattr(args, "drop_long_rows", False) else None

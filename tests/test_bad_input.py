@@ -1,0 +1,348 @@
+"""A user's mistake, in every command: one line that names flag and fix, exit code 2, nothing touched.
+
+Every case is the command's words in `BASE` and what is appended to them (later flags win; `!--flag` takes one
+of `BASE` out), and a part of the line. All run in the folder that `bad_inputs.build` makes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoModelForCausalLM
+
+from bad_inputs import ROWS, build
+from lopt.cli.main import main
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("matplotlib")
+
+TRAIN = "--model_name_or_path model --train_file rows.jsonl --output_dir out --max_steps 2 --num_blocks 2"
+ASK = "--task gsm8k --num_generations 4 --per_device_train_batch_size 4 --per_device_eval_batch_size 4"
+BASE = {
+    "sft": TRAIN,
+    "grpo": f"{TRAIN} {ASK} --max_completion_length 4",
+    "compare": f"{TRAIN} --held_out 4 --methods e2e lopt --retention_text notes.txt",
+    "data preview": TRAIN,
+    "eval": "--model_name_or_path tuned --text notes.txt --output_dir out",
+    "probe": "--base model --model_name_or_path tuned --text notes.txt --output_dir out",
+    "plan": "--model_name_or_path model --json out",
+    "demo": "--model model --steps 1 --output_dir out",
+    "data download": "--dataset gsm8k --write_parquet --output_dir out",
+}
+
+
+LONG = "x" * 300
+CASES: list[tuple[str, str, str]] = [
+    *(("sft", f"--train_file {name}", message) for name, (_, message) in ROWS.items()),
+    # -- files
+    ("sft", "--train_file none.jsonl", "--train_file: none.jsonl does not exist: check the path"),
+    ("sft", "--train_file data", "--train_file: data is a folder: name the files to read"),
+    ("sft", "--train_file pipe.jsonl", "pipe.jsonl is no regular file: write the rows to a file first"),
+    ("sft", "--train_file /dev/null", "/dev/null"),
+    ("sft", f"--train_file {LONG}.jsonl", "File name too long"),
+    ("sft", "--train_file rows.jsonl header.csv", "mixes file types (rows.jsonl, header.csv)"),
+    ("sft", "--max_steps -1 --streaming", "--streaming needs --max_steps"),
+    ("sft", "!--train_file", "give exactly one of --train_file and --dataset_name (neither is given)"),
+    ("sft", "--dataset_name org/name", "give exactly one of --train_file and --dataset_name (both"),
+    ("sft", "--dataset_preset spam", "--dataset_preset"),
+    ("sft", "--dataset_preset tulu3", "--dataset_preset tulu3"),
+    ("sft", "--dataset_split test", "--dataset_split must be train"),
+    ("sft", "--held_out 12", "--held_out 12.0 takes 12 of 12 rows and leaves none to train on"),
+    ("sft", "--max_samples 0", "--max_samples must be at least 1"),
+    ("sft", "--max_seq_length 8", "Raise it or shorten the prompts"),
+    ("sft", "--max_length 1", "--max_length 1 leaves nothing to predict: use 2 or more"),
+    ("sft", "--assistant_only_loss", "--assistant_only_loss needs a tokenizer with a chat template"),
+    ("sft", "--train_file talk.jsonl --model_name_or_path strict", "no such role as assistant"),
+    # -- models
+    ("sft", "!--model_name_or_path", "--model_name_or_path is missing: give a folder, a hub id or gemma3"),
+    ("sft", "--model_name_or_path ./nowhere", "--model_name_or_path ./nowhere is not a folder: give one"),
+    ("sft", "--model_name_or_path rows.jsonl", "--model_name_or_path rows.jsonl is not a folder: give one"),
+    ("sft", "--model_name_or_path data", "--model_name_or_path data cannot be loaded"),
+    ("sft", "--model_name_or_path encoder", "is a BertForMaskedLM, not a decoder-only causal LM: use a"),
+    ("sft", "--model_name_or_path unheard_of", "--model_name_or_path unheard_of cannot be loaded"),
+    ("sft", "--model_name_or_path garbled", "--model_name_or_path garbled cannot be loaded"),
+    ("sft", "--model_name_or_path listed", "--model_name_or_path listed cannot be loaded"),
+    ("sft", "--model_name_or_path wordless", "the tokenizer of wordless cannot be loaded"),
+    ("sft", "--model_name_or_path endless", "set eos_token in its tokenizer_config.json"),
+    ("sft", "--model_name_or_path narrow", "the model's embedding 100 rows: give the tokenizer that belongs"),
+    ("sft", "--model_name_or_path headless", "lm_head.weight is missing. Get both from one place"),
+    ("sft", "--model_name_or_path cut", "--model_name_or_path cut: its weights are damaged"),
+    ("sft", "--model_name_or_path shardless", "model-00002-of-00002.safetensors"),
+    ("sft", "--model_name_or_path misshapen", "its weights do not fit its config.json: "),
+    ("sft", "--attn_implementation magic", "magic"),
+    ("sft", "--param_dtype int8", "--param_dtype int8 is not possible: use one of float32"),
+    ("sft", "--model_name_or_path experts --schedule block_major", "use --schedule eager"),
+    ("sft", "--model_name_or_path experts --schedule block_major --offload block", "use --schedule eager"),
+    # -- settings that mean nothing, or contradict each other
+    ("sft", "--num_blocks 5", "--num_blocks 5 is more than the model's 4 layers: use 4 or fewer"),
+    ("sft", "--num_blocks 0", "--num_blocks 0 is not possible: use 1 or more"),
+    ("sft", "--num_blocks two", "--num_blocks: invalid int value: 'two'"),
+    ("sft", "--block_boundaries 2 1", "--block_boundaries [2, 1] is not possible: use increasing layer"),
+    ("sft", "--block_boundaries 2 4", "so the last boundary must be below 4"),
+    ("sft", "--frozen_blocks 1", "leaves no earlier block that learns: use 0 or fewer, or --method frozen"),
+    ("sft", "--frozen_blocks 1 --method e2e", "leave --frozen_blocks out"),
+    ("sft", "--method magic", "--method: invalid choice: 'magic' (choose from"),
+    ("sft", "--aux_loss magic", "--aux_loss: invalid choice: 'magic'"),
+    ("sft", "--local_every 0", "--local_every 0 is not possible: use 1 or more"),
+    ("sft", "--lambda_aux -1", "--lambda_aux -1.0 is not possible: use a finite number >= 0"),
+    ("sft", "--lambda_aux nan", "--lambda_aux nan is not possible"),
+    ("sft", "--schedule block_major --clip global", "use --clip block"),
+    ("sft", "--schedule block_major --method e2e", "leave --schedule out"),
+    ("sft", "--offload block", "add --schedule block_major"),
+    ("sft", "--schedule block_major --offload disk", "--offload: invalid choice: 'disk'"),
+    ("sft", "--prefetch_gib -1", "--prefetch_gib -1.0 is not possible"),
+    ("sft", '--gradient_checkpointing_kwargs {"use_reentrant":true}', "use_reentrant=true gives no gradient"),
+    ("sft", "--learning_rate -0.1", "--learning_rate -0.1 is not possible: use a finite number above 0"),
+    ("sft", "--learning_rate inf", "--learning_rate inf is not possible"),
+    ("sft", "--learning_rate fast", "--learning_rate: invalid float value: 'fast'"),
+    ("sft", "--max_steps 0", "--max_steps 0 is not possible: use 1 or more, or leave it out"),
+    ("sft", "--num_train_epochs 0", "--num_train_epochs 0.0 is not possible"),
+    ("sft", "--per_device_train_batch_size 0", "--per_device_train_batch_size 0 is not possible: use 1"),
+    ("sft", "--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0 is not possible: use 1"),
+    ("sft", "--dataloader_num_workers -1", "--dataloader_num_workers -1 is not possible: use 0 or more"),
+    ("sft", "--weight_decay nan", "--weight_decay nan is not possible"),
+    ("sft", "--bf16 true --fp16 true", "--fp16 and --bf16 contradict each other: give one of them"),
+    ("sft", "--fp16 --use_cpu", "--fp16 needs a GPU: leave it out, or use --bf16"),
+    ("sft", "--eval_strategy steps --eval_steps 2", "--eval_strategy steps has no rows to evaluate on"),
+    ("sft", "--lr_scheduler_type magic", "magic"),
+    ("sft", "--report_to magic", "--report_to: magic is not supported, only"),
+    ("sft", "--optim adamm", "--optim adamm is no class of torch.optim and none of"),
+    ("sft", "--optim NAdam --optim_args speed=9", "--optim_args speed=9: torch.optim.NAdam takes"),
+    ("sft", "--optim SGD --optim_args momentum", "--optim_args momentum: write name=value, for"),
+    ("sft", "--state_dtype int8", "--state_dtype int8 is not possible: use float32 or bfloat16"),
+    ("sft", "--max_time soon", "--max_time soon is no duration: write 90m, 2h"),
+    ("sft", "--max_time 0", "--max_time 0 is no duration"),
+    ("sft", "--colour red", "--colour is no flag of lopt sft: --help lists them"),
+    ("sft", "--num_blcks 2", "--num_blcks is no flag of lopt sft: did you mean --num_blocks?"),
+    ("sft", "rows.jsonl", "rows.jsonl is no flag of lopt sft"),
+    ("sft", "--retention_text none.txt", "--retention_text none.txt cannot be read: No such file"),
+    ("sft", "--retention_text blank.txt", "--retention_text blank.txt is empty: give a file with some text"),
+    ("sft", "--retention_text pipe.jsonl", "--retention_text pipe.jsonl is a pipe: write the text to a file"),
+    ("sft", "--retention_every 5", "--retention_every: add --retention_text or --retention_tasks"),
+    ("sft", "--max_forgetting 0.1", "add --retention_text"),
+    ("sft", "--retention_data_dir data", "add --retention_tasks"),
+    # -- --config
+    ("sft", "--config none.yaml", "--config none.yaml is not a file"),
+    ("sft", "--config", "--config needs a YAML file"),
+    ("sft", "--config=unknown.yaml", "--config unknown.yaml: 'num_block' is no flag: did you mean num_bl"),
+    ("sft", "--config broken.yaml", "--config broken.yaml is not valid YAML: "),
+    ("sft", "--config list.yaml", "--config list.yaml must hold flags, one 'name: value' per line"),
+    ("sft", "--config twice.yaml", "is not valid YAML: line 3: num_blocks is given twice"),
+    ("sft", "--config tabs.yaml", "line 2"),
+    ("sft", "--config latin.yaml", "--config latin.yaml is not valid YAML: 'utf-8' codec"),
+    ("sft", "--config type.yaml !--num_blocks", "--num_blocks: invalid int value: 'two'"),
+    ("sft", "--config nothing.yaml", "num_blocks has no value: give it one, or leave the line out"),
+    ("sft", "--config several.yaml", "num_blocks takes one value, not a list"),
+    ("sft", "--config mapping.yaml", "--num_blocks: invalid int value"),
+    ("sft", "--config method.yaml", "--method: invalid choice: 'magic'"),
+    ("sft", "--config no.yaml", "save_strategy"),
+    ("sft", "--config 1.yaml", "--config 1.yaml: 1 is no flag"),
+    ("compare", "--config wide.yaml", "--seeds: invalid int value: 'first'"),
+    # -- output folders
+    ("sft", "--output_dir rows.jsonl", "--output_dir rows.jsonl is a file: choose a folder"),
+    ("sft", "--output_dir rows.jsonl/out", "is a file: choose a folder"),
+    ("sft", "--output_dir /proc/lopt", "--output_dir /proc/lopt cannot be written to"),
+    ("sft", "--output_dir done", "--output_dir done holds a run already: go on with --resume"),
+    ("sft", "--output_dir done --overwrite_output_dir --train_file empty.jsonl", "empty.jsonl is empty"),
+    ("sft", "--output_dir done --overwrite_output_dir --model_name_or_path cut", "its weights are damaged"),
+    ("sft", "--output_dir model --overwrite_output_dir", "would write over the model it starts from, model"),
+    ("sft", "--output_dir model/out", "would write over the model it starts from"),
+    (
+        "sft",
+        "--output_dir done --model_name_or_path done/checkpoint-1 --overwrite_output_dir",
+        "--output_dir done would write over the model it starts from, done/checkpoint-1",
+    ),
+    ("sft", "--resume", "--resume: there is no whole checkpoint in out: check --output_dir"),
+    ("sft", "--resume --output_dir done", "checkpoint-1 is passed over"),
+    ("sft", "--resume --overwrite_output_dir", "contradict each other: give one of them"),
+    # -- lopt grpo, where it is not lopt sft
+    ("grpo", "!--model_name_or_path", "--model_name_or_path is missing"),
+    ("grpo", "--train_file blank.jsonl", "blank.jsonl has no rows"),
+    ("grpo", "--train_file unanswered.jsonl", "none of the 3 rows has an answer: it expects `#### <number>`"),
+    ("grpo", "--train_file null.jsonl", "row 1 (from 0), column `question`, must be text, not NoneType"),
+    ("grpo", "--train_file columns.jsonl", "--task gsm8k needs the columns `question` and `answer`, found"),
+    ("grpo", "--task numinamath", "--task numinamath needs the columns `problem` and"),
+    ("grpo", "--task chess", "--task must be one of gsm8k, numinamath"),
+    ("grpo", "!--train_file !--task", "nothing says what a right answer is: give --task"),
+    ("grpo", "!--train_file !--task --reward_funcs rewards:short", "--train_file or --dataset_name"),
+    ("grpo", "--max_prompt_length 8", "--max_prompt_length 8: all 12 prompts are longer: raise it"),
+    ("grpo", "--max_seq_length 64", "use --max_prompt_length, --max_completion_length"),
+    ("grpo", "--num_generations 3", "--num_generations 3 does not divide the 4 completions"),
+    ("grpo", "--num_generations 1", "--num_generations 1 leaves nothing to compare: use 2 or more"),
+    ("grpo", "--held_out 8 --per_device_eval_batch_size 3", "change --per_device_eval_batch_size"),
+    ("grpo", "--streaming", "--streaming is for lopt sft"),
+    ("grpo", "--reward_funcs praise", "--reward_funcs: no reward 'praise': give one of gsm8k"),
+    ("grpo", "--reward_funcs nowhere_to_be_found:f", "--reward_funcs: no module nowhere_to_be_found"),
+    ("grpo", "--reward_funcs rewards:nothing", "--reward_funcs: rewards has no nothing: check the name"),
+    ("grpo", "--num_blocks 5", "--num_blocks 5 is more than the model's 4 layers"),
+    ("grpo", "--learning_rate 0", "--learning_rate 0.0 is not possible"),
+    ("grpo", "--output_dir model --overwrite_output_dir", "would write over the model"),
+    ("grpo", "--model_name_or_path cut", "--model_name_or_path cut: its weights are damaged"),
+    # -- lopt compare
+    ("compare", "--methods magic", "--methods magic: there is no method 'magic': use"),
+    ("compare", "--methods lopt lopt", "twice: leave one of them out"),
+    ("compare", "--methods lopt:num_blocks=9", "--num_blocks 9 is more than the model's 4 layers"),
+    ("compare", "--methods lopt:colour=red", "'colour' is nothing that lopt can be given"),
+    ("compare", "--sweep lambda_aux", "write it as name=value,value"),
+    ("compare", "--seeds 1 1", "--seeds 1 1: give one or more, each once"),
+    ("compare", "--method e2e", "here --methods names what is compared"),
+    ("compare", "--train_file semicolon.csv", "separate columns by commas"),
+    ("compare", "--held_out 12", "leaves none to train on"),
+    ("compare", "--output_dir data", "--output_dir data holds something else: choose a new folder"),
+    ("compare", "--output_dir model --overwrite_output_dir", "--output_dir model holds something else"),
+    (
+        "compare",
+        "--output_dir study --model_name_or_path study/models/a --overwrite_output_dir",
+        "--output_dir study would write over the model it starts from",
+    ),
+    ("compare", "--output_dir study --overwrite_output_dir --train_file null.jsonl", "must be text"),
+    # -- lopt data preview and download
+    ("data preview", "--rows 0", "--rows 0 shows nothing: use 1 or more"),
+    ("data preview", "--train_file utf16.jsonl", "is not UTF-8 (line 1)"),
+    ("data preview", "--train_file roleless.jsonl", "without a role"),
+    ("data preview", "--max_length 8", "Raise it or shorten the prompts"),
+    ("data preview", "!--model_name_or_path", "--model_name_or_path is missing"),
+    ("data preview", "--model_name_or_path endless", "set eos_token"),
+    ("data download", "!--dataset", "--dataset is missing: give all or some of"),
+    ("data download", "--dataset spam", "--dataset spam is unknown: use all or some of"),
+    ("data download", "--dataset all --revision v1", "--revision belongs to one data set: name one"),
+    ("data download", "--output_dir rows.jsonl", "--output_dir rows.jsonl is a file: choose a folder"),
+    # -- lopt eval
+    ("eval", "!--model_name_or_path", "--model_name_or_path is missing: give folders"),
+    ("eval", "!--text", "nothing to measure: give --tasks"),
+    ("eval", "--model_name_or_path ./no", "./no is not a folder"),
+    ("eval", "--model_name_or_path model model", "--model_name_or_path model is given twice"),
+    ("eval", "--base tuned", "--base tuned is the only model: give others"),
+    ("eval", "--limit 0", "--limit 0 is not possible: use 1 or more"),
+    ("eval", "--batch_size some", "--batch_size some is not possible: use auto"),
+    ("eval", "--param_dtype int8", "--param_dtype int8 is not possible"),
+    ("eval", "--num_fewshot 5 --tasks gsm8k", "--num_fewshot 5 is not possible: write it as arc_ch"),
+    ("eval", "--num_fewshot gsm8k=1", "--num_fewshot goes with --tasks"),
+    ("eval", "--text none.txt", "none.txt cannot be read"),
+    ("eval", "--text model/model.safetensors", "is not UTF-8"),
+    ("eval", "--text pipe.jsonl", "pipe.jsonl is a pipe"),
+    ("eval", "--tasks gsm8k --data_dir no", "--data_dir no is not a folder"),
+    ("eval", "--tasks gsm8k --data_dir model", "gsm8k/test.jsonl is missing"),
+    ("eval", "--tasks gsm8k --data_dir data", "test.jsonl, line 1, lacks the columns answer"),
+    ("eval", "--apply_chat_template", "--apply_chat_template: tuned has no chat template: leave"),
+    ("eval", "--output_dir done/..", "holds a model: choose another --output_dir"),
+    ("eval", "--base model --model_name_or_path reader", "different tokenizers"),
+    ("eval", "--model_name_or_path narrow", "the model's embedding 100 rows"),
+    ("eval", "--model_name_or_path cut", "its weights are damaged"),
+    ("eval", "--model_name_or_path encoder", "not a decoder-only causal LM"),
+    ("eval", "--model_name_or_path adapter", "adapter_config.json is broken"),
+    ("eval", "--colour red", "--colour is no flag of lopt eval"),
+    # -- lopt probe
+    ("probe", "!--base", "--base is missing: give the model before tuning"),
+    ("probe", "!--model_name_or_path", "--model_name_or_path is missing: give one or more"),
+    ("probe", "!--text", "--text is missing: give a file"),
+    ("probe", "--base ./nowhere", "--base ./nowhere is not a folder"),
+    ("probe", "--text none.txt", "none.txt cannot be read: No such file"),
+    ("probe", "--text blank.txt", "blank.txt is empty"),
+    ("probe", "--text binary.txt", "binary.txt is not UTF-8 text: convert it"),
+    ("probe", "--model_name_or_path small", "this one is llama, 4 layers of 16 channels"),
+    ("probe", "--model_name_or_path reader", "their tokenizers read the text"),
+    ("probe", "--num_blocks 9", "--num_blocks 9 is more than the model's 4 layers"),
+    ("probe", "--tokens 0", "--tokens 0 is not possible: use 1 or more"),
+    ("probe", "--window 600 --tokens 600", "--window: the model has 512 positions"),
+    ("probe", "--output_dir notes.txt", "is a file: choose a folder"),
+    ("probe", "--output_dir probed", "--output_dir probed holds a report already: replace it with"),
+    ("probe", "--base headless", "--base headless: its weights do not fit its config.json"),
+    # -- lopt plan
+    ("plan", "!--model_name_or_path", "--model_name_or_path is missing: give a folder, a hub id or one of"),
+    ("plan", "--model_name_or_path ./nowhere", "--model_name_or_path ./nowhere is not a folder"),
+    ("plan", "--model_name_or_path encoder", "not a decoder-only causal LM"),
+    ("plan", "--model_name_or_path garbled", "--model_name_or_path garbled has no readable config"),
+    ("plan", "--model_name_or_path rows.jsonl", "--model_name_or_path rows.jsonl has no readable config"),
+    ("plan", "--param_dtype int8", "--param_dtype int8 is not possible: use one of float32, bfloat16"),
+    ("plan", "--num_blocks 1", "--num_blocks 1 is not possible: use 2 to 4"),
+    ("plan", "--num_blocks 7", "--num_blocks 7 is not possible: use 2 to 4, the model's layers"),
+    ("plan", "--optim lomo", "--optim lomo"),
+    ("plan", "--max_length 1", "--max_length 1 is not possible: use 2 or more"),
+    ("plan", "--local_every 0", "--local_every 0 is not possible"),
+    ("plan", "--offload block", "add --schedule block_major"),
+    ("plan", "--bandwidth 0", "--bandwidth 0.0 is not possible: use a number above 0"),
+    ("plan", "--tflops nan", "--tflops nan is not possible"),
+    ("plan", "--fit much", "--fit much is not a size: write it like 24GiB"),
+    ("plan", "--svg nowhere/a.svg", "--svg nowhere/a.svg: its folder does not exist: make it first"),
+    ("plan", "--svg data", "--svg data is a folder: name a file"),
+    # -- lopt demo
+    ("demo", "--model ./nowhere", "--model ./nowhere is not a folder"),
+    ("demo", "--model encoder", "not a decoder-only causal LM"),
+    ("demo", "--task chess", "--task must be one of gsm_symbolic, chain_sum, not chess"),
+    ("demo", "--method lora", "--method: invalid choice: 'lora' (choose from"),
+    ("demo", "--steps 0", "--steps 0 is not possible: use 1 or more"),
+    ("demo", "--num_blocks 9", "--num_blocks 9 is more than the model's 4 layers"),
+    ("demo", "--learning_rate nan", "--learning_rate nan is not possible"),
+    ("demo", "--output_dir done", "--output_dir done holds a run already: start anew with"),
+    ("demo", "--output_dir model --overwrite_output_dir", "would write over the model it starts from"),
+]  # fmt: skip
+# Found when weights are read, or when rows are tokenized; not before.
+LATE = (
+    "headless",
+    "cut",
+    "misshapen",
+    "shardless",
+    "strict",
+    "max_seq_length",
+    "attn_implementation",
+    "--window",
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    build(folder)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if not p.is_dir()}
+
+
+def words_of(command: str, changes: str) -> list[str]:
+    words, given = command.split(), BASE[command].split(" --")
+    more = [word for word in changes.split() if not word.startswith("!")]
+    without = [word[1:] for word in changes.split() if word.startswith("!")]
+    kept = [f"--{part.removeprefix('--')}" for part in given]
+    return [*words, *(w for part in kept if part.split()[0] not in without for w in part.split()), *more]
+
+
+@pytest.mark.parametrize(("command", "changes", "message"), CASES)
+def test_a_mistake(
+    command: str,
+    changes: str,
+    message: str,
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("COLUMNS", "80")
+    if not any(word in changes for word in LATE):
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # calling it is a TypeError
+    before = snapshot(world)
+    datasets.disable_progress_bars()
+    try:
+        assert main(words_of(command, changes)) == 2
+    finally:
+        datasets.enable_progress_bars()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    lines = [line for line in lines if not re.search(r"(it|model)/s\]", line)]  # progress bars
+    print(*lines)
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"lopt {command.split()[0]}: error: ") and message in lines[0]
+    assert len(lines[0]) < 1500
+    assert snapshot(world) == before and not (world / "out").exists()
+
+
+def test_the_table_is_of_all_commands() -> None:
+    from lopt.cli.main import COMMANDS
+
+    assert {command.split()[0] for command, _, _ in CASES} == set(COMMANDS)
