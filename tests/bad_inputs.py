@@ -91,7 +91,6 @@ FILES: dict[str, str | bytes] = {
     "several.yaml": "num_blocks: [2, 4]\n",
     "mapping.yaml": "num_blocks: {a: 1}\n",
     "method.yaml": "method: magic\n",
-    "no.yaml": "save_strategy: no\n",
     "1.yaml": "1: 2\n",
     "wide.yaml": "seeds: first\n",
     "rewards.py": "def short(completions, **_):\n    return [1.0]\n\n\ndef text(completions, **_):\n"

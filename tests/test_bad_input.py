@@ -138,7 +138,6 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--config several.yaml", "num_blocks takes one value, not a list"),
     ("sft", "--config mapping.yaml", "--num_blocks: invalid int value"),
     ("sft", "--config method.yaml", "--method: invalid choice: 'magic'"),
-    ("sft", "--config no.yaml", "save_strategy"),
     ("sft", "--config 1.yaml", "--config 1.yaml: 1 is no flag"),
     ("compare", "--config wide.yaml", "--seeds: invalid int value: 'first'"),
     # -- output folders

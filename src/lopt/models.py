@@ -131,6 +131,7 @@ def load_model(
 
 def load_config(name: str, **where: Any) -> PreTrainedConfig:
     """The config of a decoder-only causal LM; arguments as for `read_config`, errors as for `load_model`."""
+    resolve_model(name)  # a folder or a hub id, not a config.json
     try:
         config = read_config(name, **where)
     except (OSError, ValueError, TypeError, AttributeError) as error:  # whatever a config.json may hold

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lopt.cli.main import COMMANDS, main
-from lopt.cli.parsing import settings
+from lopt.cli.parsing import parse, settings
 from lopt.cli.record import RUN_JSON, RUN_YAML, Record
 from lopt.cli.sft import FLAGS
 from lopt.provenance import versions
@@ -73,11 +73,11 @@ def test_a_resumed_run_says_what_is_other(
     flags += ["--head_warmup_steps", 2, "--save_steps", 1]
     assert run("sft", *flags, "--max_steps", 2) == 0
     capsys.readouterr()
-    assert run("sft", *flags, "--max_steps", 3, "--max_samples", 20, "--resume") == 0
+    assert run("sft", *flags, "--max_steps", 3, "--max_samples", 20, "--weight_decay", 0.1, "--resume") == 0
     said = capsys.readouterr().out
-    assert (
-        "Resume: other settings than before: max_samples was null and is 20; max_steps was 2 and is 3" in said
-    )
+    assert "Resume: other settings than before: max_samples was null and is 20; " in said
+    assert "max_steps was 2 and is 3; weight_decay was 0.0 and is 0.1" in said
+    assert "Resume: the checkpoint's own weight_decay go on: start anew to change that" in said
     assert "Resume: the rows are not those that the run began with" in said
     attempts = record(tmp_path / "out")["attempts"]
     assert [Path(str(a["resumed_from"])).name for a in attempts] == ["None", "checkpoint-2"]
@@ -104,6 +104,13 @@ def test_every_command_s_flags_survive_the_file(command: str, tmp_path: Path) ->
     changed = dict(again.changed)
     assert changed.pop("output_dir") == str(tmp_path / "out-rerun")
     assert changed == {k: v for k, v in first.changed.items() if k != "output_dir"}
+
+
+def test_yaml_s_no_is_the_word(tmp_path: Path) -> None:
+    """YAML 1.1 takes it for false; flags that are true or false go on taking that."""
+    (tmp_path / "no.yaml").write_text("save_strategy: no\npacking: no\n")
+    (*_, args) = parse("sft", FLAGS, ["--config", str(tmp_path / "no.yaml"), "--output_dir", "x"])
+    assert args.save_strategy == "no" and args.packing is False
 
 
 def test_secrets_are_left_out() -> None:

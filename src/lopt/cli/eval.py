@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -90,7 +91,8 @@ def main(arguments: Sequence[str]) -> None:
 
     from lopt.evaluation.run import run_evaluation  # after the checks: this import takes seconds
 
-    run_evaluation(args, models, shots, Record.of("eval", (EvalArguments,), arguments).write)
+    begin = functools.cache(Record.of("eval", (EvalArguments,), arguments).write)  # once
+    run_evaluation(args, models, shots, begin)
 
 
 def check(args: EvalArguments) -> dict[str, str]:

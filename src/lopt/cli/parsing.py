@@ -140,10 +140,10 @@ def _words_of(content: dict[Any, Any], where: str, parser: _Parser, hints: Mappi
             raise ValueError(f"{where}: {key!r} is no flag: {_hint(str(key), hints)}")
         if value is None and NoneType not in get_args(hints[key]):
             raise ValueError(f"{where}: {key} has no value: give it one, or leave the line out")
-        kinds = (hints[key], *get_args(hints[key]))
+        kinds: tuple[Any, ...] = (hints[key], *get_args(hints[key]))
         if isinstance(value, bool) and bool not in kinds:  # YAML takes no for false: --save_strategy no
             value = "yes" if value else "no"
-        if isinstance(value, list) and list not in map(get_origin, kinds):
+        if isinstance(value, list) and list not in [get_origin(kind) for kind in kinds]:
             raise ValueError(f"{where}: {key} takes one value, not a list")
         if value is None or value == []:  # no word says this
             parser.set_defaults(**{key: value})

@@ -22,6 +22,7 @@ from lopt.redact import known_secrets, redacted
 RUN_YAML, RUN_JSON = "run.yaml", "run.json"
 _SECRETS = ("hub_token",)
 _OF_ONE_START = ("resume", "overwrite_output_dir", "max_time")
+_IN_THE_CHECKPOINT = ("learning_rate", "lr_k1", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _GROW = ("eval", "compare")  # commands that add to what their folder holds
 _HEADER = """\
 # How this folder was made. To make it again, from the same working folder:
@@ -125,6 +126,9 @@ def _changes(
     ):
         if found := differences(old, new):
             told.append(f"other {what} than before: {'; '.join(found)}")
+    kept = [name for name in _IN_THE_CHECKPOINT if was.get(name) != now.get(name)]
+    if kept:
+        told.append(f"the checkpoint's own {', '.join(kept)} go on: start anew to change that")
     if before["data"] != json.loads(json.dumps(data)):
         told.append("the rows are not those that the run began with, so it is not the same run")
     return told

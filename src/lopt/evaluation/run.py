@@ -41,7 +41,7 @@ def run_evaluation(
 ) -> None:
     """Examine `models` (path by label, the base first if there is one) as the flags of `lopt eval` say.
 
-    `begin` is called with the output folder when everything has been checked.
+    `begin` is called with the output folder whenever a model is about to be examined.
 
     Raises:
         ValueError: before any model is loaded, what can be told by then.
@@ -63,12 +63,14 @@ def run_evaluation(
     _check_models(args, [models[label] for label, left in missing.items() if left])
     for store in stores.values():
         store.drop_stale()
-    begin(report)
     for label, store in stores.items():
         done = len(works) - len(missing[label])
         print(f"{label}: {len(works)} tasks" + (f", {done} of them finished before" if done else ""))
         if missing[label]:
-            _examine(args, models[label], store, missing[label])
+            model, tokenizer = _load(args, models[label])
+            begin(report)
+            _examine(args, model, tokenizer, store, missing[label])
+            del model  # before the next one is loaded
         _write_results(args, models[label], store, works, loaded)
     evaluations = {label: _collect(store, works, loaded) for label, store in stores.items()}
     for label, evaluation in evaluations.items():
@@ -153,8 +155,8 @@ def _tokenizer(args: Any, path: str) -> Any:
     )
 
 
-def _examine(args: Any, path: str, store: Store, missing: list[Work]) -> None:
-    """Run what is missing and keep each task's results at once."""
+def _load(args: Any, path: str) -> tuple[Any, Any]:
+    """A model and its tokenizer."""
     tokenizer = _tokenizer(args, path)
     model = load_examinee(
         path,
@@ -163,6 +165,11 @@ def _examine(args: Any, path: str, store: Store, missing: list[Work]) -> None:
         attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
     )
+    return model, tokenizer
+
+
+def _examine(args: Any, model: Any, tokenizer: Any, store: Store, missing: list[Work]) -> None:
+    """Run what is missing and keep each task's results at once."""
     size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
     for number, work in enumerate(missing, start=1):
         start = time.perf_counter()
