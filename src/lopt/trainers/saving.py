@@ -213,6 +213,6 @@ def _disk_trouble(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in text or "inline_container" in text:
-        return text
-    return None
+    if "PytorchStreamWriter" in text or "inline_container" in text:  # torch.save, of a write cut short
+        return "the disk did not take all of a file, there is no space left on it, or it is failing"
+    return text if isinstance(error, SafetensorError) else None
