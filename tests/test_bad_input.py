@@ -119,7 +119,7 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--num_blcks 2", "--num_blcks is no flag of lopt sft: did you mean --num_blocks?"),
     ("sft", "rows.jsonl", "rows.jsonl is no flag of lopt sft"),
     ("sft", "--retention_text none.txt", "--retention_text none.txt cannot be read: No such file"),
-    ("sft", "--retention_text blank.txt", "--retention_text blank.txt is empty: give a file with some text"),
+    ("sft", "--retention_text blank.txt", "--retention_text blank.txt is empty or too short: give a file"),
     ("sft", "--retention_text pipe.jsonl", "--retention_text pipe.jsonl is a pipe: write the text to a file"),
     ("sft", "--retention_every 5", "--retention_every: add --retention_text or --retention_tasks"),
     ("sft", "--max_forgetting 0.1", "add --retention_text"),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.evaluation.loss import text_losses
 from lopt.evaluation.outcomes import Evaluation
-from lopt.evaluation.texts import refuse_pipe
+from lopt.evaluation.texts import read_text
 
 BATCH_TOKENS = 2048
 
@@ -35,21 +35,8 @@ class TextTask:
         return {"name": self.name, "rows": digest, "tokens": self.tokens, "window": self.window}
 
     def read(self) -> str:
-        """The text.
-
-        Raises:
-            ValueError: no such file, not UTF-8, or nothing in it.
-        """
-        try:
-            refuse_pipe(self.path, "--text")
-            text = self.path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--text {self.path} is not UTF-8: convert it") from error
-        except OSError as error:
-            raise ValueError(f"--text {self.path} cannot be read: {error.strerror}") from error
-        if len(text.split()) < 2:
-            raise ValueError(f"--text {self.path} is too short to measure a loss on: give at least two words")
-        return text
+        """The text; errors as of `read_text`."""
+        return read_text(self.path, self.tokens, "--text")
 
 
 def evaluate_text(

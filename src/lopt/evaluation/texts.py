@@ -14,28 +14,33 @@ def read_texts(paths: Sequence[str], tokens: int, flag: str) -> dict[str, str]:
     Raises:
         ValueError: a file is missing, empty, given twice or not UTF-8; the message names `flag`.
     """
-    texts = {}
+    texts: dict[str, str] = {}
     for path, name in zip(paths, short_names(paths), strict=True):
-        try:
-            refuse_pipe(path, flag)
-            with Path(path).expanduser().open(encoding="utf-8-sig") as file:
-                text = file.read(CHARACTERS_PER_TOKEN * tokens)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{flag} {path} is not UTF-8 text: convert it, or give another file") from error
-        except OSError as error:
-            raise ValueError(f"{flag} {path} cannot be read: {error.strerror}. Give a text file") from error
-        if not text.strip():
-            raise ValueError(f"{flag} {path} is empty: give a file with some text")
         if name in texts:
             raise ValueError(f"{flag} {path} is given twice")
-        texts[name] = text
+        texts[name] = read_text(path, tokens, flag)
     return texts
 
 
-def refuse_pipe(path: str | Path, flag: str) -> None:
-    """A pipe would be waited for, perhaps without end, and is gone once read."""
-    if Path(path).expanduser().is_fifo():
+def read_text(path: str | Path, tokens: int, flag: str) -> str:
+    """The beginning of a file, enough for `tokens` tokens.
+
+    Raises:
+        ValueError: it is missing, a pipe, not UTF-8, or has hardly any text; the message names `flag`.
+    """
+    file = Path(path).expanduser()
+    if file.is_fifo():  # it would be waited for, perhaps without end, and is gone once read
         raise ValueError(f"{flag} {path} is a pipe: write the text to a file first")
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            text = opened.read(CHARACTERS_PER_TOKEN * tokens)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path} is not UTF-8 text: convert it, or give another file") from error
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be read: {error.strerror}. Give a text file") from error
+    if len(text.strip()) < 2:
+        raise ValueError(f"{flag} {path} is empty or too short: give a file with some text")
+    return text
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
