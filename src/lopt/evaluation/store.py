@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 
 from lopt.evaluation.outcomes import Evaluation
 from lopt.files import write_text
@@ -133,8 +134,9 @@ def model_identity(path: str, revision: str | None = None, trust_remote_code: bo
     """
     folder = Path(path)
     if not folder.is_dir():
-        config = read_config(path, revision=revision, trust_remote_code=trust_remote_code)
-        return {"hub": path, "commit": str(getattr(config, "_commit_hash", None) or revision)}
+        read_config(path, revision=revision, trust_remote_code=trust_remote_code)  # into the cache
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+        return {"hub": path, "commit": Path(cached).parent.name if isinstance(cached, str) else str(revision)}
     files: dict[str, str] = {}
     for pattern in _OF_A_MODEL:
         for file in sorted(folder.glob(pattern)):
