@@ -68,3 +68,21 @@ def test_a_second_signal_leaves_at_once() -> None:
         process.terminate()
         assert process.wait(10) == 128 + signal.SIGTERM
     assert stop.EXIT_STOPPED == 75
+
+
+def test_a_stop_that_a_library_turns_into_an_error_is_a_stop() -> None:
+    def library() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except BaseException as error:
+            raise RuntimeError("a callback failed") from error
+
+    with pytest.raises(Stopped, match="by SIGTERM"), obeying():
+        library()
+    with obeying():
+        hold()
+        with pytest.raises(Stopped, match="by SIGTERM"), at_once():
+            library()
+        with pytest.raises(ValueError, match="its own"), obeying():
+            raise ValueError("its own")

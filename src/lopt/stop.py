@@ -47,6 +47,7 @@ class _Watch:
     def __init__(self, max_time: float | None) -> None:
         self.reason: str | None = None
         self.at_once = True
+        self.raised = False
         self._owner = os.getpid()
         self._first = 0.0
         self._time_is_over = False
@@ -89,6 +90,7 @@ class _Watch:
             self._raise()
 
     def _raise(self) -> None:
+        self.raised = True
         # Python ignores what is raised in the midst of a destructor: then once more.
         self._insist_later = threading.Timer(INSIST_AFTER, self._insist)
         self._insist_later.daemon = True
@@ -122,12 +124,24 @@ def obeying(max_time: float | None = None) -> Iterator[None]:
     main = threading.current_thread() is threading.main_thread()  # no other may set handlers
     handlers = {number: signal.signal(number, _watch.on_signal) for number in _SIGNALS if main}
     try:
-        yield
+        with _unwrapped(_watch):
+            yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         _watch.close()
         _watch = before
+
+
+@contextmanager
+def _unwrapped(watch: _Watch) -> Iterator[None]:
+    """Libraries turn what is raised in the midst of them into errors of their own: a stop is still a stop."""
+    try:
+        yield
+    except Exception as error:
+        if not watch.raised or watch.reason is None:
+            raise
+        raise Stopped(watch.reason) from error
 
 
 def requested() -> str | None:
@@ -167,7 +181,8 @@ def at_once() -> Iterator[None]:
     try:
         if watch.reason is not None:
             raise Stopped(watch.reason)
-        yield
+        with _unwrapped(watch):
+            yield
     finally:
         watch.at_once = False
 
