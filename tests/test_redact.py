@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
+import transformers
 
 from lopt.cli.main import main
 from lopt.redact import HIDDEN, known_secrets, redact, redacted
@@ -20,6 +23,17 @@ def leaked(folder: Path) -> list[str]:
     return [str(path) for path in files if any(secret in path.read_bytes() for secret in secrets)]
 
 
+@pytest.fixture
+def quiet_again() -> Iterator[None]:
+    """`--log_level` holds for the whole process."""
+    loggers = (transformers.utils.logging, datasets.utils.logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.set_verbosity(level)
+
+
+@pytest.mark.usefixtures("quiet_again")
 def test_tokens_are_written_nowhere(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
