@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-RUNS = 4
-PHASES = ("data", "saving", "generation")  # the others are in trainers/test_stopping.py
+RUNS = 3
+PHASES = ("saving", "generation")  # the others are in trainers/test_stopping.py
 
 
 def run(script: str, output: Path, *flags: str) -> dict[str, Any]:

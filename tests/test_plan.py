@@ -57,8 +57,19 @@ def compare(name: str, setting: Setting, accumulation: int, dtype: torch.dtype, 
     assert predicted.total == pytest.approx(real.total, rel=0.02)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", CONFIGS)
+def _quick(name: str, setting: str) -> bool:
+    """Every setting, and every architecture, but not all of them together."""
+    return name == "gemma3" or setting == next(iter(SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        pytest.param(name, setting, marks=[] if _quick(name, setting) else [pytest.mark.slow])
+        for name in CONFIGS
+        for setting in SETTINGS
+    ],
+)
 def test_prediction_and_live_bytes(name: str, setting: str) -> None:
     compare(name, *SETTINGS[setting], torch.float32, autocast=False)
 

@@ -86,6 +86,8 @@ def test_no_change_is_no_proof_of_none() -> None:
     value, low, high = paired_difference([1, 0] * 50, [1, 0] * 50)
     assert value == 0 and low == -high and 0.02 < high < 0.04  # 3 of 100 would not astonish
     assert math.isnan(paired_bootstrap([0.5], [0.7]).high)
+    few = paired_bootstrap([0, 0], [0.21, 0.30])  # all that drawing could say is 0.21 to 0.30
+    assert few.low < 0 < few.value < few.high
 
 
 def test_the_bootstrap_is_that_of_the_mean() -> None:

@@ -80,7 +80,8 @@ def paired_bootstrap(
     The plain percentile interval is too short for few items. Its percentiles are therefore taken further out,
     as far as Student's t and the n - 1 of a variance ask for (the expanded percentile interval of Hesterberg,
     https://doi.org/10.1080/00031305.2015.1089789).
-    A single item has no interval: its ends are nan.
+    Fewer than 8 items cannot be drawn far enough out: theirs is Student's t. A single item has no interval:
+    its ends are nan.
 
     Args:
         resamples: draws of all items with replacement.
@@ -91,8 +92,8 @@ def paired_bootstrap(
     before, after = _pairs(base, tuned)
     differences = after - before
     n, value = len(differences), float(differences.mean())
-    if n == 1:
-        return Estimate(value, math.nan, math.nan)
+    if n < 8:
+        return mean_interval(list(differences))
     random = np.random.default_rng(seed)
     means = np.empty(resamples)
     chunk = max(1, 4_000_000 // n)  # at most 32 MB of indices at a time

@@ -67,8 +67,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: floa
 
 
 # 30 rows by 2: accumulation 4 leaves 3 micro-batches for the last step of an epoch, 7 leaves 1.
-@pytest.mark.parametrize("accumulation", [1, 4, 7])
-@pytest.mark.parametrize("k", [2, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("k", "accumulation"),
+    [(2, 1), (2, 4), (4, 7), *(pytest.param(*other, marks=SLOW) for other in ((2, 7), (4, 1), (4, 4)))],
+)
 def test_weights_are_those_of_the_eager_schedule(run, k: int, accumulation: int) -> None:
     flags = dict(
         gradient_accumulation_steps=accumulation,
