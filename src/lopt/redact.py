@@ -32,16 +32,27 @@ def known_secrets(arguments: Sequence[str] = ()) -> set[str]:
         name, equals, value = flag.partition("=")
         if flag.startswith("--") and _almost_secret(name):
             found.add(value if equals else following)
-        if following.startswith("{"):  # such as --model_init_kwargs '{"token": ...}'
-            found |= set(_SECRET_ENTRY.findall(following))
+        found |= set(_SECRET_ENTRY.findall(flag))  # such as --model_init_kwargs '{"token": ...}'
     return {value for value in found if len(value) >= _SHORTEST and not value.startswith("--")}
 
 
 def redact(text: str, secrets: Collection[str] = ()) -> str:
-    """`text` without these values, and without whatever looks like a token."""
+    """`text` without these values, entries such as `"token": "..."`, and whatever looks like a token."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
+    text = _SECRET_ENTRY.sub(lambda entry: entry[0].replace(entry[1], HIDDEN), text)
     return _SECRET.sub(HIDDEN, text)
+
+
+def redacted_words(arguments: Sequence[str], secrets: Collection[str] = ()) -> list[str]:
+    """A command line without these values, and without those of flags for secrets, however short."""
+    kept, hide = [], False
+    for word in arguments:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("--") and is_secret_name(name)
+        kept.append(HIDDEN if hide else f"{name}={HIDDEN}" if secret and equals else redact(word, secrets))
+        hide = secret and not equals
+    return kept
 
 
 def redacted(value: Any, secrets: Collection[str] = ()) -> Any:

@@ -113,8 +113,16 @@ def test_yaml_s_no_is_the_word(tmp_path: Path) -> None:
     assert args.save_strategy == "no" and args.packing is False
 
 
-def test_secrets_are_left_out() -> None:
-    for flags in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]):
+def test_secrets_are_left_out(tmp_path: Path) -> None:
+    nested = '{"token": "hf_secret"}'
+    (tmp_path / "x.yaml").write_text(f"hub_token: hf_secret\nmodel_init_kwargs: {nested}\n")
+    for flags in (
+        ["--hub_token", "hf_secret"],
+        ["--hub_token=hf_secret"],
+        ["--model_init_kwargs", nested],
+        [f"--model_init_kwargs={nested}"],
+        ["--config", str(tmp_path / "x.yaml")],
+    ):
         made = Record.of("sft", FLAGS, ["--output_dir", "x", *flags])
         assert "hf_secret" not in repr(made) and "hub_token" not in made.settings
     assert yaml.safe_load(made._yaml(Path("x")))["output_dir"] == "x-rerun"

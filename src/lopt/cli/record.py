@@ -17,10 +17,9 @@ from lopt.cli.parsing import settings
 from lopt.evaluation.store import differences
 from lopt.files import write_text
 from lopt.provenance import environment, fingerprint, git_states, versions
-from lopt.redact import known_secrets, redacted
+from lopt.redact import is_secret_name, known_secrets, redacted, redacted_words
 
 RUN_YAML, RUN_JSON = "run.yaml", "run.json"
-_SECRETS = ("hub_token",)
 _OF_ONE_START = ("resume", "overwrite_output_dir", "max_time")
 _IN_THE_CHECKPOINT = ("learning_rate", "lr_k1", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _GROW = ("eval", "compare")  # commands that add to what their folder holds
@@ -52,10 +51,10 @@ class Record:
         """The record of arguments that `lopt.cli.parsing.parse` has accepted; secrets are left out."""
         secrets = known_secrets(arguments)
         every, changed = (
-            redacted({k: v for k, v in values.items() if k not in _SECRETS}, secrets)
+            redacted({k: v for k, v in values.items() if not is_secret_name(k)}, secrets)
             for values in settings(command, groups, arguments)
         )
-        return cls(command, redacted(_without_secrets(arguments), secrets), every, changed)
+        return cls(command, redacted_words(arguments, secrets), every, changed)
 
     def write(
         self, folder: Path, data: Mapping[str, Any] | None = None, resumed_from: str | None = None
@@ -132,13 +131,3 @@ def _changes(
     if before["data"] != json.loads(json.dumps(data)):
         told.append("the rows are not those that the run began with, so it is not the same run")
     return told
-
-
-def _without_secrets(arguments: Sequence[str]) -> list[str]:
-    kept, hide = [], False
-    for argument in arguments:
-        name, has_value, _ = argument.partition("=")
-        secret = name.lstrip("-").replace("-", "_") in _SECRETS
-        kept.append("***" if hide else f"{name}=***" if secret and has_value else argument)
-        hide = secret and not has_value
-    return kept
