@@ -52,11 +52,16 @@ NEXT = ("next", "next_all", "lens")
 LOSSES = ("recon", "back", "ahead", "shift", *NEXT, "recon+next")
 FROZEN = "frozen "
 # loss: a local loss or several joined by "+"; early: lr_k1 over learning_rate; rate: learning_rate over 2e-5;
-# only: the earlier blocks that learn; the rest are fields of LoPTConfig.
+# only: the earlier blocks that learn; moves: the input embedding is untied and learns from block 1's local
+# loss; the rest are fields of LoPTConfig. "at=4" is two blocks, the last of which begins at layer 4.
 RUNS: dict[str, dict] = {"e2e": dict(method="e2e")}
 for cut, fields in {
     "k=4": dict(num_blocks=4),
+    "k=3": dict(num_blocks=3),
     "k=2": dict(num_blocks=2),
+    "at=4": dict(num_blocks=2, block_boundaries=[4]),
+    "at=14": dict(num_blocks=2, block_boundaries=[14]),
+    "k=2 moves": dict(num_blocks=2, moves=True),
     "k=4 rate=2": dict(num_blocks=4, rate=2.0),
     "k=2 rate=2": dict(num_blocks=2, rate=2.0),
 }.items():
@@ -69,7 +74,7 @@ for cut, fields in {
     # What the library offers, only the block below the last one learning.
     learning = dict(aux_loss="next_token", frozen_blocks=fields["num_blocks"] - 2, early=1.0)
     RUNS[f"library next_token {cut}"] = fields | learning
-CUT = ("method", "num_blocks", "aux_loss", "frozen_blocks")
+CUT = ("method", "num_blocks", "block_boundaries", "aux_loss", "frozen_blocks")
 
 
 class Tokens:
@@ -220,11 +225,12 @@ class Study:
         torch.manual_seed(seed)
         model = self.load()
         known = {k: v for k, v in settings.items() if k in CUT}
-        config = LoPTConfig(tied_embeddings="freeze", **known)
+        moves = settings.get("moves", False)
+        config = LoPTConfig(tied_embeddings="untie" if moves else "freeze", **known)
         if "aux_loss" in settings:
             return model, *self.start_library(model, config, seed)
         handle = Studied(model, config, settings, self.tokens)
-        model.get_input_embeddings().weight.requires_grad_(False)  # end to end as well
+        model.get_input_embeddings().weight.requires_grad_(moves)  # end to end as well
         if not handle.heads:
             return model, handle, None
         key = (seed, *handle.cuts, *handle.only_blocks, *handle.kinds)
@@ -343,7 +349,8 @@ def summarise(results: dict) -> None:
     print(f"{'before':28} {'':>5}", *(f"{results['before'][text]:18.4f}" for text in TEXTS))
     for name, seeds in by_name.items():
         local = "loss" in RUNS[name] or "aux_loss" in RUNS[name]
-        reference = by_name.get(FROZEN + name.split(" ", 2)[-1], {}) if local else {}
+        cut = name.split(" ", 2)[-1].removesuffix(" moves")
+        reference = by_name.get(FROZEN + cut, {}) if local else {}
         pairs = [(r["after"], reference[s]["after"]) for s, r in seeds.items() if s in reference]
         pairs = pairs or [(r["after"], dict.fromkeys(TEXTS, 0.0)) for r in seeds.values()]
         cells = [local_every.spread([a[text] - b[text] for a, b in pairs]) for text in TEXTS]

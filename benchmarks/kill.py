@@ -23,26 +23,23 @@ import sys
 import tempfile
 import time
 import traceback
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.checkpoint import WRITING, checkpoints, choose, damage, recover
-from lopt.files import write_text
-from lopt.provenance import device, versions
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
-from small_model import byte_tokenizer
+from small_model import byte_tokenizer, keep, tiny_llama
 
 KINDS = ("eager", "block_major", "grpo", "ranks")
 RANKS = {"ranks": 2}
 STEPS = 8
 MEASURE_EVERY = 10
 MOST_KILLS = 3
+PACKAGES = ("torch", "transformers", "trl", "accelerate")
 RESULTS = Path(__file__).parent / "results" / "kill.json"
 
 
@@ -50,12 +47,7 @@ def train(kind: str, folder: Path, steps: int) -> None:
     """One training, from the newest whole checkpoint in `folder` if there is one, to a saved model."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.2, pad_token_id=0,
-        )
-    )  # fmt: skip
+    model = tiny_llama(len(tokenizer))
     staged = dict(schedule="block_major", offload="block") if kind == "block_major" else {}
     common: dict[str, Any] = dict(
         output_dir=str(folder), max_steps=steps, save_steps=1, save_total_limit=2, learning_rate=1e-2,
@@ -231,10 +223,7 @@ def main() -> None:
 
     def save() -> None:
         results["summary"] = summary(results["kinds"])
-        results["versions"] = versions(("torch", "transformers", "trl", "accelerate"))
-        results["device"] = device()
-        results["date"] = date.today().isoformat()
-        write_text(arguments.output, json.dumps(results, indent=1) + "\n")
+        keep(arguments.output, results, PACKAGES)
 
     with tempfile.TemporaryDirectory() as scratch:
         for kind in arguments.kinds:

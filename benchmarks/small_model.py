@@ -1,9 +1,18 @@
-"""What tests and benchmarks need to make a small model of their own."""
+"""What tests and benchmarks share: small models of their own, and how results are kept."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lopt.files import write_text
+from lopt.provenance import device, versions
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -16,3 +25,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
+
+
+def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
+    """4 layers of 32 channels, with dropout, so that a run depends on its random state."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.2, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def keep(path: Path, results: dict[str, Any], packages: Sequence[str]) -> None:
+    """Write results with where and when they were made."""
+    results.update(versions=versions(packages), device=device(), date=date.today().isoformat())
+    write_text(path, json.dumps(results, indent=1) + "\n")

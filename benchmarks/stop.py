@@ -24,25 +24,21 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from kill import weights
-from transformers import LlamaConfig, LlamaForCausalLM
+from kill import PACKAGES, weights
 
 import lopt.cli.grpo
 import lopt.cli.sft
 from lopt.checkpoint import checkpoints, damage
 from lopt.cli.main import main as lopt_main
-from lopt.files import write_text
-from lopt.provenance import device, versions
 from lopt.stop import EXIT_STOPPED
 from lopt.trainers import LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.trainers.retention import RetentionCallback
-from small_model import byte_tokenizer
+from small_model import byte_tokenizer, keep, tiny_llama
 
 RESULTS = Path(__file__).parent / "results" / "stop.json"
 LONGEST = 60.0
@@ -88,12 +84,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     """A tiny model, two dozen rows, and a command line for each of the two commands."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.2, pad_token_id=0,
-        )
-    ).save_pretrained(folder / "model")  # fmt: skip
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [
         {"question": f"What is {i}?", "answer": f"It is {i}. " * (i % 4 + 1) + f"#### {i}"} for i in range(24)
@@ -279,10 +270,8 @@ def main() -> None:
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"phases": {}}
 
     def save() -> None:
-        packages = ("torch", "transformers", "trl", "accelerate")
-        about = {"versions": versions(packages), "device": device(), "date": date.today().isoformat()}
-        results.update(summary=summary(results["phases"]), **about)
-        write_text(arguments.output, json.dumps(results, indent=1) + "\n")
+        results["summary"] = summary(results["phases"])
+        keep(arguments.output, results, PACKAGES)
 
     with tempfile.TemporaryDirectory() as scratch:
         made = jobs(Path(scratch))

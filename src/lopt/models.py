@@ -161,11 +161,12 @@ def load_tokenizer(
         ValueError: there is none, or it has no end-of-text token.
     """
     path = resolve_model(name)
-    if Path(path).is_dir():
-        check_folder(path, weights=False, name=name)
     where: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
-    alone = os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json"))  # an adapter's
-    config = None if alone else load_config(name, **where)
+    config = None
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():  # an adapter's
+        check_folder(path, weights=False, name=name)
+    else:
+        config = load_config(name, **where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
     except (OSError, ValueError) as error:

@@ -24,6 +24,8 @@ from lopt.shapes import Sizes, Stage
 
 RESERVE = 2**30
 """Bytes of a GPU that are left for CUDA's context and fragmentation."""
+TFLOPS, BANDWIDTH = 100.0, 25.0
+"""What a GPU is taken to reach in training, and GB/s from host to GPU and as much back, unless told."""
 PREFETCH = 2 * 2**30
 """Bytes of weights and optimizer state that are on their way to or from the device."""
 BLOCK_MAJOR_TIME = 1.05

@@ -144,6 +144,14 @@ def test_it_goes_on_where_it_stopped(
     assert compare(tmp_path / "a", "--weight_decay", "0.1", **flags) == 2
     assert "other settings (training)" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
+    # Unless it is asked to start anew: then only what is not a comparison's stays.
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    assert len(read(tmp_path / "a" / "run.json")["attempts"]) == 3
+    anew = ("--weight_decay", "0.1", "--overwrite_output_dir")
+    assert compare(tmp_path / "a", *anew, methods=["e2e"], seeds=("3",)) == 0
+    assert len(list((tmp_path / "a" / "cells").iterdir())) == 1
+    assert len(read(tmp_path / "a" / "run.json")["attempts"]) == 1
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
 
 
 def test_an_arm_that_breaks_down_is_a_result(compare: Compare, tmp_path: Path) -> None:

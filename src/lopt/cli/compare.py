@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments
 from lopt.cli.output import spare_model
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import RUN_JSON, RUN_YAML, Record
 from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
 from lopt.cli.training import check_cut
@@ -34,7 +34,8 @@ HELD_OUT_ROWS = 64
 DRIFT_ROWS = 8
 SETTING = "setting.json"  # says that a folder is a comparison
 # What a comparison writes, and --overwrite_output_dir removes; anything else in the folder is the user's.
-WRITTEN = (SETTING, "base.json", "cells", "runs", "models", "compare.json", "report.html", "pareto.svg")
+WRITTEN = (SETTING, "base.json", "cells", "runs", "models", "compare.json", "report.html", "pareto.svg",
+           RUN_YAML, RUN_JSON)  # fmt: skip
 # Flags that change no figure: where things go and what is said on the way.
 _NO_MATTER = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging", "log_", "seed", "data_seed",
               "hub_", "push_", "save_", "eval_", "do_", "project", "trackio", "local_rank",

@@ -52,8 +52,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("LOPT_DEBUG"):
             raise
-        # It may quote a command line, a model or a data set: no token and no command to the terminal.
-        message = clean(redact(" ".join(str(error).split()), known_secrets(arguments)))
+        message = _one_line(error, arguments)
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
         print(f"{where}lopt {command}: error: {message}", file=sys.stderr)
@@ -62,8 +61,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         culprit = _culprit(error)
         if os.environ.get("LOPT_DEBUG") or culprit is None:
             raise
-        message = clean(redact(" ".join(str(error).split()), known_secrets(arguments)))
-        print(f"lopt {command}: error: {culprit}: {message[:500]}", file=sys.stderr)
+        print(f"lopt {command}: error: {culprit}: {_one_line(error, arguments)[:500]}", file=sys.stderr)
         return 2
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
@@ -73,6 +71,11 @@ def run(command: str, arguments: Sequence[str]) -> int:
         print(f"\nlopt {command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(error: Exception, arguments: Sequence[str]) -> str:
+    """It may quote a command line, a model or a data set: no token and no command to the terminal."""
+    return clean(redact(" ".join(str(error).split()), known_secrets(arguments)))
 
 
 def _culprit(error: Exception) -> str | None:

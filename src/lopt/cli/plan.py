@@ -16,7 +16,7 @@ from lopt.config import LoPTConfig
 from lopt.files import write_text
 from lopt.fit import candidates, fit
 from lopt.memory import MemoryPeak, format_bytes
-from lopt.plan import Plan, Planner, Run, Setting
+from lopt.plan import BANDWIDTH, TFLOPS, Plan, Planner, Run, Setting
 from lopt.plan_step import OPTIMIZERS
 from lopt.plots import bar_plot, standalone
 from lopt.shapes import SHAPES, model_config
@@ -79,9 +79,10 @@ class PlanArguments:
         metadata={"help": "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB."},
     )
     bandwidth: float = field(
-        default=25.0, metadata={"help": "GB/s from host to GPU and as much back, for what --offload costs."}
+        default=BANDWIDTH,
+        metadata={"help": "GB/s from host to GPU and as much back, for what --offload costs."},
     )
-    tflops: float = field(default=100.0, metadata={"help": "TFLOP/s that the GPU reaches in training."})
+    tflops: float = field(default=TFLOPS, metadata={"help": "TFLOP/s that the GPU reaches in training."})
     json: str | None = field(default=None, metadata={"help": "Write the plan to this file as JSON."})
     svg: str | None = field(default=None, metadata={"help": "Write the bars to this file as SVG."})
     calibrate: bool = field(

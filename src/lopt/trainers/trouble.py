@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from lopt.config import LoPTConfig
 from lopt.fit import fit
 from lopt.memory import dense_parts, format_bytes, free_host_memory
-from lopt.plan import RESERVE, Plan, Planner, Run, Setting
+from lopt.plan import BANDWIDTH, RESERVE, TFLOPS, Plan, Planner, Run, Setting
 
 BLOCKS = (2, 4, 8)
 BY_HAND = (
@@ -30,7 +30,6 @@ HOST_BY_HAND = (
     "What helps: --param_dtype bfloat16, fewer --dataloader_num_workers, fewer processes on this machine, "
     "--streaming, less of --offload"
 )
-TFLOPS, BANDWIDTH = 100.0, 25.0  # as `lopt plan` assumes: they only decide between settings that fit
 
 
 class OutOfMemory(ValueError):
