@@ -36,13 +36,20 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from lopt.data.files import column_names
+from lopt.data.values import (
+    SOURCE,
+    Message,
+    as_messages,
+    completion_text,
+    fault,
+    last_assistant,
+    message,
+    prompt_text,
+    turns,
+)
 
 logger = logging.getLogger(__name__)
 
-Message = dict[str, str]
-"""One turn: `{"role": ..., "content": ...}`."""
-
-_SOURCE = "--train_file/--dataset_name"
 _ALPACA_INTRO = "Below is an instruction that describes a task"
 _ALPACA_ASK = "Write a response that appropriately completes the request."
 
@@ -92,7 +99,7 @@ def infer_format(column_names: Iterable[str]) -> Format:
             return fmt
     accepted = ", ".join(fmt.name for fmt in FORMATS)
     raise ValueError(
-        f"{_SOURCE}: no usable columns, found {', '.join(found) or 'none'}: "
+        f"{SOURCE}: no usable columns, found {', '.join(found) or 'none'}: "
         f"rename them to one of these combinations: {accepted}"
     )
 
@@ -146,7 +153,7 @@ def format_rows(
         made = rows.select_columns(used).map(_convert_streamed, **options)
         if next(iter(made), None) is None:
             raise ValueError(
-                f"{_SOURCE}: no row left, `{fmt.columns[-1]}` is empty in every row of the stream: fill it"
+                f"{SOURCE}: no row left, `{fmt.columns[-1]}` is empty in every row of the stream: fill it"
             )
         return made
     # The cache is keyed by the function's name, so it would outlive a change of templates.
@@ -158,7 +165,7 @@ def format_rows(
 
 def _report_empty(rows: int, made: int, column: str) -> None:
     if not made:
-        raise ValueError(f"{_SOURCE}: no row left, `{column}` is empty in all {rows} rows: fill it")
+        raise ValueError(f"{SOURCE}: no row left, `{column}` is empty in all {rows} rows: fill it")
     if made < rows:
         logger.warning("dropped %d of %d rows whose `%s` is empty", rows - made, rows, column)
 
@@ -233,21 +240,21 @@ def _convert(row: dict[str, Any], index: int, fmt: Format, chat: bool) -> dict[s
     prompt_column, completion_column = fmt.columns[0], fmt.columns[-1]
     value, answer = row[prompt_column], row[completion_column]
     if fmt.kind == "messages":
-        messages = _messages(value, index, prompt_column)
-        cut = _last_assistant(messages, index, prompt_column)
+        messages = as_messages(value, index, prompt_column)
+        cut = last_assistant(messages, index, prompt_column)
         return _conversation(messages[:cut], messages[cut : cut + 1], chat)
     if fmt.kind == "pair" and (isinstance(value, list) or isinstance(answer, list)):
         return _conversational_pair(row, index, fmt, chat)
-    completion = _completion_text(answer, index, completion_column)
+    completion = completion_text(answer, index, completion_column)
     if fmt.kind == "text":
         return {"text": completion} if completion.strip() else None
-    prompt = _prompt_text(value, index, prompt_column)
+    prompt = prompt_text(value, index, prompt_column)
     if not completion.strip():
         return None
-    context = _completion_text(row.get("input"), index, "input") if fmt.kind == "alpaca" else ""
+    context = completion_text(row.get("input"), index, "input") if fmt.kind == "alpaca" else ""
     if chat:
         content = f"{prompt}\n\n{context}" if context.strip() else prompt
-        return _conversation([_message("user", content)], [_message("assistant", completion)], True)
+        return _conversation([message("user", content)], [message("assistant", completion)], True)
     if fmt.kind == "alpaca":
         plain = alpaca_prompt(prompt, context if context.strip() else "")
         return {"prompt": plain, "completion": completion}
@@ -266,18 +273,18 @@ def _conversational_pair(
     prompt_column, completion_column = fmt.columns
     value, answer = row[prompt_column], row[completion_column]
     if isinstance(value, list):
-        prompt = _messages(value, index, prompt_column)
+        prompt = as_messages(value, index, prompt_column)
     else:
-        prompt = [_message("user", _prompt_text(value, index, prompt_column))]
+        prompt = [message("user", prompt_text(value, index, prompt_column))]
     if not isinstance(answer, list):
-        text = _completion_text(answer, index, completion_column)
-        completion = [_message("assistant", text)]
+        text = completion_text(answer, index, completion_column)
+        completion = [message("assistant", text)]
     elif answer:
-        completion = _messages(answer, index, completion_column)
+        completion = as_messages(answer, index, completion_column)
     else:
         return None
     if completion[0]["role"] != "assistant":
-        raise _fault(index, completion_column, "must begin with an assistant message")
+        raise fault(index, completion_column, "must begin with an assistant message")
     return _conversation(prompt, completion, chat)
 
 
@@ -290,69 +297,5 @@ def _conversation(
         return None
     if chat:
         return {"prompt": prompt, "completion": completion}
-    opening = f"{_turns(prompt)}\nAssistant:"
-    return {"prompt": opening, "completion": _turns([*prompt, *completion])[len(opening) :]}
-
-
-def _turns(messages: list[Message]) -> str:
-    return "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _messages(value: Any, index: int, column: str) -> list[Message]:
-    """`value` as messages of role and content alone; a None from an assistant becomes empty."""
-    if not isinstance(value, list) or not value:
-        raise _fault(index, column, "must be a non-empty list of {role, content} messages")
-    messages = []
-    for turn in value:
-        role = turn.get("role") if isinstance(turn, Mapping) else None
-        if not isinstance(role, str) or not role:
-            raise _fault(index, column, "has a message without a role: give {role, content}")
-        content = turn.get("content")
-        if content is None and role == "assistant":
-            content = ""
-        if not isinstance(content, str):
-            raise _fault(index, column, f"has a {role} message whose content is not text")
-        if role == "user" and not content.strip():
-            raise _fault(index, column, "has an empty user message: fill it or remove the row")
-        messages.append(_message(role, content))
-    return messages
-
-
-def _last_assistant(messages: list[Message], index: int, column: str) -> int:
-    """Position of the last assistant message, which must have a message before it."""
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise _fault(index, column, f"has no assistant message (roles: {', '.join(roles)})")
-    cut = len(roles) - 1 - roles[::-1].index("assistant")
-    if cut == 0:
-        raise _fault(index, column, "has no message before its assistant message")
-    return cut
-
-
-def _prompt_text(value: Any, index: int, column: str) -> str:
-    if not isinstance(value, str):
-        raise _fault(index, column, f"must be text, not {type(value).__name__}")
-    if not value.strip():
-        raise _fault(index, column, "is empty: fill it or remove the row")
-    return value
-
-
-def _completion_text(value: Any, index: int, column: str) -> str:
-    """Text as it is, None as empty, a number as text (2.0, as Arrow stores 2, as "2")."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _fault(index, column, f"must be text or a number, not {type(value).__name__}")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value)
-
-
-def _fault(index: int, column: str, what: str) -> ValueError:
-    return ValueError(f"{_SOURCE}: row {index} (from 0), column `{column}`, {what}")
+    opening = f"{turns(prompt)}\nAssistant:"
+    return {"prompt": opening, "completion": turns([*prompt, *completion])[len(opening) :]}

@@ -27,18 +27,9 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from lopt.data.answers import last_boxed, only_number
-from lopt.data.formats import (
-    Message,
-    _completion_text,
-    _fault,
-    _message,
-    _messages,
-    _prompt_text,
-    _turns,
-    alpaca_prompt,
-    question_prompt,
-)
+from lopt.data.formats import alpaca_prompt, question_prompt
 from lopt.data.tasks import MARK, TASKS, extract_answer, make_task
+from lopt.data.values import Message, as_messages, completion_text, fault, message, prompt_text, turns
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +235,7 @@ def _convert_batch(
 
 def _final_answer(row: Mapping[str, Any], index: int, task: Task) -> str | None:
     for column, find in task.answers.items():
-        answer = find(_completion_text(row.get(column), index, column))
+        answer = find(completion_text(row.get(column), index, column))
         if answer is not None:
             return answer
     return None
@@ -255,21 +246,21 @@ def _prompt(
 ) -> str | list[Message]:
     value = row[column]
     if isinstance(value, list):
-        messages = _messages(value, index, column)
+        messages = as_messages(value, index, column)
         if messages[-1]["role"] == "assistant":
-            raise _fault(index, column, "ends in an assistant message: end it before the answer")
+            raise fault(index, column, "ends in an assistant message: end it before the answer")
         *before, last = messages
-        messages = [*before, _message(last["role"], _with(last["content"], instruction))]
-        return messages if chat else f"{_turns(messages)}\nAssistant:"
-    text = _prompt_text(value, index, column)
-    context = _completion_text(row.get("input"), index, "input") if column == "instruction" else ""
+        messages = [*before, message(last["role"], _with(last["content"], instruction))]
+        return messages if chat else f"{turns(messages)}\nAssistant:"
+    text = prompt_text(value, index, column)
+    context = completion_text(row.get("input"), index, "input") if column == "instruction" else ""
     if not chat and column == "instruction":
         return alpaca_prompt(_with(text, instruction), context if context.strip() else "")
     if context.strip():
         text = f"{text}\n\n{context}"
     text = _with(text, instruction)
     if chat:
-        return [_message("user", text)]
+        return [message("user", text)]
     return text if column == "prompt" else question_prompt(text)
 
 
