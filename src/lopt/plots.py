@@ -52,12 +52,12 @@ def line_plot(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    with _canvas(title, alt, height=3.1) as (fig, axes):
+    with _canvas(title, alt, 3.1, series) as (fig, axes):
         for i, points in enumerate(series.values()):
             shown = [p for p in points if all(map(math.isfinite, p)) and (p[1] > 0 or not log_y)]
-            look = {"color": PALETTE[i % len(PALETTE)], "linestyle": ("-", "--", "-.", ":")[i % 4]}
-            marker = "os^Dvx"[i % 6] if len(shown) <= 25 else None
-            axes.plot([x for x, _ in shown], [y for _, y in shown], lw=1.8, marker=marker, ms=4, **look)
+            look = _look(i) | {"linestyle": ("-", "--", "-.", ":")[i % 4]}
+            look |= {"marker": None} if len(shown) > 25 else {}
+            axes.plot([x for x, _ in shown], [y for _, y in shown], lw=1.8, ms=4, **look)
         axes.set_xlabel(_short(x_label, 120))
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
         if log_y:
@@ -97,9 +97,9 @@ def bar_plot(
     """
     slots = 1 if stacked else max(1, len(series))
     thick = 0.62 if slots == 1 else 0.8 / slots
-    height = 1.1 + 0.34 * len(groups) * max(1.0, 0.7 * slots) + (0.3 if len(series) > 1 else 0)
+    height = 1.1 + 0.34 * len(groups) * max(1.0, 0.7 * slots)
     left = [0.0] * len(groups)
-    with _canvas(title, alt, height) as (fig, axes):
+    with _canvas(title, alt, height, series) as (fig, axes):
         for i, lengths in enumerate(series.values()):
             rows = [g + (0 if stacked else (i - (slots - 1) / 2) * thick) for g in range(len(groups))]
             bars = axes.barh(rows, lengths, thick * 0.94, left=left, color=PALETTE[i % len(PALETTE)])
@@ -136,8 +136,8 @@ def interval_plot(
         ImportError: matplotlib is not installed.
     """
     slots = max(1, len(series))
-    height = 1.2 + len(groups) * max(0.34, 0.17 * slots) + (0.3 if slots > 1 else 0)
-    with _canvas(title, alt, height) as (fig, axes):
+    height = 1.2 + len(groups) * max(0.34, 0.17 * slots)
+    with _canvas(title, alt, height, series) as (fig, axes):
         handles = []
         for i, estimates in enumerate(series.values()):
             offset = (i - (slots - 1) / 2) * 0.7 / slots
@@ -169,8 +169,7 @@ def scatter_plot(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    rows = -(-len(points) // 2)
-    with _canvas(title, alt, height=3.0 + 0.17 * rows) as (fig, axes):
+    with _canvas(title, alt, 3.0, points) as (fig, axes):
         handles = []
         for i, (x, y) in enumerate(points.values()):
             finite = all(map(math.isfinite, (*x, *y)))
@@ -195,17 +194,26 @@ def _dots(axes: Any, number: int, points: Sequence[tuple[Estimate, Estimate]]) -
         [y.value for _, y in points],
         xerr=reach(x for x, _ in points),
         yerr=reach(y for _, y in points),
-        fmt="os^Dvx"[number % 6],
+        linestyle="none",
         ms=5,
         lw=1.4,
-        color=PALETTE[number % len(PALETTE)],
-        fillstyle="full" if number < len(PALETTE) else "none",
+        **_look(number),
     )
 
 
+def _look(number: int) -> dict[str, Any]:
+    """Colour and marker of series `number`; from the seventh on the markers are hollow."""
+    fill = "full" if number < len(PALETTE) else "none"
+    return {"color": PALETTE[number % len(PALETTE)], "marker": "os^Dvx"[number % 6], "fillstyle": fill}
+
+
 @contextmanager
-def _canvas(title: str, alt: str, height: float) -> Iterator[tuple[Any, Any]]:
-    """A bare figure and axes under settings that no user's matplotlibrc can change."""
+def _canvas(title: str, alt: str, height: float, names: Iterable[str]) -> Iterator[tuple[Any, Any]]:
+    """A bare figure and axes under settings that no user's matplotlibrc can change.
+
+    Args:
+        height: in inches, without the legend of the series called `names`.
+    """
     try:
         import matplotlib.style
         from matplotlib.figure import Figure
@@ -218,7 +226,9 @@ def _canvas(title: str, alt: str, height: float) -> Iterator[tuple[Any, Any]]:
     rc["svg.hashsalt"] = f"{clean(title)} {clean(alt)}"
     with matplotlib.style.context(rc, after_reset=True):
         # 360 units wide, so that 9.5 units of text stay readable where a phone shows the figure.
-        fig = Figure(figsize=(5.0, height), layout="constrained")
+        shown, columns = _legend(names)
+        rows = -(-len(shown) // columns) if len(shown) > 1 else 0
+        fig = Figure(figsize=(5.0, height + 0.2 * rows), layout="constrained")
         heading = "\n".join(textwrap.wrap(_short(title, 200), 50))
         fig.suptitle(heading, x=0.0, ha="left", fontsize=10.5, fontweight="bold")
         axes = fig.subplots()
@@ -229,12 +239,17 @@ def _canvas(title: str, alt: str, height: float) -> Iterator[tuple[Any, Any]]:
 def _label(fig: Any, axes: Any, label: str, handles: Sequence[Any], names: Iterable[str]) -> None:
     # Above the axis and level, so that nobody has to turn their head.
     axes.set_title(_short(label, 120), loc="left", fontsize=9.5, alpha=0.8)
+    shown, columns = _legend(names)
+    if len(shown) > 1:
+        fig.legend(handles, shown, loc="outside lower left", ncols=columns, frameon=False, handlelength=2.4)
+
+
+def _legend(names: Iterable[str]) -> tuple[list[str], int]:
+    """What a legend says, and in how many columns."""
     # matplotlib leaves out names that start with an underscore: the space keeps them.
     shown = [" " + _short(name, 40) for name in names]
-    if len(shown) > 1:
-        longest = max(map(len, shown))
-        columns = 3 if longest < 14 else 2 if longest < 26 else 1
-        fig.legend(handles, shown, loc="outside lower left", ncols=columns, frameon=False, handlelength=2.4)
+    longest = max(map(len, shown), default=0)
+    return shown, 3 if longest < 14 else 2 if longest < 26 else 1
 
 
 def _log_axis(axes: Any) -> None:

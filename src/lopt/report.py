@@ -53,8 +53,9 @@ min-width:0;break-inside:avoid} .panes p{margin:0}
 pre{margin:0;font:.8125rem/1.5 ui-monospace,"Cascadia Code",Menlo,Consolas,monospace;white-space:pre-wrap}
 .mark{white-space:nowrap} .yes{color:var(--good)} .no{color:var(--bad)}
 @media print{:root{color-scheme:light;--bg:#fff} body{font-size:10.5pt} main{max-width:none;padding:0}
-h2,h3{break-after:avoid} tr,.sample{break-inside:avoid} .figures{grid-template-columns:1fr 1fr}
-.panes{grid-template-columns:repeat(3,1fr)}}
+h2,h3,caption,thead{break-after:avoid} tr,thead,.sample{break-inside:avoid}
+.figures{grid-template-columns:1fr 1fr} .wide{overflow:visible} table{font-size:7.5pt}
+th,td{min-width:0;padding-right:.4rem} .panes{grid-template-columns:repeat(3,1fr)}}
 """
 
 
