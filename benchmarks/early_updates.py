@@ -62,6 +62,7 @@ for cut, fields in {
     "at=4": dict(num_blocks=2, block_boundaries=[4]),
     "at=14": dict(num_blocks=2, block_boundaries=[14]),
     "k=2 moves": dict(num_blocks=2, moves=True),
+    "k=4 rate=0.75": dict(num_blocks=4, rate=0.75),
     "k=4 rate=2": dict(num_blocks=4, rate=2.0),
     "k=2 rate=2": dict(num_blocks=2, rate=2.0),
 }.items():

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lopt.cli.main import main
 from lopt.compare import cell
-from lopt.compare.summary import summarise
+from lopt.compare.page import findings
+from lopt.compare.summary import COSTS, summarise
 from lopt.compare.yardsticks import answer_loss
 from lopt.evaluation import text_losses
 from lopt.statistics import mean_interval, paired_difference
@@ -165,6 +166,27 @@ def test_right_answers() -> None:
     assert answer_loss({"target": 1, "filtered_resps": [(-3.0, False), (-0.5, True)]}) == 0.5
     assert answer_loss({"target": "7", "filtered_resps": ["7"]}) is None
     assert answer_loss({"target": "so", "filtered_resps": [(-3.0, False)]}) is None
+
+
+def test_words_for_what_is_beyond_the_noise() -> None:
+    """Against the first arm of each method; the better side is the lower one, for a loss."""
+    losses = {"e2e": 0.8, "e2e slow": 0.9, "lopt k=2": 1.0, "frozen k=2": 1.0}
+    base = {"adaptation": {"loss": 2.0, "token_accuracy": 0.5}, "items": {}}
+    cells = []
+    for arm, loss in losses.items():
+        for seed, noise in enumerate((0.00, 0.01, 0.02 if arm == "lopt k=2" else 0.01)):
+            own = {"loss": loss + noise, "token_accuracy": 0.5}
+            rest = {"items": {}, "drift": None, "cost": dict.fromkeys(COSTS, 1)}
+            cells.append({"arm": arm, "seed": seed, "adaptation": own, **rest})
+    results = {"arms": list(losses), "base": base, "cells": cells}
+    results["summary"] = summarise(results)
+    first, more = findings(results)
+    assert first.startswith("e2e had the lowest held-out task loss: 0.807")
+    assert more == [
+        "Beyond the seeds' noise, compared with e2e: task loss worse with e2e slow, lopt k=2, frozen k=2.",
+        "Beyond the seeds' noise, compared with frozen k=2: task loss better with e2e, e2e slow.",
+    ]
+    assert list(results["summary"]["against"]) == ["e2e", "e2e slow", "frozen k=2"]
 
 
 def test_a_summary_of_nothing_but_failures() -> None:

@@ -49,8 +49,9 @@ def findings(results: Results) -> tuple[str, list[str]]:
         first.append(_best(summary, "forgetting", "forgot least (rise of the losses elsewhere)", min))
     elif "retained" in summary["measures"]:
         first.append(_best(summary, "retained", "kept most (change of the scores elsewhere)", max))
-    against = summary["against"].items()
-    more = [_beyond(summary["measures"], reference, arms) for reference, arms in against]
+    # In words against the first arm of each method; the tables have the others.
+    firsts = {reference.split()[0]: reference for reference in reversed(summary["against"])}
+    more = [_beyond(summary["measures"], r, a) for r, a in summary["against"].items() if r in firsts.values()]
     if summary["failed"]:
         more.append(f"Ended in a number that is not finite: {', '.join(summary['failed'])}.")
     return " ".join(filter(None, first)), list(filter(None, more))
