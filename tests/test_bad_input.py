@@ -259,6 +259,8 @@ CASES: list[tuple[str, str, str]] = [
     ("plan", "--param_dtype int8", "--param_dtype int8 is not possible: use one of float32, bfloat16"),
     ("plan", "--num_blocks 1", "--num_blocks 1 is not possible: use 2 to 4"),
     ("plan", "--num_blocks 7", "--num_blocks 7 is not possible: use 2 to 4, the model's layers"),
+    ("plan", "--num_blocks 2 --frozen_blocks 1", "--frozen_blocks 1 of 2 blocks leaves no earlier block"),
+    ("plan", "--frozen_blocks 3", "--frozen_blocks 3 leaves no earlier block that learns: the model has 4"),
     ("plan", "--optim lomo", "--optim lomo"),
     ("plan", "--max_length 1", "--max_length 1 is not possible: use 2 or more"),
     ("plan", "--local_every 0", "--local_every 0 is not possible"),

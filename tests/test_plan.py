@@ -98,6 +98,36 @@ def test_prediction_with_offload(case: str) -> None:
     assert predicted.host == pytest.approx(real.host, rel=0.03)
 
 
+RESTING: dict[str, tuple[str, Setting, dict[str, Any]]] = {
+    "frozen": ("gemma3", Setting(num_blocks=4), dict(frozen_blocks=2)),
+    "next token": ("llama", Setting(num_blocks=2), dict(aux_loss="next_token")),
+    "both, checkpointed": (
+        "gpt2", Setting(num_blocks=3, checkpointing=True), dict(frozen_blocks=1, aux_loss="next_token"),
+    ),
+    "both, block-major": ("llama", STAGED, dict(frozen_blocks=2, aux_loss="next_token")),
+    "both, offload": ("gpt2", replace(STAGED, offload="block"), dict(frozen_blocks=1, aux_loss="next_token")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RESTING)
+def test_prediction_with_frozen_blocks_and_next_token(case: str) -> None:
+    name, setting, options = RESTING[case]
+    rows = (1, 16, 3) if setting.offload != "none" else (2, 128, 2)
+    options = options | dict(prefetch=3 * 10**5, device="cpu")
+    cut = Planner(Run(CONFIGS[name], *rows, torch.float32, False, **options))
+    predicted, real = cut.plan(setting), calibrate(cut.run, setting)
+    assert isinstance(real, MemoryPeak)
+    if setting.offload == "none":
+        assert predicted.peak.weights == real.parameters
+    assert predicted.total == pytest.approx(real.total, rel=0.02)
+    assert predicted.host == pytest.approx(real.host, rel=0.01)
+    # Less of everything than without: a block that rests costs a forward.
+    plain = Planner(replace(cut.run, frozen_blocks=0, aux_loss="recon"), cut).plan(setting)
+    if cut.run.frozen_blocks:
+        assert predicted.flops < plain.flops and predicted.checkpoint < plain.checkpoint
+        assert predicted.bus < plain.bus or setting.offload == "none"
+
+
 def test_every_micro_batch_stashes_a_boundary() -> None:
     predicted, real = [], []
     for accumulation in (2, 8):

@@ -36,6 +36,8 @@ def calibrate(run: Run, setting: Setting) -> MemoryPeak | int:
             lopt_config=LoPTConfig(
                 method=setting.method,
                 num_blocks=setting.num_blocks,
+                frozen_blocks=run.frozen_blocks,
+                aux_loss=run.aux_loss,
                 schedule=setting.schedule,
                 offload=setting.offload,
                 prefetch_gib=run.prefetch / 2**30,

@@ -33,6 +33,7 @@ from lopt.config import LoPTConfig
 from lopt.flops import FlopCounter
 from lopt.memory import MemoryTracker
 from lopt.models import empty_model
+from lopt.objective import NextToken, Rows
 
 Method = Literal["lopt", "frozen", "e2e"]
 # Layers that are measured in each place. A middle block's second layer stands for all but a block's first.
@@ -53,6 +54,8 @@ class Work:
         autocast: whether forwards run under bfloat16 autocast.
         checkpointing: non-reentrant activation checkpointing of every layer.
         device: "cuda" or "cpu", whose LM heads differ.
+        resting: whether the first block does not learn, as `--frozen_blocks` has it.
+        aux_loss: what earlier blocks learn.
     """
 
     batch: int
@@ -61,6 +64,8 @@ class Work:
     autocast: bool = False
     checkpointing: bool = False
     device: str = "cuda"
+    resting: bool = False
+    aux_loss: Literal["recon", "next_token"] = "recon"
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class Segment:
 class Parts:
     """Segments of one micro-batch by (where, what).
 
-    `where` is the place of a block: "first", "middle", "last" or, end to end, "whole". `what` is
+    `where` is the place of a block: "first", "middle", "last", of one that does not learn and is not the
+    first "resting" or, end to end, "whole". `what` is
     "start" (embedding, masks), "forward0" (of the block's first layer), "forward" (of any other),
     "head" (its loss, and a local loss's backward down to the last layer), "loss" (the same of the task
     loss), "backward", "backward0", "embedding" (its backward), "end" (after a local backward).
@@ -109,10 +115,11 @@ def measure(config: PreTrainedConfig, work: Work, method: Method) -> Parts:
     try:
         with fake_run(work):
             model = build(shortened(config, depth), work)
-            run = _Recorder(model, LoPTConfig(method=method, block_boundaries=starts or None), work)
+            cut = LoPTConfig(method=method, block_boundaries=starts or None, aux_loss=work.aux_loss)
+            run = _Recorder(model, cut.replace(frozen_blocks=int(work.resting)), work)
             for segments in (parts.fresh, parts.again):
                 run.micro_batch(segments)
-                _complete(segments, method)
+                _complete(segments, method, work.resting)
             parts.boundary, parts.casts = run.boundary, run.casts()
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -122,14 +129,14 @@ def measure(config: PreTrainedConfig, work: Work, method: Method) -> Parts:
     return parts
 
 
-def _complete(segments: dict[tuple[str, str], Segment], method: Method) -> None:
+def _complete(segments: dict[tuple[str, str], Segment], method: Method, resting: bool) -> None:
     """Give every place the segments that were measured in another."""
-    if method == "lopt":
+    if method == "frozen" or resting:  # such blocks keep nothing
+        for key in (("first", "forward"), ("resting", "forward0"), ("resting", "forward")):
+            segments[key] = segments["first", "forward0"]
+    elif method == "lopt":
         for what in ("forward", "backward"):
             segments["first", what] = segments["middle", what]
-    if method == "frozen":  # earlier blocks keep nothing
-        for key in (("first", "forward"), ("middle", "forward0"), ("middle", "forward")):
-            segments[key] = segments["first", "forward0"]
 
 
 def build(config: PreTrainedConfig, work: Work) -> Any:
@@ -160,6 +167,8 @@ def fake_run(work: Work) -> Iterator[None]:
         # Both look into tensors, for packed rows and for padding: rows are padded and not packed.
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),
         mock.patch("transformers.masking_utils._ignore_causal_mask_sdpa", partial(_no_mask, work.batch)),
+        mock.patch.object(Rows, "followed", lambda rows: torch.arange(rows.ids.numel())),
+        mock.patch.object(NextToken, "_columns", _columns_of_many),
     ]
     if work.device == "cuda":  # kernels there work in place
         patches += [
@@ -182,6 +191,15 @@ def _no_mask(
 ) -> bool:
     """Whether attention needs no mask: a row alone is never padded, but it may be longer than a window."""
     return batch == 1 and (local_attention_size is None or columns < local_attention_size)
+
+
+def _columns_of_many(loss: Any, ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`NextToken._columns` of a micro-batch whose tokens are all different."""
+    weight = loss._lm_head.weight
+    own = min(ids.numel(), len(weight))
+    columns = own + (len(weight) - own) // max(1, len(weight) // loss.sample)
+    matrix = weight[torch.zeros(columns, dtype=torch.long)]
+    return ids.flatten()[:own], matrix, matrix.new_zeros(columns, dtype=torch.float32)
 
 
 def _product_in_place(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -143,7 +143,7 @@ class Rows:
         return cls(None if inputs is None else mask, ids, kwargs.get("position_ids"), labels)
 
     def followed(self) -> Tensor:
-        """(B, T), true where the next token of the same row is one to predict."""
+        """(N,), places in the flattened (B, T) where the next token of the same row is one to predict."""
         assert self.ids is not None
         counts = torch.ones_like(self.ids, dtype=torch.bool)
         if self.mask is not None:
@@ -153,7 +153,7 @@ class Rows:
             ahead = ahead & (self.labels[:, 1:] != -100)
         if self.positions is not None and self.positions.ndim == 2:
             ahead = ahead & (self.positions[:, 1:] != 0)
-        return pad(counts[:, :-1] & ahead, (0, 1))
+        return pad(counts[:, :-1] & ahead, (0, 1)).flatten().nonzero().squeeze(1)
 
 
 class Reconstruction:
@@ -205,7 +205,7 @@ class NextToken(Reconstruction):
     """About how many tokens a softmax draws; a vocabulary of less than twice as many is taken whole."""
 
     def __init__(self, tail: Sequence[nn.Module], lm_head: nn.Module) -> None:
-        self._tail = [copy.deepcopy(module).requires_grad_(False) for module in tail]
+        self._tail = [_constant(module) for module in tail]
         self._lm_head = lm_head
 
     def units_of(self, hidden: Tensor, own: Tensor) -> Tensor:
@@ -214,20 +214,22 @@ class NextToken(Reconstruction):
     def loss(self, guess: Tensor, hidden: Tensor, own: Tensor, rows: Rows) -> Tensor:
         assert rows.ids is not None
         where = rows.followed()
-        wanted = rows.ids.roll(-1, 1)[where]
+        wanted = rows.ids.roll(-1, 1).flatten()[where]
         tokens, matrix, bias = self._columns(rows.ids, hidden.device)
         # The batch's own tokens come first, in order.
         columns = torch.searchsorted(tokens, wanted)
         summed = _CrossEntropy.apply(self._lens(guess, hidden, where), matrix, bias, columns)
-        real = where.numel() if rows.mask is None else rows.mask.bool().sum().clamp(min=1)
+        real = rows.ids.numel() if rows.mask is None else rows.mask.bool().sum().clamp(min=1)
         return summed / real
 
     def _lens(self, guess: Tensor, hidden: Tensor, where: Tensor) -> Tensor:
         """(N, E), what takes the place of the decoder's output where a token counts."""
-        lens = (hidden + guess)[where]
+        lens = (hidden + guess).flatten(0, 1)[where]
         for module in self._tail:
-            module.to(lens.device)
-            lens = module(lens.to(next((p.dtype for p in module.parameters()), lens.dtype)))
+            weight = next(module.parameters(), lens)
+            if weight.device != lens.device:
+                module.to(lens.device)
+            lens = module(lens.to(weight.dtype))
         return lens
 
     @torch.no_grad()
@@ -249,6 +251,14 @@ class NextToken(Reconstruction):
         if isinstance(bias, Tensor):
             logs += bias[tokens].to(device)
         return own, matrix, logs
+
+
+def _constant(module: nn.Module) -> nn.Module:
+    """A copy that does not learn; its tensors are cloned, since a fake tensor cannot be deep-copied."""
+    clones: dict[int, Any] = {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
+    for parameter in module.parameters():
+        clones[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    return copy.deepcopy(module, clones)
 
 
 class _CrossEntropy(torch.autograd.Function):

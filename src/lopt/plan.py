@@ -62,6 +62,8 @@ class Run:
         optimizer: a name of `OPTIMIZERS`.
         state_dtype: of the optimizer's state. masters: whether bfloat16 weights have float32 masters.
         local_every: earlier blocks learn in every N-th step.
+        frozen_blocks: how many blocks of lopt, from the first on, do not learn.
+        aux_loss: what the other earlier blocks of lopt learn.
         prefetch: bytes that offloading may hold on the device on their way.
         device: "cuda" or "cpu".
     """
@@ -76,6 +78,8 @@ class Run:
     state_dtype: torch.dtype = torch.float32
     masters: bool = False
     local_every: int = 1
+    frozen_blocks: int = 0
+    aux_loss: Literal["recon", "next_token"] = "recon"
     prefetch: int = PREFETCH
     device: str = "cuda"
 
@@ -226,7 +230,8 @@ class Planner:
         if staged and (setting.method != "lopt" or setting.num_blocks == 1):
             raise ValueError("--schedule block_major needs --method lopt and --num_blocks 2 or more")
         prefetch = self.run.prefetch if prefetch is None else prefetch
-        stages = self.sizes.stages(setting.method, setting.num_blocks)
+        local = setting.method == "lopt" and setting.num_blocks > 1
+        stages = self.sizes.stages(setting.method, setting.num_blocks, self.run.frozen_blocks if local else 0)
         parts = self._measured(setting)
         if not staged:
             peak = self._eager(setting, parts, stages)
@@ -265,6 +270,8 @@ class Planner:
         run = self.run
         work = Work(run.batch, run.tokens, run.dtype, run.autocast, setting.checkpointing, run.device)
         method: Method = "e2e" if setting.num_blocks == 1 else setting.method
+        if method == "lopt":
+            work = replace(work, resting=run.frozen_blocks > 0, aux_loss=run.aux_loss)
         if (method, work) not in self._parts:
             self._parts[method, work] = measure(run.config, work, method)
         return self._parts[method, work]
@@ -313,7 +320,7 @@ class Planner:
     def _temporaries(self, stages: list[Stage]) -> int:
         """What the step of the largest part adds to gradients and state that are all there."""
         optimizer = self.run.optimizer_sizes
-        return max(optimizer.temporaries(part) for s in stages if s.learns for part in optimizer.parts(s))
+        return max((optimizer.temporaries(part) for s in stages for part in optimizer.parts(s)), default=0)
 
     def _flops(self, setting: Setting, parts: Parts, stages: list[Stage]) -> list[float]:
         """Of every block per optimizer step; earlier blocks that rest only run forward."""
@@ -359,7 +366,8 @@ class Planner:
             return 0.0
         learning = 1 / self.run.local_every if stage.where in ("first", "middle") else 1.0
         weights = (stage.weights * self.run.dtype.itemsize + stage.head * 4) * (setting.offload == "block")
-        return learning * self.run.optimizer_sizes.state(stage.weights, stage.head) + weights
+        state = self.run.optimizer_sizes.state(stage.weights, stage.head) if stage.learns else 0
+        return learning * state + weights
 
 
 def _total(parts: Bytes) -> int:

@@ -75,7 +75,9 @@ class Optimizer:
         return total
 
     def parts(self, stage: Stage, part_bytes: int = PART_BYTES) -> Sequence[Sequence[Tensor]]:
-        """What of a block is stepped together, in order."""
+        """What of a block is stepped together, in order; nothing of one that does not learn."""
+        if not stage.learns:
+            return []
         groups = [
             {"params": [t for t in tensors if (t.ndim >= 2) == matrices]}
             for tensors in (stage.tensors, stage.head_tensors)

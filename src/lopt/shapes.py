@@ -78,7 +78,8 @@ class Stage:
     """A block, by the elements of its weights.
 
     Attributes:
-        where: "first", "middle", "last" or, if there is one block only, "whole".
+        where: "first", "middle", "last", "resting" for a middle one that does not learn or, if there is one
+            block only, "whole".
         layers: of every layer. rest: of embedding, final norm and LM head, as far as they are its own.
         head: of its reconstruction head. learns: whether its weights are trained.
         tensors: its weights on the meta device, in the model's order. head_tensors: its head's.
@@ -141,27 +142,32 @@ class Sizes:
         """Elements of every layer."""
         return [_elements(layer) for layer in self.layer_tensors]
 
-    def stages(self, method: Literal["lopt", "frozen", "e2e"], num_blocks: int) -> list[Stage]:
+    def stages(
+        self, method: Literal["lopt", "frozen", "e2e"], num_blocks: int, frozen_blocks: int = 0
+    ) -> list[Stage]:
         """The blocks of a method; two blocks or more untie embedding and LM head.
 
         Raises:
-            ValueError: more blocks than layers.
+            ValueError: more blocks than layers, or all earlier blocks of lopt frozen.
         """
-        spans = split(len(self.layers), LoPTConfig(method=method, num_blocks=num_blocks))
+        cut = LoPTConfig(method=method, num_blocks=num_blocks, frozen_blocks=frozen_blocks)
+        spans = split(len(self.layers), cut)
         last, stages = len(spans) - 1, []
         for index, (start, stop) in enumerate(spans):
-            inner = "first" if index == 0 else "last" if index == last else "middle"
+            learns = index == last or (method != "frozen" and index >= frozen_blocks)
+            inner = "middle" if learns else "resting"
+            inner = "first" if index == 0 else "last" if index == last else inner
             ends = self.embedding_tensors if index == 0 else []
             tail = self.tail_tensors + (self.tied_tensors if last else []) if index == last else []
             own = [p for layer in self.layer_tensors[start:stop] for p in layer]
-            head = self.head_tensors if method == "lopt" and index < last else []
+            head = self.head_tensors if method == "lopt" and learns and index < last else []
             stages.append(
                 Stage(
                     where=inner if last else "whole",
                     layers=self.layers[start:stop],
                     rest=_elements(ends) + _elements(tail),
                     head=_elements(head),
-                    learns=index == last or method != "frozen",
+                    learns=learns,
                     tensors=[*ends, *own, *tail],
                     head_tensors=head,
                 )

@@ -67,6 +67,12 @@ class PlanArguments:
     num_blocks: list[int] | None = field(
         default=None, metadata={"help": "k, one or more. Default: those of 2, 4, 8 that the layers allow."}
     )
+    frozen_blocks: int = field(
+        default=0, metadata={"help": "How many blocks, from the first on, do not learn."}
+    )
+    aux_loss: Literal["recon", "next_token"] = field(
+        default="recon", metadata={"help": "What the other earlier blocks learn: recon or next_token."}
+    )
     local_every: int = field(default=1, metadata={"help": "Earlier blocks learn on every N-th step."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows in a micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
@@ -145,6 +151,7 @@ def check(args: PlanArguments) -> int | None:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} is not possible: use {least} or more")
     LoPTConfig(schedule=args.schedule, offload=args.offload, prefetch_gib=args.prefetch_gib)
+    LoPTConfig(aux_loss=args.aux_loss, frozen_blocks=args.frozen_blocks)
     for name in ("bandwidth", "tflops"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name} {getattr(args, name)} is not possible: use a number above 0")
@@ -204,8 +211,9 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
         flags["state_dtype"] = args.state_dtype
     if args.master_weights:
         flags["master_weights"] = True
-    if args.local_every > 1:
-        flags["local_every"] = args.local_every
+    for name, default in (("frozen_blocks", 0), ("aux_loss", "recon"), ("local_every", 1)):
+        if getattr(args, name) != default:
+            flags[name] = getattr(args, name)
     if args.bf16 is not None:
         flags["bf16"] = args.bf16
     if args.use_cpu:
@@ -235,6 +243,8 @@ def _run(args: PlanArguments) -> Run:
         masters=args.master_weights,
         prefetch=int(args.prefetch_gib * GIB),
         local_every=args.local_every,
+        frozen_blocks=args.frozen_blocks,
+        aux_loss=args.aux_loss,
         device="cuda" if on_gpu else "cpu",
     )
 
@@ -242,12 +252,23 @@ def _run(args: PlanArguments) -> Run:
 def _blocks(args: PlanArguments, layers: int) -> list[int]:
     if layers < 2:
         raise ValueError(f"--model_name_or_path {args.model_name_or_path} has one layer: nothing to cut")
+    least = args.frozen_blocks + 2
+    if least > layers:
+        raise ValueError(
+            f"--frozen_blocks {args.frozen_blocks} leaves no earlier block that learns: the model has "
+            f"{layers} layers, use {layers - 2} or fewer"
+        )
     if args.num_blocks is None:
-        return [k for k in BLOCKS if k <= layers]
+        return [k for k in BLOCKS if least <= k <= layers] or [least]
     for k in args.num_blocks:
         LoPTConfig(num_blocks=k)
         if not 2 <= k <= layers:
             raise ValueError(f"--num_blocks {k} is not possible: use 2 to {layers}, the model's layers")
+        if k < least:
+            raise ValueError(
+                f"--frozen_blocks {args.frozen_blocks} of {k} blocks leaves no earlier block that learns: "
+                f"use {k - 2} or fewer, or --num_blocks {least} or more"
+            )
     return args.num_blocks
 
 
@@ -261,10 +282,12 @@ def _parts(plan: Plan) -> dict[str, int]:
 def _headline(args: PlanArguments, planner: Planner) -> str:
     run, layers = planner.run, len(planner.sizes.layers)
     numbers = args.param_dtype + (", bfloat16 autocast" if run.autocast else "")
+    cut = f", the first {run.frozen_blocks} blocks frozen" if run.frozen_blocks else ""
+    cut += ", earlier blocks predict the next token" if run.aux_loss == "next_token" else ""
     device = "GPU" if run.device == "cuda" else "CPU"
     size = f"{planner.sizes.model / 1e9:.2f} B weights in {layers} layers"
     return (
-        f"{args.model_name_or_path}: {size}, {numbers}, {args.optim}\n"
+        f"{args.model_name_or_path}: {size}, {numbers}, {args.optim}{cut}\n"
         f"{run.batch} x {run.tokens:,} tokens a micro-batch, {run.accumulation} a step. "
         f"Peak on the {device} in GiB:\n"
     )

@@ -206,7 +206,8 @@ def _proposals(attempt: Attempt) -> list[str]:
             }
             found.append(_told(flags, plan, "the same run otherwise"))
     layers = len(planner.sizes.layers)
-    blocks = sorted({k for k in (*BLOCKS, now.num_blocks) if 2 <= k <= layers})
+    least = attempt.lopt.frozen_blocks + 2
+    blocks = sorted({k for k in (*BLOCKS, now.num_blocks) if least <= k <= layers})
     try:
         best = fit(planner, blocks, limit, TFLOPS, BANDWIDTH)
     except ValueError:  # nothing fits
@@ -259,6 +260,8 @@ def _run(attempt: Attempt, batch: int) -> Run:
         state_dtype=getattr(torch, getattr(args, "state_dtype", "float32")),
         masters=bool(getattr(args, "master_weights", False)),
         local_every=attempt.lopt.local_every,
+        frozen_blocks=attempt.lopt.frozen_blocks,
+        aux_loss=attempt.lopt.aux_loss,
         prefetch=int(attempt.lopt.prefetch_gib * 2**30),
         device=attempt.device.type,
     )
