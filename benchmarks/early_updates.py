@@ -61,6 +61,7 @@ for cut, fields in {
     "k=2": dict(num_blocks=2),
     "at=4": dict(num_blocks=2, block_boundaries=[4]),
     "at=14": dict(num_blocks=2, block_boundaries=[14]),
+    "at=4,14": dict(num_blocks=3, block_boundaries=[4, 14]),
     "k=2 moves": dict(num_blocks=2, moves=True),
     "k=4 rate=0.75": dict(num_blocks=4, rate=0.75),
     "k=4 rate=2": dict(num_blocks=4, rate=2.0),
