@@ -155,8 +155,8 @@ class Sizes:
         last, stages = len(spans) - 1, []
         for index, (start, stop) in enumerate(spans):
             learns = index == last or (method != "frozen" and index >= frozen_blocks)
-            inner = "middle" if learns else "resting"
-            inner = "first" if index == 0 else "last" if index == last else inner
+            between = "middle" if learns else "resting"
+            inner = "first" if index == 0 else "last" if index == last else between
             ends = self.embedding_tensors if index == 0 else []
             tail = self.tail_tensors + (self.tied_tensors if last else []) if index == last else []
             own = [p for layer in self.layer_tensors[start:stop] for p in layer]

@@ -150,8 +150,8 @@ def check(args: PlanArguments) -> int | None:
     ):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} is not possible: use {least} or more")
-    LoPTConfig(schedule=args.schedule, offload=args.offload, prefetch_gib=args.prefetch_gib)
-    LoPTConfig(aux_loss=args.aux_loss, frozen_blocks=args.frozen_blocks)
+    names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
+    LoPTConfig(**{name: getattr(args, name) for name in names})
     for name in ("bandwidth", "tflops"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name} {getattr(args, name)} is not possible: use a number above 0")
@@ -264,7 +264,7 @@ def _blocks(args: PlanArguments, layers: int) -> list[int]:
         LoPTConfig(num_blocks=k)
         if not 2 <= k <= layers:
             raise ValueError(f"--num_blocks {k} is not possible: use 2 to {layers}, the model's layers")
-        if k < least:
+        if k < least:  # as `lopt.blocks.split` refuses it, but there is no --method to name here
             raise ValueError(
                 f"--frozen_blocks {args.frozen_blocks} of {k} blocks leaves no earlier block that learns: "
                 f"use {k - 2} or fewer, or --num_blocks {least} or more"
