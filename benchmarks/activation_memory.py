@@ -28,7 +28,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from lopt import LoPTConfig, attach
-from lopt.memory import peak_memory
+from lopt.instruments.memory import peak_memory
 
 SHAPE_7B = dict(
     hidden_size=3584,

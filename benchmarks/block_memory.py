@@ -27,11 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from lopt import LoPTConfig, attach, shapes
-from lopt.memory import MemoryPeak, MemoryTracker
-from lopt.offload import Offload
-from lopt.optim import BlockOptimizer, Precision, clip_block, clip_gradients
-from lopt.schedule import BlockMajor
+from lopt import LoPTConfig, attach
+from lopt.engine.block_major import BlockMajor
+from lopt.engine.offload import Offload
+from lopt.engine.optimizer import BlockOptimizer, Precision, clip_block, clip_gradients
+from lopt.instruments.memory import MemoryPeak, MemoryTracker
+from lopt.planning import shapes
 
 SHAPES = shapes.SHAPES | {
     "qwen2.5-72b": shapes.SHAPES["qwen2.5-32b"]

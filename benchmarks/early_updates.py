@@ -42,10 +42,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 import cold_start
 import local_every
 from lopt import LoPT, LoPTConfig
-from lopt.attach import BoundaryReached
-from lopt.blocks import Block
-from lopt.objective import ReconstructionHead, Rows, channel_rms, reconstruction_loss
-from lopt.optim import clip_gradients
+from lopt.core.attach import BoundaryReached
+from lopt.core.blocks import Block
+from lopt.core.objective import ReconstructionHead, Rows, channel_rms, reconstruction_loss
+from lopt.engine.optimizer import clip_gradients
 
 TEXTS = ("gsm8k", "arc", "hellaswag")
 NEXT = ("next", "next_all", "lens")

@@ -30,8 +30,8 @@ from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.data import Problem, train_and_held_out
 from lopt.data.tasks import MARK
 from lopt.evaluation import complete
-from lopt.plots import line_plot, standalone
-from lopt.rewards import REWARDS
+from lopt.reports.plots import line_plot, standalone
+from lopt.rewards.rewards import REWARDS
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from small_model import byte_tokenizer
 

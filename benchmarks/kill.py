@@ -30,7 +30,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
-from lopt.checkpoint import WRITING, checkpoints, choose, damage, recover
+from lopt.reliability.checkpoint import WRITING, checkpoints, choose, damage, recover
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from small_model import byte_tokenizer, keep, tiny_llama
 

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 import cold_start
 from lopt import LoPT, LoPTConfig
-from lopt.plots import line_plot, standalone
+from lopt.reports.plots import line_plot, standalone
 
 EVERY = (1, 4, 16)
 RUNS: dict[str, dict] = {"e2e": dict(method="e2e")}

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lopt.files import write_text
-from lopt.provenance import device, versions
+from lopt.reliability.provenance import device, versions
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -25,10 +25,10 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopt import LoPTConfig, attach
-from lopt.memory import peak_memory
-from lopt.offload import Offload
-from lopt.optim import PART_BYTES, BlockOptimizer, clip_block, clip_gradients
-from lopt.schedule import BlockMajor
+from lopt.engine.block_major import BlockMajor
+from lopt.engine.offload import Offload
+from lopt.engine.optimizer import PART_BYTES, BlockOptimizer, clip_block, clip_gradients
+from lopt.instruments.memory import peak_memory
 
 SHAPE = dict(
     hidden_size=512,

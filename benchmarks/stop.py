@@ -33,11 +33,11 @@ from kill import PACKAGES, weights
 
 import lopt.cli.grpo
 import lopt.cli.sft
-from lopt.checkpoint import checkpoints, damage
 from lopt.cli.main import main as lopt_main
-from lopt.stop import EXIT_STOPPED
+from lopt.evaluation.retention_callback import RetentionCallback
+from lopt.reliability.checkpoint import checkpoints, damage
+from lopt.reliability.stop import EXIT_STOPPED
 from lopt.trainers import LoPTGRPOTrainer, LoPTSFTTrainer
-from lopt.trainers.retention import RetentionCallback
 from small_model import byte_tokenizer, keep, tiny_llama
 
 RESULTS = Path(__file__).parent / "results" / "stop.json"

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lopt.checkpoint import WRITING, checkpoints, damage
 from lopt.cli.main import main
+from lopt.reliability.checkpoint import WRITING, checkpoints, damage
 
 ROOM = 64 * 2**20
 model, rows, disk, result = map(Path, sys.argv[1:])

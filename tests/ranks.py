@@ -1,4 +1,4 @@
-"""One process of `tests/test_distributed.py`: trains tiny models and writes what came out.
+"""One process of `tests/engine/test_reduction.py`: trains tiny models and writes what came out.
 
     torchrun --nproc_per_node N ranks.py FOLDER {ddp,fsdp2} CASE...
 
@@ -24,10 +24,10 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
-from lopt.stop import Stopped, obeying
+from lopt.evaluation.retention_callback import RetentionCallback
+from lopt.reliability.stop import Stopped, obeying
 from lopt.trainers import NonFiniteError
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
-from lopt.trainers.retention import RetentionCallback
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lopt.attach import LoPT, attach
-from lopt.config import LoPTConfig
-from lopt.models import load_model, save_model
+from lopt.core.attach import LoPT, attach
+from lopt.core.config import LoPTConfig
+from lopt.models.load import load_model, save_model
 
 if TYPE_CHECKING:
     from lopt.trainers import LoPTDPOTrainer, LoPTGRPOTrainer, LoPTMixin, LoPTSFTTrainer

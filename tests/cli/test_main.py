@@ -1,4 +1,4 @@
-"""Finding a command; what a command does with mistakes: tests/test_bad_input.py."""
+"""Finding a command; what a command does with mistakes: tests/cli/test_bad_input.py."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lopt.checkpoint import MANIFEST, publish, seal, staging
 from lopt.cli.arguments import RunArguments
 from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.parsing import parse
+from lopt.reliability.checkpoint import MANIFEST, publish, seal, staging
 from lopt.trainers.config import LoPTSFTConfig
 
 

@@ -14,9 +14,9 @@ from transformers import LlamaConfig
 
 from lopt.cli.main import main
 from lopt.cli.plan import PlanArguments, command, size_in_bytes
-from lopt.fit import fit
-from lopt.plan import RESERVE, Planner, Run, Setting
-from lopt.shapes import model_config
+from lopt.planning.plan import RESERVE, Planner, Run, Setting
+from lopt.planning.search import fit
+from lopt.planning.shapes import model_config
 
 GIB = 2**30
 
@@ -145,7 +145,7 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
         out = capsys.readouterr().out
         total = next(line for line in out.splitlines() if line.strip().startswith("total"))
         assert abs(float(total.partition("(")[2].partition("%")[0])) < 5
-    monkeypatch.setattr("lopt.calibrate.machine_memory", lambda device: 10**6)
+    monkeypatch.setattr("lopt.planning.calibrate.machine_memory", lambda device: 10**6)
     assert plan(*flags) == 2
     assert "--calibrate would run k=3" in capsys.readouterr().err
 

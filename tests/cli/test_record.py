@@ -16,7 +16,7 @@ from lopt.cli.main import COMMANDS, main
 from lopt.cli.parsing import parse, settings
 from lopt.cli.record import RUN_JSON, RUN_YAML, Record
 from lopt.cli.sft import FLAGS
-from lopt.provenance import versions
+from lopt.reliability.provenance import versions
 
 
 @pytest.fixture

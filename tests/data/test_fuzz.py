@@ -22,13 +22,13 @@ from lopt.cli.demo import DemoArguments
 from lopt.cli.output import check_output
 from lopt.cli.parsing import parse
 from lopt.data import format_rows, load_rows, question_rows
-from lopt.data.answers import final_number, last_boxed, only_number
 from lopt.data.formats import FORMATS, Format, _convert
 from lopt.data.questions import QUESTION_TASKS
 from lopt.data.tasks import answer_is, extract_answer
 from lopt.evaluation.texts import read_texts
-from lopt.math_check import MAX_LENGTH
-from lopt.rewards import REWARDS, text_of
+from lopt.rewards.answers import final_number, last_boxed, only_number
+from lopt.rewards.math_check import MAX_LENGTH
+from lopt.rewards.rewards import REWARDS, text_of
 from small_model import byte_tokenizer
 
 MANY = int(os.environ.get("LOPT_FUZZ", "0"))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from conftest import save_tiny
 from lopt.data import QUESTION_TASKS, TASKS, make_task, procedural_rows, prompt, question_rows
 from lopt.data.questions import TAKEN_COLUMNS
-from lopt.rewards import REWARDS, gsm8k_reward, math_reward
+from lopt.rewards.rewards import REWARDS, gsm8k_reward, math_reward
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -10,8 +10,8 @@ import pytest
 
 from lopt.evaluation.outcomes import Evaluation
 from lopt.evaluation.retention import compare, examples
-from lopt.evaluation.retention_report import columns, results_table, sentence, write_retention
-from test_report import HOSTILE
+from lopt.reports.retention import columns, results_table, sentence, write_retention
+from pages import HOSTILE
 
 
 def made(values: dict[str, list[float]], **more: Any) -> Evaluation:

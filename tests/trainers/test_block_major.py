@@ -13,7 +13,7 @@ from trl import DPOConfig
 
 from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTDPOTrainer, LoPTGRPOTrainer, LoPTSFTTrainer
-from lopt.memory import in_host_memory
+from lopt.instruments.memory import in_host_memory
 from lopt.trainers import NonFiniteError
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 
@@ -247,7 +247,7 @@ def test_dpo(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_gradient_that_is_not_finite_stops_before_its_block_is_stepped(run, monkeypatch) -> None:
-    from lopt.objective import ReconstructionHead
+    from lopt.core.objective import ReconstructionHead
 
     real = ReconstructionHead.forward
     calls = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lopt.data.files import SHUFFLE_BUFFER
 from lopt.data.presets import PRESETS
-from lopt.stop import seconds
+from lopt.reliability.stop import seconds
 
 
 @dataclass

@@ -17,18 +17,18 @@ from lopt.cli.record import RUN_JSON, RUN_YAML, Record
 from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
 from lopt.cli.training import check_cut
-from lopt.compare.arms import Arm, parse_arms
-from lopt.config import LoPTConfig
+from lopt.core.config import LoPTConfig
+from lopt.evaluation.compare.arms import Arm, parse_arms
 from lopt.evaluation.texts import read_texts
-from lopt.models import load_model, resolve_model
-from lopt.provenance import fingerprint
-from lopt.redact import redacted
+from lopt.models.load import load_model, resolve_model
+from lopt.reliability.provenance import fingerprint
+from lopt.reliability.secrets import redacted
 from lopt.trainers.checks import check_numbers, check_settings
 from lopt.trainers.config import LoPTSFTConfig
 
 if TYPE_CHECKING:  # evaluation takes seconds to import
-    from lopt.compare.cell import Bench
-    from lopt.compare.yardsticks import Yardsticks
+    from lopt.evaluation.compare.arm_run import Bench
+    from lopt.evaluation.compare.metrics import Yardsticks
 
 HELD_OUT_ROWS = 64
 DRIFT_ROWS = 8
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     texts = read_texts(compare.retention_text, compare.text_tokens, "--retention_text")
     folder = _folder(args)
 
-    from lopt.compare.study import Study  # evaluation takes seconds to import
+    from lopt.evaluation.compare.study import Study  # evaluation takes seconds to import
 
     name = str(model_args.model_name_or_path)
     model_args.model_name_or_path = resolve_model(name)
@@ -163,7 +163,7 @@ def _bench(
     model_args: ModelArguments, args: LoPTSFTConfig, rows: SFTRows, arms: Sequence[Arm], yardsticks: Any
 ) -> Bench:
     """What all cells share; the model is loaded anew for each."""
-    from lopt.compare.cell import Bench
+    from lopt.evaluation.compare.arm_run import Bench
 
     return Bench(
         load=lambda: load_model(
@@ -188,7 +188,7 @@ def _bench(
 
 
 def _yardsticks(compare: CompareArguments, rows: SFTRows, texts: Mapping[str, str]) -> Yardsticks:
-    from lopt.compare.yardsticks import Yardsticks
+    from lopt.evaluation.compare.metrics import Yardsticks
 
     held_out = [row for _, row in zip(range(DRIFT_ROWS), rows.held_out, strict=False)]
     return Yardsticks(

@@ -11,7 +11,7 @@ from typing import Any
 
 from lopt.cli.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments
 from lopt.cli.parsing import parse
-from lopt.config import LoPTConfig
+from lopt.core.config import LoPTConfig
 from lopt.data.download import choose, download
 from lopt.data.presets import PRESETS
 

@@ -11,10 +11,10 @@ from typing import Literal
 from lopt.cli.output import check_output, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import Record
-from lopt.config import LoPTConfig
+from lopt.core.config import LoPTConfig
 from lopt.data.tasks import TASKS
-from lopt.models import resolve_model
-from lopt.packaged import PACKAGED_MODEL
+from lopt.models.load import resolve_model
+from lopt.models.packaged import PACKAGED_MODEL
 
 
 @dataclass
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         told = str(error).replace("--model_name_or_path", "--model").replace("go on with --resume, ", "")
         raise ValueError(told) from error
 
-    from lopt.demo import run_demo
+    from lopt.evaluation.demo import run_demo
 
     Record.of("demo", (DemoArguments,), arguments).write(Path(args.output_dir))
     run_demo(args)

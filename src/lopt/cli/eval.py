@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lopt.cli.parsing import parse
 from lopt.cli.record import Record
-from lopt.models import DTYPES, resolve_model
+from lopt.models.load import DTYPES, resolve_model
 
 NAMES = "mmlu, ifeval, arc_challenge, gsm8k, hellaswag, truthfulqa_mc, truthfulqa_gen, winogrande"
 

@@ -17,8 +17,8 @@ from lopt.cli.record import Record
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
 from lopt.cli.training import check_evaluation, check_run, prepare, run
-from lopt.config import LoPTConfig
-from lopt.stop import obeying
+from lopt.core.config import LoPTConfig
+from lopt.reliability.stop import obeying
 from lopt.trainers import LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
 

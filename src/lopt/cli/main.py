@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 import lopt
-from lopt.redact import known_secrets, redact
-from lopt.report import clean
-from lopt.stop import EXIT_STOPPED, Stopped
+from lopt.reliability.secrets import known_secrets, redact
+from lopt.reliability.stop import EXIT_STOPPED, Stopped
+from lopt.reports.page import clean
 
 # Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
 COMMANDS = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lopt.checkpoint import WRITING, checkpoints, find_checkpoint
+from lopt.reliability.checkpoint import WRITING, checkpoints, find_checkpoint
 
 _SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json", "results.json")
 

@@ -16,7 +16,7 @@ from trl import TrlParser
 from yaml.constructor import ConstructorError
 
 from lopt.data.hub import one_line
-from lopt.redact import known_secrets, redact
+from lopt.reliability.secrets import known_secrets, redact
 
 
 class _Parser(TrlParser):

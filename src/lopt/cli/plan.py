@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 
 from lopt.cli.parsing import parse
-from lopt.config import LoPTConfig
+from lopt.core.config import LoPTConfig
 from lopt.files import write_text
-from lopt.fit import candidates, fit
-from lopt.memory import MemoryPeak, format_bytes
-from lopt.plan import BANDWIDTH, TFLOPS, Plan, Planner, Run, Setting
-from lopt.plan_step import OPTIMIZERS
-from lopt.plots import bar_plot, standalone
-from lopt.shapes import SHAPES, model_config
+from lopt.instruments.memory import MemoryPeak, format_bytes
+from lopt.planning.plan import BANDWIDTH, TFLOPS, Plan, Planner, Run, Setting
+from lopt.planning.search import candidates, fit
+from lopt.planning.shapes import SHAPES, model_config
+from lopt.planning.step import OPTIMIZERS
+from lopt.reports.plots import bar_plot, standalone
 
 GIB = 2**30
 NAMES = 24  # columns
@@ -264,7 +264,7 @@ def _blocks(args: PlanArguments, layers: int) -> list[int]:
         LoPTConfig(num_blocks=k)
         if not 2 <= k <= layers:
             raise ValueError(f"--num_blocks {k} is not possible: use 2 to {layers}, the model's layers")
-        if k < least:  # as `lopt.blocks.split` refuses it, but there is no --method to name here
+        if k < least:  # as `lopt.core.blocks.split` refuses it, but there is no --method to name here
             raise ValueError(
                 f"--frozen_blocks {args.frozen_blocks} of {k} blocks leaves no earlier block that learns: "
                 f"use {k - 2} or fewer, or --num_blocks {least} or more"
@@ -366,7 +366,7 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
     Raises:
         ValueError: this machine has not enough memory.
     """
-    from lopt.calibrate import calibrate, machine_memory  # the trainers take seconds to import
+    from lopt.planning.calibrate import calibrate, machine_memory  # the trainers take seconds to import
 
     plan, have = planner.plan(setting), machine_memory(planner.run.device)
     if plan.total > have:

@@ -16,19 +16,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 import lopt
-from lopt.blocks import split
 from lopt.cli.eval import labels
 from lopt.cli.output import check_report
 from lopt.cli.parsing import parse
 from lopt.cli.record import Record
-from lopt.config import LoPTConfig
-from lopt.drift.page import drift_page, drift_table
-from lopt.drift.reference import CANNOT, Drift, Reference
-from lopt.drift.states import windows
+from lopt.core.blocks import split
+from lopt.core.config import LoPTConfig
+from lopt.evaluation.drift.reference import CANNOT, Drift, Reference
+from lopt.evaluation.drift.states import windows
 from lopt.evaluation.load import adapter_base, load_examinee, load_examinees_tokenizer
 from lopt.evaluation.texts import read_texts
 from lopt.files import write_text
-from lopt.shapes import model_config
+from lopt.planning.shapes import model_config
+from lopt.reports.drift import drift_page, drift_table
 
 FILES = ("probe.json", "report.html")
 

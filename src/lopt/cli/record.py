@@ -16,8 +16,8 @@ import lopt
 from lopt.cli.parsing import settings
 from lopt.evaluation.store import differences
 from lopt.files import write_text
-from lopt.provenance import environment, fingerprint, git_states, versions
-from lopt.redact import is_secret_name, known_secrets, redacted, redacted_words
+from lopt.reliability.provenance import environment, fingerprint, git_states, versions
+from lopt.reliability.secrets import is_secret_name, known_secrets, redacted, redacted_words
 
 RUN_YAML, RUN_JSON = "run.yaml", "run.json"
 _OF_ONE_START = ("resume", "overwrite_output_dir", "max_time")

@@ -13,12 +13,18 @@ from typing import Any
 from transformers import TrainingArguments
 
 from lopt.cli.arguments import RetentionArguments
-from lopt.config import LoPTConfig
+from lopt.core.config import LoPTConfig
+from lopt.evaluation.retention_callback import (
+    CHANGE,
+    PREFIX,
+    TASKS_CHANGE,
+    RetentionCallback,
+    check_whole_model,
+)
 from lopt.evaluation.texts import read_texts
 from lopt.files import write_text
-from lopt.plots import line_plot, standalone
-from lopt.report import figure, page, paragraph, table
-from lopt.trainers.retention import CHANGE, PREFIX, TASKS_CHANGE, RetentionCallback, check_whole_model
+from lopt.reports.page import figure, page, paragraph, table
+from lopt.reports.plots import line_plot, standalone
 
 Row = Mapping[str, Any]
 

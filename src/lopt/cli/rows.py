@@ -15,8 +15,8 @@ from lopt.data import (
     question_rows,
     split_held_out,
 )
-from lopt.models import load_tokenizer
-from lopt.rewards import REWARDS, checked, load_reward
+from lopt.models.load import load_tokenizer
+from lopt.rewards.rewards import REWARDS, checked, load_reward
 
 PROBLEMS = 5_000
 """How many problems of a procedural task are made, unless --max_samples says otherwise."""

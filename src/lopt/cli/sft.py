@@ -10,8 +10,8 @@ from lopt.cli.record import Record
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_rows, sft_rows
 from lopt.cli.training import check_evaluation, check_model, check_run, prepare, run
-from lopt.config import LoPTConfig
-from lopt.stop import obeying
+from lopt.core.config import LoPTConfig
+from lopt.reliability.stop import obeying
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
 

@@ -14,19 +14,19 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
-from lopt.blocks import Blocks, split
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments
 from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.record import Record, data_facts
 from lopt.cli.retention import Retention, write_curves
-from lopt.config import LoPTConfig
+from lopt.core.blocks import Blocks, split
+from lopt.core.config import LoPTConfig
 from lopt.files import write_text
-from lopt.models import load_config, load_model, resolve_model
-from lopt.shapes import model_config
-from lopt.stop import Stopped
+from lopt.models.load import load_config, load_model, resolve_model
+from lopt.planning.shapes import model_config
+from lopt.reliability.machine_errors import Attempt, told_in
+from lopt.reliability.saving import on_first_rank
+from lopt.reliability.stop import Stopped
 from lopt.trainers.checks import check_numbers, check_routers, check_settings
-from lopt.trainers.saving import on_first_rank
-from lopt.trainers.trouble import Attempt, told_in
 
 
 def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:

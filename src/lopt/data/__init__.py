@@ -8,7 +8,6 @@
 - `tasks`: `make_task` and `train_and_held_out` make arithmetic problems, `is_correct` marks them.
 """
 
-from lopt.data.answers import final_number, last_boxed
 from lopt.data.files import load_rows, split_held_out
 from lopt.data.formats import FORMATS, Format, format_rows, infer_format
 from lopt.data.presets import PRESETS, Preset
@@ -22,6 +21,7 @@ from lopt.data.tasks import (
     prompt,
     train_and_held_out,
 )
+from lopt.rewards.answers import final_number, last_boxed
 
 __all__ = [
     "FORMATS",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lopt.packaged import cache_folder
+from lopt.models.packaged import cache_folder
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lopt.config import LoPTConfig
+from lopt.core.config import LoPTConfig
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.sft import IGNORED, longer_rows
 

@@ -26,10 +26,10 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from lopt.data.answers import last_boxed, only_number
 from lopt.data.formats import alpaca_prompt, question_prompt
 from lopt.data.tasks import MARK, TASKS, extract_answer, make_task
 from lopt.data.values import Message, as_messages, completion_text, fault, message, prompt_text, turns
+from lopt.rewards.answers import last_boxed, only_number
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Task:
     """Where the rows of a kind of task keep question and answer, and how they are asked and marked.
 
     Attributes:
-        reward: Key of `lopt.rewards.REWARDS`.
+        reward: Key of `lopt.rewards.rewards.REWARDS`.
         question: Column of the question.
         answers: Columns that may hold the final answer, in order of precedence, each with the
             function that finds it in the column's text (None where it does not).

@@ -30,7 +30,7 @@ from lopt.evaluation.tasks import (
     quiet_harness,
     random_state_kept,
 )
-from lopt.memory import free_host_memory
+from lopt.instruments.memory import free_host_memory
 
 try:
     from lm_eval import evaluator

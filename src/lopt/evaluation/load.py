@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt.memory import format_bytes, free_host_memory
-from lopt.models import empty_model, load_model, load_tokenizer, read_config, resolve_model
-from lopt.trust import UntrustedError, check_folder
+from lopt.instruments.memory import format_bytes, free_host_memory
+from lopt.models.load import empty_model, load_model, load_tokenizer, read_config, resolve_model
+from lopt.models.trust import UntrustedError, check_folder
 
 
 def adapter_base(path: str) -> str | None:
@@ -73,8 +73,8 @@ def check_memory(path: str, dtype: str, **options: Any) -> None:
     """Refuse a model whose weights alone are more than what is free.
 
     Raises:
-        ValueError: with what would fit; what `lopt.trust` refuses. A config that cannot be read is left to
-            `load_model`.
+        ValueError: with what would fit; what `lopt.models.trust` refuses. A config that cannot be
+            read is left to `load_model`.
     """
     try:
         config = read_config(path, weights=True, **options)

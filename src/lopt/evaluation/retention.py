@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lopt.evaluation.outcomes import Evaluation, TaskOutcome, task_members
+from lopt.evaluation.statistics import Estimate, mcnemar, mean_interval, paired_difference, wilson_interval
 from lopt.evaluation.store import plain_sample
-from lopt.statistics import Estimate, mcnemar, mean_interval, paired_difference, wilson_interval
 
 
 @dataclass(frozen=True)

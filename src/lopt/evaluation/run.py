@@ -15,11 +15,11 @@ import torch
 from lopt.evaluation.load import adapter_base, check_memory, load_examinee, load_examinees_tokenizer
 from lopt.evaluation.loss import text_windows
 from lopt.evaluation.outcomes import Evaluation, cut_prompts, merge
-from lopt.evaluation.retention_report import results_table, write_retention
 from lopt.evaluation.store import Store, file_name, model_identity, plain
 from lopt.evaluation.text import TextTask, evaluate_text
 from lopt.files import write_text
-from lopt.provenance import versions
+from lopt.reliability.provenance import versions
+from lopt.reports.retention import results_table, write_retention
 
 _PACKAGES = ("lopt", "lm_eval", "transformers", "torch")
 

@@ -22,7 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from lopt.evaluation.outcomes import Evaluation
 from lopt.files import write_text
-from lopt.models import read_config
+from lopt.models.load import read_config
 
 _OF_A_MODEL = (
     *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors*", "*.jinja"),

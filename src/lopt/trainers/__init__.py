@@ -1,11 +1,11 @@
 """Thin subclasses of TRL's trainers."""
 
+from lopt.reliability.guards import DivergedError, NonFiniteError
+from lopt.reliability.machine_errors import OutOfMemory, WorkerDied
 from lopt.trainers.dpo import LoPTDPOTrainer
 from lopt.trainers.grpo import LoPTGRPOTrainer
-from lopt.trainers.guards import DivergedError, NonFiniteError
 from lopt.trainers.mixin import LoPTMixin
 from lopt.trainers.sft import LoPTSFTTrainer
-from lopt.trainers.trouble import OutOfMemory, WorkerDied
 
 __all__ = [
     "DivergedError",

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt.blocks import Block
-from lopt.optim import clip_block
-from lopt.schedule import BlockMajor
+from lopt.core.blocks import Block
+from lopt.engine.block_major import BlockMajor
+from lopt.engine.optimizer import clip_block
 
 
 class BlockMajorSteps:

@@ -11,7 +11,7 @@ import torch
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig, SFTConfig
 
-from lopt.redact import redacted
+from lopt.reliability.secrets import redacted
 from lopt.trainers.optimizer import is_torch_optimizer, torch_options
 
 if TYPE_CHECKING:  # what the defaults are put in front of

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import DPOTrainer
 
-from lopt.config import LoPTConfig
+from lopt.core.config import LoPTConfig
 from lopt.trainers.mixin import LoPTMixin
 
 

@@ -22,22 +22,22 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from lopt.attach import LoPT, attach
-from lopt.blocks import Blocks
-from lopt.config import LoPTConfig
-from lopt.distributed import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
-from lopt.offload import Offload
-from lopt.optim import clip_block, clip_gradients
-from lopt.trainers.batches import real_tokens, size
+from lopt.core.attach import LoPT, attach
+from lopt.core.blocks import Blocks
+from lopt.core.config import LoPTConfig
+from lopt.data.batches import real_tokens, size
+from lopt.engine.offload import Offload
+from lopt.engine.optimizer import clip_block, clip_gradients
+from lopt.engine.reduction import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
+from lopt.reliability.guards import Guarded
+from lopt.reliability.saving import WholeCheckpoints
+from lopt.reliability.stopping import Stoppable
 from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
-from lopt.trainers.guards import Guarded
 from lopt.trainers.labels import labels_only
+from lopt.trainers.offload import TravellingWeights
 from lopt.trainers.optimizer import block_optimizer, optimizer_factory
-from lopt.trainers.saving import WholeCheckpoints
-from lopt.trainers.stopping import Stoppable
 from lopt.trainers.throughput import Throughput
-from lopt.trainers.travel import TravellingWeights
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from transformers import Trainer

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopt.memory import format_bytes, free_host_memory
-from lopt.optim import BlockOptimizer, Precision, state_bytes
+from lopt.engine.optimizer import BlockOptimizer, Precision, state_bytes
+from lopt.instruments.memory import format_bytes, free_host_memory
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups], Optimizer]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopt.memory import MemoryPeak, MemoryTracker
+from lopt.instruments.memory import MemoryPeak, MemoryTracker
 
 COUNTED_ALWAYS = 4  # by then the optimizer's state is there
 

@@ -1,5 +1,0 @@
-"""Methods side by side on one data set and one budget: what each learns, keeps, moves and costs."""
-
-from lopt.compare.arms import Arm, parse_arms
-
-__all__ = ["Arm", "parse_arms"]

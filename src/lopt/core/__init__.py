@@ -1,0 +1,1 @@
+"""The method: where gradients stop and what each block learns from."""

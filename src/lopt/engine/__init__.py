@@ -1,0 +1,1 @@
+"""How an optimizer step runs: schedules, offload, optimizers, clipping, gradient reduction."""

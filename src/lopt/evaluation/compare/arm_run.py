@@ -1,0 +1,205 @@
+"""One cell of a comparison: one arm trained with one seed, and everything that is measured on it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+
+from lopt.evaluation.compare.arms import LORA_KEYS, Arm
+from lopt.evaluation.compare.metrics import Yardsticks
+from lopt.instruments.flops import FlopCounter
+from lopt.models.load import save_model
+from lopt.trainers import LoPTSFTTrainer
+from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.throughput import COUNTED_ALWAYS
+
+
+@dataclass
+class Bench:
+    """What all cells of a study share.
+
+    Attributes:
+        load: makes the model as it comes, anew for every cell.
+        args: the training flags of the command; arms change some of them.
+        train, held_out, tokenizer: the rows, formatted and not yet tokenized.
+        lora: `r`, `lora_alpha` and `target_modules` of arms that train adapters.
+        yardsticks: what is measured beside the held-out rows.
+        cycle: optimizer steps over which FLOPs are averaged, enough for every arm's `local_every`.
+        keep_models: where trained models go, by cell; None keeps none.
+    """
+
+    load: Callable[[], PreTrainedModel]
+    args: LoPTSFTConfig
+    train: Any
+    held_out: Any
+    tokenizer: Any
+    lora: Mapping[str, Any]
+    yardsticks: Yardsticks
+    cycle: int = 1
+    keep_models: Path | None = None
+
+    def trainer(self, arm: Arm, seed: int, folder: Path) -> LoPTSFTTrainer:
+        """A trainer for `arm` on a fresh model; rows and their order depend on the seed alone."""
+        args = copy.deepcopy(self.args)
+        changes = {key: value for key, value in arm.changes.items() if key not in LORA_KEYS}
+        if "gradient_checkpointing" in changes:
+            changes["activation_checkpointing"] = changes["gradient_checkpointing"]
+        fixed = dict(output_dir=str(folder), seed=seed, save_strategy="no", eval_strategy="no")
+        vars(args).update(fixed, logging_strategy="steps", logging_steps=1, **changes)
+        trainer = LoPTSFTTrainer(
+            self.load(),
+            args=args,
+            lopt_config=arm.config,
+            train_dataset=self.train,
+            eval_dataset=self.held_out,
+            processing_class=self.tokenizer,
+            peft_config=self._adapters(arm),
+        )
+        trainer.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            trainer.add_callback(_Progress)
+        return trainer
+
+    def _adapters(self, arm: Arm) -> Any:
+        if arm.config.method != "lora":
+            return None
+        from peft import LoraConfig
+
+        own = {key.removeprefix("lora_"): v for key, v in arm.changes.items() if key in LORA_KEYS}
+        return LoraConfig(
+            r=own.get("r", self.lora["r"]),
+            lora_alpha=own.get("alpha", self.lora["lora_alpha"]),
+            target_modules=self.lora["target_modules"],
+            task_type="CAUSAL_LM",
+        )
+
+
+def measure_base(bench: Bench, arm: Arm, folder: Path) -> dict[str, Any]:
+    """The model as it comes, by the same yardsticks as what is made of it."""
+    trainer = bench.trainer(arm, bench.args.seed, folder)
+    items = bench.yardsticks.items(trainer.model)
+    return {"rows": _rows(trainer), "adaptation": _held_out(trainer), "items": items}
+
+
+def run_cell(bench: Bench, arm: Arm, seed: int, folder: Path, name: str) -> dict[str, Any]:
+    """Train `arm` with `seed` and measure it; nothing of it stays in memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer = bench.trainer(arm, seed, folder)
+    flops = _Flops(bench.cycle)
+    trainer.add_callback(flops)
+    started = time.perf_counter()
+    try:
+        trainer.train()
+    finally:
+        flops.close()
+    seconds = time.perf_counter() - started
+    cost = _cost(trainer, flops) | {"train_seconds": seconds}
+    adaptation = _held_out(trainer)
+    model, starts = _plain(trainer), [block.start for block in trainer.lopt.blocks[1:]]
+    result = {
+        "arm": arm.name,
+        "seed": seed,
+        "config": asdict(arm.config),
+        "changes": dict(arm.changes),
+        "blocks": [[block.start, block.stop] for block in trainer.lopt.blocks],
+        "adaptation": adaptation,
+        "items": bench.yardsticks.items(model),
+        "drift": bench.yardsticks.drift(model, starts),
+        "cost": cost,
+        "curve": _curve(trainer),
+    }
+    if bench.keep_models is not None:
+        save_model(model, bench.keep_models / name, bench.tokenizer)
+    del trainer, model
+    gc.collect()  # a model and its handle point at each other, and each is gigabytes
+    return result
+
+
+def _held_out(trainer: LoPTSFTTrainer) -> dict[str, float]:
+    """Task loss in nats per token and share of tokens predicted right, on the rows kept back."""
+    metrics = trainer.evaluate()
+    return {"loss": metrics["eval_loss"], "token_accuracy": metrics["eval_mean_token_accuracy"]}
+
+
+def _rows(trainer: LoPTSFTTrainer) -> dict[str, int]:
+    """How many rows are left when those that do not fit are dropped."""
+    sets: dict[str, Any] = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+    return {name: len(rows) for name, rows in sets.items()}
+
+
+def _plain(trainer: LoPTSFTTrainer) -> nn.Module:
+    """The model that would be saved, adapters merged."""
+    model: Any = trainer.lopt.detach()
+    return model.merge_and_unload() if trainer.lopt.config.method == "lora" else model
+
+
+def _cost(trainer: LoPTSFTTrainer, flops: _Flops) -> dict[str, Any]:
+    peak = trainer.throughput.peak
+    heads = sum(p.numel() for p in trainer.lopt.heads.parameters())
+    rows = [row for row in trainer.state.log_history if "seconds_per_step" in row]
+    # Steps in which bytes or operations were counted are slower than they would be.
+    free = [r for r in rows if r["step"] > COUNTED_ALWAYS and r["step"] not in flops.counted] or rows
+    return {
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "head_parameters": heads,
+        "peak_bytes": torch.cuda.max_memory_allocated() if peak is None else peak.total,
+        "peak_by_part": {} if peak is None else asdict(peak),
+        "seconds_per_step": median(row["seconds_per_step"] for row in free),
+        "flops_per_step": flops.mean,
+    }
+
+
+def _curve(trainer: LoPTSFTTrainer) -> dict[str, list[float | None]]:
+    """Training loss and local losses by step."""
+    rows = [row for row in trainer.state.log_history if "seconds_per_step" in row]
+    names = ["loss", *sorted({key for row in rows for key in row if key.startswith("local_loss/")})]
+    # A block that rests in a step (`local_every`) has no local loss there.
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+class _Progress(ProgressCallback):
+    """A bar with an ETA and without a line per step: the curves are on the page."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Nothing is printed."""
+
+
+class _Flops(TrainerCallback):
+    """Counts the operations of `cycle` whole optimizer steps, the last ones of the run."""
+
+    def __init__(self, cycle: int) -> None:
+        self.cycle = cycle
+        self.counted: list[int] = []
+        self.counter = FlopCounter()
+        self._active = False
+
+    @property
+    def mean(self) -> float:
+        return self.counter.total / max(1, len(self.counted))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps - self.cycle:
+            self._active = True
+            self.counter.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._active:
+            self.counted.append(state.global_step)
+        self.close()
+
+    def close(self) -> None:
+        """Stop counting, also where a step ended in an error."""
+        if self._active:
+            self._active = False
+            self.counter.__exit__(None, None, None)

@@ -1,0 +1,1 @@
+"""What measures memory and operations, and decides nothing."""

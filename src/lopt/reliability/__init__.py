@@ -1,0 +1,1 @@
+"""Whole checkpoints, stops, guards, errors of the machine, records, secrets."""

@@ -1,0 +1,1 @@
+"""One page template and one set of plots."""

@@ -1,0 +1,1 @@
+"""Verifiable rewards, and the answers in a text."""

@@ -1,0 +1,132 @@
+"""Every command of docs/commands.md, run as it is written.
+
+Replaced are only the model (a small local one), the data (a local copy in the preset's own columns),
+the number of processes (2) and the number of steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from conftest import save_tiny
+from page_commands import ROOT, commands
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SUMS = [(f"What is {a} plus {b}?", a + b) for a in range(6) for b in range(6)]
+ROWS = {
+    "metamathqa": [{"query": q, "response": f"It is {s}.", "type": "x"} for q, s in SUMS],
+    "alpaca": [{"instruction": q, "input": "", "output": str(s)} for q, s in SUMS],
+    "tulu3": [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": str(s)}]}
+        for q, s in SUMS
+    ],
+    "gsm8k": [{"question": q, "answer": f"Add them.\n#### {s}"} for q, s in SUMS],
+    "numinamath": [{"problem": q, "solution": f"It is $\\boxed{{{s}}}$."} for q, s in SUMS],
+}
+
+
+def name_of(words: list[str]) -> str:
+    return Path(words[words.index("--output_dir") + 1]).name
+
+
+def test_the_page_holds_the_published_commands() -> None:
+    seed = ROOT.parent / "shared/seeds/004_518a3f11fcc83294.txt"
+    if not seed.is_file():
+        pytest.skip(f"{seed.name}, the published page, is not here")
+    published = " ".join(seed.read_text().replace("\\\n", " ").split())
+    assert len(commands()) == 11
+    for words in commands():
+        assert " ".join(words) in published, name_of(words)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    save_tiny(folder / "model", chat_template=CHAT)
+    # Many tokens end a completion, or a random model would write to the limit every time.
+    GenerationConfig(eos_token_id=[2, *range(3, 67)]).save_pretrained(folder / "model")
+    for name, rows in ROWS.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    # What `accelerate config` leaves behind on a machine with several devices.
+    (folder / "home/accelerate").mkdir(parents=True)
+    (folder / "home/accelerate/default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: 'no'\n"
+        "num_machines: 1\nnum_processes: 8\n"
+    )
+    return folder
+
+
+def adapted(words: list[str], place: Path) -> list[str]:
+    """The command with this machine's model, data, processes and steps."""
+    words = [str(ROOT / w) if w in ("train_sft.py", "train_grpo.py") else w for w in words]
+    launchers = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone"],
+        "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+        "python": [],
+    }
+    if words[0].startswith("CUDA_VISIBLE_DEVICES"):
+        words = words[1:]
+    words = [sys.executable, *launchers[words[0]], *words[1:]]
+    for flag, value in (("--nproc_per_node", "2"), ("--num_processes", "2"), ("--max_steps", "1")):
+        if flag in words:
+            words[words.index(flag) + 1] = value
+    words[words.index("--model_name_or_path") + 1] = str(place / "model")
+    data = words[words.index("--dataset_preset" if "--dataset_preset" in words else "--task") + 1]
+    words += ["--train_file", str(place / f"{data}.jsonl"), "--head_warmup_steps", "2"]
+    return words if "--max_steps" in words else [*words, "--max_steps", "1"]
+
+
+@pytest.mark.parametrize("words", commands(), ids=name_of)
+def test_command(words: list[str], place: Path) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "HF_HOME": str(place / "home"),
+        "LOPT_CACHE": str(place / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    run = subprocess.run(
+        adapted(words, place), cwd=place, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    folder = place / "outputs" / name_of(words)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 1
+    method = json.loads((folder / "lopt_config.json").read_text())
+    assert method["method"] == ("e2e" if "e2e" in words else "lopt")
+    if "--num_blocks" in words:
+        assert method["num_blocks"] == int(words[words.index("--num_blocks") + 1])
+    AutoTokenizer.from_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert run.stdout.count("The model is in") == 1  # said once, not by every rank
+
+
+def test_downloads_without_a_connection_say_what_to_do(place: Path) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1",
+        "LOPT_CACHE": str(place / "cache"),
+    }  # fmt: skip
+    page = (ROOT / "docs/commands.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("python scripts/download_datasets.py")]
+    assert len(lines) == 2
+    for line in lines:
+        run = subprocess.run(
+            [sys.executable, str(ROOT / "scripts/download_datasets.py"), *shlex.split(line)[2:]],
+            cwd=place, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert (
+            run.returncode == 2
+            and "not downloaded: metamathqa" in run.stderr
+            and "with a local copy" in run.stdout
+        )

@@ -1,0 +1,185 @@
+"""One block on the device: what is where, when, and that host memory holds the only other copy."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import batch_of, tiny
+from lopt import LoPTConfig, attach
+from lopt.engine.block_major import BlockMajor
+from lopt.engine.offload import Offload
+from lopt.engine.optimizer import BlockOptimizer, clip_block
+from lopt.instruments.memory import in_host_memory
+
+BATCHES = [batch_of([9, 5, 2]), batch_of([4], seed=1), batch_of([3, 11], side="left", seed=2)]
+CPU = torch.device("cpu")
+
+
+class Loop:
+    """The block-major schedule in a plain loop."""
+
+    def __init__(
+        self, model: nn.Module, offload: str, ahead: int = 4096, k: int = 3, **options: object
+    ) -> None:
+        self.model = model
+        self.handle = attach(model, LoPTConfig(num_blocks=k))
+        self.offload = Offload(self.handle, CPU, ahead, offload == "block") if offload != "none" else None
+        self.optimizer = BlockOptimizer(
+            self.handle.parameter_groups(1e-2, 1e-3),
+            lambda groups: torch.optim.AdamW(groups, fused=True),
+            part_bytes=max(ahead // 8, 1),
+            conveyor=self.offload and self.offload.conveyor,
+        )
+        if self.offload is not None:
+            self.offload.optimizer = self.optimizer
+        self.schedule = BlockMajor(self.handle, self.offload)
+
+    def step(self) -> float:
+        """One optimizer step over all micro-batches; the task loss."""
+        schedule, losses = self.schedule, []
+        for block in self.handle.blocks:
+            schedule.enter(block)
+            for slot, batch in enumerate(BATCHES):
+                if block.index < len(self.handle.blocks) - 1:
+                    schedule.run_early(block, slot, lambda batch=batch: self.model(**batch))
+                    continue
+                with schedule.last_block(slot):
+                    losses.append(self.model(**batch).loss)
+                losses[-1].backward()
+            clip_block(self.handle, block.index, 1.0)
+            self.optimizer.step()
+            for parameter in self.handle.block_parameters(block.index):
+                parameter.grad = None
+            schedule.leave(block)
+        schedule.end_step()
+        return sum(loss.item() for loss in losses)
+
+    def on_device(self) -> set[str]:
+        return {name for name, p in self.model.named_parameters() if not in_host_memory(p)}
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt2", "opt", "qwen2"])
+@pytest.mark.parametrize("ahead", [0, 20_000, 2**30])
+def test_values_do_not_depend_on_where_things_are(name: str, ahead: int) -> None:
+    loops = [Loop(tiny(name), offload, ahead) for offload in ("none", "optimizer", "block")]
+    for loop in loops[1:]:
+        loop.handle.heads.load_state_dict(loops[0].handle.heads.state_dict())
+    for step in range(3):
+        losses = [loop.step() for loop in loops]
+        assert losses[0] == losses[1] == losses[2], step
+    for loop in loops[1:]:
+        for (parameter, a), b in zip(loops[0].model.named_parameters(), loop.model.parameters(), strict=True):
+            assert torch.equal(a, b), parameter
+    assert in_host_memory(loops[2].model.get_input_embeddings().weight)
+
+
+def test_only_the_block_at_work_is_on_the_device() -> None:
+    loop = Loop(tiny("llama"), "block", ahead=0)
+    small = {name for name in loop.on_device()}
+    assert small == {"model.norm.weight"}
+    for block in loop.handle.blocks:
+        loop.schedule.enter(block)
+        own = {name for name, _ in loop.handle.blocks.parameters(loop.model, block.index)}
+        assert loop.on_device() == own | small, block
+        loop.schedule.leave(block)
+    assert loop.on_device() == small
+    loop.step()
+    assert loop.on_device() == small
+    assert all(map(in_host_memory, loop.handle.heads.parameters())) and loop.handle.device == CPU
+    state = [t for s in loop.optimizer.state.values() for t in s.values() if t.ndim]
+    assert state and all(map(in_host_memory, state))
+
+
+@pytest.mark.parametrize("which", ["weight", "state"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_change_in_host_memory_is_seen(which: str, block: int) -> None:
+    """No other copy is left that could hide it: not of a block just trained, and not of the next one."""
+    loop, other = Loop(tiny("llama"), "block", 2**30), Loop(tiny("llama"), "block", 2**30)
+    other.handle.heads.load_state_dict(loop.handle.heads.state_dict())
+    for both in (loop, other):
+        both.step()
+    parameter = loop.handle.blocks.layers[loop.handle.blocks[block].start].mlp.up_proj.weight
+    if which == "weight":
+        parameter.data.mul_(1.5)
+    else:
+        stand_in = loop.optimizer._stand_ins[parameter]
+        loop.optimizer.state[stand_in]["exp_avg"].mul_(-3)
+    before = parameter.detach().clone()
+    losses = loop.step(), other.step()
+    moved = parameter.detach() - before
+    twin = other.handle.blocks.layers[other.handle.blocks[block].start].mlp.up_proj.weight
+    if which == "weight":
+        assert losses[0] != losses[1]
+        assert (parameter - 1.5 * twin).norm() < 0.2 * twin.norm()
+    else:
+        assert moved.norm() > 0 and not torch.equal(parameter, twin)
+
+
+def test_evaluation_brings_weights_in_and_the_next_step_takes_them_out() -> None:
+    loop = Loop(tiny("gemma3"), "block")
+    loop.step()
+    plain = copy.deepcopy(loop.model.state_dict())
+    with torch.no_grad():
+        logits = loop.model(**BATCHES[0]).logits
+    assert len(loop.on_device()) == len(list(loop.model.parameters()))
+    reference = tiny("gemma3", tie_word_embeddings=False)
+    reference.load_state_dict(plain)
+    assert torch.equal(logits, reference(**BATCHES[0]).logits)
+    with torch.no_grad():
+        loop.model.get_output_embeddings().weight.mul_(2)  # changed while it is there
+    loop.step()
+    assert len(loop.on_device()) < 4 * len(loop.handle.blocks.layers)
+    changed = loop.model.get_output_embeddings().weight
+    assert (changed - 2 * plain["lm_head.weight"]).norm() < 0.1 * changed.norm()
+
+
+def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(monkeypatch) -> None:
+    loop = Loop(tiny("llama"), "block", ahead=0)
+    with torch.no_grad():
+        expected = loop.model(**BATCHES[0]).logits
+    loop.offload.settle()
+    monkeypatch.setattr("lopt.engine.offload.free_device_memory", lambda device: 0)
+    most = []
+    for layer in loop.handle.blocks.layers:
+        layer.register_forward_hook(lambda *_: most.append(len(loop.on_device())))
+    with torch.no_grad():
+        assert torch.equal(loop.model(**BATCHES[0]).logits, expected)
+    assert max(most) < 12  # a layer, the embedding, the head
+    before = loop.handle.heads[0].up.weight.detach().clone()
+    loop.handle.warm_up_heads(BATCHES, steps=2)
+    assert not torch.equal(loop.handle.heads[0].up.weight, before)
+    first = loop.step()
+    assert loop.step() != first
+    with pytest.raises(RuntimeError, match="without gradients"):
+        loop.model(**BATCHES[0])
+
+
+def test_resting_blocks_keep_their_weights_and_state() -> None:
+    loop = Loop(tiny("llama"), "block")
+    loop.step()
+    before = copy.deepcopy(loop.model.state_dict())
+    loop.handle.learns_locally = False
+    loop.step()
+    last = {name for name, _ in loop.handle.blocks.parameters(loop.model, 2)}
+    for name, value in loop.model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in last), name
+
+
+def test_the_loop_of_the_docs_runs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "BlockMajor" in block]
+    model = tiny("llama")
+    names = dict(
+        torch=torch, model=model, lopt=attach(model, LoPTConfig(num_blocks=2)), micro_batches=BATCHES
+    )
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    exec(code.replace('"cuda"', '"cpu"'), names)
+    assert names["loss"].isfinite()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, start[name]), name

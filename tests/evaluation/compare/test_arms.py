@@ -1,0 +1,72 @@
+"""What `--methods` and `--sweep` mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from lopt import LoPTConfig
+from lopt.evaluation.compare.arms import parse_arms
+
+
+def names(methods: list[str], *sweep: str, **base: object) -> list[str]:
+    return [arm.name for arm in parse_arms(methods, sweep, LoPTConfig(**base))]
+
+
+def test_each_arm_has_its_own_settings_over_those_of_the_command() -> None:
+    methods = ["e2e", "ll", "lopt:num_blocks=4,lambda_aux=1", "lora:learning_rate=2e-4,lora_r=4"]
+    methods += ["lopt:num_blocks=4,aux_loss=next_token,frozen_blocks=2"]
+    arms = parse_arms(methods, (), LoPTConfig(num_blocks=3, tied_embeddings="freeze"))
+    assert [arm.name for arm in arms] == [
+        "e2e", "lopt k=3", "lopt k=4 λ=1", "lora lr=0.0002 lora_r=4", "lopt k=4 next_token frozen=2",
+    ]  # fmt: skip
+    assert [arm.config.method for arm in arms] == ["e2e", "lopt", "lopt", "lora", "lopt"]
+    assert all(arm.config.tied_embeddings == "freeze" for arm in arms)
+    assert arms[2].config.num_blocks == 4 and arms[2].config.lambda_aux == 1.0 and not arms[2].changes
+    assert dict(arms[3].changes) == {"learning_rate": 2e-4, "lora_r": 4}
+
+
+def test_a_sweep_multiplies_the_arms_it_matters_to() -> None:
+    assert names(["e2e", "lopt"], "lambda_aux=0,10", "clip=block,global") == [
+        "e2e clip=block", "e2e clip=global",
+        "lopt k=2 λ=0 clip=block", "lopt k=2 λ=0 clip=global",
+        "lopt k=2 λ=10 clip=block", "lopt k=2 λ=10 clip=global",
+    ]  # fmt: skip
+    assert names(["e2e", "lopt", "frozen"], "block_boundaries=1,2+3") == [
+        "e2e", "lopt cut at 1", "lopt cut at 2+3", "frozen cut at 1", "frozen cut at 2+3",
+    ]  # fmt: skip
+    # What an arm says itself is not swept; blocks by number win over the command's boundaries.
+    assert names(["lopt:lambda_aux=3", "lopt"], "lambda_aux=1") == ["lopt k=2 λ=3", "lopt k=2 λ=1"]
+    (arm,) = parse_arms(["lopt:num_blocks=4"], (), LoPTConfig(block_boundaries=[1]))
+    assert arm.config.block_boundaries is None
+
+
+def test_what_only_lopt_can_is_left_out_elsewhere() -> None:
+    base = LoPTConfig(schedule="block_major", offload="block", frozen_blocks=1)
+    arms = {a.config.method: a.config for a in parse_arms(["lopt", "e2e"], (), base)}
+    assert (arms["lopt"].schedule, arms["e2e"].schedule) == ("block_major", "eager")
+    assert (arms["lopt"].frozen_blocks, arms["e2e"].frozen_blocks) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("methods", "sweep", "message"),
+    [
+        (["magic"], (), "there is no method 'magic': use lopt, e2e, frozen, lora"),
+        (["lopt:num_blocks"], (), "write each setting as name=value"),
+        (["lopt:num_blocks=four"], (), "num_blocks=four is not possible: use a whole number"),
+        (["lopt:num_blocks=0"], (), "--num_blocks 0"),
+        (["lopt:block_boundaries=6-12"], (), "joined by +"),
+        (["lora:learning_rate=fast"], (), "use a finite number"),
+        (["lora:learning_rate=nan"], (), "use a finite number"),
+        (["e2e:gradient_checkpointing=maybe"], (), "use true or false"),
+        (["e2e:lambda_aux=1"], (), "'lambda_aux' is nothing that e2e can be given"),
+        (["lopt:seed=1"], (), "'seed' is nothing that lopt can be given: use num_blocks, "),
+        (["lopt", "ll"], (), "names the arm 'lopt k=2' twice"),
+        (["lopt"], ["lambda_aux"], "--sweep lambda_aux: write it as name=value,value"),
+        (["lopt"], ["colour=red"], "'colour' is nothing"),
+        (["e2e"], ["lambda_aux=1"], "--sweep lambda_aux matters to none of --methods e2e"),
+    ],
+)
+def test_mistakes(methods: list[str], sweep: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        parse_arms(methods, sweep, LoPTConfig())
+    assert message in str(error.value)

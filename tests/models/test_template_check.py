@@ -1,0 +1,34 @@
+"""Chat templates that are honest pass the trial; those that have no end or reach out do not."""
+
+from __future__ import annotations
+
+import pytest
+
+from lopt.models import template_check
+from lopt.models.template_check import _tried
+
+HONEST = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}",
+    "{{ messages | tojson(indent=2) }}{{ strftime_now('%Y') }}{% set n = namespace(a=1) %}{% set n.a = 2 %}",
+    "{{ raise_exception('System role not supported') }}",
+    "{{ missing.key.of.nothing }}{% if x %}",
+)
+HOSTILE = {
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "come to an end",
+    "{{ 'a' * 10**10 }}": "of memory",
+    "{{ 'a' * 10**7 }}": "makes 10,000,000 characters",
+    "{{ ''.__class__.__mro__ }}": "is stopped by the sandbox (access to attribute '__class__'",
+    "{% include '/etc/passwd' %}": "is stopped by the sandbox (it includes another file)",
+}
+
+
+@pytest.mark.parametrize("template", HONEST)
+def test_honest(template: str) -> None:
+    assert _tried(template, '{"eos_token": "<eos>"}') is None
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+def test_hostile(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_check, "SECONDS", 1)
+    assert HOSTILE[template] in str(_tried(template, "{}"))

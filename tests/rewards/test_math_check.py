@@ -1,0 +1,132 @@
+"""Mathematics compared in a process that can be killed: verdicts, hostile input, threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from lopt.rewards import math_check
+from lopt.rewards.math_check import MAX_LENGTH, same_math
+
+pytest.importorskip("math_verify", reason='needs math-verify: pip install "lopt[math]"')
+
+HOSTILE = [
+    "9^{9^{9^9}}",
+    "9^{9^9}",
+    "(10^{10})!",
+    r"\binom{10^9}{5\cdot 10^8}",
+    "(x+y+z+w)^{1000}",
+    r"\sin(" * 100 + "x" + ")" * 100,
+    "{" * 400 + "}" * 400,
+]
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    same_math.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "same"),
+    [
+        (r"\frac{3}{4}", "0.75", True),
+        (r"\frac{3}{4}", r"x = \dfrac34", True),
+        (r"\frac{14}{3}", r"4\frac{2}{3}", True),
+        ("(x+1)^2", "x^2 + 2x + 1", True),
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        ("1234", "1{,}234", True),
+        (r"x \le 5", r"(-\infty, 5]", True),
+        (r"\text{Monday}", "Monday", True),
+        (r"\text{unparseable \(", r"\text{unparseable \(", True),
+        ("5", r"5 \text{ or } 6", False),
+        ("5", r"\{4, 5\}", False),
+        ("(1,2)", "(2,1)", False),
+        ("5", "5.01", False),
+        ("i", "j", False),
+        ("5", "", False),
+        ("", "", False),
+        ("5", "\ud800\n", False),
+        ("5", "5 + 0" * MAX_LENGTH, False),
+    ],
+)
+def test_verdicts(wanted, given, same):
+    assert same_math(wanted, given) is same
+
+
+def test_hostile_expressions_are_bounded_in_time(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(math_check, "TIME_LIMIT", 1.0)
+        for expression in HOSTILE:
+            start = time.monotonic()
+            assert same_math("5", expression) is False
+            # Besides the limit, the start of a process in place of the one killed before.
+            assert time.monotonic() - start < 8, expression
+    assert same_math("5", "5.0") is True  # a new process serves as well
+    start = time.monotonic()
+    assert [same_math("5", expression) for expression in HOSTILE] == [False] * len(HOSTILE)
+    assert time.monotonic() - start < 0.5  # remembered
+
+
+def test_in_threads():
+    verdicts: dict[int, bool] = {}
+
+    def work(n: int) -> None:
+        verdicts[n] = same_math(str(n), rf"\frac{{{2 * n}}}{{2}}") and not same_math(str(n), f"{n}.5")
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == dict.fromkeys(range(8), True)
+
+
+def test_a_late_reply_is_never_taken_for_the_next(monkeypatch):
+    assert same_math("5", "5.0")
+    checker = math_check._CHECKER
+    process = checker._process
+
+    def interrupted(question: str, limit: float) -> str:
+        process.stdin.write(f"{question}\n")
+        process.stdin.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checker, "_exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            same_math("6", "6.0")
+    assert process.poll() is not None
+    assert same_math("6", "7.0") is False and same_math("6", "6.0") is True
+
+
+def test_a_killed_process_is_replaced_and_none_is_left_behind():
+    assert same_math("5", "5.0")
+    first = math_check._CHECKER._process
+    first.kill()
+    first.wait()
+    assert same_math("6", "6.0")
+    second = math_check._CHECKER._process
+    assert second is not first
+    math_check._CHECKER.stop()
+    assert second.returncode is not None and math_check._CHECKER._process is None
+
+
+def test_without_math_verify(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "lopt\[math\]"'):
+        math_check.require_math_verify()
+    math_check._CHECKER.stop()
+    with pytest.raises(ImportError, match="math-verify"):
+        same_math("5", "5.0")
+    assert same_math("5", "5")  # equal text needs no library
+
+
+def test_a_process_that_does_not_start_is_an_error(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(3)\n")
+    math_check._CHECKER.stop()
+    monkeypatch.setattr(math_check, "__file__", str(broken))
+    with pytest.raises(RuntimeError, match="did not start"):
+        same_math("5", "5.0")
