@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 from lopt.core.attach import LoPT, attach
 from lopt.core.config import LoPTConfig
 from lopt.models.load import load_model, save_model
+from lopt.version import __version__
 
 if TYPE_CHECKING:
     from lopt.trainers import LoPTDPOTrainer, LoPTGRPOTrainer, LoPTMixin, LoPTSFTTrainer
 
-__version__ = "0.1.0"
+
 __all__ = [
     "LoPT",
     "LoPTConfig",

@@ -8,10 +8,10 @@ import pickle
 import sys
 from collections.abc import Sequence
 
-import lopt
 from lopt.reliability.secrets import known_secrets, redact
 from lopt.reliability.stop import EXIT_STOPPED, Stopped
 from lopt.reports.page import clean
+from lopt.version import __version__
 
 # Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
 COMMANDS = {
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE + "\n".join(f"  {name:8} {what}" for name, what in COMMANDS.items()))
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"lopt {lopt.__version__}")
+        print(f"lopt {__version__}")
         return 0
     command, *rest = arguments
     if command not in COMMANDS:

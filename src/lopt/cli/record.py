@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-import lopt
 from lopt.cli.parsing import settings
 from lopt.evaluation.store import differences
 from lopt.files import write_text
 from lopt.reliability.provenance import environment, fingerprint, git_states, versions
 from lopt.reliability.secrets import is_secret_name, known_secrets, redacted, redacted_words
+from lopt.version import __version__
 
 RUN_YAML, RUN_JSON = "run.yaml", "run.json"
 _OF_ONE_START = ("resume", "overwrite_output_dir", "max_time")
@@ -97,7 +97,7 @@ class Record:
             kept["seed"] = self.settings["seed"]
         kept["output_dir"] = f"{folder}-rerun"  # what is there is not overwritten
         head = _HEADER.format(
-            command=self.command, path=folder / RUN_YAML, json=RUN_JSON, version=lopt.__version__
+            command=self.command, path=folder / RUN_YAML, json=RUN_JSON, version=__version__
         )
         return head + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 

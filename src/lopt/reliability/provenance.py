@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import lopt
+from lopt.version import __version__
 
 PACKAGES = (
     *("lopt", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"),
@@ -33,7 +33,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     found = {}
     for name in packages:
         try:
-            found[name] = lopt.__version__ if name == "lopt" else importlib.metadata.version(name)
+            found[name] = __version__ if name == "lopt" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
@@ -60,7 +60,7 @@ def environment() -> dict[str, Any]:
 
 def git_states() -> dict[str, dict[str, Any]]:
     """Git state of lopt's own source and of the working folder, where these lie in a repository."""
-    folders = {"lopt": Path(lopt.__file__).parent, "working_folder": Path.cwd()}
+    folders = {"lopt": Path(__file__).parents[1], "working_folder": Path.cwd()}
     found = {name: git_state(folder) for name, folder in folders.items()}
     return {name: state for name, state in found.items() if state is not None}
 

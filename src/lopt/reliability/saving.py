@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-import lopt
 from lopt.core.attach import LoPT
 from lopt.files import write_text
 from lopt.reliability.checkpoint import (
@@ -34,6 +33,7 @@ from lopt.reliability.checkpoint import (
     staging,
 )
 from lopt.reliability.secrets import redacted
+from lopt.version import __version__
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from transformers import Trainer
@@ -92,7 +92,7 @@ class WholeCheckpoints(Trainer):
             super()._push_from_checkpoint(str(final))
 
     def _note(self) -> dict[str, Any]:
-        return {"version": lopt.__version__}
+        return {"version": __version__}
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staged is None else str(self._staged)

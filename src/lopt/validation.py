@@ -1,0 +1,42 @@
+"""Checks of a user's values. Messages name the argument in backticks; the command line shows it as a flag."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+
+def check(condition: bool, name: str, value: object, rule: str) -> None:
+    """Raise a ValueError such as "`num_blocks` must be >= 1 (got 0)" unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"`{name}` must be {rule} (got {value})")
+
+
+def check_number(
+    name: str,
+    value: float | None,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise a ValueError unless `value` is None or a finite number within the bounds that are given."""
+    if value is None:
+        return
+    bounds = [
+        (minimum, ">=", lambda bound: value >= bound),
+        (above, ">", lambda bound: value > bound),
+        (maximum, "<=", lambda bound: value <= bound),
+        (below, "<", lambda bound: value < bound),
+    ]
+    given = [(bound, sign, holds) for bound, sign, holds in bounds if bound is not None]
+    rule = " and ".join(f"{sign} {bound:g}" for bound, sign, _ in given)
+    kept = math.isfinite(value) and all(holds(bound) for bound, _, holds in given)
+    check(kept, name, value, rule if math.isfinite(value) else f"finite and {rule}".removesuffix(" and "))
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise a ValueError unless `value` is one of `choices`."""
+    choices = list(choices)
+    check(value in choices, name, value, "one of " + ", ".join(map(str, choices)))
