@@ -23,7 +23,8 @@ from lopt.core.config import LoPTConfig
 from lopt.files import write_text
 from lopt.models.load import load_config, load_model, resolve_model
 from lopt.planning.shapes import model_config
-from lopt.reliability.machine_errors import Attempt, told_in
+from lopt.reliability.advice import Attempt
+from lopt.reliability.machine_errors import memory_errors_explained
 from lopt.reliability.saving import on_first_rank
 from lopt.reliability.stop import Stopped
 from lopt.trainers.checks import check_numbers, check_routers, check_settings
@@ -156,7 +157,7 @@ def run(
         more: arguments of this trainer only.
     """
     name = str(model_args.model_name_or_path)
-    with told_in(f"loading {name}", args.device, lambda: _attempt(model_args, config, args)):
+    with memory_errors_explained(f"loading {name}", args.device, lambda: _attempt(model_args, config, args)):
         trainer = trainer_class(
             _load(model_args, config, args),
             args=args,
@@ -184,7 +185,7 @@ def run(
 
 def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
     if checkpoint is not None:
-        trainer.proven.add(checkpoint)  # every byte of it was read when it was chosen
+        trainer.checkpoints.proven.add(checkpoint)  # every byte of it was read when it was chosen
     elif trainer.is_world_process_zero():
         start_anew(str(trainer.args.output_dir))
     trainer.accelerator.wait_for_everyone()
