@@ -81,7 +81,7 @@ def test_names_in_the_help_are_those_of_the_library() -> None:
     from lopt.planning.shapes import SHAPES
     from lopt.planning.step import OPTIMIZERS
 
-    assert arguments.PRESETS == ", ".join(PRESETS) and arguments.OPTIMIZERS == ", ".join(OPTIMIZERS)
+    assert ", ".join(PRESETS) == arguments.PRESETS and ", ".join(OPTIMIZERS) == arguments.OPTIMIZERS
     plan, demo = arguments.PlanArguments(), arguments.DemoArguments()
     assert (plan.bandwidth, plan.tflops) == (BANDWIDTH, TFLOPS)
     assert demo.model == PACKAGED_MODEL and demo.task in TASKS

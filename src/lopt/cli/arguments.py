@@ -282,7 +282,7 @@ class PlanArguments:
     model_name_or_path: str | None = flag(
         None,
         "A folder, a config.json, a hub id or, without any network: qwen3-4b, qwen2.5-7b, qwen2.5-32b, "
-        "llama3.1-8b.",
+        "llama3.1-8b, gemma3-270m.",
     )
     model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
