@@ -193,7 +193,7 @@ def test_a_learning_rate_that_diverges(make: Make, caplog: pytest.LogCaptureFixt
         ends[choice] = weights_of(trainer)
         if told:
             assert "the local loss of block 1 diverges: its mean is" in told[0]
-            assert "a lower lr_k1 (it is 0.3)" in told[0] and "on_divergence=stop" in told[0]
+            assert "a lower `lr_k1` (it is 0.3)" in told[0] and "`on_divergence` stop" in told[0]
             assert rows[0]["step"] < 12
     assert all(torch.equal(value, ends["ignore"][name]) for name, value in ends["warn"].items())
     trainer = make(on_divergence="stop", save_strategy="steps", save_steps=1, **wild)
@@ -287,9 +287,7 @@ def test_out_of_memory_in_a_command(
     tiny_folder: Path, sums_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setattr("lopt.cli.training.load_model", lambda *_, **__: allocate())
-    monkeypatch.setattr(
-        "lopt.reliability.advice._proposals", lambda run: [f"`num_blocks` 4 ({run.tokens})"]
-    )
+    monkeypatch.setattr("lopt.reliability.advice._proposals", lambda run: [f"`num_blocks` 4 ({run.tokens})"])
     flags = ["--model_name_or_path", tiny_folder, "--train_file", sums_file, "--output_dir", tmp_path / "out"]
     assert main(["sft", *map(str, flags)]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]

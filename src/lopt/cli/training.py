@@ -200,7 +200,7 @@ def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
         try:
             metrics = trainer.evaluate()
         except Stopped as stop:
-            raise Stopped(f"stopped by {stop} in the last evaluation: the model is saved") from None
+            raise Stopped(stop.reason, "in the last evaluation: the model is saved") from None
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()

@@ -190,7 +190,7 @@ def check_free_space(folder: str | Path, need: int, what: str) -> None:
     if have < need:
         raise CheckpointError(
             f"{what} needs {format_bytes(need)} and the disk of {folder} has {format_bytes(have)} left: "
-            "free some space, or write less with --save_total_limit or --save_only_model"
+            "free some space, or write less with `save_total_limit` or `save_only_model`"
         )
 
 
@@ -203,7 +203,7 @@ def damage(folder: str | Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return (
             f"it has no {MANIFEST}: an older version or another program wrote it, or not to the end "
-            f"(--resume {folder} takes it as it is)"
+            f"(`resume` {folder} takes it as it is)"
         )
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -253,13 +253,13 @@ def check_checkpoint(path: str | Path) -> str | None:
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"--resume {path} is not a folder: name a checkpoint, or leave it at --resume")
+        raise CheckpointError(f"`resume` {path} is not a folder: name a checkpoint, or leave it at `resume`")
     check_pickles(path)
     if not (path / MANIFEST).is_file():
         return f"{path.name} has no {MANIFEST}, so nobody can tell whether it is whole: taken as it is"
     why = damage(path)
     if why is not None:
-        raise CheckpointError(f"--resume {path} is refused: {why}. --resume alone takes the newest whole one")
+        raise CheckpointError(f"`resume` {path} is refused: {why}. `resume` alone takes the newest whole one")
     return None
 
 
@@ -286,8 +286,8 @@ def find_checkpoint(folder: str, wanted: str) -> str:
     if choice.path is None:
         reasons = "; ".join(choice.sentences())
         raise CheckpointError(
-            f"--resume: there is no whole checkpoint in {folder}{': ' if reasons else ''}{reasons}: check "
-            "--output_dir or leave --resume out"
+            f"`resume`: there is no whole checkpoint in {folder}{': ' if reasons else ''}{reasons}: check "
+            "`output_dir` or leave `resume` out"
         )
     check_pickles(choice.path)
     print(f"Resume: going on from {choice.path}, step {step_of(choice.path)}")

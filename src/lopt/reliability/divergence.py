@@ -1,7 +1,7 @@
 """Divergence of earlier blocks: local losses that rise, heads that explain nothing, boundaries that collapse.
 
-Numbers go in, findings come out; docs/guide.md has the equations. The state is small and goes into checkpoints,
-so that a resumed run sees what the whole one would have seen.
+Numbers go in, findings come out; docs/guide.md has the equations. The state is small and goes into
+checkpoints, so that a resumed run sees what the whole one would have seen.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Numbers that are not finite, local losses that diverge and boundaries that collapse
 (`lopt.reliability.divergence`), memory that is full and data-loader workers that die
-(`lopt.reliability.machine_errors`): each is reported with block, batch and the newest whole checkpoint. Guarding
-costs no synchronization of its own: the numbers are those that are logged.
+(`lopt.reliability.machine_errors`): each is reported with block, batch and the newest whole checkpoint.
+Guarding costs no synchronization of its own: the numbers are those that are logged.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Guard:
         trainer: a trainer with `LoPTMixin`, whose state this class reads.
 
     Attributes:
-        phase: what the run is at: "start", "data", "step", "optimizer", "between" or a name given to `during`.
+        phase: what the run is at: "start", "data", "step", "optimizer", "between" or a name given to
+            `during`.
         monitor: follows local losses and boundaries; None where nothing can diverge, or with
             `on_divergence="ignore"`.
     """
@@ -91,8 +92,8 @@ class Guard:
             check_weights(self._trainer.model)
 
     def _forget_step(self) -> None:
-        # By block: share and local loss of each micro-batch; by block and name: numbers at the boundaries, on the
-        # device until they are logged, and as they were logged.
+        # By block: share and local loss of each micro-batch; by block and name: numbers at the boundaries, on
+        # the device until they are logged, and as they were logged.
         self._losses: dict[int, list[tuple[float, float]]] = {}
         self._at_boundary: dict[tuple[int, str], Tensor] = {}
         self._boundaries: dict[int, dict[str, float]] = {}
@@ -138,8 +139,8 @@ class Guard:
     def log_losses(self, local: dict[int, Tensor], loss: Tensor | None = None, inputs: Any = None) -> None:
         """Log the local losses of a micro-batch, and stop if they or the task loss are not finite.
 
-        They are means over ranks by their shares, so that all ranks see the same and stop together. Whether any
-        rank was told to stop, and what was measured at the boundaries, is reduced with them.
+        They are means over ranks by their shares, so that all ranks see the same and stop together. Whether
+        any rank was told to stop, and what was measured at the boundaries, is reduced with them.
 
         Args:
             local: local losses by block, from 0.
@@ -268,8 +269,8 @@ class Guard:
         new = [divergence for divergence in found if self.monitor.first_time(divergence)]
         if found and self._on_divergence == "stop":
             raise DivergedError(
-                f"{self._divergence_message(step, found)}; stopped, {self._trainer.checkpoints.newest()} (with "
-                "the learning rates it has: to lower them, start again)"
+                f"{self._divergence_message(step, found)}; stopped, {self._trainer.checkpoints.newest()} "
+                "(with the learning rates it has: to lower them, start again)"
             )
         if new:
             self._warn(step, new)
@@ -278,8 +279,8 @@ class Guard:
         trainer = self._trainer
         if trainer.is_world_process_zero():
             logger.warning(
-                "%s. on_divergence=stop would end the run here, on_divergence=ignore would not look",
-                self._divergence_message(step, new).replace("`", ""),
+                "%s. `on_divergence` stop would end the run here, ignore would not look",
+                self._divergence_message(step, new),
             )
         wanted = trainer.control.should_log  # logging clears it, and this step's loss may be due
         # Trainer's own: TRL's would end the averages that its next log of the loss is made of.
@@ -357,9 +358,7 @@ class Guard:
         block = "" if lopt.at is None else f", block {lopt.at + 1} of {len(lopt.blocks)}"
         if self.phase == "optimizer":
             return f"{step}, the optimizer's step" + (block if lopt.only is not None else "")
-        return (
-            f"{step}, batch {trainer.micro_batch} of {trainer.current_gradient_accumulation_steps}{block}"
-        )
+        return f"{step}, batch {trainer.micro_batch} of {trainer.current_gradient_accumulation_steps}{block}"
 
 
 def check_weights(model: nn.Module) -> None:

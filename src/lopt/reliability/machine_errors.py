@@ -79,7 +79,9 @@ def memory_errors_explained(
 def worker_error(error: BaseException) -> str | None:
     """Return what happened to a data-loader worker, or None if `error` is about something else."""
     text = str(error)
-    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and while_waiting_for_a_worker(error):
+    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and while_waiting_for_a_worker(
+        error
+    ):
         text = "DataLoader worker (pid ?) exited"  # while it was handing over a batch
     if killed := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ?]+)\) (.+)", text):
         by = re.search(r"killed by signal: ([^.]+)", killed[2])

@@ -42,7 +42,7 @@ _PICKLED_ARGUMENTS = "training_args.bin"  # written by transformers, read by nob
 
 
 class Checkpoints:
-    """Writes a trainer's checkpoints and model so that they are whole or absent, and finds one to resume from.
+    """Writes a trainer's checkpoints and model, whole or not at all, and finds a checkpoint to resume from.
 
     Args:
         trainer: a trainer with `LoPTMixin`.

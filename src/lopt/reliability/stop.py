@@ -75,7 +75,7 @@ class _Watch:
             return
         if self._time_is_over:
             self._time_is_over = False
-            why = f"--max_time ({self._limit:g} s)"
+            why = f"`max_time` ({self._limit:g} s)"
         elif self._first and time.monotonic() - self._first > ONE_SIGNAL:
             os.write(2, f"\nlopt: a second {signal.Signals(number).name}: leaving at once\n".encode())
             os._exit(128 + number)
@@ -195,7 +195,7 @@ def seconds(text: str) -> float:
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text)
     if not parts or "".join(a + b for a, b in parts) != text.replace(" ", "") or not _total(parts):
-        raise ValueError(f"--max_time {text} is no duration: write 90m, 2h, 1h30m or a number of seconds")
+        raise ValueError(f"`max_time` {text} is no duration: write 90m, 2h, 1h30m or a number of seconds")
     return _total(parts)
 
 

@@ -99,7 +99,7 @@ class Stops:
         if not self.began or step == self._first_step:
             if checkpoint is None:
                 return "before the first step was done: nothing had to be saved"
-            return f"with nothing new since {Path(checkpoint).name}: go on with --resume"
+            return f"with nothing new since {Path(checkpoint).name}: go on with `resume`"
         final = trainer.checkpoints.path(step)
         if self._following is not None or not trainer.checkpoints.is_proven(final):
             trainer.settle_weights()
@@ -109,7 +109,7 @@ class Stops:
             self._state.restore(trainer)
             self._left_to_save = self._following
             trainer.save_checkpoint()
-        return f"after step {step} of {trainer.state.max_steps}: {final} is whole, go on with --resume"
+        return f"after step {step} of {trainer.state.max_steps}: {final} is whole, go on with `resume`"
 
     def note(self) -> dict[str, Any]:
         """Return what a checkpoint's note says of the stop."""
@@ -151,7 +151,7 @@ class Stops:
             self.obey()
 
     def fetch(self, get: Callable[[], Any]) -> Any:
-        """Return the micro-batches that `get` fetches; a single process does not wait for slow data to stop."""
+        """Return the micro-batches that `get` fetches; a stop of a single process does not wait for them."""
         self._following = None
         if not self._first_of_epoch:
             self._state = RunState.of(self._trainer)
@@ -204,7 +204,7 @@ class Stops:
         return True
 
     def do_what_is_left(self, checkpoint: str | None, **place: Any) -> None:
-        """Evaluate and save, as the stopped run was about to do, and keep the random state that this leaves."""
+        """Evaluate and save as the stopped run was about to, and keep the random state that this leaves."""
         left, self._left = self._left, None
         if left is None:
             return

@@ -1,8 +1,8 @@
 """The block-major schedule in a trainer's loop.
 
 The loop still asks for one micro-batch after the other. At the first of an optimizer step all of them pass
-through the earlier blocks, each of which is clipped and stepped when its last micro-batch is through; after that
-the loop's own forwards and backwards are those of the last block alone.
+through the earlier blocks, each of which is clipped and stepped when its last micro-batch is through; after
+that the loop's own forwards and backwards are those of the last block alone.
 """
 
 from __future__ import annotations

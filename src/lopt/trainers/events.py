@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lopt.core.attach import LoPT
-from lopt.trainers.warm_up import warm_up_heads
+from lopt.trainers.heads import warm_up_heads
 
 
 class LoopEvents(TrainerCallback):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
+from lopt.trainers.heads import warm_up_batches
 from lopt.trainers.mixin import LoPTMixin
-from lopt.trainers.warm_up import warm_up_batches
 
 
 class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
@@ -57,8 +57,8 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         self.stops.obey()
         return made
 
-    # Rollouts may serve several optimizer steps (`num_iterations`, `steps_per_generation`): those that are not
-    # used up belong to a checkpoint.
+    # Rollouts may serve several optimizer steps (`num_iterations`, `steps_per_generation`): those that are
+    # not used up belong to a checkpoint.
 
     def rollouts(self) -> list[Any]:
         """Return the micro-batches of the current generation batch."""

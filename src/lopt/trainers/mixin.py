@@ -1,7 +1,7 @@
 """What turns a TRL trainer into a LoPT trainer: `class MyTrainer(LoPTMixin, trl.SomeTrainer)`.
 
-The trainer keeps its own loop, loss and data. `LoPTMixin` holds every method of the trainer that is overridden,
-a few lines each, and hands over to a part that knows the matter:
+The trainer keeps its own loop, loss and data. `LoPTMixin` holds every method of the trainer that is
+overridden, a few lines each, and hands over to a part that knows the matter:
 
     lopt          core          boundaries, heads, local losses
     block_major   trainers      the block-major schedule
@@ -12,22 +12,21 @@ a few lines each, and hands over to a part that knows the matter:
     guard         reliability   numbers that are not finite, divergence, errors of the machine
     throughput    trainers      speed and peak memory
 
-One optimizer step: `get_batch_samples` fetches its micro-batches; for each, `training_step` runs `_prepare_inputs`
-(which sets the scale of the local losses), `compute_loss` (local backwards inside) and the task backward; then the
-gradients are clipped block by block (`clip_gradients`) and stepped. Events between (`LoopEvents`) tell the parts.
+One optimizer step: `get_batch_samples` fetches its micro-batches; for each, `training_step` runs
+`_prepare_inputs` (which sets the scale of the local losses), `compute_loss` (local backwards inside) and the
+task backward; then the gradients are clipped block by block (`clip`) and stepped. Events between
+(`LoopEvents`) tell the parts.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import real_tokens, size
 from lopt.engine.offload import Offload
-from lopt.engine.optimizer import clip_block, clip_gradients
 from lopt.engine.reduction import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
 from lopt.reliability.guards import Guard
 from lopt.reliability.saving import Checkpoints
@@ -47,16 +45,14 @@ from lopt.reliability.stopping import Stops
 from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
-from lopt.trainers.optimizer import block_optimizer, optimizer_factory
+from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
+from lopt.trainers.optimizer import add_heads, block_optimizer, clip
 from lopt.trainers.throughput import Throughput
-from lopt.trainers.warm_up import warm_up_batches
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from transformers import Trainer
 else:
     Trainer = object
-
-HEADS_NAME = "reconstruction_heads.safetensors"
 
 
 class LoPTMixin(Trainer):
@@ -200,24 +196,14 @@ class LoPTMixin(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, over the handle's parameter groups."""
         if self.optimizer is None and self.lopt.config.method != "lora":
-            make = optimizer_factory(self)
-            if self.is_fsdp_enabled:
-                # FSDP2 replaces the parameters it knows, so the heads join when it is done.
-                self.optimizer = make([g for g in self._parameter_groups() if not g["heads"]])
-            else:
-                self.optimizer = block_optimizer(self, self._parameter_groups(), make)
+            self.optimizer = block_optimizer(self)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule that `lr_scheduler_type` names, over all blocks."""
-        if self.is_fsdp_enabled and not any(g.get("heads") for g in self.bare_optimizer().param_groups):
-            for group in self._parameter_groups():
-                if group["heads"]:
-                    self.bare_optimizer().add_param_group(group)
+        if self.is_fsdp_enabled:
+            add_heads(self)
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        return self.lopt.parameter_groups(self.args.learning_rate, weight_decay=self.args.weight_decay)
 
     def bare_optimizer(self) -> Any:
         """Return the optimizer without accelerate's wrapper; it steps whenever it is told to."""
@@ -226,30 +212,10 @@ class LoPTMixin(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, which clips as the blocks need it and leaves offloaded weights in place."""
         super().create_accelerator_and_postprocess()
-        self.accelerator.device_placement &= not self.weights_offloaded
-        # By this Trainer clips and, with an infinite `max_norm`, takes the norm.
-        clip: Any = lambda parameters, max_norm, norm_type=2: self.clip_gradients(max_norm)  # noqa: E731
-        self.accelerator.clip_grad_norm_ = clip
-
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        """Clip the accumulated gradients and return their norm before clipping.
-
-        Raises:
-            NonFiniteError: the norm of a block is not finite.
-        """
-        self.accelerator.unscale_gradients()
-        if self.block_major is not None and self.block_major.norms:  # all but the last are stepped already
-            last = clip_block(self.lopt, len(self.lopt.blocks) - 1, max_norm)
-            norms = torch.stack([*self.block_major.norms, last])
-        else:
-            norms = clip_gradients(self.lopt, max_norm)
-        self.guard.check_norms(norms)
-        total = torch.linalg.vector_norm(norms)
-        if len(norms) > 1:
-            shares = (norms / total.clamp(min=1e-30)).square().tolist()
-            for block, share in enumerate(shares, start=1):
-                self.average(f"grad_share/block_{block}", share)
-        return total
+        accelerator: Any = self.accelerator
+        accelerator.device_placement &= not self.weights_offloaded
+        # With this Trainer clips and, by an infinite `max_norm`, takes the norm.
+        accelerator.clip_grad_norm_ = lambda parameters, max_norm, norm_type=2: clip(self, max_norm)
 
     # -- one optimizer step --------------------------------------------------------------------------
 
@@ -277,17 +243,17 @@ class LoPTMixin(Trainer):
         return False
 
     def loss_share(self, tokens: int | None) -> float:
-        """Return the part of the optimizer step's mean that a micro-batch of so many tokens is, times the ranks.
+        """Return the share of the optimizer step's mean of a micro-batch of `tokens` tokens, times the ranks.
 
-        It counts by tokens, as in the task loss: λ does not grow with accumulation, and one batch of 4 is four
-        of 1. Gradients are averaged over ranks afterwards, hence the factor.
+        It counts by tokens, as in the task loss: λ does not grow with accumulation, and one batch of 4 is
+        four of 1. Gradients are averaged over ranks afterwards, hence the factor.
         """
         if tokens is None or not self._step_tokens:
             return 1 / self.current_gradient_accumulation_steps
         return tokens / self._step_tokens * self.args.world_size
 
     def real_tokens(self, inputs: Any) -> int | None:
-        """Return the number of real tokens of a prepared micro-batch; None if it is not made of token rows."""
+        """Return the number of real tokens of a prepared micro-batch; None if it has no token rows."""
         return real_tokens(inputs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -402,21 +368,14 @@ class LoPTMixin(Trainer):
     def save_own_state(self, folder: Path) -> None:
         """Write into a checkpoint what transformers does not know of."""
         if self.lopt.heads and self.args.should_save:
-            safetensors.torch.save_file(self.lopt.heads.state_dict(), folder / HEADS_NAME)
+            save_heads(self.lopt, folder)
             if self.is_fsdp_enabled:
                 save_heads_optimizer(self.bare_optimizer(), folder)
 
     def load_own_state(self, folder: Path) -> None:
-        """Read what `save_own_state` wrote.
-
-        Raises:
-            ValueError: the checkpoint has no heads.
-        """
+        """Read what `save_own_state` wrote."""
         if self.lopt.heads:
-            path = folder / HEADS_NAME
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with `method` lopt")
-            self.lopt.heads.load_state_dict(safetensors.torch.load_file(path))
+            load_heads(self.lopt, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self.save_own_state(Path(output_dir))

@@ -162,7 +162,7 @@ def _without_longer(whole: Dataset, max_length: int, name: str) -> Dataset:
     if len(kept) < len(whole):
         dropped = len(whole) - len(kept)
         logger.warning(
-            "%d of %d %s rows are left out: longer than --max_length %d",
+            "%d of %d %s rows are left out: longer than `max_length` %d",
             dropped,
             len(whole),
             name,
@@ -200,9 +200,9 @@ def _report(counts: RowCounts, max_length: int | None, name: str) -> None:
     of = f"{counts.rows} {name} rows are"
     if counts.dropped:
         logger.warning(
-            "%d of %s left out: their prompt alone reaches --max_length %s", counts.dropped, of, max_length
+            "%d of %s left out: their prompt alone reaches `max_length` %s", counts.dropped, of, max_length
         )
     if counts.cut:
         logger.warning(
-            "%d of %s cut at --max_length %s, their end is not trained on", counts.cut, of, max_length
+            "%d of %s cut at `max_length` %s, their end is not trained on", counts.cut, of, max_length
         )

@@ -1,13 +1,19 @@
-"""The head warm-up of a trainer's run: its batches, its progress bar, what the other parts learn of it."""
+"""Reconstruction heads in a trainer's run: their warm-up and their part of a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
+
+from lopt.core.attach import LoPT
+
+HEADS_NAME = "reconstruction_heads.safetensors"
 
 
 def warm_up_batches(trainer: Any, batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader:
@@ -51,3 +57,20 @@ def warm_up_heads(trainer: Any) -> None:
     ]
     if first:
         tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
+
+
+def save_heads(lopt: LoPT, folder: Path) -> None:
+    """Write the weights of the heads into a checkpoint."""
+    safetensors.torch.save_file(lopt.heads.state_dict(), folder / HEADS_NAME)
+
+
+def load_heads(lopt: LoPT, folder: Path) -> None:
+    """Read what `save_heads` wrote.
+
+    Raises:
+        ValueError: the checkpoint has no heads.
+    """
+    path = folder / HEADS_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with `method` lopt")
+    lopt.heads.load_state_dict(safetensors.torch.load_file(path))
