@@ -1,4 +1,4 @@
-"""The source tree stays readable: sizes of files and functions, and rooms that import only rooms below them."""
+"""The source tree stays readable: sizes of files and functions; a room imports only rooms below it."""
 
 from __future__ import annotations
 
