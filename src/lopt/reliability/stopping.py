@@ -21,7 +21,7 @@ import torch
 from lopt.compat import evaluate_and_save
 from lopt.reliability.checkpoint import step_of
 from lopt.reliability.saving import NOTE
-from lopt.reliability.stop import Stopped, at_once, hold, requested, watching
+from lopt.reliability.stop import Stopped, at_once, hold, is_active, requested
 
 LEFT_TO_DO = "left_to_do"
 """Key in a checkpoint's note: "step" or "epoch", after which logs and evaluation are still to be done."""
@@ -124,7 +124,7 @@ class Stops:
             Stopped: it was.
         """
         reason, trainer = requested(), self._trainer
-        if trainer.args.world_size > 1 and watching():
+        if trainer.args.world_size > 1 and is_active():
             flag = torch.tensor(float(reason is not None), device=trainer.args.device)
             if trainer.accelerator.reduce(flag, "sum") > 0:
                 reason = reason or "a signal to another rank"

@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token that is not trained on."""
 LOOK_AHEAD = 10_000
-"""Rows of a stream among which one must have something to train on."""
+"""Rows at the start of a stream among which one must have a label."""
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows of a data set when they were prepared for training.
+    """What happened to the rows of a data set when they were prepared for training.
 
     Attributes:
         rows: Rows given.
@@ -50,7 +50,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
 
     Attributes:
         row_counts: What was reported, by name of the data set; streams have no entry.
-        whole_rows: The tokenized rows before `max_length` cuts them, likewise.
+        whole_rows: The tokenized rows before `max_length` cuts them, in the same way.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -153,7 +153,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
 
 
 def _without_longer(whole: Dataset, max_length: int, name: str) -> Dataset:
-    """The tokenized rows that fit; says how many do not."""
+    """Return the tokenized rows that fit; report how many do not."""
     kept = whole.select(_fitting(whole, max_length, fits=True))
     if not len(kept):
         raise ValueError(
@@ -172,12 +172,12 @@ def _without_longer(whole: Dataset, max_length: int, name: str) -> Dataset:
 
 
 def longer_rows(whole: Dataset, max_length: int) -> Dataset:
-    """Those of the tokenized rows that have more than `max_length` tokens."""
+    """Return those of the tokenized rows that have more than `max_length` tokens."""
     return whole.select(_fitting(whole, max_length, fits=False))
 
 
 def _fitting(whole: Dataset, max_length: int, *, fits: bool) -> list[int]:
-    """Positions of the tokenized rows that have at most (or more than) `max_length` tokens."""
+    """Return the positions of the tokenized rows with at most (or more than) `max_length` tokens."""
     tables = whole.with_format("arrow").iter(1000)
     lengths = (n for table in tables for n in pc.list_value_length(table["input_ids"]).to_pylist())
     return [position for position, length in enumerate(lengths) if (length <= max_length) == fits]
