@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lopt.data.files import SHUFFLE_BUFFER
-from lopt.data.presets import PRESETS
+from lopt.data.presets import PRESETS, SHUFFLE_BUFFER
 from lopt.reliability.stop import seconds
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from lopt.cli.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments
 from lopt.cli.parsing import parse
 from lopt.core.config import LoPTConfig
-from lopt.data.download import choose, download
-from lopt.data.presets import PRESETS
+from lopt.data.download import choose_presets, download, make_folder
+from lopt.data.presets import PRESETS, Preset
+from lopt.messages import error_text
 
 SUBCOMMANDS = {
     "download": "fetch public data sets into the cache or into Parquet files",
@@ -59,11 +60,33 @@ def main(arguments: Sequence[str]) -> None:
 
 def _download(arguments: Sequence[str]) -> None:
     (args,) = parse("data download", (DownloadArguments,), arguments)
-    presets = choose(args.dataset)
+    presets = choose_presets(args.dataset)
     if args.revision is not None and len(presets) > 1:
         raise ValueError("--revision belongs to one data set: name one with --dataset")
-    folder = args.output_dir if args.write_parquet else None
-    download(presets, folder, revision=args.revision, overwrite=args.overwrite)
+    folder = make_folder(args.output_dir) if args.write_parquet else None
+    failed = []
+    for preset in presets:
+        path = folder / f"{preset.name}.parquet" if folder is not None else None
+        if path is not None and path.exists() and not args.overwrite:
+            print(f"{preset.name}: {path} is there already and left alone (--overwrite replaces it)")
+            continue
+        try:
+            rows = download(preset, path, revision=args.revision)
+        except (ValueError, OSError) as error:
+            failed.append(preset.name)
+            print(f"{preset.name}: failed. {error_text(error, limit=1000)}")
+            continue
+        where = "rows" if path else "rows are in the cache"
+        print(f"{preset.name}: {rows:,} {where}. Train with {_flags(preset)}", end="")
+        print(f" --train_file {path}" if path else "")
+    if failed:
+        raise ValueError(f"not downloaded: {', '.join(failed)} (the reasons are above); try these again")
+
+
+def _flags(preset: Preset) -> str:
+    """Return the flags that train on a preset."""
+    sft = f"--dataset_preset {preset.name}"
+    return sft if preset.use == "sft" else f"--task {preset.name} (lopt grpo) or {sft} (lopt sft)"
 
 
 def _preview(arguments: Sequence[str]) -> None:
@@ -71,6 +94,7 @@ def _preview(arguments: Sequence[str]) -> None:
     from lopt.cli.sft import check
     from lopt.data import preview
     from lopt.trainers.config import LoPTSFTConfig
+    from lopt.trainers.sft import longer_rows
 
     # Every flag of `lopt sft`, so that a command can be previewed as it is.
     run_groups = (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig, LoPTSFTConfig)
@@ -88,14 +112,36 @@ def _preview(arguments: Sequence[str]) -> None:
     rows = sft_rows(model_args, data_args, args)
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir = scratch  # a trainer makes its folder, and this one leaves nothing
-        trainer = preview.stand_in_trainer(rows.train, rows.tokenizer, args)
-        shown = preview.sequences(trainer, preview_args.rows)
+        trainer = _stand_in_trainer(rows, args)
+        shown = preview.first_sequences(trainer.get_train_dataloader(), preview_args.rows)
+        whole = trainer.whole_rows.get("train")
+        if whole is not None and args.max_length is not None:
+            longer = longer_rows(whole, args.max_length)
+            shown = preview.mark_cut(shown, longer, args.max_length, args.truncation_mode == "keep_start")
     colour = _colour()
     _print(preview.legend(colour))
     for number, sequence in enumerate(shown, start=1):
         _print(f"\n{number}. {_figures(sequence, args.max_length)}")
         _print(preview.render(sequence, rows.tokenizer, colour))
     _print("\n" + _totals(rows, trainer, args))
+
+
+def _stand_in_trainer(rows: Any, args: Any) -> Any:
+    """Return the trainer of an SFT run in all that touches its data, on a model of no size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lopt.trainers import LoPTSFTTrainer
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    return LoPTSFTTrainer(
+        LlamaForCausalLM(config),
+        args=args,
+        lopt_config=LoPTConfig(method="e2e"),
+        train_dataset=rows.train,
+        processing_class=rows.tokenizer,
+    )
 
 
 def _figures(shown: Any, max_length: int | None) -> str:

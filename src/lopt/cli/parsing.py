@@ -15,7 +15,7 @@ import yaml
 from trl import TrlParser
 from yaml.constructor import ConstructorError
 
-from lopt.data.hub import one_line
+from lopt.messages import error_text
 from lopt.reliability.secrets import known_secrets, redact
 
 
@@ -125,7 +125,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     # The last three are what PyYAML itself stumbles over: deep nesting, values that their tags do not fit.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
-        told = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else one_line(error)
+        told = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else error_text(error)
         raise ValueError(f"--config {path} is not valid YAML: {told}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold flags, one 'name: value' per line")
