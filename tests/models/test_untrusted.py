@@ -163,7 +163,7 @@ MODELS = {
     "pickle": (pickled, "pytorch_model.bin, a pickle", WITHOUT_WEIGHTS),
     "shards elsewhere": (shards_elsewhere, "'../good/model.safetensors'", WITHOUT_WEIGHTS),
     "link": (link, "tokenizer_config.json is a link out of that folder", ()),
-    "kernel": (kernel, "--attn_implementation sdpa", WITHOUT_WEIGHTS),
+    "kernel": (kernel, "someone/fast-attention in its config.json, code from the hub", WITHOUT_WEIGHTS),
 }
 
 

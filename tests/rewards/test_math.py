@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lopt.rewards import math as math_reward
+from lopt.rewards import math as math_module
 from lopt.rewards.math import MAX_LENGTH, same_math
 
 pytest.importorskip("math_verify", reason='needs math-verify: pip install "lopt[math]"')
@@ -24,7 +24,7 @@ HOSTILE = [
 
 
 @pytest.fixture(autouse=True)
-def _forget():
+def _forget(patient_math_check):
     same_math.cache_clear()
 
 
@@ -57,16 +57,15 @@ def test_verdicts(wanted, given, same):
 
 def test_hostile_expressions_are_bounded_in_time(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(math_reward, "TIME_LIMIT", 1.0)
+        patch.setattr(math_module, "TIME_LIMIT", 1.0)
         for expression in HOSTILE:
             start = time.monotonic()
             assert same_math("5", expression) is False
-            # Besides the limit, the start of a process in place of the one killed before.
-            assert time.monotonic() - start < 8, expression
+            # Without a limit some take hours. Besides the limit: the start of a process, on a busy machine.
+            assert time.monotonic() - start < 60, expression
     assert same_math("5", "5.0") is True  # a new process serves as well
-    start = time.monotonic()
+    monkeypatch.setattr(math_module._CHECKER, "ask", None)  # remembered: nobody is asked
     assert [same_math("5", expression) for expression in HOSTILE] == [False] * len(HOSTILE)
-    assert time.monotonic() - start < 0.5  # remembered
 
 
 def test_in_threads():
@@ -86,8 +85,8 @@ def test_in_threads():
 def test_without_math_verify(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "lopt\[math\]"'):
-        math_reward.require_math_verify()
-    math_reward._CHECKER.stop()
+        math_module.require_math_verify()
+    math_module._CHECKER.stop()
     with pytest.raises(ImportError, match="math-verify"):
         same_math("5", "5.0")
     assert same_math("5", "5")  # equal text needs no library

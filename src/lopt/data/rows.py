@@ -126,7 +126,7 @@ def prompt_text(value: Any, column: str) -> str:
 
 
 def answer_text(value: Any, column: str) -> str:
-    """Return `value` as text: None as "", a number as it is written (2.0, as which Arrow may store 2, as "2").
+    """Return `value` as text: None as "", a number as it is written (2.0, as Arrow may store 2, as "2").
 
     Raises:
         ValueError: `value` is neither of these and not text.

@@ -106,7 +106,7 @@ def load_model(
 
 
 def load_config(name: str, **options: Any) -> PreTrainedConfig:
-    """Return the config of a decoder-only causal LM: options as of `read_config`, errors as of `load_model`."""
+    """Return the config of a decoder-only causal LM; options as of `read_config`, errors of `load_model`."""
     resolve_model(name)  # a folder or a hub id, not a config.json
     try:
         config = read_config(name, **options)

@@ -138,7 +138,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    """Return the text after the first `####` on its line, without commas and final periods; None without one."""
+    """Return the text after the first `####` on its line, without commas and final periods, or None."""
     answer = text.partition(MARK)[2].partition("\n")[0]
     # All final periods and spaces, so that an answer extracted once is the same when it is extracted again.
     return answer.replace(",", "").strip().rstrip(_ENDS) or None
