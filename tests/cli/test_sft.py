@@ -55,9 +55,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("k", ["2", "4"])
-def test_batches_accumulation_and_checkpointing_are_the_same_run(
-    sft: Run, tiny_folder: Path, k: str
-) -> None:
+def test_batches_accumulation_and_checkpointing_are_the_same_run(sft: Run, tiny_folder: Path, k: str) -> None:
     folder, losses = sft("batch", "--num_blocks", k)
     variants = {
         "accumulation": ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTTrainer
