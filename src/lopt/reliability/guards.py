@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from lopt.core.objective import token_spread, token_variance
-from lopt.data.batches import told_rows, width
+from lopt.data.batches import describe_rows, width
 from lopt.reliability.divergence import Divergence, DivergenceMonitor
 from lopt.reliability.machine_errors import (
     HOST_ADVICE,
@@ -183,7 +183,9 @@ class Guard:
         With several ranks the rows are those of the ranks whose numbers they are.
         """
         trainer = self._trainer
-        rows = None if finite_here else told_rows(trainer.train_dataset, trainer.processing_class, batches)
+        rows = (
+            None if finite_here else describe_rows(trainer.train_dataset, trainer.processing_class, batches)
+        )
         if trainer.args.world_size > 1:
             found = gather_object([None if finite_here else rows or ""])
             rows = "; ".join(
