@@ -173,7 +173,8 @@ def test_the_saved_model_is_plain_and_says_the_same(sft: Run, tmp_path: Path) ->
     evaluated = json.loads((folder / "eval_results.json").read_text())["eval_loss"]
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    from lopt.data import format_rows, load_rows, split_held_out
+    from lopt.data.formats import format_rows
+    from lopt.data.load import load_rows, split_held_out
 
     rows = format_rows(load_rows(train_file=sums_rows(folder)), tokenizer)
     _, held_out = split_held_out(rows, 8, 42)
