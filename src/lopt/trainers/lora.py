@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def lora_config(r: int, lora_alpha: float, target_modules: Any = None) -> Any:
+def lora_config(r: int, lora_alpha: int, target_modules: Any = None) -> Any:
     """Return the `peft.LoraConfig` of a causal language model.
 
     Args:
