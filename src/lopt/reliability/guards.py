@@ -312,10 +312,11 @@ class Guard:
         try:
             yield
         except Exception as error:  # a worker's error keeps its type, whatever that is; all else goes on
+            restore = ignore_children()
             if worker := worker_error(error):
-                ignore_children()
                 message = f"{self._where()}: {worker}; {self._trainer.checkpoints.newest()}"
                 raise WorkerDied(message) from error
+            restore()
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(self._memory_message(error)) from error

@@ -100,10 +100,16 @@ def worker_error(error: BaseException) -> str | None:
     return None
 
 
-def ignore_children() -> None:
-    """Remove torch's handler of SIGCHLD, which would raise the same error again wherever the program is."""
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def ignore_children() -> Callable[[], object]:
+    """Remove torch's handler of SIGCHLD, which would raise a worker's error again wherever the program is.
+
+    Returns:
+        What puts it back.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return lambda: None
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return lambda: signal.signal(signal.SIGCHLD, handler)
 
 
 def held_bytes(tensors: Iterable[Tensor | None], device: torch.device) -> int:
