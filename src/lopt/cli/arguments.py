@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lopt.core.config import LoPTConfig
+from lopt.data.presets import PRESETS, SHUFFLE_BUFFER
 from lopt.reliability.stop import seconds
 
-PRESETS = "metamathqa, alpaca, tulu3, gsm8k, numinamath"
 OPTIMIZERS = (
     "adamw_torch_fused, adamw_torch, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_torch_8bit, "
     "adamw_torch_4bit, lion_32bit, lion_8bit"
@@ -59,7 +59,7 @@ class DataArguments:
 
     train_file: list[str] | None = flag(None, "Local JSON, JSONL, Parquet or CSV: one or more files.")
     dataset_preset: str | None = flag(
-        None, f"A public data set: {PRESETS}. From the hub, or from a copy in --train_file."
+        None, f"A public data set: {', '.join(PRESETS)}. From the hub, or from a copy in --train_file."
     )
     dataset_name: str | None = flag(None, "A data set on the hub.")
     dataset_config: str | None = flag(None, "Its configuration, if it has several.")
@@ -73,7 +73,7 @@ class DataArguments:
         False, "Read rows when they are needed, for data larger than memory. Needs --max_steps."
     )
     shuffle_buffer: int = flag(
-        1_000, "With --streaming: the number of rows from which the next one is drawn at random."
+        SHUFFLE_BUFFER, "With --streaming: the number of rows from which the next one is drawn at random."
     )
     max_seq_length: int | None = flag(None, "Longest sequence in tokens; another name for --max_length.")
 
@@ -331,7 +331,7 @@ class DownloadArguments:
 
     groups: ClassVar[dict[str, str]] = {"Data": "dataset", "Output": "write_parquet"}
 
-    dataset: list[str] = flag([], f"One or more of {PRESETS}, or all.")
+    dataset: list[str] = flag([], f"One or more of {', '.join(PRESETS)}, or all.")
     revision: str | None = flag(None, "Branch, tag or commit, of one data set.")
     write_parquet: bool = flag(False, "Write NAME.parquet as well; without it only the cache is filled.")
     output_dir: str = flag("data", "Folder of the Parquet files.")

@@ -6,17 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lopt.cli.arguments import DataArguments, ModelArguments, TaskArguments
-from lopt.data import (
-    QUESTION_TASKS,
-    TASKS,
-    format_rows,
-    load_rows,
-    procedural_rows,
-    question_rows,
-    split_held_out,
-)
+from lopt.data.formats import format_rows
+from lopt.data.load import check_held_out, load_rows, split_held_out
+from lopt.data.procedural import TASKS
+from lopt.data.question_tasks import QUESTION_TASKS
+from lopt.data.questions import procedural_rows, question_rows
 from lopt.models.load import load_tokenizer
-from lopt.rewards.rewards import REWARDS, checked, load_reward
+from lopt.rewards import REWARDS, checked, load_reward
 from lopt.validation import check_choice
 
 PROBLEMS = 5_000
@@ -81,20 +77,14 @@ def grpo_rows(
 
 
 def check_rows(data_args: DataArguments, max_steps: int) -> None:
-    """Refuse what a stream cannot do, before any work.
+    """Refuse, before any work, what a stream cannot do and what cannot be held out.
 
     Raises:
-        ValueError: `--streaming` without `--max_steps`, or with a share held out.
+        ValueError: `--streaming` without `--max_steps`, or a `--held_out` that is impossible.
     """
-    if not data_args.streaming:
-        return
-    if max_steps < 1:
+    if data_args.streaming and max_steps < 1:
         raise ValueError("--streaming needs --max_steps: the number of rows of a stream is unknown")
-    if 0 < data_args.held_out < 1:
-        raise ValueError(
-            "--held_out must be a whole number of rows with --streaming, since the number of rows is unknown "
-            f"(got {data_args.held_out})"
-        )
+    check_held_out(data_args.held_out, data_args.streaming)
 
 
 def check_task(task_args: TaskArguments, data_args: DataArguments) -> None:
@@ -129,11 +119,11 @@ def _read_rows(data_args: DataArguments, seed: int) -> Any:
         train_file=data_args.train_file,
         dataset_name=data_args.dataset_name,
         dataset_config=data_args.dataset_config,
-        split=data_args.dataset_split,
-        revision=data_args.dataset_revision,
+        dataset_split=data_args.dataset_split,
+        dataset_revision=data_args.dataset_revision,
         max_samples=data_args.max_samples,
         seed=seed,
-        preset=data_args.dataset_preset,
+        dataset_preset=data_args.dataset_preset,
         streaming=data_args.streaming,
         shuffle_buffer=data_args.shuffle_buffer,
     )
