@@ -69,6 +69,12 @@ def load_rows(
         check_columns(preset, column_names(rows), where)
         show_licence(preset)
         rows = rows.select_columns(list(preset.columns))
+    return _draw(rows, max_samples, seed, shuffle_buffer)
+
+
+def _draw(
+    rows: Dataset | IterableDataset, max_samples: int | None, seed: int, shuffle_buffer: int
+) -> Dataset | IterableDataset:
     if isinstance(rows, IterableDataset):
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
         return rows if max_samples is None else rows.take(max_samples)
