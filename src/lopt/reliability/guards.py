@@ -25,6 +25,7 @@ from transformers import Trainer as PlainTrainer
 from lopt.core.attach import LoPT
 from lopt.core.objective import token_spread, token_variance
 from lopt.data.batches import told_rows, width
+from lopt.instruments.memory import unwrap_optimizer
 from lopt.reliability.divergence import LocalWatch, Trouble
 from lopt.reliability.machine_errors import (
     HOST_BY_HAND,
@@ -313,8 +314,7 @@ class Guarded(Stoppable):
 
     def _memory_sentence(self, error: BaseException) -> str:
         device = where(error, self.args.device)
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        used = in_use(device, self.model, optimizer)
+        used = in_use(device, self.model, unwrap_optimizer(self.optimizer))
         clear_frames(error.__traceback__)  # what they hold is needed no more
         if self.doing == "evaluation":
             size = self.args.per_device_eval_batch_size

@@ -111,7 +111,7 @@ def _in_data_loader(error: BaseException) -> bool:
 def held(tensors: Iterable[Tensor | None], device: torch.device) -> int:
     """Bytes of the storages of `tensors` on `device`, each counted once."""
     storages = {
-        part.untyped_storage()._cdata: part.untyped_storage().nbytes()
+        id(part.untyped_storage()): part.untyped_storage().nbytes()
         for tensor in tensors
         if tensor is not None
         for part in dense_parts(tensor)

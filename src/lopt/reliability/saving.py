@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from lopt.core.attach import LoPT
 from lopt.files import write_text
+from lopt.instruments.memory import unwrap_optimizer
 from lopt.reliability.checkpoint import (
     WRITING,
     CheckpointError,
@@ -114,7 +115,7 @@ class WholeCheckpoints(Trainer):
         """What a checkpoint will take, about: weights, heads and the optimizer's state."""
         tensors = list(self.model.parameters()) if self.lopt.config.method != "lora" else []
         tensors += list(self.lopt.heads.parameters())
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = unwrap_optimizer(self.optimizer)
         if optimizer is not None and not self.args.save_only_model:
             tensors += [
                 t for state in optimizer.state.values() for t in state.values() if hasattr(t, "numel")

@@ -26,9 +26,11 @@ from lopt.core.attach import LoPT, attach
 from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import real_tokens, size
+from lopt.engine.clipping import clip_block, clip_gradients
 from lopt.engine.offload import Offload
-from lopt.engine.optimizer import clip_block, clip_gradients
+from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.reduction import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
+from lopt.instruments.memory import unwrap_optimizer
 from lopt.reliability.guards import Guarded
 from lopt.reliability.saving import WholeCheckpoints
 from lopt.reliability.stopping import Stoppable
@@ -88,8 +90,8 @@ class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer
             self.reduction = GradientReduction(self.lopt, is_last=self._is_last_micro_batch)
         staged = config.schedule == "block_major" and self.lopt.heads
         if staged and config.offload != "none":
-            ahead = int(config.prefetch_gib * 2**30)
-            self.offload = Offload(self.lopt, self.args.device, ahead, weights=self.weights_travel)
+            budget = int(config.prefetch_gib * 2**30)
+            self.offload = Offload(self.lopt, self.args.device, budget, weights=self.weights_travel)
         self.block_major = BlockMajorSteps(self) if staged else None
         self._step_tokens = 0
         self.micro_batch = 0
@@ -312,8 +314,7 @@ class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer
 
     def bare_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer itself, which steps whenever it is told to."""
-        optimizer: Any = self.optimizer
-        return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
+        return unwrap_optimizer(self.optimizer, keep=BlockOptimizer)
 
 
 class _LoopHooks(TrainerCallback):

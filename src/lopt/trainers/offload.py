@@ -61,4 +61,4 @@ class TravellingWeights(Trainer):
 
     def _settle(self) -> None:
         if self.offload is not None:
-            self.offload.settle()
+            self.offload.synchronize()

@@ -86,7 +86,7 @@ def block_optimizer(trainer: Any, groups: Groups, make: Make) -> BlockOptimizer:
         return BlockOptimizer(groups, make, precision=precision)
     parameters = [p for group in groups for p in group["params"]]
     _check_host_memory(parameters, make, precision)
-    offload.optimizer = BlockOptimizer(groups, make, precision=precision, conveyor=offload.conveyor)
+    offload.optimizer = BlockOptimizer(groups, make, precision=precision, transfer=offload.transfer)
     return offload.optimizer
 
 
