@@ -52,7 +52,7 @@ class GradientReduction:
         names = [
             name for block in lopt.blocks[:-1] for name, _ in lopt.blocks.parameters(lopt.model, block.index)
         ]
-        compat.exclude_from_ddp(lopt.model, names)
+        compat.leave_out_of_ddp(lopt.model, names)
         lopt.after_local_backward = self._start
         self.broadcast_heads()
 
