@@ -33,7 +33,7 @@ from lopt.engine.clipping import clip_block, clip_gradients
 from lopt.engine.offload import Offload
 from lopt.engine.optimizer import BlockOptimizer, Precision
 from lopt.instruments.memory import MemoryPeak, MemoryTracker
-from lopt.planning import shapes
+from lopt.models import shapes
 
 SHAPES = shapes.SHAPES | {
     "qwen2.5-72b": shapes.SHAPES["qwen2.5-32b"]

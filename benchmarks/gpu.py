@@ -28,7 +28,8 @@ from transformers import AutoConfig
 
 from block_memory import BF16, SHAPES, Loop, block_major
 from lopt.instruments.memory import MemoryTracker
-from lopt.planning.plan import Planner, Run, Setting
+from lopt.planning.plan import Planner
+from lopt.planning.run import Run, Setting
 
 TINY: dict[str, Any] = dict(
     model_type="qwen2", hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,

@@ -74,7 +74,7 @@ NAMES: dict[str, str] = {
         "Public, but replaced while live bytes are counted: FSDP frees weights by it, and no operator shows "
         "it. Without that, what FSDP has freed counts until its tensor is used again."
     ),
-    "torch:Tensor._indices": "With `_values`, the parts of a sparse gradient. Without them it is not counted.",
+    "torch:Tensor._indices": "With `_values`, the parts of a sparse gradient. It counts by them.",
     "torch:Tensor._values": "See `_indices`.",
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": (
         "Attention on a CPU. Without its name it counts no FLOPs."

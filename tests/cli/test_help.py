@@ -77,9 +77,9 @@ def test_names_in_the_help_are_those_of_the_library() -> None:
     from lopt.data import PRESETS, TASKS
     from lopt.data.files import SHUFFLE_BUFFER
     from lopt.models.packaged import PACKAGED_MODEL
+    from lopt.models.shapes import SHAPES
+    from lopt.planning.optimizer_step import OPTIMIZERS
     from lopt.planning.plan import BANDWIDTH, TFLOPS
-    from lopt.planning.shapes import SHAPES
-    from lopt.planning.step import OPTIMIZERS
 
     assert ", ".join(PRESETS) == arguments.PRESETS and ", ".join(OPTIMIZERS) == arguments.OPTIMIZERS
     plan, demo = arguments.PlanArguments(), arguments.DemoArguments()

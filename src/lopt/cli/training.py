@@ -22,7 +22,7 @@ from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
 from lopt.models.load import load_config, load_model, resolve_model
-from lopt.planning.shapes import model_config
+from lopt.models.shapes import model_config
 from lopt.reliability.machine_errors import Attempt, told_in
 from lopt.reliability.saving import on_first_rank
 from lopt.reliability.stop import Stopped

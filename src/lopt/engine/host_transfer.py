@@ -15,6 +15,7 @@ import mmap
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -220,11 +221,12 @@ class HostTransfer:
 
 def _map_dense(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     """Return `tensor` with every dense tensor inside it replaced by what `make` returns for it."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    kind: Any = type(tensor)
+    if not hasattr(kind, "__tensor_flatten__"):
         return make(tensor)
-    names, context = tensor.__tensor_flatten__()
+    names, context = kind.__tensor_flatten__(tensor)
     inner = {name: _map_dense(getattr(tensor, name), make) for name in names}
-    return type(tensor).__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
+    return kind.__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class Offload:
         self.weights = WeightsOffload(lopt, self.transfer) if weights else None
 
     def enter(self, block: int, learns: bool) -> None:
-        """Fetch the weights of block `block` (from 0), prefetch its state if it learns, and the next block."""
+        """Fetch the weights of block `block` (from 0); prefetch its state if it learns, and the next one."""
         following = self.weights.enter(block) if self.weights is not None else []
         if learns and self.optimizer is not None:
             self.transfer.prefetch(self.optimizer.state_groups(block))
