@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from lopt.models.load import ALIASES, check_causal, read_config, resolve_model
+from lopt.models.load import check_causal, read_config
+from lopt.models.names import ALIASES, resolve_model
 from lopt.models.packaged import PACKAGED_MODEL
-from lopt.models.trust import UntrustedError
+from lopt.models.untrusted import UntrustedError
 
 # As in the published config.json files: what decides about bytes and FLOPs.
 SHAPES: dict[str, dict[str, Any]] = {
