@@ -110,7 +110,7 @@ def measured(
             loop.step(*whole)
         peak = tracker.peak.total
     if loop.offload is not None:
-        loop.offload.conveyor.close()
+        loop.offload.transfer.close()
     tokens = micro_batches * args.batch * args.tokens
     return {"seconds": times, "tokens/s": tokens / statistics.median(times), "peak GiB": peak / 2**30}
 
