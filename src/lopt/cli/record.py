@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from lopt.cli.parsing import settings
-from lopt.evaluation.store import differences
-from lopt.files import write_text
+from lopt.files import differences, write_text
 from lopt.reliability.provenance import environment, fingerprint, git_states, versions
 from lopt.reliability.secrets import is_secret_name, known_secrets, redacted, redacted_words
 from lopt.version import __version__
