@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from lopt.cli.arguments import BENCHMARKS, EvalArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.evaluation.names import model_labels
@@ -15,79 +15,10 @@ from lopt.models.load import DTYPES, resolve_model
 from lopt.validation import check as check_value
 from lopt.validation import check_choice, check_number
 
-NAMES = "mmlu, ifeval, arc_challenge, gsm8k, hellaswag, truthfulqa_mc, truthfulqa_gen, winogrande"
-
-
-@dataclass
-class EvalArguments:
-    """Which models, on what, how."""
-
-    model_name_or_path: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "One or more models: folders (models, or adapters of --method lora), hub ids, aliases, "
-            "gemma3-270m."
-        },
-    )
-    base: str | None = field(
-        default=None,
-        metadata={"help": "The model that the others were made from: what they gained and lost against it."},
-    )
-    tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Benchmarks: {NAMES}, or any other task of lm-evaluation-harness."},
-    )
-    text: list[str] | None = field(
-        default=None,
-        metadata={"help": "UTF-8 files whose loss per token and perplexity are measured: cheap."},
-    )
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder with the benchmarks' rows as <name>/<split>.jsonl. Default: the hub."},
-    )
-    limit: int | None = field(
-        default=None,
-        metadata={"help": "Only the first so many items of each task (each subject of mmlu)."},
-    )
-    num_fewshot: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Shots of single tasks, as arc_challenge=25 hellaswag=10. Default: as the task is "
-            "defined (gsm8k 5, most others 0), mmlu 5."
-        },
-    )
-    batch_size: str = field(
-        default="auto", metadata={"help": "Sequences in a batch, or auto: what fits is found."}
-    )
-    apply_chat_template: bool = field(
-        default=False, metadata={"help": "Put prompts into the tokenizer's chat template."}
-    )
-    text_tokens: int = field(default=8192, metadata={"help": "Tokens of each --text that are measured."})
-    text_window: int = field(default=256, metadata={"help": "Tokens that are read together."})
-    param_dtype: str = field(
-        default="float32",
-        metadata={
-            "aliases": ["--dtype"],
-            "help": "Dtype of the weights: float32, bfloat16, float16 or auto.",
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "For example sdpa, eager, flash_attention_2."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
-    output_dir: str = field(
-        default="outputs/eval", metadata={"help": "Results, samples and the report; finished tasks are kept."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Replace results there that were made otherwise (other model, settings or rows)."},
-    )
-
 
 def main(arguments: Sequence[str]) -> None:
     """Check everything that can be checked cheaply, then evaluate model after model."""
-    (args,) = parse("eval", (EvalArguments,), arguments)
+    (args,) = parse("eval", arguments)
     models = check(args)
     num_fewshot = fewshots(args.num_fewshot or [])
 
@@ -112,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
         texts=[TextTask(Path(path), args.text_tokens, args.text_window) for path in args.text or ()],
         overwrite=args.overwrite_output_dir,
-    ).run(functools.cache(Record.of("eval", (EvalArguments,), arguments).write))  # written once
+    ).run(functools.cache(Record.of("eval", arguments).write))  # written once
     for label, evaluation in evaluations.items():
         if remark := cut_prompts(evaluation.results):
             print(f"{label}: {remark}")
@@ -134,7 +65,7 @@ def check(args: EvalArguments) -> dict[str, str]:
             "--model_name_or_path is missing: give folders, hub ids or gemma3-270m (the packaged model)"
         )
     if not args.tasks and not args.text:
-        raise ValueError(f"nothing to measure: give --tasks ({NAMES}) or --text FILE")
+        raise ValueError(f"nothing to measure: give --tasks ({BENCHMARKS}) or --text FILE")
     if args.num_fewshot and not args.tasks:
         raise ValueError("--num_fewshot goes with --tasks: give both or neither")
     check_choice("param_dtype", args.param_dtype, DTYPES)

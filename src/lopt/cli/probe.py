@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+from lopt.cli.arguments import ProbeArguments
 from lopt.cli.eval import labels
 from lopt.cli.output import check_report
 from lopt.cli.parsing import parse
@@ -19,49 +19,9 @@ from lopt.validation import check_number
 FILES = ("probe.json", "report.html")
 
 
-@dataclass
-class ProbeArguments:
-    """Which models, on which text."""
-
-    base: str | None = field(
-        default=None, metadata={"help": "The model that the others were tuned from: a folder or a hub id."}
-    )
-    model_name_or_path: list[str] | None = field(
-        default=None,
-        metadata={"help": "One or more tuned models: folders or hub ids, LoRA adapters as well."},
-    )
-    text: list[str] | None = field(
-        default=None, metadata={"help": "Plain text that the models read: one or more UTF-8 files."}
-    )
-    tokens: int = field(default=2048, metadata={"help": "Tokens of each text, from its start."})
-    window: int = field(default=128, metadata={"help": "Tokens that are read together."})
-    batch_size: int = field(default=16, metadata={"help": "Windows at a time."})
-    num_blocks: int | None = field(
-        default=None,
-        metadata={
-            "help": "Mark the boundaries of so many blocks. Default: the tuned model's lopt_config.json."
-        },
-    )
-    block_boundaries: list[int] | None = field(
-        default=None, metadata={"help": "Layers (from 0) at which blocks 2..k start; overrides --num_blocks."}
-    )
-    param_dtype: str = field(
-        default="float32",
-        metadata={
-            "aliases": ["--dtype"],
-            "help": "Dtype that the models are run in: float32, bfloat16, auto.",
-        },
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
-    output_dir: str = field(
-        default="outputs/probe", metadata={"help": "Where probe.json and report.html go."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier report there."})
-
-
 def main(arguments: Sequence[str]) -> None:
     """Check all flags and tokenizers, run the base, then one tuned model after the other."""
-    (args,) = parse("probe", (ProbeArguments,), arguments)
+    (args,) = parse("probe", arguments)
     texts = check(args)
 
     from lopt.evaluation.drift.probe import naming_base, probe  # after the checks: these imports take seconds
@@ -72,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         ((base, base_path),) = labels([args.base]).items()
     models = labels(args.model_name_or_path)
     folder = check_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
-    record = Record.of("probe", (ProbeArguments,), arguments)
+    record = Record.of("probe", arguments)
     cut = None
     if args.num_blocks is not None or args.block_boundaries is not None:
         cut = LoPTConfig(num_blocks=args.num_blocks or 1, block_boundaries=args.block_boundaries)

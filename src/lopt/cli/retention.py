@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
 from lopt.cli.arguments import RetentionArguments
+from lopt.cli.messages import renamed
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.retention_callback import RetentionCallback, check_whole_model
 from lopt.evaluation.texts import read_texts
@@ -64,10 +64,7 @@ def check_retention(
     if r.retention_tasks:
         from lopt.evaluation.harness import check_tasks
 
-        try:
+        with renamed(tasks="retention_tasks", data_dir="retention_data_dir", texts="retention_text"):
             check_whole_model(config.offload == "block", args)
             check_tasks(r.retention_tasks, r.retention_data_dir)
-        except ValueError as error:  # which names the arguments of the library
-            message = re.sub("`(tasks|data_dir)`", r"`retention_\1`", str(error))
-            raise ValueError(message.replace("`texts`", "`retention_text`")) from error
     return Retention(r, read_texts(r.retention_text or [], r.retention_tokens, "retention_text"))
