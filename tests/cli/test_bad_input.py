@@ -215,7 +215,7 @@ CASES: list[tuple[str, str, str]] = [
     ("eval", "--model_name_or_path ./no", "./no is not a folder"),
     ("eval", "--model_name_or_path model model", "--model_name_or_path model is given twice"),
     ("eval", "--base tuned", "--base tuned is the only model: give others"),
-    ("eval", "--limit 0", "--limit 0 is not possible: use 1 or more"),
+    ("eval", "--limit 0", "--limit must be >= 1 (got 0)"),
     ("eval", "--batch_size some", "--batch_size some is not possible: use auto"),
     ("eval", "--param_dtype int8", "--param_dtype int8 is not possible"),
     ("eval", "--num_fewshot 5 --tasks gsm8k", "--num_fewshot 5 is not possible: write it as arc_ch"),

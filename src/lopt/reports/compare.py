@@ -130,7 +130,7 @@ def _with_interval(measured: Results, digits: int = 3) -> str:
     if measured["value"] is None:
         return "–"
     digits = digits if abs(measured["value"]) < 10 else 1
-    text = f"{measured['value']:.{digits}f}"
+    text = number(measured["value"], f".{digits}f")
     if measured["low"] is None:
         return text
     return f"{text}\u00a0±\u00a0{(measured['high'] - measured['low']) / 2:.{digits}f}"

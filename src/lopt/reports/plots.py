@@ -56,7 +56,8 @@ def line_plot(
         marks: labels by their place on the x axis, each beside a thin vertical line: boundaries, say.
     """
     ends = [(name, *points[0], *points[-1]) for name, points in series.items() if points]
-    alt = alt or _alt(title, (f"{n} from {y:.3g} at {x:g} to {v:.3g} at {u:g}" for n, x, y, u, v in ends))
+    ranges = (f"{n} from {y:.3g} at {x:g} to {v:.3g} at {u:g}" for n, x, y, u, v in ends)
+    alt = alt or _alt(f"{title}, {x_label}", ranges)
     with _canvas(title, alt, 3.1, series) as (fig, axes):
         for i, points in enumerate(series.values()):
             shown = [p for p in points if all(map(math.isfinite, p)) and (p[1] > 0 or not log_y)]
@@ -135,7 +136,8 @@ def interval_plot(
         series: one estimate per group, by name; None (or a value that is not finite) leaves a gap.
     """
     dots = ((n, g, e) for n, row in series.items() for g, e in zip(groups, row, strict=True) if e)
-    alt = alt or _alt(title, (f"{name}, {group} {e.value:+.3g}" for name, group, e in dots))
+    values = (f"{name}, {group} {e.value:+.3g}" for name, group, e in dots)
+    alt = alt or _alt(f"{title}, {x_label}", values)
     slots = max(1, len(series))
     height = 1.2 + len(groups) * max(0.34, 0.17 * slots)
     with _canvas(title, alt, height, series) as (fig, axes):
@@ -166,7 +168,8 @@ def scatter_plot(
     Args:
         points: (x, y) by name; what is not finite is left out.
     """
-    alt = alt or _alt(title, (f"{n}: {x.value:.3g} and {y.value:.3g}" for n, (x, y) in points.items()))
+    values = (f"{n} {x.value:.3g} and {y.value:.3g}" for n, (x, y) in points.items())
+    alt = alt or _alt(f"{title}, {x_label} and {y_label}", values)
     with _canvas(title, alt, 3.0, points) as (fig, axes):
         handles = []
         for i, (x, y) in enumerate(points.values()):

@@ -199,7 +199,7 @@ def test_a_summary_of_nothing_but_failures() -> None:
 CASES = {
     "method flag": (("--method", "e2e"), "--methods names what is compared"),
     "seeds twice": (("--seeds", "1", "1"), "--seeds 1 1"),
-    "limit": (("--limit", "0"), "--limit 0 is not possible"),
+    "limit": (("--limit", "0"), "--limit must be >= 2 (got 0)"),
     "unknown task": (("--retention_tasks", "chess"), "chess"),
     "no such text": (("--retention_text", "nowhere.txt"), "--retention_text nowhere.txt"),
 }
