@@ -11,7 +11,7 @@ from lopt.cli.output import check_report, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.core.config import LoPTConfig
-from lopt.data.tasks import TASKS
+from lopt.data.procedural import TASKS
 from lopt.models.load import resolve_model
 from lopt.validation import check_choice, check_number
 

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from lopt.core.config import LoPTConfig
-from lopt.data import Problem, is_correct, prompt, train_and_held_out
+from lopt.data.procedural import Problem, is_correct, prompt, train_and_held_out
 from lopt.evaluation.generate import complete
 from lopt.evaluation.loss import completion_loss, text_loss
 from lopt.files import write_json

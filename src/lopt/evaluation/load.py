@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lopt.files import read_json
 from lopt.instruments.memory import format_bytes, free_host_memory
 from lopt.models.load import empty_model, load_model, load_tokenizer, read_config, resolve_model
-from lopt.models.trust import UntrustedError, check_folder
+from lopt.models.untrusted import UntrustedError, check_folder
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Loading:
         """Refuse a model whose weights alone are larger than the free memory.
 
         Raises:
-            ValueError: the model does not fit, or `lopt.models.trust` refuses it. A config that cannot be
+            ValueError: the model does not fit, or `lopt.models.untrusted` refuses it. A config that cannot be
                 read is left to `load_model`.
         """
         base = adapter_base(path)
