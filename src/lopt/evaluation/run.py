@@ -62,7 +62,7 @@ class EvaluationRun:
         """Evaluate what has no results yet and return all results by label.
 
         Args:
-            on_start: called with `folder` each time before a model is evaluated.
+            on_start: called with `folder` each time that a model has been loaded.
 
         Raises:
             ValueError: a setting is impossible; as far as possible this is found before a model is loaded.
@@ -86,8 +86,7 @@ class EvaluationRun:
             done = len(works) - len(missing[label])
             print(f"{label}: {len(works)} tasks" + (f", {done} of them finished before" if done else ""))
             if missing[label]:
-                on_start(self.folder)
-                self._evaluate(self.models[label], store, missing[label])
+                self._evaluate(self.models[label], store, missing[label], on_start)
             evaluations[label] = _collect(store, works, loaded)
             self._write_results(self.models[label], store, evaluations[label].results)
         return evaluations
@@ -160,9 +159,12 @@ class EvaluationRun:
             "versions": versions(_PACKAGES),
         }
 
-    def _evaluate(self, path: str, store: Store, missing: list[Work]) -> None:
+    def _evaluate(
+        self, path: str, store: Store, missing: list[Work], on_start: Callable[[Path], object]
+    ) -> None:
         """Load a model, run what is missing and keep each task's results at once."""
         tokenizer, model = self.loading.tokenizer(path), self.loading.model(path)
+        on_start(self.folder)
         for number, work in enumerate(missing, start=1):
             start = time.perf_counter()
             print(f"  {work.name} ({number} of {len(missing)})", file=sys.stderr)
