@@ -9,7 +9,7 @@ from pathlib import Path
 from lopt.cli.messages import renamed
 from lopt.cli.output import check_report, spare_model
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import record_of
 from lopt.core.config import LoPTConfig
 from lopt.data.procedural import TASKS
 from lopt.models.load import resolve_model
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     from lopt.evaluation.demo import Demo
     from lopt.reports.demo import summary, write_demo_report
 
-    Record.of("demo", arguments).write(folder)
+    record_of("demo", arguments).write(folder)
     names = ("model", "task", "steps", "batch_size", "learning_rate", "held_out", "seed", "trust_remote_code")
     results = Demo(config=config, **{name: getattr(args, name) for name in names}).run(folder)
     report = write_demo_report(results, folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lopt.cli.arguments import BENCHMARKS, EvalArguments
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import record_of
 from lopt.evaluation.names import model_labels
 from lopt.models.load import DTYPES, resolve_model
 from lopt.validation import check as check_value
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
         texts=[TextTask(Path(path), args.text_tokens, args.text_window) for path in args.text or ()],
         overwrite=args.overwrite_output_dir,
-    ).run(functools.cache(Record.of("eval", arguments).write))  # written once
+    ).run(functools.cache(record_of("eval", arguments).write))  # written once
     for label, evaluation in evaluations.items():
         if remark := cut_prompts(evaluation.results):
             print(f"{label}: {remark}")

@@ -9,7 +9,7 @@ from lopt.cli.arguments import ProbeArguments
 from lopt.cli.eval import labels
 from lopt.cli.output import check_report
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import record_of
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.texts import read_texts
 from lopt.files import write_json, write_text
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         ((base, base_path),) = labels([args.base]).items()
     models = labels(args.model_name_or_path)
     folder = check_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
-    record = Record.of("probe", arguments)
+    record = record_of("probe", arguments)
     cut = None
     if args.num_blocks is not None or args.block_boundaries is not None:
         cut = LoPTConfig(num_blocks=args.num_blocks or 1, block_boundaries=args.block_boundaries)

@@ -67,8 +67,7 @@ class RetentionCallback(TrainerCallback):
         if max_forgetting is not None and not texts:
             raise ValueError("`max_forgetting` is in nats per token of text: add `texts`")
         if tasks:
-            handle = getattr(trainer, "lopt", None)
-            check_whole_model(handle is not None and handle.config.offload == "block", trainer.args)
+            check_whole_model(getattr(trainer, "weights_offloaded", False), trainer.args)
         self.trainer = trainer
         self.texts, self.tokens = dict(texts or {}), tokens
         self.tasks, self.data_dir, self.limit = list(tasks), data_dir, limit
