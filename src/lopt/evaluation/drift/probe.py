@@ -17,7 +17,7 @@ from lopt.evaluation.drift.reference import CANNOT, Drift, Reference
 from lopt.evaluation.drift.states import windows
 from lopt.evaluation.load import Loading, adapter_base
 from lopt.files import read_json
-from lopt.planning.shapes import model_config
+from lopt.models.shapes import model_config
 
 
 def probe(
