@@ -102,7 +102,7 @@ class Stops:
             return f"with nothing new since {Path(checkpoint).name}: go on with `resume`"
         final = trainer.checkpoints.path(step)
         if self._following is not None or not trainer.checkpoints.is_proven(final):
-            trainer.settle_weights()
+            trainer.synchronize_weights()
             trainer.model.zero_grad()
             trainer.lopt.heads.zero_grad()
             assert self._state is not None
