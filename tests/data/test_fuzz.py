@@ -41,7 +41,7 @@ def fuzz(cost: int = 1) -> settings:
     return settings(
         max_examples=max(MANY // cost, 50),
         derandomize=not MANY,
-        deadline=timedelta(seconds=10),
+        deadline=timedelta(seconds=60),
         suppress_health_check=list(HealthCheck),
     )
 
