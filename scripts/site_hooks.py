@@ -10,7 +10,9 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
-_FOREIGN = re.compile(r"""<(?:script|img|iframe|source)[^>]+src=["']?https?://|<link[^>]+rel=["']?stylesheet[^>]+https?://""")
+_FOREIGN = re.compile(
+    r"""<(?:script|img|iframe|source)[^>]+src=["']?https?://|<link[^>]+rel=["']?stylesheet[^>]+https?://"""
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -34,6 +36,8 @@ def on_post_build(config: Any) -> None:
         PluginError: names the pages.
     """
     site = Path(config["site_dir"])
-    foreign = [str(p.relative_to(site)) for p in site.rglob("*.html") if _FOREIGN.search(p.read_text("utf-8"))]
+    foreign = [
+        str(p.relative_to(site)) for p in site.rglob("*.html") if _FOREIGN.search(p.read_text("utf-8"))
+    ]
     if foreign:
         raise PluginError(f"pages load files from other hosts: {', '.join(foreign)}")

@@ -24,8 +24,8 @@ TOP = ("benchmarks", "docs", "examples", "scripts", "src", "tests")
 # Flags of other programs that the pages name.
 FOREIGN = {
     "--config_file", "--nnodes", "--node_rank", "--nproc_per_node", "--num_processes", "--rdzv_backend",
-    "--rdzv_endpoint", "--find-links", "--no-deps", "--no-index", "--wheel", "--help", "--help-all", "--version",
-    "--config", "--steps", "--max_tokens", "--schedule_steps", "--tokens", "--pairs",
+    "--rdzv_endpoint", "--find-links", "--no-deps", "--no-index", "--wheel", "--help", "--help-all",
+    "--version", "--config", "--steps", "--max_tokens", "--schedule_steps", "--tokens", "--pairs",
 }  # fmt: skip
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -34,7 +34,11 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relativ
 def blocks(text: str, *languages: str) -> list[str]:
     """The contents of fenced code blocks, also of indented ones."""
     found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE)
-    return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, kind, body in found if kind in languages]
+    return [
+        re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
+        for indent, kind, body in found
+        if kind in languages
+    ]
 
 
 @functools.cache
@@ -158,7 +162,9 @@ def expanded(path: str) -> list[str]:
     if match is None:
         return [path.split("{")[0].rstrip("/")]
     return [
-        whole for part in match[1].split(",") for whole in expanded(path[: match.start()] + part + path[match.end() :])
+        whole
+        for part in match[1].split(",")
+        for whole in expanded(path[: match.start()] + part + path[match.end() :])
     ]
 
 
