@@ -10,7 +10,7 @@ from lopt.cli.output import check_output, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.core.config import LoPTConfig
-from lopt.data.tasks import TASKS
+from lopt.data.procedural import TASKS
 from lopt.models.load import resolve_model
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         spare_model(args.output_dir, model, ("checkpoint-*", "model"))
         check_cut(model, [config])
     except ValueError as error:  # they know the flags of lopt sft
-        told = str(error).replace("--model_name_or_path", "--model").replace("go on with --resume, ", "")
+        told = str(error).replace("`model_name_or_path`", "`model`").replace("go on with --resume, ", "")
         raise ValueError(told) from error
 
     from lopt.evaluation.demo import run_demo

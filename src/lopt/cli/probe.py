@@ -123,7 +123,7 @@ def _named(flag: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(str(error).replace("--model_name_or_path", flag)) from error
+        raise ValueError(str(error).replace("`model_name_or_path`", flag)) from error
 
 
 def _check_alike(label: str, base: PreTrainedConfig, tuned: PreTrainedConfig) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from lopt.files import fsync, write_text
 from lopt.instruments.memory import format_bytes
-from lopt.models.trust import check_pickles
+from lopt.models.pickles import check_pickles
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"

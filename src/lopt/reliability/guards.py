@@ -24,7 +24,7 @@ from transformers import Trainer as PlainTrainer
 
 from lopt.core.attach import LoPT
 from lopt.core.objective import token_spread, token_variance
-from lopt.data.batches import told_rows, width
+from lopt.data.batches import describe_rows, width
 from lopt.reliability.divergence import LocalWatch, Trouble
 from lopt.reliability.machine_errors import (
     HOST_BY_HAND,
@@ -176,7 +176,7 @@ class Guarded(Stoppable):
 
         With several ranks the rows are those of the ranks whose numbers they are.
         """
-        rows = None if finite_here else told_rows(self.train_dataset, self.processing_class, batches)
+        rows = None if finite_here else describe_rows(self.train_dataset, self.processing_class, batches)
         if self.args.world_size > 1:
             found = gather_object([None if finite_here else rows or ""])
             told = [f"rank {rank}: {r}".removesuffix(": ") for rank, r in enumerate(found) if r is not None]

@@ -26,7 +26,7 @@ from lopt.compat import labelled_positions_only
 from lopt.core.attach import LoPT, attach
 from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
-from lopt.data.batches import real_tokens, size
+from lopt.data.batches import padded_tokens, real_tokens
 from lopt.engine.offload import Offload
 from lopt.engine.optimizer import clip_block, clip_gradients
 from lopt.engine.reduction import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
@@ -211,7 +211,7 @@ class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward with the local backwards inside, then the task backward of the last block."""
         self.micro_batch += 1
-        with self.throughput.micro_batch(size(inputs), self.model, self.optimizer):
+        with self.throughput.micro_batch(padded_tokens(inputs), self.model, self.optimizer):
             if self.block_major is not None and self.micro_batch == 1:
                 self.block_major.run_early_blocks(self._batches, num_items_in_batch)
             loss = super().training_step(model, inputs, num_items_in_batch)
