@@ -67,7 +67,7 @@ def test_what_max_length_takes_away(tiny_folder: Path, tmp_path: Path, caplog, p
     if kept == 6:
         assert trainer.row_counts["train"] == RowCounts(rows=4, dropped=1, cut=3)
         assert "1 of 4 train rows are left out" in caplog.text
-        assert "3 of 4 train rows are cut at --max_length 8" in caplog.text
+        assert "3 of 4 train rows are cut at `max_length` 8" in caplog.text
     else:
         assert not caplog.text
 
@@ -89,8 +89,8 @@ def test_long_rows_can_be_left_out(tiny_folder: Path, tmp_path: Path, caplog) ->
     lengths = [len(row["input_ids"]) for row in made.train_dataset]
     assert len(lengths) == 2 and max(lengths) <= 8
     assert made.row_counts["train"] == RowCounts(rows=4, dropped=2, cut=0)
-    assert "2 of 4 train rows are left out: longer than --max_length 8" in caplog.text
+    assert "2 of 4 train rows are left out: longer than `max_length` 8" in caplog.text
     stream = trainer(Dataset.from_list(rows).to_iterable_dataset()).train_dataset
     assert [len(row["input_ids"]) for row in stream] == lengths
-    with pytest.raises(ValueError, match="--drop_long_rows leaves none of the 4 train rows"):
+    with pytest.raises(ValueError, match="`drop_long_rows` leaves none of the 4 train rows"):
         trainer(Dataset.from_list(rows), max_length=3)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lopt.cli.output import check_output, spare_model
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import record_of
 from lopt.core.config import LoPTConfig
 from lopt.data.procedural import TASKS
 from lopt.models.load import resolve_model
@@ -46,5 +46,5 @@ def main(arguments: Sequence[str]) -> None:
 
     from lopt.evaluation.demo import run_demo
 
-    Record.of("demo", arguments).write(Path(args.output_dir))
+    record_of("demo", arguments).write(Path(args.output_dir))
     run_demo(args)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from lopt.compat import kernel_names
 from lopt.models.pickles import UntrustedError, check_safetensors
 
 _MODEL = ("model.safetensors", "model.safetensors.index.json")
@@ -49,16 +50,16 @@ def check_kernels(name: str, config: Any, chosen: str | None) -> None:
     Raises:
         UntrustedError: the config names one.
     """
-    for attribute, fix in (
-        ("_attn_implementation", "give `attn_implementation` sdpa, or {} if you trust it"),
-        ("_experts_implementation", "take experts_implementation out of that file"),
-    ):
-        wanted = getattr(config, attribute, None)
-        trusted = chosen is not None and attribute == "_attn_implementation"
+    fixes = {
+        "attn_implementation": "give `attn_implementation` sdpa, or {} if you trust it",
+        "experts_implementation": "take experts_implementation out of that file",
+    }
+    for argument, wanted in kernel_names(config).items():
+        trusted = chosen is not None and argument == "attn_implementation"
         if isinstance(wanted, str) and "/" in wanted and not trusted:
             raise UntrustedError(
                 f"`model_name_or_path` {name} names {wanted} in its config.json, code from the hub: "
-                + fix.format(wanted)
+                + fixes[argument].format(wanted)
             )
 
 
