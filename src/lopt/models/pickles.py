@@ -43,7 +43,7 @@ def check_safetensors(folder: Path, name: str, accepted: tuple[str, ...]) -> Non
     if pickles:
         raise UntrustedError(
             f"`model_name_or_path` {name} has its weights in {pickles[0]}, a pickle, which can run code when "
-            f'it is read: convert it to {accepted[0]} (docs/guide.md, "From .bin to safetensors": torch.load('
+            f"it is read: convert it to {accepted[0]} (docs/howto/safetensors.md: torch.load("
             "weights_only=True), then safetensors.torch.save_file), or use a revision with safetensors"
         )
     raise UntrustedError(
