@@ -25,7 +25,7 @@ def check_output(output_dir: str, *, resume: str | None, overwrite: bool) -> str
     folder = Path(output_dir)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite_output_dir contradict each other: give one of them")
-    _check_writable(folder)
+    check_writable(folder)
     if resume:
         return find_checkpoint(str(folder), resume)
     if not overwrite and (checkpoints(folder) or any((folder / name).exists() for name in _SIGNS_OF_A_RUN)):
@@ -69,7 +69,7 @@ def spare_model(output_dir: str, model: str, written: Sequence[str] = ("checkpoi
         )
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """By writing, which finds read-only disks that permissions do not show; in the parent of a new folder."""
     there = folder
     while not there.exists():
@@ -92,7 +92,7 @@ def check_report(output_dir: str, names: Sequence[str], *, overwrite: bool) -> P
         ValueError: it is not a writable folder, or holds such a report.
     """
     folder = Path(output_dir)
-    _check_writable(folder)
+    check_writable(folder)
     if not overwrite and any((folder / name).exists() for name in names):
         raise ValueError(
             f"--output_dir {folder} holds a report already: replace it with --overwrite_output_dir, or "

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lopt.cli.arguments import DataArguments, ModelArguments, TaskArguments
 from lopt.data.formats import format_rows
-from lopt.data.load import load_rows, split_held_out
+from lopt.data.load import check_held_out, load_rows, split_held_out
 from lopt.data.procedural import TASKS
 from lopt.data.question_tasks import QUESTION_TASKS
 from lopt.data.questions import procedural_rows, question_rows
@@ -130,17 +130,11 @@ def grpo_rows(
 
 
 def check_rows(data_args: DataArguments, max_steps: int) -> None:
-    """Refuse what a stream cannot do, before any work.
+    """Refuse, before any work, what a stream cannot do and what cannot be held out.
 
     Raises:
-        ValueError: `--streaming` without `--max_steps`, or with a share held out.
+        ValueError: `--streaming` without `--max_steps`, or a `--held_out` that is impossible.
     """
-    if not data_args.streaming:
-        return
-    if max_steps < 1:
+    if data_args.streaming and max_steps < 1:
         raise ValueError("--streaming needs --max_steps: a stream does not say how many rows it has")
-    if 0 < data_args.held_out < 1:
-        raise ValueError(
-            f"--held_out {data_args.held_out} is a share, and with --streaming the number of rows is "
-            "unknown: give a whole number of rows"
-        )
+    check_held_out(data_args.held_out, data_args.streaming)

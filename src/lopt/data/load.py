@@ -107,40 +107,41 @@ def split_held_out(
     Raises:
         ValueError: `held_out` is none of these, or it would leave no training row.
     """
+    check_held_out(held_out, isinstance(rows, IterableDataset))
     if held_out == 0:
         return rows, None
-    # Written so that NaN fails it too.
-    if not (0 < held_out < 1 or (held_out >= 1 and float(held_out).is_integer())):
-        raise ValueError(
-            f"`held_out` must be 0, a fraction below 1 or a whole number of rows (got {held_out})"
-        )
     if isinstance(rows, IterableDataset):
-        return _split_stream(rows, held_out)
+        count = int(held_out)
+        # The held-out rows are evaluated on again and again, so they are kept.
+        held, train = Dataset.from_list(list(rows.take(count)), features=rows.features), rows.skip(count)
+        if len(held) < count or next(iter(train), None) is None:
+            raise _nothing_left(held_out, f"all {len(held)}")
+        return train, held
     count = int(held_out) if held_out >= 1 else max(1, round(held_out * len(rows)))
     if count >= len(rows):
-        raise ValueError(
-            f"`held_out` {held_out} takes {count} of {len(rows)} rows and leaves none to train on: "
-            "lower it or give more rows"
-        )
+        raise _nothing_left(held_out, f"{count} of {len(rows)}")
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
 
 
-def _split_stream(rows: IterableDataset, held_out: float) -> tuple[IterableDataset, Dataset]:
-    if held_out < 1:
+def _nothing_left(held_out: float, taken: str) -> ValueError:
+    return ValueError(
+        f"`held_out` {held_out} takes {taken} rows and leaves none to train on: lower it or give more rows"
+    )
+
+
+def check_held_out(held_out: float, streaming: bool) -> None:
+    """Raise a ValueError unless `held_out` is 0, a share (not of a stream) or a whole number of rows."""
+    # Written so that NaN fails it too.
+    if not (0 <= held_out < 1 or (held_out >= 1 and float(held_out).is_integer())):
+        raise ValueError(
+            f"`held_out` must be 0, a fraction below 1 or a whole number of rows (got {held_out})"
+        )
+    if streaming and 0 < held_out < 1:
         raise ValueError(
             f"`held_out` {held_out} is a share, and with `streaming` the number of rows is unknown: "
             "give a whole number of rows"
         )
-    count = int(held_out)
-    # The held-out rows are evaluated on again and again, so they are kept.
-    held, train = Dataset.from_list(list(rows.take(count)), features=rows.features), rows.skip(count)
-    if len(held) < count or next(iter(train), None) is None:
-        raise ValueError(
-            f"`held_out` {count} takes all {len(held)} rows and leaves none to train on: "
-            "lower it or give more rows"
-        )
-    return train, held
 
 
 def _check_source(

@@ -43,8 +43,9 @@ def check_safetensors(folder: Path, name: str, accepted: tuple[str, ...]) -> Non
     if pickles:
         raise UntrustedError(
             f"`model_name_or_path` {name} has its weights in {pickles[0]}, a pickle, which can run code when "
-            f"it is read: convert it to {accepted[0]} (docs/howto/safetensors.md: torch.load("
-            "weights_only=True), then safetensors.torch.save_file), or use a revision with safetensors"
+            f"it is read: convert it to {accepted[0]} by torch.load(weights_only=True) and "
+            'safetensors.torch.save_file ("From .bin to safetensors" in the documentation), or use a '
+            "revision with safetensors"
         )
     raise UntrustedError(
         f"`model_name_or_path` {name} has no {accepted[0]}: give a folder with weights in safetensors"

@@ -21,6 +21,7 @@ from lopt.instruments.flops import FlopCounter
 from lopt.models.load import save_model
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.lora import lora_config
 from lopt.trainers.throughput import COUNTED_ALWAYS
 
 
@@ -73,15 +74,9 @@ class Bench:
     def _adapters(self, arm: Arm) -> Any:
         if arm.config.method != "lora":
             return None
-        from peft import LoraConfig
-
         own = {key.removeprefix("lora_"): v for key, v in arm.changes.items() if key in LORA_KEYS}
-        return LoraConfig(
-            r=own.get("r", self.lora["r"]),
-            lora_alpha=own.get("alpha", self.lora["lora_alpha"]),
-            target_modules=self.lora["target_modules"],
-            task_type="CAUSAL_LM",
-        )
+        rank, alpha = own.get("r", self.lora["r"]), own.get("alpha", self.lora["lora_alpha"])
+        return lora_config(rank, alpha, self.lora["target_modules"])
 
 
 def measure_base(bench: Bench, arm: Arm, folder: Path) -> dict[str, Any]:
