@@ -126,7 +126,7 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--retention_data_dir data", "add --retention_tasks"),
     # -- --config
     ("sft", "--config none.yaml", "--config none.yaml is not a file"),
-    ("sft", "--config", "--config needs a YAML file"),
+    ("sft", "--config", "--config: expected one argument"),
     ("sft", "--config=unknown.yaml", "--config unknown.yaml: 'num_block' is no flag: did you mean num_bl"),
     ("sft", "--config broken.yaml", "--config broken.yaml is not valid YAML: "),
     ("sft", "--config list.yaml", "--config list.yaml must hold flags, one 'name: value' per line"),

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -90,37 +89,21 @@ def flag_types(command: str) -> dict[str, Any]:
 
 def _words(command: str, arguments: Sequence[str]) -> tuple[_Parser, list[str]]:
     """Return a parser and the words that it is to read: those of the YAML file first, so that flags win."""
+    first = _Parser([], add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    config, words = first.parse_known_args(list(arguments))
     parser = _Parser(flags_of(command), prog=f"lopt {command}")
-    path, words = _take_config(_resume_alone(list(arguments)))
-    if path is not None:
-        words = _words_of(_read_yaml(path), f"--config {path}", parser, flag_types(command)) + words
+    if config.config is not None:
+        words = (
+            _words_of(_read_yaml(config.config), f"--config {config.config}", parser, flag_types(command))
+            + words
+        )
     return parser, words
 
 
 def _hint(name: str, known: Iterable[str], dashes: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {dashes}{close[0]}?" if close else "--help lists them"
-
-
-def _resume_alone(arguments: list[str]) -> list[str]:
-    """Return the arguments with `--resume=auto` for a `--resume` without a value."""
-    return [
-        "--resume=auto" if flag == "--resume" and following.startswith("--") else flag
-        for flag, following in pairwise([*arguments, "--"])
-    ]
-
-
-def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the file of `--config FILE` or `--config=FILE`, and the other arguments."""
-    for position, word in enumerate(arguments):
-        flag, sign, value = word.partition("=")
-        if flag == "--config":
-            end = position + (1 if sign else 2)
-            value = value if sign else "".join(arguments[position + 1 : end])
-            if not value:
-                raise ValueError("--config needs a YAML file")
-            return Path(value), arguments[:position] + arguments[end:]
-    return None, arguments
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
