@@ -10,7 +10,7 @@ from typing import Any
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Suffixes of files that torch unpickles."""
 
-# Not weights: what trainers leave beside them, and nobody reads.
+# Files that trainers write beside weights, and that no loader takes for weights.
 _NO_WEIGHTS = (
     *("training_args", "optimizer", "scheduler", "scaler", "rng_state", "rollouts", "random_states"),
     "pytorch_model_fsdp",  # FSDP2's in one file, which accelerate reads by `torch.load(weights_only=True)`

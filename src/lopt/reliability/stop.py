@@ -194,10 +194,7 @@ def seconds(text: str) -> float:
         ValueError: `text` is not a duration.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    if not parts or "".join(a + b for a, b in parts) != text.replace(" ", "") or not _total(parts):
+    total = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text.replace(" ", "") or not total:
         raise ValueError(f"`max_time` {text} is no duration: write 90m, 2h, 1h30m or a number of seconds")
-    return _total(parts)
-
-
-def _total(parts: list[tuple[str, str]]) -> float:
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    return total
