@@ -65,20 +65,21 @@ def load_rows(
         )
     if train_file is not None:
         rows = load_files(train_file, dataset_split, streaming)
-    elif preset is not None:
-        source = f"`dataset_preset` {preset.name}"
-        rows = load_hub(
-            preset.hub_id, preset.config, dataset_split, dataset_revision, streaming=streaming, source=source
-        )
     else:
-        rows = load_hub(
-            str(dataset_name), dataset_config, dataset_split, dataset_revision, streaming=streaming
-        )
+        source = {"source": f"`dataset_preset` {preset.name}"} if preset is not None else {}
+        place = (str(dataset_name), dataset_config) if preset is None else (preset.hub_id, preset.config)
+        rows = load_hub(*place, dataset_split, dataset_revision, streaming=streaming, **source)
     if preset is not None:
         where = "`train_file`" if train_file is not None else f"{preset.hub_id} on the Hub"
         check_columns(preset, column_names(rows), where)
         show_licence(preset)
         rows = rows.select_columns(list(preset.columns))
+    return _draw(rows, max_samples, seed, shuffle_buffer)
+
+
+def _draw(
+    rows: Dataset | IterableDataset, max_samples: int | None, seed: int, shuffle_buffer: int
+) -> Dataset | IterableDataset:
     if isinstance(rows, IterableDataset):
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
         return rows if max_samples is None else rows.take(max_samples)

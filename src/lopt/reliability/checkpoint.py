@@ -256,7 +256,7 @@ def check_checkpoint(path: str | Path) -> str | None:
         raise CheckpointError(f"`resume` {path} is not a folder: name a checkpoint, or leave it at `resume`")
     check_pickles(path)
     if not (path / MANIFEST).is_file():
-        return f"{path.name} has no {MANIFEST}, so nobody can tell whether it is whole: taken as it is"
+        return f"{path.name} has no {MANIFEST}, so it cannot be checked: taken as it is"
     why = damage(path)
     if why is not None:
         raise CheckpointError(f"`resume` {path} is refused: {why}. `resume` alone takes the newest whole one")

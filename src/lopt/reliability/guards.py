@@ -1,4 +1,4 @@
-"""What ends a run, or warns, before it goes on to no purpose, and the message that says so.
+"""Checks that stop a run, or warn, when going on is useless, and the messages that explain it.
 
 Numbers that are not finite, local losses that diverge and boundaries that collapse
 (`lopt.reliability.divergence`), memory that is full and data-loader workers that die
@@ -131,7 +131,7 @@ class Guard:
         """Log the local losses of a micro-batch, and stop if they or the task loss are not finite.
 
         They are means over ranks by their shares, so that all ranks see the same and stop together. Whether
-        any rank was told to stop, and what was measured at the boundaries, is reduced with them.
+        any rank was asked to stop, and what was measured at the boundaries, is reduced with them.
 
         Args:
             local: local losses by block, from 0.
@@ -271,7 +271,7 @@ class Guard:
         trainer = self._trainer
         if trainer.is_world_process_zero():
             logger.warning(
-                "%s. `on_divergence` stop would end the run here, ignore would not look",
+                "%s. `on_divergence` stop would end the run here, ignore would not check",
                 self._divergence_message(step, new),
             )
         wanted = trainer.control.should_log  # logging clears it, and this step's loss may be due

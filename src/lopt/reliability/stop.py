@@ -31,7 +31,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SystemExit):
-    """The run was told to stop and did; the text says by what, and what is on the disk."""
+    """The run was asked to stop and did; the message has the reason and what is on the disk."""
 
     def __init__(self, reason: str, state: str = "before the first step: nothing had to be saved") -> None:
         super().__init__(EXIT_STOPPED)

@@ -14,8 +14,8 @@ overridden, a few lines each, and hands over to a part that knows the matter:
 
 One optimizer step: `get_batch_samples` fetches its micro-batches; for each, `training_step` runs
 `_prepare_inputs` (which sets the scale of the local losses), `compute_loss` (local backwards inside) and the
-task backward; then the gradients are clipped block by block (`clip`) and stepped. Events between
-(`LoopEvents`) tell the parts.
+task backward; then the gradients are clipped block by block (`clip`) and stepped. `LoopEvents` tells
+the parts of what happens between.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class LoPTMixin(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def bare_optimizer(self) -> Any:
-        """Return the optimizer without accelerate's wrapper; it steps whenever it is told to."""
+        """Return the optimizer without accelerate's wrapper, which may skip steps."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def create_accelerator_and_postprocess(self) -> None:

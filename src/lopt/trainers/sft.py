@@ -60,7 +60,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
     def drop_repeated_rows(self, batches: list[Any]) -> bool:
         """Remove rows that only fill up an epoch's last batch; a rank without any rows left trains on none.
 
-        Rows of a packed batch lie in one line and cannot be told apart: there a few count twice.
+        Rows of a packed batch are one sequence and cannot be separated: a few of them count twice.
         """
         state = self.accelerator.gradient_state
         rows = self.args.per_device_train_batch_size
