@@ -76,9 +76,9 @@ def test_names_in_the_help_are_those_of_the_library() -> None:
     from lopt.cli import arguments
     from lopt.data.procedural import TASKS
     from lopt.models.packaged import PACKAGED_MODEL
+    from lopt.models.shapes import SHAPES
+    from lopt.planning.optimizer_step import OPTIMIZERS
     from lopt.planning.plan import BANDWIDTH, TFLOPS
-    from lopt.planning.shapes import SHAPES
-    from lopt.planning.step import OPTIMIZERS
 
     assert ", ".join(OPTIMIZERS) == arguments.OPTIMIZERS
     plan, demo = arguments.PlanArguments(), arguments.DemoArguments()

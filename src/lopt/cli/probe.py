@@ -27,7 +27,7 @@ from lopt.evaluation.drift.states import windows
 from lopt.evaluation.load import adapter_base, load_examinee, load_examinees_tokenizer
 from lopt.evaluation.texts import read_texts
 from lopt.files import write_text
-from lopt.planning.shapes import model_config
+from lopt.models.shapes import model_config
 from lopt.reports.drift import drift_page, drift_table
 
 FILES = ("probe.json", "report.html")

@@ -21,7 +21,7 @@ from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
 from lopt.models.load import load_config, load_model, resolve_model
-from lopt.planning.shapes import model_config
+from lopt.models.shapes import model_config
 from lopt.reliability.advice import Attempt
 from lopt.reliability.machine_errors import memory_errors_explained
 from lopt.reliability.record import Record, data_facts

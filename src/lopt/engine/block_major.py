@@ -66,7 +66,7 @@ class BlockMajor:
     def end_step(self) -> None:
         """The last block has been stepped: weights that travel are in host memory."""
         if self._offload is not None:
-            self._offload.settle()
+            self._offload.synchronize()
 
     def _learns(self, block: Block) -> bool:
         rests = not self._lopt.learns_locally or block.index not in self._lopt.learning
