@@ -52,23 +52,18 @@ def load_rows(
             type or with other columns than the preset; a data set that cannot be reached; `max_samples` or
             `shuffle_buffer` below 1.
     """
-    preset = None
-    if dataset_preset is not None:
-        check_choice("dataset_preset", dataset_preset, PRESETS)
-        preset = PRESETS[dataset_preset]
-    _check_source(train_file, dataset_name, dataset_config, preset)
+    preset = _check_source(train_file, dataset_name, dataset_config, dataset_preset)
     check_number("max_samples", max_samples, minimum=1)
     check_number("shuffle_buffer", shuffle_buffer, minimum=1)
     if streaming and "[" in dataset_split:
-        raise ValueError(
-            f"`dataset_split` {dataset_split}: a stream cannot be sliced: use `max_samples` instead"
-        )
+        raise ValueError(f"`dataset_split` {dataset_split}: a stream cannot be sliced: use `max_samples`")
     if train_file is not None:
         rows = load_files(train_file, dataset_split, streaming)
     else:
-        source = {"source": f"`dataset_preset` {preset.name}"} if preset is not None else {}
-        place = (str(dataset_name), dataset_config) if preset is None else (preset.hub_id, preset.config)
-        rows = load_hub(*place, dataset_split, dataset_revision, streaming=streaming, **source)
+        name, config, source = str(dataset_name), dataset_config, "`dataset_name`"
+        if preset is not None:
+            name, config, source = preset.hub_id, preset.config, f"`dataset_preset` {preset.name}"
+        rows = load_hub(name, config, dataset_split, dataset_revision, streaming=streaming, source=source)
     if preset is not None:
         where = "`train_file`" if train_file is not None else f"{preset.hub_id} on the Hub"
         check_columns(preset, column_names(rows), where)
@@ -146,15 +141,21 @@ def check_held_out(held_out: float, streaming: bool) -> None:
 
 
 def _check_source(
-    train_file: Paths | None, dataset_name: str | None, config: str | None, preset: Preset | None
-) -> None:
-    if preset is not None and (dataset_name is not None or config is not None):
+    train_file: Paths | None, dataset_name: str | None, dataset_config: str | None, dataset_preset: str | None
+) -> Preset | None:
+    """Return the preset, if one is named; raise a ValueError unless the arguments name one source."""
+    if dataset_preset is None:
+        if (train_file is None) == (dataset_name is None):
+            given = "neither is" if train_file is None else "both are"
+            raise ValueError(
+                f"give exactly one of `train_file` and `dataset_name` ({given} given), or `dataset_preset`"
+            )
+        return None
+    check_choice("dataset_preset", dataset_preset, PRESETS)
+    preset = PRESETS[dataset_preset]
+    if dataset_name is not None or dataset_config is not None:
         other = "dataset_config" if dataset_name is None else "dataset_name"
         raise ValueError(
             f"`dataset_preset` {preset.name} stands for {preset.hub_id}: leave `{other}` out, or the preset"
         )
-    if preset is None and (train_file is None) == (dataset_name is None):
-        given = "neither is" if train_file is None else "both are"
-        raise ValueError(
-            f"give exactly one of `train_file` and `dataset_name` ({given} given), or `dataset_preset`"
-        )
+    return preset
