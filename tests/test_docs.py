@@ -146,6 +146,18 @@ def test_quoted_messages_are_in_the_source() -> None:
     assert not missing, f"no message of the source says {missing}"
 
 
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "examples/quickstart.ipynb", as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    said = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    assert "same logits: True" in said and "same answers: True" in said
+
+
 def test_the_rooms_of_the_readme() -> None:
     tree = (ROOT / "README.md").read_text("utf-8").split("## Where things are")[1].split("```")[1]
     rooms = {p.name for p in (ROOT / "src/lopt").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
