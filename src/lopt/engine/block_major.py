@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt.core.attach import BoundaryReached, LoPT
-from lopt.core.blocks import Block, base_model
+from lopt.architectures import base_model
+from lopt.core.attach import LoPT
+from lopt.core.blocks import Block
+from lopt.core.boundaries import BoundaryReached
 from lopt.engine.offload import Offload
 from lopt.instruments.memory import host_tensor
 
@@ -46,12 +48,12 @@ class BlockMajor:
         self._slot = 0
         self._tuples = False
         for block in lopt.blocks[1:]:
-            first = lopt.blocks.first_layer(block)
+            first = lopt.blocks.layers[block.start]
             # Ahead of the handle's own hook, which must see the real input.
             hook = first.register_forward_pre_hook(self._feed(block), with_kwargs=True, prepend=True)
             lopt.hooks.append(hook)
         for block in lopt.blocks[:-1]:
-            lopt.hooks.append(lopt.blocks.last_layer(block).register_forward_hook(self._keep(block)))
+            lopt.hooks.append(lopt.blocks.layers[block.stop - 1].register_forward_hook(self._keep(block)))
 
     def enter(self, block: Block) -> None:
         """All micro-batches go through `block` next."""
@@ -95,7 +97,7 @@ class BlockMajor:
 
     @contextmanager
     def _only(self, block: Block, slot: int) -> Iterator[None]:
-        self._slot, self._lopt.only = slot, block.index
+        self._slot, self._lopt.active_block = slot, block.index
         stand_ins: dict[Any, Callable[..., Any]] = {
             layer: self._hand_on for layer in self._lopt.blocks.layers[: block.start]
         }
@@ -107,7 +109,7 @@ class BlockMajor:
         try:
             yield
         finally:
-            self._lopt.only = None
+            self._lopt.active_block = None
             for module, forward in own.items():
                 del module.forward
                 if forward is not None:
@@ -123,7 +125,7 @@ class BlockMajor:
 
     def _feed(self, block: Block) -> Callable[..., Any]:
         def feed(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if self._lopt.only != block.index:
+            if self._lopt.active_block != block.index:
                 return None
             hidden = self.stash[self._slot]
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
@@ -132,7 +134,7 @@ class BlockMajor:
 
     def _keep(self, block: Block) -> Callable[..., None]:
         def keep(module: Any, args: tuple, output: Any) -> None:
-            if self._lopt.only == block.index:
+            if self._lopt.active_block == block.index:
                 self._tuples = isinstance(output, tuple)  # block 1 comes first, before any layer hands on
                 self.stash[self._slot] = output[0] if self._tuples else output
                 raise BoundaryReached

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lopt.architectures import base_model
 from lopt.core.attach import LoPT
-from lopt.core.blocks import base_model
 from lopt.engine.host_transfer import Cargo, Conveyor
 from lopt.engine.optimizer import BlockOptimizer
 from lopt.instruments.memory import in_host_memory
@@ -89,7 +89,7 @@ class WeightsOffload:
         self._heads_travel = False
         for cargo in self._learning:
             conveyor.store(cargo)
-        lopt.device = conveyor.device
+        lopt.offload_device = conveyor.device
         _rest_on(lopt.model, conveyor.device)
         lopt.hooks.append(blocks.decoder.register_forward_pre_hook(self._before_decoder))
         for layer in blocks.layers:
@@ -141,7 +141,7 @@ class WeightsOffload:
         self._whole = False
 
     def _before_decoder(self, module: nn.Module, args: tuple) -> None:
-        if self._lopt.only is not None or self.bring_in():
+        if self._lopt.active_block is not None or self.bring_in():
             return
         if torch.is_grad_enabled():
             raise RuntimeError("the weights do not fit on the device together: run this without gradients")
@@ -149,11 +149,11 @@ class WeightsOffload:
             self._conveyor.take(cargo)
 
     def _before_layer(self, layer: nn.Module, args: tuple) -> None:
-        if self._lopt.only is None and not self._whole:
+        if self._lopt.active_block is None and not self._whole:
             self._conveyor.take(self._by_module[layer])
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        if self._lopt.only is None and not self._whole:
+        if self._lopt.active_block is None and not self._whole:
             self._conveyor.give_back(self._by_module[layer], changed=False)
 
 

@@ -27,12 +27,13 @@ from transformers.pytorch_utils import Conv1D
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
+import lopt.losses.next_token as next_token
 from lopt.core.attach import attach
 from lopt.core.blocks import Block, Blocks
 from lopt.core.config import LoPTConfig
-from lopt.core.objective import NextToken, Rows
 from lopt.instruments.flops import FlopCounter
 from lopt.instruments.memory import MemoryTracker
+from lopt.losses.next_token import NextToken
 from lopt.models.load import empty_model
 
 Method = Literal["lopt", "frozen", "e2e"]
@@ -167,8 +168,8 @@ def fake_run(work: Work) -> Iterator[None]:
         # Both look into tensors, for packed rows and for padding: rows are padded and not packed.
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),
         mock.patch("transformers.masking_utils._ignore_causal_mask_sdpa", partial(_no_mask, work.batch)),
-        mock.patch.object(Rows, "followed", lambda rows: torch.arange(rows.ids.numel())),
-        mock.patch.object(NextToken, "_columns", _columns_of_many),
+        mock.patch.object(next_token, "predicted_positions", lambda rows: torch.arange(rows.ids.numel())),
+        mock.patch.object(NextToken, "softmax_tokens", _columns_of_many),
     ]
     if work.device == "cuda":  # kernels there work in place
         patches += [
@@ -194,7 +195,7 @@ def _no_mask(
 
 
 def _columns_of_many(loss: Any, ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`NextToken._columns` of a micro-batch whose tokens are all different."""
+    """`NextToken.softmax_tokens` of a micro-batch whose tokens are all different."""
     weight = loss._lm_head.weight
     own = min(ids.numel(), len(weight))
     columns = own + (len(weight) - own) // max(1, len(weight) // loss.sample)

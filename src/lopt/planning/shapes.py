@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from lopt.architectures import shares_embeddings
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.core.objective import ReconstructionHead
-from lopt.models.load import ALIASES, check_causal, empty_model, read_config, resolve_model, shares_embeddings
+from lopt.models.load import ALIASES, check_causal, empty_model, read_config, resolve_model
 from lopt.models.packaged import PACKAGED_MODEL
 from lopt.models.trust import UntrustedError
 

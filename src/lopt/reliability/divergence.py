@@ -106,7 +106,7 @@ class LocalWatch:
 
         Args:
             unexplained: local loss / variance of what is to be reconstructed; empty for other local losses.
-            spread: `lopt.core.objective.token_spread` of the block's output.
+            spread: `lopt.instruments.hidden_states.token_spread` of the block's output.
         """
         self._last_look = step
         found = []

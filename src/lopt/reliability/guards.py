@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import Trainer as PlainTrainer
 
 from lopt.core.attach import LoPT
-from lopt.core.objective import token_spread, token_variance
 from lopt.data.batches import told_rows, width
+from lopt.instruments.hidden_states import token_spread, token_variance
 from lopt.reliability.divergence import LocalWatch, Trouble
 from lopt.reliability.machine_errors import (
     HOST_BY_HAND,
@@ -226,7 +226,7 @@ class Guarded(Stoppable):
         """An optimizer step begins: forget the last one; look at the boundaries if it is time to."""
         self.doing, self._sums, self._seen, self._shares = "step", {}, {}, {}
         due = self.watch is not None and self.watch.is_due(self.state.global_step)
-        self.lopt.look = self._see if due else None
+        self.lopt.on_boundary = self._see if due else None
 
     def _see(self, block: int, hidden: Tensor, target: Tensor, mask: Tensor | None) -> None:
         """In the first micro-batch of a step; on the device, `log_losses` brings the numbers over."""
@@ -249,7 +249,7 @@ class Guarded(Stoppable):
         Raises:
             DivergedError: it is, and `--on_divergence stop` was asked for.
         """
-        self.doing, self.lopt.look = "between", None
+        self.doing, self.lopt.on_boundary = "between", None
         sums, self._sums = self._sums, {}
         shares, self._shares = self._shares, {}
         if self.watch is None or not sums:
@@ -341,9 +341,13 @@ class Guarded(Stoppable):
         if self.doing not in ("step", "optimizer"):
             return _PHASES.get(self.doing, f"the {self.doing}")
         step = f"step {self.state.global_step + 1}"
-        at = "" if self.lopt.at is None else f", block {self.lopt.at + 1} of {len(self.lopt.blocks)}"
+        at = (
+            ""
+            if self.lopt.current_block is None
+            else f", block {self.lopt.current_block + 1} of {len(self.lopt.blocks)}"
+        )
         if self.doing == "optimizer":
-            return f"{step}, the optimizer's step" + (at if self.lopt.only is not None else "")
+            return f"{step}, the optimizer's step" + (at if self.lopt.active_block is not None else "")
         return f"{step}, batch {self.micro_batch} of {self.current_gradient_accumulation_steps}{at}"
 
 

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt.core.blocks import Blocks, base_model, compute_device, find_decoder
+from lopt.architectures import base_model, compute_device, find_decoder
+from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.drift.states import (
     effective_weights,
@@ -308,11 +309,9 @@ def _squares(base: Tensor, tuned: Tensor) -> tuple[float, float]:
 
 def _places(model: PreTrainedModel) -> Callable[[str], str]:
     """A function from a weight's name to "embedding", "layer i", "final norm" or "head"."""
-    decoder, layout = find_decoder(model)
-    head = model.get_output_embeddings()
-    tails = [m for n in layout.final if (m := getattr(decoder, n, None)) is not None]
-    modules = [(m, f"layer {i}") for i, m in enumerate(getattr(decoder, layout.layers))]
-    modules += [(m, "final norm") for m in tails] + [(head, "head")]
+    decoder = find_decoder(model)
+    modules = [(module, f"layer {i}") for i, module in enumerate(decoder.layers)]
+    modules += [(module, "final norm") for module in decoder.tail] + [(model.get_output_embeddings(), "head")]
     names = {id(module): name for name, module in model.named_modules()}
     prefixes = [(names[id(m)].replace(".base_layer", "") + ".", where) for m, where in modules]
 
