@@ -12,13 +12,7 @@ A small model of the same proportions is measured on real tensors and on fake on
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 from contextlib import nullcontext
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import transformers
@@ -29,6 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lopt import LoPTConfig, attach
 from lopt.instruments.memory import peak_memory
+from small_model import flags, keep
 
 SHAPE_7B = dict(
     hidden_size=3584,
@@ -95,25 +90,17 @@ def table(name: str, shape: dict, **how) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/activation_memory.json"))
-    args = parser.parse_args()
+    args = flags(__doc__, "activation_memory.json").parse_args()
     large = dict(fake=True, batch=4, tokens=1024)
     small = dict(batch=1, tokens=512)
     results = {
-        "date": date.today().isoformat(),
-        "device": f"fake tensors and CPU ({platform.machine()})",
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         "7B shape": table("7B shape", SHAPE_7B, **large),
         "7B shape, checkpointed": table("7B shape, checkpointed", SHAPE_7B, checkpointing=True, **large),
         "7B shape, TRL's head": table("7B shape, TRL's head", SHAPE_7B, trl=True, **large),
         "small, real float32": table("small, real float32", SHAPE_SMALL, fake=False, **small),
         "small, fake bfloat16": table("small, fake bfloat16", SHAPE_SMALL, fake=True, **small),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    keep(args.output, results)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,6 @@ import argparse
 import json
 import time
 from contextlib import nullcontext
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +30,7 @@ from lopt.engine.offload import Offload
 from lopt.engine.optimizer import BlockOptimizer, Precision, clip_block, clip_gradients
 from lopt.instruments.memory import MemoryPeak, MemoryTracker
 from lopt.planning import shapes
+from small_model import flags, keep
 
 SHAPES = shapes.SHAPES | {
     "qwen2.5-72b": shapes.SHAPES["qwen2.5-32b"]
@@ -175,14 +173,11 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, "block_memory.json")
     parser.add_argument("--only", nargs="*", default=list(RUNS))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--micro_batches", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/block_memory.json"))
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     for name in args.only:
@@ -199,12 +194,10 @@ def main() -> None:
                 flush=True,
             )
         results |= {
-            "date": date.today().isoformat(),
             "unit": "GiB, at the peak of the second optimizer step; host is not part of the total",
             "micro-batches": f"{args.micro_batches} of {args.batch} x {args.tokens} tokens",
-            "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         }
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        keep(args.output, results)
 
 
 if __name__ == "__main__":

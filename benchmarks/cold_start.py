@@ -14,8 +14,6 @@ import gc
 import json
 import time
 from collections.abc import Iterator
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 from lopt import LoPT, LoPTConfig, attach
 from lopt.engine.optimizer import clip_gradients
 from lopt.reports.plots import line_plot, standalone
+from small_model import flags, keep
 
 RUNS: dict[str, dict] = {
     "e2e": dict(method="e2e"),
@@ -134,14 +133,9 @@ def train(name: str, args: argparse.Namespace, data: dict[str, list]) -> Iterato
 
 
 def setting(args: argparse.Namespace) -> dict:
-    """What a result has to say about where it comes from."""
+    """Return the settings that a result depends on, in words."""
     rows = f"rows of at most {args.max_tokens} tokens, batch {BATCH}, {args.steps} steps, AdamW 2e-5"
-    return dict(
-        device=f"CPU, {torch.get_num_threads()} threads",
-        date=date.today().isoformat(),
-        settings=rows,
-        versions={name: version(name) for name in ("torch", "transformers")},
-    )
+    return dict(settings=rows)
 
 
 def summarise(runs: dict[str, dict], picture: Path) -> None:
@@ -162,11 +156,9 @@ def summarise(runs: dict[str, dict], picture: Path) -> None:
     picture.write_text(standalone(svg) + "\n")
 
 
-def flags(description: str | None, data: str) -> argparse.ArgumentParser:
-    """The model and the data that a study of the cold start needs."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def study_flags(description: str | None, data: str, results: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags for the model and the data that a study of the cold start needs."""
+    parser = flags(description, results)
     parser.add_argument(
         "--model", required=True, help="folder of a causal LM, e.g. the packaged Gemma 3 270M"
     )
@@ -177,12 +169,11 @@ def flags(description: str | None, data: str) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    parser = flags(__doc__, "gsm8k/ and arc_challenge/")
+    parser = study_flags(__doc__, "gsm8k/ and arc_challenge/", "cold_start.json")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eval_every", type=int, default=20)
     parser.add_argument("--override", default="{}", help="JSON with LoPTConfig fields for every run")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cold_start.json"))
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -199,8 +190,7 @@ def main() -> None:
             record.append(row)
             print(name, json.dumps(row)[:200], flush=True)
         results["runs"][name] = {"config": RUNS[name] | json.loads(args.override), "record": record}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        keep(args.output, results)
         gc.collect()  # a model and its handle point at each other, and each is gigabytes
     summarise(results["runs"], args.output.with_suffix(".svg"))
 

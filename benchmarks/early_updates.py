@@ -31,7 +31,6 @@ import math
 import random
 import time
 from contextlib import suppress
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
@@ -47,6 +46,7 @@ from lopt.core.blocks import Block
 from lopt.core.boundaries import BoundaryReached
 from lopt.core.objective import ReconstructionHead, Rows, channel_rms, reconstruction_loss
 from lopt.engine.optimizer import clip_gradients
+from small_model import keep
 
 TEXTS = ("gsm8k", "arc", "hellaswag")
 NEXT = ("next", "next_all", "lens")
@@ -363,7 +363,7 @@ def summarise(results: dict) -> None:
 
 
 def main() -> None:
-    parser = cold_start.flags(__doc__, "gsm8k/, arc_challenge/, hellaswag/")
+    parser = cold_start.study_flags(__doc__, "gsm8k/, arc_challenge/, hellaswag/", "early_updates.json")
     parser.add_argument("--runs", nargs="*", default=[], choices=list(RUNS), metavar="RUN")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--gauge", nargs="*", type=int, default=[], help="gauge local losses at these k")
@@ -373,15 +373,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="steps of each to time")
     parser.add_argument("--steps", type=int, default=20, help="the first has learning rate 0")
     parser.add_argument("--rows", type=int, default=32, help="held-out rows of each kind")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/early_updates.json"))
     parser.set_defaults(max_tokens=96)
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {"gauge": {}, "runs": {}}
 
-    def keep() -> None:
+    def save() -> None:
         results.update(cold_start.setting(args))
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results) + "\n")
+        keep(args.output, results, indent=None)
 
     todo = [(n, s) for s in args.seeds for n in args.runs if f"{n} seed {s}" not in results["runs"]]
     if todo or args.gauge or args.times:
@@ -390,17 +388,17 @@ def main() -> None:
         known = results["gauge"].setdefault(f"k={k}", {})
         new = [loss for loss in LOSSES if loss not in known]
         known |= study.gauge(dict(num_blocks=k), new, study.seeded(0)[:4])
-        keep()
+        save()
     if args.times:
         results["times"] = study.times(args.times, args.pairs)
-        keep()
+        save()
     if todo and "before" not in results:
         results["before"] = study.evaluate(study.load())
         print("before", results["before"], flush=True)
     for name, seed in todo:
         print(name, "seed", seed, flush=True)
         results["runs"][f"{name} seed {seed}"] = study.run(RUNS[name], seed)
-        keep()
+        save()
         gc.collect()  # a model and its handle point at each other, and each is gigabytes
     summarise(results)
 

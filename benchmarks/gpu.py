@@ -18,9 +18,6 @@ import gc
 import json
 import statistics
 import time
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from transformers import AutoConfig
 from block_memory import BF16, SHAPES, Loop, block_major
 from lopt.instruments.memory import MemoryTracker
 from lopt.planning.plan import Planner, Run, Setting
+from small_model import flags, keep
 
 TINY: dict[str, Any] = dict(
     model_type="qwen2", hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
@@ -40,9 +38,7 @@ MIDDLE: dict[str, Any] = SHAPES["qwen2.5-7b"] | dict(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, "gpu.json")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", default="qwen2.5-7b", choices=["tiny", *SHAPES])
     parser.add_argument("--batch", type=int, default=4)
@@ -50,13 +46,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prefetch", type=float, default=10.0, help="GiB, for the offload case")
     parser.add_argument("--only", nargs="*", default=["peak", "offload", "equal memory"])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
     args = parser.parse_args()
-    on_gpu = args.device.startswith("cuda")
     results: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+        "on": args.device,
         "shape": args.shape,
         "bandwidth, GB/s": bandwidth(args.device),
     }
@@ -65,8 +57,7 @@ def main() -> None:
     for name in args.only:
         results[name] = cases[name](shape, args)
         print(name, json.dumps(results[name], indent=1), flush=True)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        keep(args.output, results)
 
 
 def bandwidth(device: str) -> dict[str, float]:

@@ -10,14 +10,10 @@ same weights and sees the same problems in the same order. It takes about half a
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import math
 import random
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -33,7 +29,7 @@ from lopt.evaluation import complete
 from lopt.reports.plots import line_plot, standalone
 from lopt.rewards.rewards import REWARDS
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
-from small_model import byte_tokenizer
+from small_model import byte_tokenizer, flags, keep
 
 METHODS: dict[str, LoPTConfig] = {
     "e2e": LoPTConfig(method="e2e"),
@@ -161,15 +157,12 @@ def draw(results: dict, path: Path, width: int = 10) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, "grpo_learning.json")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--warm_steps", type=int, default=900)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/grpo_learning.json"))
     args = parser.parse_args()
 
     tokenizer = byte_tokenizer()
@@ -179,11 +172,8 @@ def main() -> None:
     pre_warm(start, tokenizer, warm, args.warm_steps)
     print("pre-warmed, held-out accuracy", accuracy(start, tokenizer, held_out), flush=True)
     results: dict[str, Any] = {
-        "device": f"CPU, {torch.get_num_threads()} threads",
-        "date": date.today().isoformat(),
         "settings": {k: v for k, v in vars(args).items() if k != "output"}
         | dict(group=GROUP, prompts=PROMPTS),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         "runs": {name: {} for name in args.methods},
         "summary": {},
     }
@@ -196,10 +186,10 @@ def main() -> None:
             first, last = gain(outcome["reward"])
             print(f"{name} seed {seed}: reward {first:.3f} to {last:.3f}, held out {outcome['held_out']}, "
                   f"{outcome['seconds_per_step']:.2f} s a step", flush=True)  # fmt: skip
-            args.output.write_text(json.dumps(results, indent=1) + "\n")
+            keep(args.output, results)
             gc.collect()
     summarise(results)
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    keep(args.output, results)
     draw(results, args.output.with_suffix(".svg"))
 
 

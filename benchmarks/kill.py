@@ -11,7 +11,6 @@ itself, the script goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -32,15 +31,13 @@ from datasets import Dataset, disable_progress_bars
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.reliability.checkpoint import WRITING, checkpoints, choose, damage, recover
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
-from small_model import byte_tokenizer, keep, tiny_llama
+from small_model import byte_tokenizer, flags, keep, tiny_llama
 
 KINDS = ("eager", "block_major", "grpo", "ranks")
 RANKS = {"ranks": 2}
 STEPS = 8
 MEASURE_EVERY = 10
 MOST_KILLS = 3
-PACKAGES = ("torch", "transformers", "trl", "accelerate")
-RESULTS = Path(__file__).parent / "results" / "kill.json"
 
 
 def train(kind: str, folder: Path, steps: int) -> None:
@@ -211,11 +208,10 @@ def summary(kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = flags(__doc__, "kill.json")
     parser.add_argument("--runs", type=int, default=50, help="of each kind")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps, and checkpoints, of a run")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
@@ -223,7 +219,7 @@ def main() -> None:
 
     def save() -> None:
         results["summary"] = summary(results["kinds"])
-        keep(arguments.output, results, PACKAGES)
+        keep(arguments.output, results)
 
     with tempfile.TemporaryDirectory() as scratch:
         for kind in arguments.kinds:

@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 import cold_start
 from lopt import LoPT, LoPTConfig
 from lopt.reports.plots import line_plot, standalone
+from small_model import keep
 
 EVERY = (1, 4, 16)
 RUNS: dict[str, dict] = {"e2e": dict(method="e2e")}
@@ -170,12 +171,11 @@ def draw(results: dict, picture: Path) -> None:
 
 
 def main() -> None:
-    parser = cold_start.flags(__doc__, "gsm8k/, arc_challenge/, hellaswag/")
+    parser = cold_start.study_flags(__doc__, "gsm8k/, arc_challenge/, hellaswag/", "local_every.json")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=33, help="33: the first has learning rate 0")
     parser.add_argument("--rows", type=int, default=32, help="held-out rows of each kind")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local_every.json"))
     args = parser.parse_args()
     args.eval_every = args.steps
 
@@ -192,8 +192,7 @@ def main() -> None:
             results["before"] = results["before"] or before(args, held_out)
             results["runs"][f"{name} seed {seed}"] = run(name, seed, args, rows, held_out, warm)
             results |= cold_start.setting(args)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(results, indent=1) + "\n")
+            keep(args.output, results)
             gc.collect()  # a model and its handle point at each other, and each is gigabytes
     summarise(results)
     draw(results, args.output.with_suffix(".svg"))

@@ -1,7 +1,8 @@
-"""What tests and benchmarks share: small models of their own, and how results are kept."""
+"""What tests and benchmarks share: small models, the scripts' flags, and how results are written."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from datetime import date
@@ -13,6 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lopt.files import write_text
 from lopt.reliability.provenance import device, versions
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -37,7 +41,24 @@ def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
     )  # fmt: skip
 
 
-def keep(path: Path, results: dict[str, Any], packages: Sequence[str]) -> None:
-    """Write results with where and when they were made."""
+def flags(description: str | None, results: str) -> argparse.ArgumentParser:
+    """Return a parser that shows the script's docstring as it is, with the flag `--output`.
+
+    Args:
+        description: the script's docstring.
+        results: name of the file in benchmarks/results that is written if `--output` is not given.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / results, help="JSON file for the results")
+    return parser
+
+
+def keep(
+    path: Path, results: dict[str, Any], packages: Sequence[str] = PACKAGES, indent: int | None = 1
+) -> None:
+    """Write results as JSON, with versions of `packages`, the device and the date."""
     results.update(versions=versions(packages), device=device(), date=date.today().isoformat())
-    write_text(path, json.dumps(results, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(results, indent=indent) + "\n")

@@ -11,14 +11,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -29,6 +24,7 @@ from lopt.engine.block_major import BlockMajor
 from lopt.engine.offload import Offload
 from lopt.engine.optimizer import PART_BYTES, BlockOptimizer, clip_block, clip_gradients
 from lopt.instruments.memory import peak_memory
+from small_model import flags, keep
 
 SHAPE = dict(
     hidden_size=512,
@@ -161,25 +157,14 @@ def over(a: dict[str, int], b: dict[str, int]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, "step_time.json")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--only", nargs="*", default=list(VOCABULARIES), choices=list(VOCABULARIES))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_time.json"))
     args = parser.parse_args()
-    on_gpu = args.device.startswith("cuda")
-    results: dict = {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "shape": SHAPE | {"batch": args.batch, "tokens": args.tokens},
-    }
+    results: dict = {"on": args.device, "shape": SHAPE | {"batch": args.batch, "tokens": args.tokens}}
     e2e = LoPTConfig(method="e2e")
     for name in args.only:
         vocabulary = VOCABULARIES[name]
@@ -214,8 +199,7 @@ def main() -> None:
         for case, row in results.items():
             if case.startswith(name):
                 print(case.ljust(56), {k: round(row[k], 3) for k in ("ratio", "activations", "peak memory")})
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    keep(args.output, results)
 
 
 if __name__ == "__main__":

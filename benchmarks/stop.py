@@ -11,7 +11,6 @@ where it was.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from kill import PACKAGES, weights
+from kill import weights
 
 import lopt.cli.grpo
 import lopt.cli.sft
@@ -38,9 +37,8 @@ from lopt.evaluation.retention_callback import RetentionCallback
 from lopt.reliability.checkpoint import checkpoints, damage
 from lopt.reliability.stop import EXIT_STOPPED
 from lopt.trainers import LoPTGRPOTrainer, LoPTSFTTrainer
-from small_model import byte_tokenizer, keep, tiny_llama
+from small_model import byte_tokenizer, flags, keep, tiny_llama
 
-RESULTS = Path(__file__).parent / "results" / "stop.json"
 LONGEST = 60.0
 LEFT = 128
 
@@ -260,10 +258,9 @@ def summary(phases: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = flags(__doc__, "stop.json")
     parser.add_argument("--moments", type=int, default=50, help="of each phase")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
@@ -271,7 +268,7 @@ def main() -> None:
 
     def save() -> None:
         results["summary"] = summary(results["phases"])
-        keep(arguments.output, results, PACKAGES)
+        keep(arguments.output, results)
 
     with tempfile.TemporaryDirectory() as scratch:
         made = jobs(Path(scratch))

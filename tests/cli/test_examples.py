@@ -10,8 +10,6 @@ import yaml
 
 from lopt import LoPTConfig
 from lopt.cli import grpo, sft
-from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments
-from lopt.cli.compare import CompareArguments
 from lopt.cli.parsing import parse
 from lopt.cli.rows import check_task
 from lopt.data.presets import PRESETS
@@ -21,7 +19,7 @@ from lopt.models.load import ALIASES
 from lopt.models.packaged import PACKAGED_MODEL
 from lopt.rewards.rewards import REWARDS
 from lopt.trainers.checks import check_settings
-from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
+from lopt.trainers.config import LoPTSFTConfig
 from page_commands import commands
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -36,14 +34,11 @@ SHARED += ("dataset_preset", "model_name_or_path", "max_prompt_length")
 
 def settings(name: str) -> list[Any]:
     command = name.partition("_")[0]
-    extra = {"sft": (RunArguments, LoPTConfig, LoPTSFTConfig)}.get(
-        command, (TaskArguments, RunArguments, LoPTConfig, LoPTGRPOConfig)
-    )
     # Whole groups of the 8 processes these files are made for, in one.
     flags = ["--config", str(FOLDER / name)]
     if command == "grpo" and "gemma" not in name and "smoke" not in name:
         flags += ["--per_device_train_batch_size", "4"]
-    return list(parse(command, (ModelArguments, DataArguments, *extra), flags))
+    return list(parse(command, flags))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -70,8 +65,7 @@ def test_it_becomes_a_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_it_becomes_a_comparison(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    groups = (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig, LoPTSFTConfig)
-    flags, _, data_args, _, config, args = parse("compare", groups, ["--config", str(FOLDER / name)])
+    flags, _, data_args, _, config, args = parse("compare", ["--config", str(FOLDER / name)])
     arms = parse_arms(flags.methods, flags.sweep, config)
     assert len(arms) >= len(flags.methods) and data_args.dataset_preset in PRESETS
     for arm in arms:

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lopt.cli.arguments import RunArguments
 from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.parsing import parse
 from lopt.reliability.checkpoint import MANIFEST, publish, seal, staging
-from lopt.trainers.config import LoPTSFTConfig
 
 
 def test_new_empty_and_unrelated_folders_are_fine(tmp_path: Path) -> None:
@@ -95,5 +93,5 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch) -> None
     ],
 )  # fmt: skip
 def test_the_resume_flag(flags: list[str], value: str | None) -> None:
-    run, *_ = parse("sft", (RunArguments, LoPTSFTConfig), ["--output_dir", "x", *flags])
+    _, _, run, *_ = parse("sft", ["--output_dir", "x", *flags])
     assert run.resume == value

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from lopt.cli.arguments import PlanArguments
 from lopt.cli.main import main
-from lopt.cli.plan import PlanArguments, command, size_in_bytes
+from lopt.cli.plan import command, size_in_bytes
 from lopt.planning.plan import RESERVE, Planner, Run, Setting
 from lopt.planning.search import fit
 from lopt.planning.shapes import model_config

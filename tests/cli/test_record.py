@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ import yaml
 from lopt.cli.main import COMMANDS, main
 from lopt.cli.parsing import parse, settings
 from lopt.cli.record import RUN_JSON, RUN_YAML, Record
-from lopt.cli.sft import FLAGS
 from lopt.reliability.provenance import versions
 
 
@@ -86,9 +84,7 @@ def test_a_resumed_run_says_what_is_other(
 @pytest.mark.parametrize("command", ["sft", "grpo", "compare", "eval", "probe", "demo"])
 def test_every_command_s_flags_survive_the_file(command: str, tmp_path: Path) -> None:
     """No flags: no change. What a file says is what the command line said."""
-    module = importlib.import_module(f"lopt.cli.{command}")
-    flags = getattr(module, "FLAGS", None) or (getattr(module, f"{command.capitalize()}Arguments"),)
-    assert command in COMMANDS and settings(command, flags, [])[1] == {}
+    assert command in COMMANDS and settings(command, [])[1] == {}
     given = ["--output_dir", str(tmp_path / "out")]
     given += {
         "probe": ["--base", "a: b #c"],
@@ -97,10 +93,10 @@ def test_every_command_s_flags_survive_the_file(command: str, tmp_path: Path) ->
     }.get(
         command, ["--model_name_or_path", "a: b #c", "--num_blocks", "3", "--gradient_checkpointing", "true"]
     )
-    first = Record.of(command, flags, given)
+    first = Record.of(command, given)
     (tmp_path / "out").mkdir()
     first.write(tmp_path / "out")
-    again = Record.of(command, flags, ["--config", str(tmp_path / "out" / RUN_YAML)])
+    again = Record.of(command, ["--config", str(tmp_path / "out" / RUN_YAML)])
     changed = dict(again.changed)
     assert changed.pop("output_dir") == str(tmp_path / "out-rerun")
     assert changed == {k: v for k, v in first.changed.items() if k != "output_dir"}
@@ -109,7 +105,7 @@ def test_every_command_s_flags_survive_the_file(command: str, tmp_path: Path) ->
 def test_yaml_s_no_is_the_word(tmp_path: Path) -> None:
     """YAML 1.1 takes it for false; flags that are true or false go on taking that."""
     (tmp_path / "no.yaml").write_text("save_strategy: no\npacking: no\n")
-    (*_, args) = parse("sft", FLAGS, ["--config", str(tmp_path / "no.yaml"), "--output_dir", "x"])
+    (*_, args) = parse("sft", ["--config", str(tmp_path / "no.yaml"), "--output_dir", "x"])
     assert args.save_strategy == "no" and args.packing is False
 
 
@@ -123,6 +119,6 @@ def test_secrets_are_left_out(tmp_path: Path) -> None:
         [f"--model_init_kwargs={nested}"],
         ["--config", str(tmp_path / "x.yaml")],
     ):
-        made = Record.of("sft", FLAGS, ["--output_dir", "x", *flags])
+        made = Record.of("sft", ["--output_dir", "x", *flags])
         assert "hf_secret" not in repr(made) and "hub_token" not in made.settings
     assert yaml.safe_load(made._yaml(Path("x")))["output_dir"] == "x-rerun"

@@ -31,7 +31,8 @@ def test_what_is_no_duration(text: str) -> None:
         seconds(text)
 
 
-def test_at_once_until_there_is_something_to_save() -> None:
+def test_at_once_until_there_is_something_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "ONE_SIGNAL", 600.0)  # two signals are one however busy the machine is
     before = signal.getsignal(signal.SIGTERM)
     with obeying():
         with pytest.raises(Stopped, match="by SIGTERM before the first step") as error:
@@ -59,14 +60,17 @@ def test_a_second_signal_leaves_at_once() -> None:
         "with stop.obeying():\n    stop.hold(); print('ready', flush=True)\n"
         "    while True: time.sleep(0.01)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
         process.terminate()
-        time.sleep(0.5)
+        while "stopping soon" not in (line := process.stderr.readline()):
+            assert line, "the process ended at the first signal"
+        time.sleep(0.2)  # longer than ONE_SIGNAL after the first signal was handled
         assert process.poll() is None
         process.terminate()
-        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.wait(120) == 128 + signal.SIGTERM
     assert stop.EXIT_STOPPED == 75
 
 

@@ -24,7 +24,7 @@ HOSTILE = [
 
 
 @pytest.fixture(autouse=True)
-def _forget():
+def _forget(patient_math_check):
     same_math.cache_clear()
 
 
@@ -61,12 +61,11 @@ def test_hostile_expressions_are_bounded_in_time(monkeypatch):
         for expression in HOSTILE:
             start = time.monotonic()
             assert same_math("5", expression) is False
-            # Besides the limit, the start of a process in place of the one killed before.
-            assert time.monotonic() - start < 8, expression
+            # Without a limit some take hours. Besides the limit: the start of a process, on a busy machine.
+            assert time.monotonic() - start < 60, expression
     assert same_math("5", "5.0") is True  # a new process serves as well
-    start = time.monotonic()
+    monkeypatch.setattr(math_check._CHECKER, "ask", None)  # remembered: nobody is asked
     assert [same_math("5", expression) for expression in HOSTILE] == [False] * len(HOSTILE)
-    assert time.monotonic() - start < 0.5  # remembered
 
 
 def test_in_threads():

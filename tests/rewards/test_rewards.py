@@ -141,6 +141,7 @@ def test_an_answer_that_is_no_number_is_an_error():
 
 
 @needs_math
+@pytest.mark.usefixtures("patient_math_check")
 @pytest.mark.parametrize(
     ("completion", "answer", "wanted"),
     [
@@ -178,6 +179,7 @@ def test_every_gsm8k_solution_is_right(shared_data, step):
 
 
 @needs_math
+@pytest.mark.usefixtures("patient_math_check")
 def test_math_solutions_are_right(shared_data):
     texts = [row["solution"] for row in read(shared_data / "math" / "test.jsonl", step=25)]
     answers = [last_boxed(text) for text in texts]

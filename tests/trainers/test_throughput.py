@@ -10,18 +10,19 @@ import torch
 from lopt.trainers.throughput import COUNTED_ALWAYS, Throughput
 
 
-def test_figures_of_steps() -> None:
+def test_figures_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     throughput, model = Throughput(torch.device("cpu")), torch.nn.Linear(4, 4)
     for _ in range(2):
         throughput.begin_step()
         throughput.count(30)
         with throughput.micro_batch(size=40, model=model, optimizer=None):
-            time.sleep(0.02)
+            clock[0] += 0.25
         throughput.end_step()
-        time.sleep(0.05)  # between steps: evaluation, checkpoints
+        clock[0] += 7  # between steps: evaluation, checkpoints
     figures = throughput.report()
-    assert 0.02 <= figures["seconds_per_step"] < 0.05
-    assert figures["tokens_per_second"] == pytest.approx(30 / figures["seconds_per_step"])
+    assert figures["seconds_per_step"] == 0.25 and figures["tokens_per_second"] == 30 / 0.25
     assert throughput.report()["tokens_per_second"] == 0  # starts anew
 
 

@@ -1,42 +1,53 @@
-"""Groups of flags that commands share."""
+"""The flags of every command but those inherited from TRL. Importing this module imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-from lopt.data.files import SHUFFLE_BUFFER
-from lopt.data.presets import PRESETS
+from lopt.core.config import LoPTConfig
 from lopt.reliability.stop import seconds
+
+PRESETS = "metamathqa, alpaca, tulu3, gsm8k, numinamath"
+OPTIMIZERS = (
+    "adamw_torch_fused, adamw_torch, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_torch_8bit, "
+    "adamw_torch_4bit, lion_32bit, lion_8bit"
+)
+BENCHMARKS = "mmlu, ifeval, arc_challenge, gsm8k, hellaswag, truthfulqa_mc, truthfulqa_gen, winogrande"
+
+
+def flag(default: Any, text: str, *aliases: str) -> Any:
+    """Return a dataclass field that HfArgumentParser reads: its default, its help, other names for it."""
+    metadata = {"help": text} | ({"aliases": list(aliases)} if aliases else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class ModelArguments:
     """Which model, and how it is loaded."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "A folder, a hub id, an alias (qwen3-4b, qwen2.5-7b, qwen2.5-32b, llama3.1-8b) or "
-            "gemma3-270m, the packaged model that needs no hub."
-        },
+    groups: ClassVar[dict[str, str]] = {"Model": "model_name_or_path"}
+
+    model_name_or_path: str | None = flag(
+        None,
+        "A folder, a hub id, an alias (qwen3-4b, qwen2.5-7b, qwen2.5-32b, llama3.1-8b) or gemma3-270m, the "
+        "packaged model that needs no hub.",
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    param_dtype: str = field(
-        default="float32",
-        metadata={
-            "aliases": ["--dtype"],
-            "help": "Dtype of the weights: float32, bfloat16 (half the memory; updates are rounded "
-            "stochastically, or follow --master_weights) or auto.",
-        },
+    model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
+    param_dtype: str = flag(
+        "float32",
+        "Dtype of the weights: float32, bfloat16 (half the memory; updates are rounded stochastically, or "
+        "follow --master_weights) or auto.",
+        "--dtype",
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "For example sdpa, eager, flash_attention_2."}
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters of --method lora."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters of --method lora."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules that get an adapter. Default: every linear layer but the head."},
+    attn_implementation: str | None = flag(None, "For example sdpa, eager, flash_attention_2.")
+    lora_r: int = flag(16, "Rank of the adapters of --method lora.")
+    lora_alpha: int = flag(32, "Scale of the adapters of --method lora.")
+    lora_target_modules: list[str] | None = flag(
+        None, "Modules that get an adapter. Default: every linear layer but the head."
     )
 
 
@@ -44,87 +55,67 @@ class ModelArguments:
 class DataArguments:
     """Which rows, from where."""
 
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "Local JSON, JSONL, Parquet or CSV: one or more files."}
+    groups: ClassVar[dict[str, str]] = {"Data": "train_file"}
+
+    train_file: list[str] | None = flag(None, "Local JSON, JSONL, Parquet or CSV: one or more files.")
+    dataset_preset: str | None = flag(
+        None, f"A public data set: {PRESETS}. From the hub, or from a copy in --train_file."
     )
-    dataset_preset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"A public data set: {', '.join(PRESETS)}. From the hub, or from a copy in --train_file."
-        },
+    dataset_name: str | None = flag(None, "A data set on the hub.")
+    dataset_config: str | None = flag(None, "Its configuration, if it has several.")
+    dataset_split: str = flag("train", "Its split.")
+    dataset_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
+    max_samples: int | None = flag(None, "Use a random subset of this many rows.")
+    held_out: float = flag(
+        0.0, "Rows kept back for evaluation: a share below 1, or a number of rows from 1 on."
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the hub."})
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Its configuration, if it has several."}
+    streaming: bool = flag(
+        False, "Read rows when they are needed, for data larger than memory. Needs --max_steps."
     )
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    max_samples: int | None = field(default=None, metadata={"help": "Use a random subset of this many rows."})
-    held_out: float = field(
-        default=0.0,
-        metadata={"help": "Rows kept back for evaluation: a share below 1, or a number of rows."},
+    shuffle_buffer: int = flag(
+        1_000, "With --streaming: the number of rows from which the next one is drawn at random."
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read rows when they are needed, for data larger than memory. Needs --max_steps."},
-    )
-    shuffle_buffer: int = field(
-        default=SHUFFLE_BUFFER,
-        metadata={"help": "With --streaming: how many rows the next one is drawn from at random."},
-    )
-    max_seq_length: int | None = field(
-        default=None, metadata={"help": "Longest sequence in tokens; the same as --max_length."}
-    )
+    max_seq_length: int | None = flag(None, "Longest sequence in tokens; another name for --max_length.")
 
 
 @dataclass
 class TaskArguments:
-    """What GRPO asks and how it marks the answers."""
+    """What GRPO asks, and how answers are rewarded."""
 
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "gsm8k or numinamath, whose rows come from the hub or from --train_file, or chain_sum or "
-            "gsm_symbolic, whose problems are made on the spot. Default: what --dataset_preset names."
-        },
+    groups: ClassVar[dict[str, str]] = {"Task": "task"}
+
+    task: str | None = flag(
+        None,
+        "gsm8k or numinamath, whose rows come from the hub or from --train_file, or chain_sum or "
+        "gsm_symbolic, whose problems are generated. Default: --dataset_preset.",
     )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions: gsm8k, math, procedural or your own as module:function, which is "
-            "called as TRL does. Default: the task's."
-        },
+    reward_funcs: list[str] | None = flag(
+        None,
+        "Reward functions: gsm8k, math, procedural, or module:function of your own with the signature that "
+        "TRL calls. Default: the task's.",
     )
-    instruction: str | None = field(
-        default=None,
-        metadata={"help": "What the prompt says after the question, '' for nothing. Default: the task's."},
+    instruction: str | None = flag(
+        None, "Text of the prompt after the question, '' for none. Default: the task's."
     )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Leave out rows whose prompt has more tokens."}
-    )
+    max_prompt_length: int | None = flag(None, "Leave out rows whose prompt has more tokens.")
 
 
 @dataclass
 class RunArguments:
-    """What to do with an output folder that holds a run already."""
+    """What to do with an output folder that holds a run already, and when to stop."""
 
-    resume: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on from the newest whole checkpoint in --output_dir (or --resume auto), or from the "
-            "checkpoint that is named."
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Start anew in a folder that holds a run; its checkpoints are removed."},
-    )
+    groups: ClassVar[dict[str, str]] = {"Run": "resume"}
 
-    max_time: str | None = field(
-        default=None,
-        metadata={
-            "help": "Stop after so long, with a checkpoint: 90m, 2h, 1h30m or seconds. Goes on with --resume."
-        },
+    resume: str | None = flag(
+        None,
+        "Resume from the newest whole checkpoint in --output_dir (or --resume auto), or from the checkpoint "
+        "that is named.",
+    )
+    overwrite_output_dir: bool = flag(
+        False, "Start anew in a folder that holds a run; its checkpoints are removed."
+    )
+    max_time: str | None = flag(
+        None, "Stop with a checkpoint after this long: 90m, 2h, 1h30m or seconds. Continue with --resume."
     )
 
     def __post_init__(self) -> None:
@@ -137,32 +128,268 @@ class RunArguments:
 class RetentionArguments:
     """What is measured while a model trains, to see what it forgets."""
 
-    retention_text: list[str] | None = field(
-        default=None,
-        metadata={"help": "Plain text that has nothing to do with the task: one or more UTF-8 files."},
+    groups: ClassVar[dict[str, str]] = {"Retention": "retention_text"}
+
+    retention_text: list[str] | None = flag(
+        None, "Plain text that has nothing to do with the task: one or more UTF-8 files."
     )
-    retention_tokens: int = field(default=2048, metadata={"help": "Tokens of each text, from its start."})
-    retention_tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "Benchmarks, as in lopt eval --tasks; slow, so see --retention_limit."},
+    retention_tokens: int = flag(2048, "Tokens of each text, from its start.")
+    retention_tasks: list[str] | None = flag(
+        None, "Benchmarks, as in lopt eval --tasks; slow, so see --retention_limit."
     )
-    retention_data_dir: str | None = field(
-        default=None, metadata={"help": "Local rows for --retention_tasks. Default: from the hub."}
+    retention_data_dir: str | None = flag(None, "Local rows for --retention_tasks. Default: from the hub.")
+    retention_limit: int | None = flag(100, "Items of each benchmark (of each subject of MMLU).")
+    retention_every: int | None = flag(
+        None,
+        "Measure every N steps, and at the start and at the end. Default: --eval_steps with "
+        "--eval_strategy steps, else a tenth of the run.",
     )
-    retention_limit: int | None = field(
-        default=100, metadata={"help": "Items of each benchmark (of each subject of MMLU)."}
+    max_forgetting: float | None = flag(
+        None,
+        "Stop when the mean loss on --retention_text has risen by more than this many nats per token since "
+        "the start. The model is saved as it is then.",
     )
-    retention_every: int | None = field(
-        default=None,
-        metadata={
-            "help": "Measure every so many steps, at the start and at the end. Default: --eval_steps with "
-            "--eval_strategy steps, else a tenth of the run."
-        },
+
+
+@dataclass
+class CompareArguments:
+    """What is compared, and by which metrics."""
+
+    groups: ClassVar[dict[str, str]] = {
+        "Comparison": "methods",
+        "Measured": "adaptation_tasks",
+        "Output": "keep_models",
+    }
+
+    methods: list[str] = flag(
+        ["e2e", "lopt", "frozen", "lora"],
+        "Arms: e2e, lopt, frozen or lora, each with settings of its own if needed, for example "
+        "lopt:num_blocks=4,lambda_aux=1 or lora:learning_rate=2e-4.",
     )
-    max_forgetting: float | None = field(
-        default=None,
-        metadata={
-            "help": "Stop when the mean loss on --retention_text has risen by more than so many nats per "
-            "token since the start. The model is saved as it is then."
-        },
+    sweep: list[str] = flag(
+        [],
+        "Settings that every arm they apply to takes in turn, for example lambda_aux=0,0.1,1,10 or "
+        "block_boundaries=4,9,14 (several boundaries: 6+12).",
     )
+    seeds: list[int] = flag([0, 1, 2], "One run of every arm for each.")
+    adaptation_tasks: list[str] = flag(
+        [], "Benchmarks of the task itself, as in lopt eval, beside the held-out rows."
+    )
+    retention_tasks: list[str] = flag([], "Benchmarks of what should be kept, as in lopt eval.")
+    retention_text: list[str] = flag([], "Plain text files whose loss should not rise.")
+    text_tokens: int = flag(2048, "Tokens of each text that are measured.")
+    data_dir: str | None = flag(None, "Local copies of the benchmarks, as in lopt eval.")
+    limit: int | None = flag(None, "Items per benchmark. Default: all.")
+    keep_models: bool = flag(False, "Keep the trained model of every run under --output_dir/models.")
+
+
+@dataclass
+class EvalArguments:
+    """Which models, on what, how."""
+
+    groups: ClassVar[dict[str, str]] = {
+        "Models": "model_name_or_path",
+        "Measured": "tasks",
+        "Loading": "param_dtype",
+        "Output": "output_dir",
+    }
+
+    model_name_or_path: list[str] | None = flag(
+        None,
+        "One or more models: folders (models, or adapters of --method lora), hub ids, aliases, gemma3-270m.",
+    )
+    base: str | None = flag(
+        None,
+        "The model that the others were made from; the report says what they gained and lost against it.",
+    )
+    tasks: list[str] | None = flag(
+        None, f"Benchmarks: {BENCHMARKS}, or any other task of lm-evaluation-harness."
+    )
+    text: list[str] | None = flag(
+        None, "UTF-8 files whose loss per token and perplexity are measured: cheap."
+    )
+    data_dir: str | None = flag(
+        None, "Folder with the benchmarks' rows as <name>/<split>.jsonl. Default: the hub."
+    )
+    limit: int | None = flag(None, "Only the first N items of each task (each subject of mmlu).")
+    num_fewshot: list[str] | None = flag(
+        None,
+        "Shots of single tasks, as arc_challenge=25 hellaswag=10. Default: as the task is defined (gsm8k 5, "
+        "most others 0), mmlu 5.",
+    )
+    batch_size: str = flag("auto", "Sequences in a batch, or auto, which searches for the largest that fits.")
+    apply_chat_template: bool = flag(False, "Put prompts into the tokenizer's chat template.")
+    text_tokens: int = flag(8192, "Tokens of each --text that are measured.")
+    text_window: int = flag(256, "Tokens that are read together.")
+    param_dtype: str = flag("float32", "Dtype of the weights: float32, bfloat16, float16 or auto.", "--dtype")
+    attn_implementation: str | None = flag(None, "For example sdpa, eager, flash_attention_2.")
+    model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
+    trust_remote_code: bool = flag(False, "Run code that comes with a model.")
+    output_dir: str = flag("outputs/eval", "Results, samples and the report; finished tasks are kept.")
+    overwrite_output_dir: bool = flag(
+        False, "Replace results there that were made otherwise (other model, settings or rows)."
+    )
+
+
+@dataclass
+class ProbeArguments:
+    """Which models, on which text."""
+
+    groups: ClassVar[dict[str, str]] = {
+        "Models": "base",
+        "Text": "text",
+        "Boundaries": "num_blocks",
+        "Loading": "param_dtype",
+        "Output": "output_dir",
+    }
+
+    base: str | None = flag(None, "The model that the others were tuned from: a folder or a hub id.")
+    model_name_or_path: list[str] | None = flag(
+        None, "One or more tuned models: folders or hub ids, LoRA adapters as well."
+    )
+    text: list[str] | None = flag(None, "Plain text that the models read: one or more UTF-8 files.")
+    tokens: int = flag(2048, "Tokens of each text, from its start.")
+    window: int = flag(128, "Tokens that are read together.")
+    batch_size: int = flag(16, "Windows at a time.")
+    num_blocks: int | None = flag(
+        None, "Mark the boundaries of this many blocks. Default: the tuned model's lopt_config.json."
+    )
+    block_boundaries: list[int] | None = flag(
+        None, "Layers (from 0) at which blocks 2..k start; overrides --num_blocks."
+    )
+    param_dtype: str = flag(
+        "float32", "Dtype that the models are run in: float32, bfloat16, auto.", "--dtype"
+    )
+    trust_remote_code: bool = flag(False, "Run code that comes with a model.")
+    output_dir: str = flag("outputs/probe", "Folder for probe.json and report.html.")
+    overwrite_output_dir: bool = flag(False, "Replace an earlier report there.")
+
+
+@dataclass
+class PlanArguments:
+    """The run that is planned; flags that `lopt sft` has as well mean the same."""
+
+    groups: ClassVar[dict[str, str]] = {
+        "Model": "model_name_or_path",
+        "Memory": "param_dtype",
+        "Method": "num_blocks",
+        "Batch": "per_device_train_batch_size",
+        "Search": "fit",
+        "Output": "json",
+        "Check on this machine": "calibrate",
+    }
+
+    model_name_or_path: str | None = flag(
+        None,
+        "A folder, a config.json, a hub id or, without any network: qwen3-4b, qwen2.5-7b, qwen2.5-32b, "
+        "llama3.1-8b, gemma3-270m.",
+    )
+    model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
+    trust_remote_code: bool = flag(False, "Run code that comes with a model.")
+    param_dtype: str = flag("float32", "Dtype of the weights: float32 or bfloat16.", "--dtype")
+    state_dtype: str = flag("float32", "Dtype of the optimizer's state: float32 or bfloat16.")
+    master_weights: bool = flag(False, "Float32 masters of bfloat16 weights in the optimizer's state.")
+    prefetch_gib: float = flag(
+        2.0, "With --offload: GiB on the device for what is being copied; --fit chooses its own."
+    )
+    bf16: bool | None = flag(None, "Mixed precision in bfloat16. Default: on, off with --use_cpu.")
+    use_cpu: bool = flag(False, "Plan for a CPU instead of a GPU.")
+    num_blocks: list[int] | None = flag(
+        None, "k, one or more. Default: those of 2, 4, 8 that the layers allow."
+    )
+    frozen_blocks: int = flag(0, "Number of blocks, from the first on, that do not learn.")
+    aux_loss: Literal["recon", "next_token"] = flag(
+        "recon", "What the other earlier blocks learn: recon or next_token."
+    )
+    local_every: int = flag(1, "Earlier blocks learn on every N-th step.")
+    per_device_train_batch_size: int = flag(4, "Rows in a micro-batch.")
+    gradient_accumulation_steps: int = flag(8, "Micro-batches per step.")
+    max_length: int = flag(1024, "Tokens in a row.")
+    optim: str = flag("adamw_torch_fused", f"The optimizer: {OPTIMIZERS}.")
+    fit: str | None = flag(None, "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB.")
+    bandwidth: float = flag(25.0, "GB/s from host to GPU and the same back; decides what --offload costs.")
+    tflops: float = flag(100.0, "TFLOP/s that the GPU reaches in training.")
+    json: str | None = flag(None, "Write the plan to this file as JSON.")
+    svg: str | None = flag(None, "Write the bars to this file as SVG.")
+    calibrate: bool = flag(
+        False, "Run two steps of LoPT with the first k on this machine and compare with the plan."
+    )
+    schedule: Literal["eager", "block_major"] = flag("eager", "What --calibrate runs: eager or block_major.")
+    offload: Literal["none", "optimizer", "block"] = flag(
+        "none", "What --calibrate keeps in host memory: none, optimizer or block."
+    )
+    gradient_checkpointing: bool = flag(False, "Whether --calibrate recomputes activations.")
+
+
+@dataclass
+class DownloadArguments:
+    """What to fetch, and where to."""
+
+    groups: ClassVar[dict[str, str]] = {"Data": "dataset", "Output": "write_parquet"}
+
+    dataset: list[str] = flag([], f"One or more of {PRESETS}, or all.")
+    revision: str | None = flag(None, "Branch, tag or commit, of one data set.")
+    write_parquet: bool = flag(False, "Write NAME.parquet as well; without it only the cache is filled.")
+    output_dir: str = flag("data", "Folder of the Parquet files.")
+    overwrite: bool = flag(False, "Replace files that are there already.")
+
+
+@dataclass
+class PreviewArguments:
+    """How much to show."""
+
+    groups: ClassVar[dict[str, str]] = {"Preview": "rows"}
+
+    rows: int = flag(3, "Number of sequences to show.")
+
+
+@dataclass
+class DemoArguments:
+    """What the demo runs. Every default is the demo of the documentation."""
+
+    groups: ClassVar[dict[str, str]] = {
+        "Model and task": "model",
+        "Training": "method",
+        "Output": "output_dir",
+    }
+
+    model: str = flag("gemma3-270m", "A folder, a hub id, or the packaged gemma3-270m.")
+    task: str = flag("chain_sum", "A reasoning-gym task: chain_sum or gsm_symbolic.")
+    held_out: int = flag(64, "Problems kept back for the evaluation.")
+    trust_remote_code: bool = flag(False, "Run code that comes with a model.")
+    method: Literal["lopt", "e2e", "frozen"] = flag("lopt", "What the earlier blocks learn from.")
+    num_blocks: int = flag(2, "k, the number of blocks.")
+    steps: int = flag(60, "Optimizer steps.")
+    batch_size: int = flag(8, "Problems per step.")
+    learning_rate: float = flag(2e-5, "Learning rate of the last block.")
+    seed: int = flag(0, "Seed of problems, heads and order.")
+    output_dir: str = flag("outputs/demo", "Folder for model, figures and report.")
+    overwrite_output_dir: bool = flag(False, "Replace an earlier demo in that folder.")
+
+
+_RUN = (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig)
+OWN: dict[str, tuple[type, ...]] = {
+    "sft": _RUN,
+    "grpo": (*_RUN[:2], TaskArguments, *_RUN[2:]),
+    "eval": (EvalArguments,),
+    "compare": (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig),
+    "probe": (ProbeArguments,),
+    "plan": (PlanArguments,),
+    "data preview": (PreviewArguments, *_RUN),
+    "data download": (DownloadArguments,),
+    "demo": (DemoArguments,),
+}
+"""Our own dataclasses whose fields are the flags of a command, in the order in which `parse` returns them."""
+_TRAINERS = dict.fromkeys(("sft", "compare", "data preview"), "LoPTSFTConfig") | {"grpo": "LoPTGRPOConfig"}
+
+
+def flags_of(command: str) -> Sequence[Any]:
+    """Return every dataclass whose fields are flags of `command`: ours, then that of its trainer.
+
+    Imports torch, transformers and TRL for the commands that train.
+    """
+    if command not in _TRAINERS:
+        return OWN[command]
+    from lopt.trainers import config
+
+    return (*OWN[command], getattr(config, _TRAINERS[command]))

@@ -6,11 +6,11 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments
+from lopt.cli.arguments import CompareArguments, DataArguments, ModelArguments
 from lopt.cli.output import spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import RUN_JSON, RUN_YAML, Record
@@ -42,53 +42,9 @@ _NO_MATTER = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging", 
               "distributed_state", "deepspeed_plugin")  # fmt: skip
 
 
-@dataclass
-class CompareArguments:
-    """What is compared, and by which yardsticks."""
-
-    methods: list[str] = field(
-        default_factory=lambda: ["e2e", "lopt", "frozen", "lora"],
-        metadata={
-            "help": "Arms: e2e, lopt, frozen or lora, each with settings of its own if need be, for example "
-            "lopt:num_blocks=4,lambda_aux=1 or lora:learning_rate=2e-4."
-        },
-    )
-    sweep: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Settings that every arm they matter to takes in turn, for example lambda_aux=0,0.1,1,10 "
-            "or block_boundaries=4,9,14 (several boundaries: 6+12)."
-        },
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "One run of every arm each."}
-    )
-    adaptation_tasks: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Benchmarks of the task itself, as in lopt eval, beside the held-out rows."},
-    )
-    retention_tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Benchmarks of what should not be lost, as in lopt eval."}
-    )
-    retention_text: list[str] = field(
-        default_factory=list, metadata={"help": "Plain text files whose loss should not rise."}
-    )
-    text_tokens: int = field(default=2048, metadata={"help": "Tokens of each text that count."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Local copies of the benchmarks, as in lopt eval."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "Items per benchmark; default all."})
-    keep_models: bool = field(
-        default=False, metadata={"help": "Keep the trained model of every cell under --output_dir/models."}
-    )
-
-
-FLAGS = (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig, LoPTSFTConfig)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then run the cells that are not there yet."""
-    compare, model_args, data_args, run_args, config, args = parse("compare", FLAGS, arguments)
+    compare, model_args, data_args, run_args, config, args = parse("compare", arguments)
     arms = parse_arms(compare.methods, compare.sweep, config)
     data_args.held_out = data_args.held_out or HELD_OUT_ROWS
     check(model_args, data_args, args)
@@ -114,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     study = Study(bench, arms, compare.seeds, setting, folder)
     study.check_folder()
-    Record.of("compare", FLAGS, arguments).write(folder)
+    Record.of("compare", arguments).write(folder)
     results = study.run()
     print(_summary(results))
     print(f"\nReport: {folder / 'report.html'}\nFigures: {folder / 'compare.json'}")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from lopt.cli.output import check_output, spare_model
 from lopt.cli.parsing import parse
@@ -14,38 +12,11 @@ from lopt.cli.record import Record
 from lopt.core.config import LoPTConfig
 from lopt.data.tasks import TASKS
 from lopt.models.load import resolve_model
-from lopt.models.packaged import PACKAGED_MODEL
-
-
-@dataclass
-class DemoArguments:
-    """What to play with. Every default is the demo of the README."""
-
-    model: str = field(
-        default=PACKAGED_MODEL, metadata={"help": "A folder, a hub id, or the packaged gemma3-270m."}
-    )
-    task: str = field(
-        default="chain_sum", metadata={"help": "A reasoning-gym task: chain_sum or gsm_symbolic."}
-    )
-    method: Literal["lopt", "e2e", "frozen"] = field(
-        default="lopt", metadata={"help": "What the earlier blocks learn from."}
-    )
-    num_blocks: int = field(default=2, metadata={"help": "k, the number of blocks."})
-    steps: int = field(default=60, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=8, metadata={"help": "Problems per step."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the last block."})
-    held_out: int = field(default=64, metadata={"help": "Problems kept back for the examination."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
-    seed: int = field(default=0, metadata={"help": "Seed of problems, heads and order."})
-    output_dir: str = field(default="outputs/demo", metadata={"help": "Where model, figures and report go."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace an earlier demo in that folder."}
-    )
 
 
 def main(arguments: Sequence[str]) -> None:
     """Check the arguments, then run the demo."""
-    (args,) = parse("demo", (DemoArguments,), arguments)
+    (args,) = parse("demo", arguments)
     for package in ("reasoning_gym", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise ValueError('the demo needs a few packages more: pip install "lopt[demo]"')
@@ -75,5 +46,5 @@ def main(arguments: Sequence[str]) -> None:
 
     from lopt.evaluation.demo import run_demo
 
-    Record.of("demo", (DemoArguments,), arguments).write(Path(args.output_dir))
+    Record.of("demo", arguments).write(Path(args.output_dir))
     run_demo(args)

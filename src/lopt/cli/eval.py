@@ -6,92 +6,23 @@ import functools
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from lopt.cli.arguments import BENCHMARKS, EvalArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.models.load import DTYPES, resolve_model
 
-NAMES = "mmlu, ifeval, arc_challenge, gsm8k, hellaswag, truthfulqa_mc, truthfulqa_gen, winogrande"
-
-
-@dataclass
-class EvalArguments:
-    """Which models, on what, how."""
-
-    model_name_or_path: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "One or more models: folders (models, or adapters of --method lora), hub ids, aliases, "
-            "gemma3-270m."
-        },
-    )
-    base: str | None = field(
-        default=None,
-        metadata={"help": "The model that the others were made from: what they gained and lost against it."},
-    )
-    tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Benchmarks: {NAMES}, or any other task of lm-evaluation-harness."},
-    )
-    text: list[str] | None = field(
-        default=None,
-        metadata={"help": "UTF-8 files whose loss per token and perplexity are measured: cheap."},
-    )
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder with the benchmarks' rows as <name>/<split>.jsonl. Default: the hub."},
-    )
-    limit: int | None = field(
-        default=None,
-        metadata={"help": "Only the first so many items of each task (each subject of mmlu)."},
-    )
-    num_fewshot: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Shots of single tasks, as arc_challenge=25 hellaswag=10. Default: as the task is "
-            "defined (gsm8k 5, most others 0), mmlu 5."
-        },
-    )
-    batch_size: str = field(
-        default="auto", metadata={"help": "Sequences in a batch, or auto: what fits is found."}
-    )
-    apply_chat_template: bool = field(
-        default=False, metadata={"help": "Put prompts into the tokenizer's chat template."}
-    )
-    text_tokens: int = field(default=8192, metadata={"help": "Tokens of each --text that are measured."})
-    text_window: int = field(default=256, metadata={"help": "Tokens that are read together."})
-    param_dtype: str = field(
-        default="float32",
-        metadata={
-            "aliases": ["--dtype"],
-            "help": "Dtype of the weights: float32, bfloat16, float16 or auto.",
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "For example sdpa, eager, flash_attention_2."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
-    output_dir: str = field(
-        default="outputs/eval", metadata={"help": "Results, samples and the report; finished tasks are kept."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Replace results there that were made otherwise (other model, settings or rows)."},
-    )
-
 
 def main(arguments: Sequence[str]) -> None:
     """Check everything that can be checked, then examine model after model."""
-    (args,) = parse("eval", (EvalArguments,), arguments)
+    (args,) = parse("eval", arguments)
     models = check(args)
     shots = fewshots(args.num_fewshot or [])
 
     from lopt.evaluation.run import run_evaluation  # after the checks: this import takes seconds
 
-    begin = functools.cache(Record.of("eval", (EvalArguments,), arguments).write)  # once
+    begin = functools.cache(Record.of("eval", arguments).write)  # once
     run_evaluation(args, models, shots, begin)
 
 
@@ -107,7 +38,7 @@ def check(args: EvalArguments) -> dict[str, str]:
             "--model_name_or_path is missing: give folders, hub ids or gemma3-270m (the packaged model)"
         )
     if not args.tasks and not args.text:
-        raise ValueError(f"nothing to measure: give --tasks ({NAMES}) or --text FILE")
+        raise ValueError(f"nothing to measure: give --tasks ({BENCHMARKS}) or --text FILE")
     if args.param_dtype not in DTYPES:
         raise ValueError(f"--param_dtype {args.param_dtype} is not possible: use one of {', '.join(DTYPES)}")
     for flag, value, least in (

@@ -5,32 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lopt.cli.arguments import (
-    DataArguments,
-    ModelArguments,
-    RetentionArguments,
-    RunArguments,
-    TaskArguments,
-)
+from lopt.cli.arguments import DataArguments, ModelArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
 from lopt.cli.training import check_evaluation, check_run, prepare, run
-from lopt.core.config import LoPTConfig
 from lopt.reliability.stop import obeying
 from lopt.trainers import LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
 
-FLAGS = (
-    *(ModelArguments, DataArguments, TaskArguments, RunArguments, RetentionArguments),
-    *(LoPTConfig, LoPTGRPOConfig),
-)
-
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
-    model_args, data_args, task_args, run_args, retention_args, config, args = parse("grpo", FLAGS, arguments)
+    model_args, data_args, task_args, run_args, retention_args, config, args = parse("grpo", arguments)
     with obeying(run_args.limit):
         check_task(task_args, data_args)
         check(data_args, args)
@@ -39,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
         checkpoint = prepare(model_args, run_args, config, args)
         rows = grpo_rows(model_args, data_args, task_args, args)
         _of_reference(args, model_args)
-        record = Record.of("grpo", FLAGS, arguments)
+        record = Record.of("grpo", arguments)
         rewards = {"reward_funcs": rows.rewards}
         run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, record, retention, **rewards)
 

@@ -1,16 +1,14 @@
-"""`lopt COMMAND`: finds the command and turns a user's mistake into one line and exit code 2."""
+"""`lopt COMMAND`: find the command, and turn a user's mistake into one line and exit code 2."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from lopt.reliability.secrets import known_secrets, redact
 from lopt.reliability.stop import EXIT_STOPPED, Stopped
-from lopt.reports.page import clean
 from lopt.version import __version__
 
 # Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
@@ -24,44 +22,51 @@ COMMANDS = {
     "data": "download public data sets, preview what the model is trained on",
     "demo": "post-train a small real model on this machine and see what it learned and kept",
 }
-USAGE = "usage: lopt COMMAND [--flag value ...]   (lopt COMMAND --help lists the flags)\n\ncommands:\n"
+SUBCOMMANDS = {
+    "data download": "fetch public data sets into the cache or into Parquet files",
+    "data preview": "show what lopt sft with the same flags trains on, token by token",
+}
+USAGE = "usage: lopt {0} [--flag value ...]   (lopt {0} --help lists the flags)\n\ncommands:\n{1}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (2 for a user's mistake)."""
+    """Run one command and return the exit code (2 for a user's mistake)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE + "\n".join(f"  {name:8} {what}" for name, what in COMMANDS.items()))
+        print(_usage("COMMAND", COMMANDS))
         return 0 if arguments else 2
     if arguments[0] == "--version":
         print(f"lopt {__version__}")
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        print(
-            f"lopt: error: there is no command {command!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr
-        )
+        message = f"there is no command {command!r}: use one of {', '.join(COMMANDS)}"
+        print(f"lopt: error: {message}", file=sys.stderr)
         return 2
     return run(command, rest)
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Run `lopt.cli.<command>`; LOPT_DEBUG=1 shows where an error comes from."""
+    """Run `lopt.cli.<command>` and return the exit code; LOPT_DEBUG=1 shows where an error comes from."""
     try:
-        importlib.import_module(f"lopt.cli.{command}").main(list(arguments))
+        if not _show_help(command, arguments):
+            from lopt.cli.noise import quiet
+
+            quiet()
+            import_module(f"lopt.cli.{command}").main(list(arguments))
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("LOPT_DEBUG"):
             raise
-        message = _one_line(error, arguments)
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
-        print(f"{where}lopt {command}: error: {message}", file=sys.stderr)
+        print(f"{where}lopt {command}: error: {_one_line(error, command, arguments)}", file=sys.stderr)
         return 2
     except Exception as error:
         culprit = _culprit(error)
         if os.environ.get("LOPT_DEBUG") or culprit is None:
             raise
-        print(f"lopt {command}: error: {culprit}: {_one_line(error, arguments)[:500]}", file=sys.stderr)
+        message = _one_line(error, command, arguments)[:500]
+        print(f"lopt {command}: error: {culprit}: {message}", file=sys.stderr)
         return 2
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
@@ -73,14 +78,52 @@ def run(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _one_line(error: Exception, arguments: Sequence[str]) -> str:
-    """It may quote a command line, a model or a data set: no token and no command to the terminal."""
-    return clean(redact(" ".join(str(error).split()), known_secrets(arguments)))
+def _usage(command: str, names: dict[str, str]) -> str:
+    return USAGE.format(command, "\n".join(f"  {name:8} {what}" for name, what in names.items()))
+
+
+def _show_help(command: str, arguments: Sequence[str]) -> bool:
+    """Print the help if the arguments ask for it; return whether they do."""
+    every = "--help-all" in arguments
+    if not every and "--help" not in arguments and "-h" not in arguments:
+        return False
+    name = _full_name(command, arguments)
+    if name == "data":
+        subcommands = {name.split()[1]: what for name, what in SUBCOMMANDS.items()}
+        print(_usage("data SUBCOMMAND", subcommands))
+        return True
+    from lopt.cli.help import help_page
+
+    print(help_page(name, {**COMMANDS, **SUBCOMMANDS}[name], every=every))
+    return True
+
+
+def _full_name(command: str, arguments: Sequence[str]) -> str:
+    """Return the command with its subcommand, if it has one and the arguments begin with it."""
+    name = " ".join([command, *arguments[:1]])
+    return name if name in SUBCOMMANDS else command
+
+
+def _one_line(error: Exception, command: str, arguments: Sequence[str]) -> str:
+    """Return the message in one line, with flags for arguments, and without secrets or control characters.
+
+    It may quote a command line, a model or a data set.
+    """
+    from lopt.cli.messages import with_flags
+    from lopt.cli.parsing import flag_types
+    from lopt.reliability.secrets import known_secrets, redact
+    from lopt.reports.page import clean
+
+    message = " ".join(str(error).split())
+    name = _full_name(command, arguments)
+    if "`" in message and name != "data":
+        message = with_flags(message, flag_types(name))
+    return clean(redact(message, known_secrets(arguments)))
 
 
 def _culprit(error: Exception) -> str | None:
-    """What came from elsewhere and was stopped where nobody expects it; None for a mistake of ours."""
-    if type(error).__module__ == "jinja2.exceptions":  # its own words, or the sandbox's
+    """Return what failed if it came with a model or a checkpoint; None for a mistake of ours."""
+    if type(error).__module__ == "jinja2.exceptions":  # raised by the template, or by its sandbox
         return "the model's chat template failed"
     if isinstance(error, pickle.UnpicklingError):  # torch.load(weights_only=True)
         return "a file was refused that holds more than data; nothing of it was run"

@@ -1,4 +1,4 @@
-"""From the words of a command line and a YAML file to dataclasses, every mistake in one line."""
+"""From a command line and a YAML file to dataclasses; every mistake is one line."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import TrlParser
+from transformers.hf_argparser import HfArgumentParser
 from yaml.constructor import ConstructorError
 
-from lopt.data.hub import one_line
+from lopt.cli.arguments import flags_of
 from lopt.reliability.secrets import known_secrets, redact
 
 
-class _Parser(TrlParser):
-    """Says a mistake in one line, as all of lopt does, rather than after three hundred lines of usage."""
+class _Parser(HfArgumentParser):
+    """Raises a mistake as a ValueError of one line, where argparse prints the usage and exits."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(re.sub(r"^argument (--\w+)[^:]*:", r"\1:", message))
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML takes the last without a word."""
+    """Refuses a key that is given twice, of which YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -40,55 +41,60 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse(command: str, groups: Sequence[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Flags and `--config file.yaml` (flags win) into one instance per dataclass.
+def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Return one instance of each dataclass of `flags_of(command)`, from `--config file.yaml` and flags.
+
+    Flags win over the file.
 
     Raises:
-        ValueError: an unknown flag, a value of the wrong type; the YAML file is missing, broken or has
+        ValueError: An unknown flag, or a value of the wrong type; the YAML file is missing, broken or has
             unknown keys. No message shows a token.
     """
     secrets = known_secrets(arguments)
     try:
-        parser, words = _words(command, groups, arguments)
+        parser, words = _words(command, arguments)
         secrets |= known_secrets(words)
         *parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), unknown[0])
             name = flag.lstrip("-").partition("=")[0]
-            raise ValueError(f"{flag} is no flag of lopt {command}: {_hint(name, _hints(groups), '--')}")
+            hint = _hint(name, flag_types(command), "--")
+            raise ValueError(f"{flag} is no flag of lopt {command}: {hint}")
     except ValueError as error:
-        told = redact(str(error), secrets)
-        if told == str(error):
+        message = redact(str(error), secrets)
+        if message == str(error):
             raise
-        raise ValueError(told) from None  # the cause would show the secret
+        raise ValueError(message) from None  # the cause would show the secret
     return tuple(parsed)
 
 
-def settings(
-    command: str, groups: Sequence[Any], arguments: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The value of every flag, from `arguments`, the YAML file or by default; and those that are no default.
+def settings(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the value of every flag, and the values of those that differ from their defaults.
 
-    Both as they can be written in a YAML file, for arguments that `parse` has accepted.
+    Both can be written to a YAML file. `arguments` are those that `parse` has accepted.
     """
-    defaults = vars(_Parser(groups).parse_args([]))
-    parser, words = _words(command, groups, arguments)
+    defaults = vars(_Parser(flags_of(command)).parse_args([]))
+    parser, words = _words(command, arguments)
     values = vars(parser.parse_args(words))
     return values, {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def _words(command: str, groups: Sequence[Any], arguments: Sequence[str]) -> tuple[_Parser, list[str]]:
-    """A parser, and the words that it is to read: those of the YAML file first, so that flags win."""
-    parser = _Parser(groups, prog=f"lopt {command}")
+def flag_types(command: str) -> dict[str, Any]:
+    """Return the type of every flag of `command` by its name."""
+    types: dict[str, Any] = {}
+    for group in flags_of(command):
+        hints = get_type_hints(group)
+        types |= {field.name: hints[field.name] for field in fields(group)}
+    return types
+
+
+def _words(command: str, arguments: Sequence[str]) -> tuple[_Parser, list[str]]:
+    """Return a parser and the words that it is to read: those of the YAML file first, so that flags win."""
+    parser = _Parser(flags_of(command), prog=f"lopt {command}")
     path, words = _take_config(_resume_alone(list(arguments)))
     if path is not None:
-        words = _words_of(_read_yaml(path), f"--config {path}", parser, _hints(groups)) + words
+        words = _words_of(_read_yaml(path), f"--config {path}", parser, flag_types(command)) + words
     return parser, words
-
-
-def _hints(groups: Sequence[Any]) -> dict[str, Any]:
-    """The types of all flags."""
-    return {name: hint for group in groups for name, hint in get_type_hints(group).items()}
 
 
 def _hint(name: str, known: Iterable[str], dashes: str = "") -> str:
@@ -97,7 +103,7 @@ def _hint(name: str, known: Iterable[str], dashes: str = "") -> str:
 
 
 def _resume_alone(arguments: list[str]) -> list[str]:
-    """`--resume` without a value means the newest."""
+    """Return the arguments with `--resume=auto` for a `--resume` without a value."""
     return [
         "--resume=auto" if flag == "--resume" and following.startswith("--") else flag
         for flag, following in pairwise([*arguments, "--"])
@@ -105,7 +111,7 @@ def _resume_alone(arguments: list[str]) -> list[str]:
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The file of `--config FILE` or `--config=FILE`, and the other arguments."""
+    """Return the file of `--config FILE` or `--config=FILE`, and the other arguments."""
     for position, word in enumerate(arguments):
         flag, sign, value = word.partition("=")
         if flag == "--config":
@@ -122,30 +128,30 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         raise ValueError(f"--config {path} is not a file")
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)  # noqa: S506  (a SafeLoader)
-    # The last three are what PyYAML itself stumbles over: deep nesting, values that their tags do not fit.
+    # PyYAML itself raises the last three: for deep nesting, and for values that do not fit their tags.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
-        told = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else one_line(error)
-        raise ValueError(f"--config {path} is not valid YAML: {told}") from error
+        reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error)
+        raise ValueError(f"--config {path} is not valid YAML: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold flags, one 'name: value' per line")
     return content
 
 
-def _words_of(content: dict[Any, Any], where: str, parser: _Parser, hints: Mapping[str, Any]) -> list[str]:
-    """A YAML file as words of a command line, so that its values are checked like those of flags."""
+def _words_of(content: dict[Any, Any], where: str, parser: _Parser, types: Mapping[str, Any]) -> list[str]:
+    """Return a YAML file as words of a command line, so that its values are checked like those of flags."""
     words: list[str] = []
     for key, value in content.items():
-        if key not in hints:
-            raise ValueError(f"{where}: {key!r} is no flag: {_hint(str(key), hints)}")
-        if value is None and NoneType not in get_args(hints[key]):
+        if key not in types:
+            raise ValueError(f"{where}: {key!r} is no flag: {_hint(str(key), types)}")
+        if value is None and NoneType not in get_args(types[key]):
             raise ValueError(f"{where}: {key} has no value: give it one, or leave the line out")
-        kinds: tuple[Any, ...] = (hints[key], *get_args(hints[key]))
+        kinds: tuple[Any, ...] = (types[key], *get_args(types[key]))
         if isinstance(value, bool) and bool not in kinds:  # YAML takes no for false: --save_strategy no
             value = "yes" if value else "no"
         if isinstance(value, list) and list not in [get_origin(kind) for kind in kinds]:
             raise ValueError(f"{where}: {key} takes one value, not a list")
-        if value is None or value == []:  # no word says this
+        if value is None or value == []:  # no word of a command line means this
             parser.set_defaults(**{key: value})
         elif isinstance(value, list) and len(value) > 1:
             words += [f"--{key}", *map(str, value)]

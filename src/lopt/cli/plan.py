@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from lopt.cli.arguments import PlanArguments
 from lopt.cli.parsing import parse
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
 from lopt.instruments.memory import MemoryPeak, format_bytes
-from lopt.planning.plan import BANDWIDTH, TFLOPS, Plan, Planner, Run, Setting
+from lopt.planning.plan import Plan, Planner, Run, Setting
 from lopt.planning.search import candidates, fit
 from lopt.planning.shapes import SHAPES, model_config
-from lopt.planning.step import OPTIMIZERS
 from lopt.reports.plots import bar_plot, standalone
 
 GIB = 2**30
@@ -36,79 +35,9 @@ PARTS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass
-class PlanArguments:
-    """The run that is planned; flags that `lopt sft` has as well mean the same."""
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": f"A folder, a config.json, a hub id or, without any network: {', '.join(SHAPES)}."},
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
-    param_dtype: str = field(
-        default="float32",
-        metadata={"aliases": ["--dtype"], "help": "Dtype of the weights: float32 or bfloat16."},
-    )
-    state_dtype: str = field(
-        default="float32", metadata={"help": "Dtype of the optimizer's state: float32 or bfloat16."}
-    )
-    master_weights: bool = field(
-        default=False, metadata={"help": "Float32 masters of bfloat16 weights in the optimizer's state."}
-    )
-    prefetch_gib: float = field(
-        default=2.0,
-        metadata={"help": "GiB on the device for what travels with --offload; --fit chooses its own."},
-    )
-    bf16: bool | None = field(
-        default=None, metadata={"help": "Mixed precision in bfloat16. Default: on, off with --use_cpu."}
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Plan for a CPU, not for a GPU."})
-    num_blocks: list[int] | None = field(
-        default=None, metadata={"help": "k, one or more. Default: those of 2, 4, 8 that the layers allow."}
-    )
-    frozen_blocks: int = field(
-        default=0, metadata={"help": "How many blocks, from the first on, do not learn."}
-    )
-    aux_loss: Literal["recon", "next_token"] = field(
-        default="recon", metadata={"help": "What the other earlier blocks learn: recon or next_token."}
-    )
-    local_every: int = field(default=1, metadata={"help": "Earlier blocks learn on every N-th step."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows in a micro-batch."})
-    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens in a row."})
-    optim: str = field(
-        default="adamw_torch_fused", metadata={"help": f"The optimizer: {', '.join(OPTIMIZERS)}."}
-    )
-    fit: str | None = field(
-        default=None,
-        metadata={"help": "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB."},
-    )
-    bandwidth: float = field(
-        default=BANDWIDTH,
-        metadata={"help": "GB/s from host to GPU and as much back, for what --offload costs."},
-    )
-    tflops: float = field(default=TFLOPS, metadata={"help": "TFLOP/s that the GPU reaches in training."})
-    json: str | None = field(default=None, metadata={"help": "Write the plan to this file as JSON."})
-    svg: str | None = field(default=None, metadata={"help": "Write the bars to this file as SVG."})
-    calibrate: bool = field(
-        default=False,
-        metadata={"help": "Run two steps of LoPT with the first k on this machine and compare."},
-    )
-    schedule: Literal["eager", "block_major"] = field(
-        default="eager", metadata={"help": "What --calibrate runs: eager or block_major."}
-    )
-    offload: Literal["none", "optimizer", "block"] = field(
-        default="none", metadata={"help": "What --calibrate keeps in host memory: none, optimizer or block."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Whether --calibrate recomputes activations."}
-    )
-
-
 def main(arguments: Sequence[str]) -> None:
     """Check the flags, measure the parts, print the table and what was asked for beside it."""
-    (args,) = parse("plan", (PlanArguments,), arguments)
+    (args,) = parse("plan", arguments)
     limit = check(args)
     planner = Planner(_run(args))
     blocks = _blocks(args, len(planner.sizes.layers))

@@ -6,7 +6,6 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 import lopt
+from lopt.cli.arguments import ProbeArguments
 from lopt.cli.eval import labels
 from lopt.cli.output import check_report
 from lopt.cli.parsing import parse
@@ -33,55 +33,15 @@ from lopt.reports.drift import drift_page, drift_table
 FILES = ("probe.json", "report.html")
 
 
-@dataclass
-class ProbeArguments:
-    """Which models, on which text."""
-
-    base: str | None = field(
-        default=None, metadata={"help": "The model that the others were tuned from: a folder or a hub id."}
-    )
-    model_name_or_path: list[str] | None = field(
-        default=None,
-        metadata={"help": "One or more tuned models: folders or hub ids, LoRA adapters as well."},
-    )
-    text: list[str] | None = field(
-        default=None, metadata={"help": "Plain text that the models read: one or more UTF-8 files."}
-    )
-    tokens: int = field(default=2048, metadata={"help": "Tokens of each text, from its start."})
-    window: int = field(default=128, metadata={"help": "Tokens that are read together."})
-    batch_size: int = field(default=16, metadata={"help": "Windows at a time."})
-    num_blocks: int | None = field(
-        default=None,
-        metadata={
-            "help": "Mark the boundaries of so many blocks. Default: the tuned model's lopt_config.json."
-        },
-    )
-    block_boundaries: list[int] | None = field(
-        default=None, metadata={"help": "Layers (from 0) at which blocks 2..k start; overrides --num_blocks."}
-    )
-    param_dtype: str = field(
-        default="float32",
-        metadata={
-            "aliases": ["--dtype"],
-            "help": "Dtype that the models are run in: float32, bfloat16, auto.",
-        },
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
-    output_dir: str = field(
-        default="outputs/probe", metadata={"help": "Where probe.json and report.html go."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier report there."})
-
-
 def main(arguments: Sequence[str]) -> None:
     """Check all flags and tokenizers, run the base, then one tuned model after the other."""
-    (args,) = parse("probe", (ProbeArguments,), arguments)
+    (args,) = parse("probe", arguments)
     texts = check(args)
     with _named("--base"):
         ((base, base_path),) = labels([args.base]).items()
     models = labels(args.model_name_or_path)
     folder = check_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
-    record = Record.of("probe", (ProbeArguments,), arguments)
+    record = Record.of("probe", arguments)
     drifts = probe(args, base_path, models, list(texts.values()))
     about = {"base": args.base, "text": args.text, "tokens": args.tokens, "window": args.window}
     about |= {"param_dtype": args.param_dtype}

@@ -47,12 +47,12 @@ class Record:
     changed: dict[str, Any]
 
     @classmethod
-    def of(cls, command: str, groups: Sequence[Any], arguments: Sequence[str]) -> Record:
+    def of(cls, command: str, arguments: Sequence[str]) -> Record:
         """The record of arguments that `lopt.cli.parsing.parse` has accepted; secrets are left out."""
         secrets = known_secrets(arguments)
         every, changed = (
             redacted({k: v for k, v in values.items() if not is_secret_name(k)}, secrets)
-            for values in settings(command, groups, arguments)
+            for values in settings(command, arguments)
         )
         return cls(command, redacted_words(arguments, secrets), every, changed)
 

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lopt.cli.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments
+from lopt.cli.arguments import DataArguments, ModelArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import Record
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_rows, sft_rows
 from lopt.cli.training import check_evaluation, check_model, check_run, prepare, run
-from lopt.core.config import LoPTConfig
 from lopt.reliability.stop import obeying
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
-
-FLAGS = (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig, LoPTSFTConfig)
+from lopt.validation import check_number
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
-    model_args, data_args, run_args, retention_args, config, args = parse("sft", FLAGS, arguments)
+    model_args, data_args, run_args, retention_args, config, args = parse("sft", arguments)
     with obeying(run_args.limit):
         check(model_args, data_args, args)
         check_run(model_args, config, args)
         retention = check_retention(retention_args, config, args)
         checkpoint = prepare(model_args, run_args, config, args)
         rows = sft_rows(model_args, data_args, args)
-        record = Record.of("sft", FLAGS, arguments)
+        record = Record.of("sft", arguments)
         run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, record, retention)
 
 
@@ -35,12 +33,11 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTCon
     """Check what model and data flags say together, and carry it over into `args`.
 
     Raises:
-        ValueError: no model, a sequence length that leaves nothing to predict, an impossible stream.
+        ValueError: No model, a sequence length that leaves nothing to predict, an impossible stream.
     """
     check_model(model_args)
     if data_args.max_seq_length is not None:
         args.max_length = data_args.max_seq_length
-    if args.max_length is not None and args.max_length < 2:
-        raise ValueError(f"--max_length {args.max_length} leaves nothing to predict: use 2 or more")
+    check_number("max_length", args.max_length, minimum=2)
     check_rows(data_args, args.max_steps)
     check_evaluation(data_args, args)

@@ -27,7 +27,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lopt.architectures import base_model
-from lopt.compat import capture_paused, checkpoints_reentrantly
+from lopt.compat import capture_paused, uses_reentrant_checkpointing
 from lopt.core.blocks import Block
 from lopt.core.objective import Rows
 from lopt.core.routers import RouterLoss
@@ -101,7 +101,7 @@ class Boundaries:
         rows = Rows.from_call(args, kwargs, self.labels)
         if handle.learns_locally:
             handle.objective.check(rows)
-            if any(checkpoints_reentrantly(layer) for layer in handle.blocks.layers):
+            if any(uses_reentrant_checkpointing(layer) for layer in handle.blocks.layers):
                 raise ValueError(
                     "reentrant gradient checkpointing silently gives no gradient behind a boundary: "
                     'use gradient_checkpointing_kwargs={"use_reentrant": False}'

@@ -27,7 +27,7 @@ class RouterLoss:
 
     def take(self, mask: Tensor | None) -> Tensor | None:
         """Return the weighted loss over the routers since the last boundary; None if none are captured."""
-        logits = captured_outputs("router_logits")[self._taken :]
+        logits = captured_outputs().get("router_logits", [])[self._taken :]
         if not logits:
             return None
         config: Any = self._config
@@ -37,6 +37,6 @@ class RouterLoss:
 
     def release(self) -> None:
         """Turn the captured logits into constants, once their block's backward is done."""
-        logits = captured_outputs("router_logits")
+        logits = captured_outputs().get("router_logits", [])
         logits[self._taken :] = [x.detach() for x in logits[self._taken :]]
         self._taken = len(logits)

@@ -1,4 +1,4 @@
-"""The head warm-up: a head that is still random would send noise into a pretrained block, so it learns first."""
+"""The head warm-up: random heads would send noise into pretrained blocks, so the heads learn first."""
 
 from __future__ import annotations
 

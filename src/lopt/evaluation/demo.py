@@ -29,7 +29,7 @@ from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
 
 if TYPE_CHECKING:
-    from lopt.cli.demo import DemoArguments
+    from lopt.cli.arguments import DemoArguments
 
 RETENTION_TOKENS = 1024
 MAX_NEW_TOKENS = {"chain_sum": 56, "gsm_symbolic": 200}

@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
+from lopt.compat import build_tasks, rows_fingerprint
 from lopt.data.hub import one_line
 from lopt.evaluation.ifeval import need_punkt
 from lopt.evaluation.local import find_local, read_rows, split_file
@@ -33,7 +34,6 @@ try:
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._factory import TaskFactory
 except ImportError as error:
     raise ImportError('benchmarks need lm-evaluation-harness: pip install "lopt[eval]"') from error
 
@@ -142,7 +142,7 @@ def _rows_identity(task: Any) -> str:
     if isinstance(task, LocalTask):
         return task.files_hash
     splits = sorted(task.dataset.items()) if isinstance(task.dataset, dict) else []
-    return " ".join(f"{name}:{getattr(rows, '_fingerprint', len(rows))}" for name, rows in splits)
+    return " ".join(f"{name}:{rows_fingerprint(rows)}" for name, rows in splits)
 
 
 class LocalTask(ConfigurableTask):
@@ -203,10 +203,7 @@ def _all_tasks() -> Any:
 def _load(manager: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """One task, tag or group with its tasks, `options` laid over every task's definition."""
     try:
-        # `TaskManager.load` lays options over single tasks only, its factory over those of groups as well.
-        built = TaskFactory().build(
-            manager.task_index[name], overrides=dict(options), registry=manager.task_index
-        )
+        built = build_tasks(manager, name, options)
         part = manager.load(built if isinstance(built, list) else [built])
     except ConnectionError as error:
         raise ValueError(

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from lopt.compat import labelled_positions_only
 from lopt.core.attach import LoPT, attach
 from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
@@ -34,7 +35,6 @@ from lopt.reliability.saving import WholeCheckpoints
 from lopt.reliability.stopping import Stoppable
 from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
-from lopt.trainers.labels import labels_only
 from lopt.trainers.offload import TravellingWeights
 from lopt.trainers.optimizer import block_optimizer, optimizer_factory
 from lopt.trainers.throughput import Throughput
@@ -205,7 +205,7 @@ class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss; on a CPU the LM head scores only the positions that have a label."""
         stage = nullcontext() if self.block_major is None else self.block_major.stage()
-        with stage, labels_only() if self.args.device.type == "cpu" else nullcontext():
+        with stage, labelled_positions_only() if self.args.device.type == "cpu" else nullcontext():
             return super().compute_loss(model, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -1,0 +1,29 @@
+"""Messages of the library, which name arguments in backticks, as the user of a command reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+
+def with_flags(message: str, flags: Collection[str]) -> str:
+    """Return the message with `name` written as --name wherever `flags` has that name."""
+    return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in flags else name[0], message)
+
+
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Rename the arguments in messages of the library to the flags that a command has for them.
+
+    Example:
+        with renamed(tasks="retention_tasks"):
+            check_tasks(args.retention_tasks)  # "`tasks` must be ..." names --retention_tasks
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name, flag in names.items():
+            message = re.sub(rf"`{name}`|--{name}\b", f"`{flag}`", message)
+        raise ValueError(message) from error
