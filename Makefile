@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: demo test test-slow lint audit format clean help
+.PHONY: demo test test-slow test-cpu lint audit format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,6 +18,14 @@ test: $(STAMP) lint  ## set up, then lint, types and all tests (under 15 minutes
 
 test-slow: $(STAMP)  ## the tests that take minutes: real weights
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Where numbers depend on kernels: a CPU without vector instructions, and two threads.
+NUMERIC := tests/core tests/engine tests/trainers tests/cli/test_sft.py tests/evaluation/drift \
+	$(addprefix tests/evaluation/test_,loss.py generate.py harness.py)
+test-cpu: $(STAMP)  ## the numeric tests with the least of this CPU's instructions, then with two threads
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+		$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(NUMERIC) $(ARGS)
+	LOPT_TEST_THREADS=2 $(BIN)/python -m pytest $(NUMERIC) $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -23,11 +23,11 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
-from lopt.data import Problem, train_and_held_out
-from lopt.data.tasks import MARK
+from lopt.data.procedural import Problem, train_and_held_out
 from lopt.evaluation import complete
 from lopt.reports.plots import line_plot, standalone
-from lopt.rewards.rewards import REWARDS
+from lopt.rewards import REWARDS
+from lopt.rewards.answers import MARK
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from small_model import byte_tokenizer, flags, keep
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,23 @@ def batch_of(lengths: list[int], side: str = "right", seed: int = 0) -> dict[str
         ids[row, where] = torch.randint(3, 97, (length,), generator=generator)
         mask[row, where] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def assert_moved_alike(
+    start: Mapping[str, torch.Tensor],
+    one: Mapping[str, torch.Tensor],
+    other: Mapping[str, torch.Tensor],
+    share: float = 0.01,
+) -> None:
+    """Assert that two runs from `start` end at the same weights, up to a share of how far they moved.
+
+    In the norm of each tensor, not element by element: where a gradient is nothing but rounding, Adam makes a
+    whole step of its sign, and the sign depends on the order in which this CPU's kernels sum.
+    """
+    assert one.keys() == other.keys()
+    for name, end in one.items():
+        moved = (end - start[name]).norm()
+        assert (other[name] - end).norm() <= share * moved, (name, float((other[name] - end).norm() / moved))
 
 
 @pytest.fixture(params=sorted(CONFIGS))

@@ -1,9 +1,13 @@
-"""Text files that are whole or absent."""
+"""Text and JSON files that are whole or absent, and trees of plain values."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,3 +31,37 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, content: object, **options: Any) -> None:
+    """Write `content` as JSON with `write_text`; `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(content, indent=1, **options) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file in UTF-8."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def finite(value: Any) -> Any:
+    """Return a tree of plain values in which NaN and infinities, which JSON does not have, are None."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Return where two trees of plain values differ, each as "name was old and is new"."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [
+            d for key in keys for d in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if json.loads(json.dumps(new)) == old else [f"{name} was {_brief(old)} and is {_brief(new)}"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."

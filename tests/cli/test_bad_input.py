@@ -51,7 +51,7 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--dataset_preset tulu3", "--dataset_preset tulu3"),
     ("sft", "--dataset_split test", "--dataset_split must be train"),
     ("sft", "--held_out 12", "--held_out 12.0 takes 12 of 12 rows and leaves none to train on"),
-    ("sft", "--max_samples 0", "--max_samples must be at least 1"),
+    ("sft", "--max_samples 0", "--max_samples must be >= 1 (got 0)"),
     ("sft", "--max_seq_length 8", "Raise it or shorten the prompts"),
     ("sft", "--max_length 1", "--max_length must be >= 2 (got 1)"),
     ("sft", "--assistant_only_loss", "--assistant_only_loss needs a tokenizer with a chat template"),
@@ -73,7 +73,7 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--model_name_or_path shardless", "model-00002-of-00002.safetensors"),
     ("sft", "--model_name_or_path misshapen", "its weights do not fit its config.json: "),
     ("sft", "--attn_implementation magic", "magic"),
-    ("sft", "--param_dtype int8", "--param_dtype int8 is not possible: use one of float32"),
+    ("sft", "--param_dtype int8", "--param_dtype must be one of float32, bfloat16, float16, auto (got int8)"),
     ("sft", "--model_name_or_path experts --schedule block_major", "use --schedule eager"),
     ("sft", "--model_name_or_path experts --schedule block_major --offload block", "use --schedule eager"),
     # -- settings that mean nothing, or contradict each other
@@ -206,7 +206,7 @@ CASES: list[tuple[str, str, str]] = [
     ("data preview", "!--model_name_or_path", "--model_name_or_path is missing"),
     ("data preview", "--model_name_or_path endless", "set eos_token"),
     ("data download", "!--dataset", "--dataset is missing: give all or some of"),
-    ("data download", "--dataset spam", "--dataset spam is unknown: use all or some of"),
+    ("data download", "--dataset spam", "--dataset must be one of all, metamathqa, "),
     ("data download", "--dataset all --revision v1", "--revision belongs to one data set: name one"),
     ("data download", "--output_dir rows.jsonl", "--output_dir rows.jsonl is a file: choose a folder"),
     # -- lopt eval

@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset
 
 from lopt.cli.main import main
-from lopt.data import hub, load_rows
+from lopt.data import hub
+from lopt.data.load import load_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def test_the_script_is_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "scripts" / "download_datasets.py"), run_name="__main__")
     assert stop.value.code == 0
-    assert len(load_rows("data/metamathqa.parquet", preset="metamathqa")) == 3
+    assert len(load_rows("data/metamathqa.parquet", dataset_preset="metamathqa")) == 3
 
 
 def test_without_parquet_only_the_cache_is_filled(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

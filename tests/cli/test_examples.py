@@ -13,11 +13,11 @@ from lopt.cli import grpo, sft
 from lopt.cli.parsing import parse
 from lopt.cli.rows import check_task
 from lopt.data.presets import PRESETS
-from lopt.data.questions import QUESTION_TASKS
+from lopt.data.question_tasks import QUESTION_TASKS
 from lopt.evaluation.compare import parse_arms
-from lopt.models.load import ALIASES
+from lopt.models.names import ALIASES
 from lopt.models.packaged import PACKAGED_MODEL
-from lopt.rewards.rewards import REWARDS
+from lopt.rewards import REWARDS
 from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
 from page_commands import commands

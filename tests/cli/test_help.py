@@ -74,8 +74,8 @@ def test_the_documentation_of_trl_names_its_sections() -> None:
 def test_names_in_the_help_are_those_of_the_library() -> None:
     """`arguments` writes them out, because importing the library's would take seconds."""
     from lopt.cli import arguments
-    from lopt.data import PRESETS, TASKS
-    from lopt.data.files import SHUFFLE_BUFFER
+    from lopt.data.presets import PRESETS, SHUFFLE_BUFFER
+    from lopt.data.procedural import TASKS
     from lopt.models.packaged import PACKAGED_MODEL
     from lopt.planning.plan import BANDWIDTH, TFLOPS
     from lopt.planning.shapes import SHAPES

@@ -13,8 +13,9 @@ import yaml
 
 from lopt.cli.main import COMMANDS, main
 from lopt.cli.parsing import parse, settings
-from lopt.cli.record import RUN_JSON, RUN_YAML, Record
+from lopt.cli.record import record_of
 from lopt.reliability.provenance import versions
+from lopt.reliability.record import RUN_JSON, RUN_YAML
 
 
 @pytest.fixture
@@ -93,10 +94,10 @@ def test_every_command_s_flags_survive_the_file(command: str, tmp_path: Path) ->
     }.get(
         command, ["--model_name_or_path", "a: b #c", "--num_blocks", "3", "--gradient_checkpointing", "true"]
     )
-    first = Record.of(command, given)
+    first = record_of(command, given)
     (tmp_path / "out").mkdir()
     first.write(tmp_path / "out")
-    again = Record.of(command, ["--config", str(tmp_path / "out" / RUN_YAML)])
+    again = record_of(command, ["--config", str(tmp_path / "out" / RUN_YAML)])
     changed = dict(again.changed)
     assert changed.pop("output_dir") == str(tmp_path / "out-rerun")
     assert changed == {k: v for k, v in first.changed.items() if k != "output_dir"}
@@ -119,6 +120,6 @@ def test_secrets_are_left_out(tmp_path: Path) -> None:
         [f"--model_init_kwargs={nested}"],
         ["--config", str(tmp_path / "x.yaml")],
     ):
-        made = Record.of("sft", ["--output_dir", "x", *flags])
+        made = record_of("sft", ["--output_dir", "x", *flags])
         assert "hf_secret" not in repr(made) and "hub_token" not in made.settings
-    assert yaml.safe_load(made._yaml(Path("x")))["output_dir"] == "x-rerun"
+    assert yaml.safe_load(made.run_yaml(Path("x")))["output_dir"] == "x-rerun"

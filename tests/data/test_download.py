@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lopt.data import PRESETS, hub, load_rows
-from lopt.data.download import choose, download
+from lopt.cli.main import main
+from lopt.data import hub
+from lopt.data.download import choose_presets, download, make_folder
+from lopt.data.load import load_rows
+from lopt.data.presets import PRESETS
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +33,19 @@ def _stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
+def command(names: str, folder: Path, *more: str) -> int:
+    words = ["--dataset", *names.split(), "--write_parquet", "--output_dir", str(folder), *more]
+    return main(["data", "download", *words])
+
+
 def test_a_file_is_written_that_the_printed_flags_read(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "some" / "data"
-    download(choose(["alpaca"]), folder, revision="v1")
+    assert command("alpaca", folder, "--revision", "v1") == 0
     assert [path.name for path in folder.iterdir()] == ["alpaca.parquet"]
     licence, use = capsys.readouterr().out.strip().splitlines()
     assert "CC BY-NC 4.0" in licence
     assert use.endswith(f"--dataset_preset alpaca --train_file {folder / 'alpaca.parquet'}")
-    rows = load_rows(folder / "alpaca.parquet", preset="alpaca")
+    rows = load_rows(folder / "alpaca.parquet", dataset_preset="alpaca")
     assert rows.to_list() == [dict.fromkeys(PRESETS["alpaca"].columns, "tatsu-lab/alpaca v1")] * 5
     assert "id" in load_rows(folder / "alpaca.parquet").column_names
 
@@ -45,16 +53,17 @@ def test_a_file_is_written_that_the_printed_flags_read(tmp_path: Path, capsys) -
 def test_a_file_is_replaced_only_when_told(tmp_path: Path, capsys) -> None:
     path = tmp_path / "gsm8k.parquet"
     path.write_text("mine")
-    download(choose(["gsm8k"]), tmp_path)
+    assert command("gsm8k", tmp_path) == 0
     assert path.read_text() == "mine" and "left alone (--overwrite" in capsys.readouterr().out
-    download(choose(["gsm8k"]), tmp_path, overwrite=True)
+    assert command("gsm8k", tmp_path, "--overwrite") == 0
     assert len(load_rows(path)) == 5
 
 
 def test_one_failure_does_not_lose_the_others(tmp_path: Path, capsys) -> None:
-    with pytest.raises(ValueError, match=r"not downloaded: tulu3 \("):
-        download(choose(["all"]), tmp_path / "data")
-    assert "tulu3: failed. --dataset tulu3: cannot reach the Hub" in capsys.readouterr().out
+    assert command("all", tmp_path / "data") == 2
+    shown = capsys.readouterr()
+    assert "not downloaded: tulu3 (" in shown.err
+    assert "tulu3: failed." in shown.out and "cannot reach the Hub" in shown.out
     assert {path.stem for path in (tmp_path / "data").iterdir()} == PRESETS.keys() - {"tulu3"}
 
 
@@ -63,19 +72,29 @@ def test_a_broken_download_leaves_nothing_behind(tmp_path: Path, monkeypatch) ->
         Path(path).write_text("half a fi")
         raise OSError("No space left on device")
 
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "gsm8k.parquet").write_text("mine")
+    path = tmp_path / "data" / "gsm8k.parquet"
+    path.parent.mkdir()
+    path.write_text("mine")
     monkeypatch.setattr(Dataset, "to_parquet", fail)
-    with pytest.raises(ValueError, match="not downloaded: gsm8k"):
-        download(choose(["gsm8k"]), tmp_path / "data", overwrite=True)
-    assert [path.read_text() for path in (tmp_path / "data").iterdir()] == ["mine"]
+    with pytest.raises(OSError, match="No space left"):
+        download(PRESETS["gsm8k"], path)
+    assert command("gsm8k", path.parent, "--overwrite") == 2
+    assert [path.read_text() for path in path.parent.iterdir()] == ["mine"]
+
+
+def test_presets_are_chosen_by_name() -> None:
+    assert choose_presets(["gsm8k", "alpaca", "gsm8k"]) == [PRESETS["gsm8k"], PRESETS["alpaca"]]
+    assert choose_presets(["gsm8k", "all"]) == list(PRESETS.values())
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    for names, words in (([], "--dataset is missing"), (["gsm8k", "gsm9k"], "--dataset gsm9k is unknown")):
+    for names, words in (
+        ([], "`dataset` is missing"),
+        (["gsm8k", "gsm9k"], r"`dataset` must be one of all, .* \(got gsm9k\)"),
+    ):
         with pytest.raises(ValueError, match=words):
-            choose(names)
+            choose_presets(names)
     (tmp_path / "file").write_text("")
     for folder in ("file", "file/inside"):
-        with pytest.raises(ValueError, match="--output_dir"):
-            download(choose(["gsm8k"]), tmp_path / folder)
+        with pytest.raises(ValueError, match="`output_dir`"):
+            make_folder(tmp_path / folder)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lopt.data import files, load_rows, split_held_out
+from lopt.data import files
+from lopt.data.load import load_rows, split_held_out
 
 ROWS = [{"question": f"q{i}", "answer": str(i)} for i in range(20)]
 
@@ -45,7 +46,7 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
     assert load_rows(write(tmp_path / "b [1]*.JSONL", jsonl(ROWS))).to_list() == ROWS
     twice = load_rows([tmp_path / "a.jsonl", tmp_path / "a.json"])
     assert twice.to_list() == ROWS + ROWS
-    assert load_rows(str(tmp_path / "a.csv"), split="train[:10%]").to_list() == ROWS[:2]
+    assert load_rows(str(tmp_path / "a.csv"), dataset_split="train[:10%]").to_list() == ROWS[:2]
 
 
 def test_csv_cells_stay_as_written(tmp_path):
@@ -62,7 +63,7 @@ def test_max_samples_is_a_seeded_random_subset(tmp_path):
     assert first != load_rows(path, max_samples=8, seed=2).to_list()
     assert len({row["question"] for row in first}) == 8 and first != ROWS[:8]
     assert load_rows(path, max_samples=99).to_list() == ROWS
-    assert "--max_samples" in error_of(train_file=path, max_samples=0)
+    assert "`max_samples` must be >= 1 (got 0)" in error_of(train_file=path, max_samples=0)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_max_samples_is_a_seeded_random_subset(tmp_path):
 )
 def test_a_bad_file_is_named_with_its_fault(tmp_path, name, content, expected):
     message = error_of(train_file=write(tmp_path / name, content))
-    assert message.startswith("--train_file") and name in message and expected in message
+    assert message.startswith("`train_file`") and name in message and expected in message
 
 
 def test_bad_paths(tmp_path, monkeypatch):
@@ -94,7 +95,7 @@ def test_bad_paths(tmp_path, monkeypatch):
     assert "a.jsonl" in error_of(train_file=tmp_path)
     other = write(tmp_path / "a.csv", "a\n1\n")
     assert "mixes" in error_of(train_file=[path, other])
-    assert "--dataset_split" in error_of(train_file=path, split="test")
+    assert "`dataset_split`" in error_of(train_file=path, dataset_split="test")
 
     # Stands in for chmod, which does not stop root.
     def refuse(*_args: object, **_kwargs: object) -> None:
@@ -119,7 +120,7 @@ def test_held_out_rows_are_no_training_rows():
         again = split_held_out(rows, held_out, seed=3)[1]
         assert again is not None and test.to_list() == again.to_list()
     for wrong in (20, 0.99, -1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="--held_out"):
+        with pytest.raises(ValueError, match="`held_out`"):
             split_held_out(rows, wrong)
 
 
@@ -156,7 +157,7 @@ def test_a_stream_has_the_order_of_its_seed(tmp_path):
 )
 def test_a_bad_file_is_refused_before_its_stream_is_used(tmp_path, name, content, expected):
     message = error_of(train_file=write(tmp_path / name, content), streaming=True)
-    assert message.startswith("--train_file") and name in message and expected in message
+    assert message.startswith("`train_file`") and name in message and expected in message
 
 
 def test_real_data(shared_data):

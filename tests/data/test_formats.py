@@ -199,7 +199,7 @@ def test_a_bad_row_of_a_stream_is_named_with_its_start():
 
 def test_assistant_only_needs_turns():
     for tokenizer, row in [(PLAIN, {"messages": DIALOGUE}), (CHATTY, {"text": "x"})]:
-        with pytest.raises(ValueError, match="--assistant_only_loss"):
+        with pytest.raises(ValueError, match="`assistant_only_loss`"):
             format_rows(Dataset.from_list([row]), tokenizer, assistant_only=True)
 
 

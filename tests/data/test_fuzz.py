@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 
 from lopt.cli.output import check_output
 from lopt.cli.parsing import parse
-from lopt.data import format_rows, load_rows, question_rows
-from lopt.data.formats import FORMATS, Format, _convert
-from lopt.data.questions import QUESTION_TASKS
-from lopt.data.tasks import answer_is, extract_answer
+from lopt.data.formats import FORMATS, Format, _example, format_rows
+from lopt.data.load import load_rows
+from lopt.data.question_tasks import QUESTION_TASKS
+from lopt.data.questions import question_rows
 from lopt.evaluation.texts import read_texts
-from lopt.rewards.answers import final_number, last_boxed, only_number
-from lopt.rewards.math_check import MAX_LENGTH
-from lopt.rewards.rewards import REWARDS, text_of
+from lopt.rewards import REWARDS
+from lopt.rewards.answers import answer_is, extract_answer, final_number, last_boxed, only_number, text_of
+from lopt.rewards.math import MAX_LENGTH
 from small_model import byte_tokenizer
 
 MANY = int(os.environ.get("LOPT_FUZZ", "0"))
@@ -80,12 +80,10 @@ names = st.sampled_from(sorted({name for fmt in FORMATS for name in (*fmt.column
 
 
 @fuzz()
-@given(
-    fmt=st.sampled_from(FORMATS), row=st.dictionaries(names, cells), index=st.integers(0), chat=st.booleans()
-)
-def test_any_row_becomes_an_example_or_a_sentence(fmt: Format, row: dict, index: int, chat: bool) -> None:
+@given(fmt=st.sampled_from(FORMATS), row=st.dictionaries(names, cells), chat=st.booleans())
+def test_any_row_becomes_an_example_or_a_sentence(fmt: Format, row: dict, chat: bool) -> None:
     row = dict.fromkeys(fmt.columns) | row
-    made = result_of(_convert, row, index, fmt, chat)
+    made = result_of(_example, row, fmt, chat, keep_messages=False)
     for side in (made or {}).values():
         written = [side] if isinstance(side, str) else [turn["content"] for turn in side]
         assert written and all(isinstance(text, str) for text in written)

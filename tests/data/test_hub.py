@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from lopt.data import hub, load_rows
+from lopt.data import hub
+from lopt.data.load import load_rows
 
 ROWS = Dataset.from_list([{"question": f"q{i}", "answer": str(i), "id": i} for i in range(20)])
 
@@ -38,19 +39,19 @@ def card(file: str) -> Callable[..., SimpleNamespace]:
 )
 def test_a_card_that_names_files_elsewhere_is_refused(file: str, asked: list, monkeypatch) -> None:
     monkeypatch.setattr(hub, "load_dataset_builder", card(file))
-    with pytest.raises(ValueError, match=r"--dataset_name: .* is no file of the data set"):
+    with pytest.raises(ValueError, match=r"`dataset_name`: .* is no file of the data set"):
         load_rows(dataset_name="org/data")
     assert not asked
 
 
 def test_the_hub_is_asked_for_what_the_flags_say(asked: list, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LOPT_CACHE", str(tmp_path))
-    load_rows(dataset_name="org/data", dataset_config="main", split="test", revision="abc")
+    load_rows(dataset_name="org/data", dataset_config="main", dataset_split="test", dataset_revision="abc")
     assert asked.pop() == (("org/data", "main"), {"split": "test", "revision": "abc"})
-    rows = load_rows(preset="gsm8k", revision="abc")
+    rows = load_rows(dataset_preset="gsm8k", dataset_revision="abc")
     assert asked.pop() == (("openai/gsm8k", "main"), {"split": "train", "revision": "abc"})
     assert rows.column_names == ["question", "answer"] and len(rows) == 20
-    stream = load_rows(preset="gsm8k", streaming=True, max_samples=3)
+    stream = load_rows(dataset_preset="gsm8k", streaming=True, max_samples=3)
     assert asked.pop() == (
         ("openai/gsm8k", "main"),
         {"split": "train", "revision": None, "streaming": True},
@@ -61,12 +62,12 @@ def test_the_hub_is_asked_for_what_the_flags_say(asked: list, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (ConnectionError("Couldn't reach 'org/data'\non the Hub"), ["use --train_file with a local copy"]),
+        (ConnectionError("Couldn't reach 'org/data'\non the Hub"), ["use `train_file` with a local copy"]),
         (FileNotFoundError("Dataset 'org/data' doesn't exist"), ["doesn't exist"]),
         (ValueError("Config name is missing.\nPlease pick one"), ["missing. Please pick one"]),
         (
             RuntimeError("Dataset scripts are no longer supported"),
-            ["is not run", "--train_file"],
+            ["is not run", "`train_file`"],
         ),
         (
             DatasetNotFoundError("Dataset 'org/data' is a gated dataset on the Hub."),
@@ -83,7 +84,7 @@ def test_a_refusal_is_one_line_with_the_fix(error: Exception, words: list[str], 
     with pytest.raises(ValueError) as caught:
         load_rows(dataset_name="org/data")
     message = str(caught.value)
-    assert message.startswith("--dataset_name") and "\n" not in message
+    assert message.startswith("`dataset_name`") and "\n" not in message
     assert all(word in message for word in words), message
 
 
@@ -93,8 +94,8 @@ def test_without_a_connection_a_preset_says_how_to_fetch_it(monkeypatch: pytest.
 
     monkeypatch.setattr(hub, "load_dataset_builder", fail)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with pytest.raises(ValueError, match=r"--dataset_preset tulu3: .*`lopt data download --dataset tulu3"):
-        load_rows(preset="tulu3")
+    with pytest.raises(ValueError, match=r"`dataset_preset` tulu3: .*`lopt data download --dataset tulu3"):
+        load_rows(dataset_preset="tulu3")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"--dataset_preset tulu3: HF_HUB_OFFLINE is set"):
-        load_rows(preset="tulu3")
+    with pytest.raises(ValueError, match=r"`dataset_preset` tulu3: HF_HUB_OFFLINE is set"):
+        load_rows(dataset_preset="tulu3")

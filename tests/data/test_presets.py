@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lopt.data import PRESETS, infer_format, load_rows
-from lopt.data.formats import FORMATS
+from lopt.data.formats import FORMATS, infer_format
+from lopt.data.load import load_rows
+from lopt.data.presets import PRESETS
 
 
 @pytest.fixture(autouse=True)
@@ -38,21 +39,24 @@ def test_a_local_copy_must_have_the_columns_and_gives_no_others(tmp_path: Path, 
         "messages": [{"role": "user", "content": "x"}],
     }
     path = write(tmp_path / "numina.jsonl", row)
-    rows = load_rows(path, preset="numinamath", streaming=streaming)
+    rows = load_rows(path, dataset_preset="numinamath", streaming=streaming)
     assert list(rows) == [{"problem": "1+1?", "solution": "2"}]
     with pytest.raises(
-        ValueError, match="--dataset_preset alpaca: --train_file has no column instruction"
+        ValueError, match="`dataset_preset` alpaca: `train_file` has no column instruction"
     ) as e:
-        load_rows(path, preset="alpaca", streaming=streaming)
+        load_rows(path, dataset_preset="alpaca", streaming=streaming)
     assert "it has source, problem, solution, messages" in str(e.value)
 
 
 def test_mistakes(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"})
     for arguments, words in [
-        ({"preset": "gsm9k", "train_file": path}, "gsm9k is unknown: use one of metamathqa, alpaca"),
-        ({"preset": "gsm8k", "dataset_name": "org/data"}, "leave --dataset_name out"),
-        ({"preset": "gsm8k", "dataset_config": "socratic"}, "leave --dataset_config out"),
+        (
+            {"dataset_preset": "gsm9k", "train_file": path},
+            r"`dataset_preset` must be one of metamathqa, .* \(got gsm9k\)",
+        ),
+        ({"dataset_preset": "gsm8k", "dataset_name": "org/data"}, "leave `dataset_name` out"),
+        ({"dataset_preset": "gsm8k", "dataset_config": "socratic"}, "leave `dataset_config` out"),
     ]:
         with pytest.raises(ValueError, match=words):
             load_rows(**arguments)  # type: ignore[arg-type]
@@ -60,20 +64,20 @@ def test_mistakes(tmp_path: Path) -> None:
 
 def test_the_licence_is_shown_once(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.jsonl", {"instruction": "do", "input": "", "output": "done"})
-    load_rows(path, preset="alpaca")
+    load_rows(path, dataset_preset="alpaca")
     line = capsys.readouterr().out
     assert "CC BY-NC 4.0" in line and "https://huggingface.co/datasets/tatsu-lab/alpaca" in line
-    load_rows(path, preset="alpaca")
+    load_rows(path, dataset_preset="alpaca")
     assert capsys.readouterr().out == ""
     # A cache that cannot be written to is no reason to stop.
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("LOPT_CACHE", str(blocked))
-    load_rows(path, preset="alpaca")
+    load_rows(path, dataset_preset="alpaca")
     assert "CC BY-NC 4.0" in capsys.readouterr().out
 
 
 def test_real_data(shared_data: Path) -> None:
     for name in ("alpaca", "gsm8k"):
-        rows = load_rows(shared_data / name / "train.jsonl", preset=name, max_samples=10)
+        rows = load_rows(shared_data / name / "train.jsonl", dataset_preset=name, max_samples=10)
         assert rows.column_names == list(PRESETS[name].columns) and len(rows) == 10

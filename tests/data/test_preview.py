@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from conftest import save_tiny
 from lopt.cli.main import main
 from lopt.data import preview
-from lopt.data.preview import Shown, legend, render
+from lopt.data.preview import ShownSequence, legend, render, sequences
 from lopt.trainers import LoPTSFTTrainer
 
 CHAT = (
@@ -55,20 +55,20 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_preview_is_what_training_sees(
     flags: str, model: Path, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Shown] = []
-    shown: list[Shown] = []
-    step, take = LoPTSFTTrainer.training_step, preview.sequences
+    seen: list[ShownSequence] = []
+    shown: list[ShownSequence] = []
+    step, take = LoPTSFTTrainer.training_step, preview.first_sequences
 
     def note(self, model, inputs, *rest):
-        seen.extend(preview._of_batch(inputs))
+        seen.extend(sequences(inputs))
         return step(self, model, inputs, *rest)
 
-    def keep(trainer, count):
-        shown.extend(take(trainer, count))
+    def keep(batches, count):
+        shown.extend(take(batches, count))
         return shown
 
     monkeypatch.setattr(LoPTSFTTrainer, "training_step", note)
-    monkeypatch.setattr(preview, "sequences", keep)
+    monkeypatch.setattr(preview, "first_sequences", keep)
     settings = {"--per_device_train_batch_size": "3", "--max_steps": "2"}
     common = [word for pair in settings.items() if pair[0] not in flags for word in pair]
     common += ["--model_name_or_path", str(model), "--train_file", str(dialogues), *flags.split()]
@@ -96,7 +96,7 @@ def test_cut_rows_are_told_from_rows_that_just_fit(model: Path, tmp_path: Path, 
 def test_states_look_different_with_and_without_colour(tiny_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     ids = tokenizer.encode("ab\n[é")
-    shown = Shown(ids, [ids[0], -100, -100, *ids[3:]], padding=3)
+    shown = ShownSequence(ids, [ids[0], -100, -100, *ids[3:]], padding=3)
     # The first token has a label but nothing to be predicted from; é is two tokens.
     assert render(shown, tokenizer, colour=False) == "[a│b│\\n\n][││é{<pad> × 3}"
     grey, green, yellow, end = "\x1b[90m", "\x1b[1;32m", "\x1b[33m", "\x1b[0m"
@@ -110,7 +110,7 @@ def test_text_cannot_drive_the_terminal(tiny_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     hostile = "\x1b]0;owned\x07\x9b2J\r\u202etxt\u2028\x00ok\\n"
     ids = tokenizer.encode(hostile)
-    text = render(Shown(ids, [-100] * len(ids), 0), tokenizer, colour=False)
+    text = render(ShownSequence(ids, [-100] * len(ids), 0), tokenizer, colour=False)
     assert all(char.isprintable() for char in text)
     assert "\\x1b" in text and "\\x9b" in text and "\\u202e" in text
 

@@ -10,9 +10,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from conftest import save_tiny
-from lopt.data import QUESTION_TASKS, TASKS, make_task, procedural_rows, prompt, question_rows
-from lopt.data.questions import TAKEN_COLUMNS
-from lopt.rewards.rewards import REWARDS, gsm8k_reward, math_reward
+from lopt.data.procedural import TASKS, make_task, prompt
+from lopt.data.question_tasks import QUESTION_TASKS
+from lopt.data.questions import RESERVED_COLUMNS, procedural_rows, question_rows
+from lopt.rewards import REWARDS
+from lopt.rewards.gsm8k import gsm8k_reward
+from lopt.rewards.math import math_reward
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -94,7 +97,7 @@ def test_final_answers(plain, task, columns, answer):
 )
 def test_rows_without_an_answer(plain, caplog, task, columns, expected):
     bad = {QUESTION_TASKS[task].question: "q", **columns}
-    with pytest.raises(ValueError, match=f"--task {task}: none of the 2 rows has an answer") as caught:
+    with pytest.raises(ValueError, match=f"`task` {task}: none of the 2 rows has an answer") as caught:
         question_rows(Dataset.from_list([bad, bad]), plain, task)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     good = {name: r"#### 1" if task != "numinamath" else r"\boxed{1}" for name in bad}
@@ -143,12 +146,12 @@ def test_names_that_are_taken(plain, caplog):
         "answer": "#### 1",
         "prompt": "old",
         "level": 3,
-        **dict.fromkeys(TAKEN_COLUMNS, "x"),
+        **dict.fromkeys(RESERVED_COLUMNS, "x"),
     }
     with caplog.at_level(logging.WARNING):
         made = one(plain, row, "gsm8k", instruction="")
     assert made == {"prompt": "Question: q\nAnswer:", "answer": "1", "question": "q", "level": 3}
-    assert f"left out the columns {', '.join(TAKEN_COLUMNS)}" in caplog.text
+    assert f"left out the columns {', '.join(RESERVED_COLUMNS)}" in caplog.text
     assert "`prompt` is replaced by the prompt made of `question`" in caplog.text
 
 
@@ -164,7 +167,7 @@ def test_long_prompts_are_dropped(plain, chatty, caplog):
             made = question_rows(rows, tokenizer, "gsm8k", "", max_prompt_length=limit, **options)
         assert [len(text) for text in made["question"]] == [5, 20]
         assert f"dropped 2 of 4 rows with a prompt over {limit} tokens" in caplog.text
-    with pytest.raises(ValueError, match="--max_prompt_length 10: all 4 prompts are longer"):
+    with pytest.raises(ValueError, match="`max_prompt_length` 10: all 4 prompts are longer"):
         question_rows(rows, plain, "gsm8k", max_prompt_length=10)
 
 
@@ -179,7 +182,7 @@ def test_long_prompts_are_dropped(plain, chatty, caplog):
         (
             {"question": "q"},
             "gsm8k",
-            "--task gsm8k needs the columns `question` and `answer`, found question",
+            "`task` gsm8k needs the columns `question` and `answer`, found question",
         ),
         (
             {"question": "q", "answer": "1"},
@@ -187,14 +190,14 @@ def test_long_prompts_are_dropped(plain, chatty, caplog):
             "needs the columns `problem` and `answer` or `solution`",
         ),
         ({"text": "q"}, None, "no question, found text: rename its column to one of prompt, question"),
-        ({"question": "q"}, "knitting", "--task must be one of gsm8k, numinamath, "),
+        ({"question": "q"}, "knitting", "`task` must be one of gsm8k, numinamath, "),
     ],
 )
 def test_bad_rows(plain, row, task, message):
     with pytest.raises(ValueError, match=message) as caught:
         question_rows(Dataset.from_list([row]), plain, task)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="--max_prompt_length must be at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"`max_prompt_length` must be >= 1 \(got 0\)"):
         question_rows(Dataset.from_list([{"prompt": "p"}]), plain, None, max_prompt_length=0)
 
 

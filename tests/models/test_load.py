@@ -1,4 +1,4 @@
-"""Loading and saving."""
+"""Loading, saving, and tied embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from conftest import batch_of, save_tiny, tiny
 from lopt import load_model, save_model
 from lopt.architectures import untie_embeddings
-from lopt.models.load import load_tokenizer, resolve_model
+from lopt.models.load import load_tokenizer
+from lopt.models.names import resolve_model
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, tiny_folder: Path) -> None:
-    with pytest.raises(ValueError, match="--param_dtype int4"):
+    with pytest.raises(ValueError, match=r"`param_dtype` must be one of .* \(got int4\)"):
         load_model(str(tiny_folder), dtype="int4")
     with pytest.raises(ValueError, match="is not a folder"):
         resolve_model("./nowhere")

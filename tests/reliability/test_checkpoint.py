@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lopt.models.trust import UntrustedError
+from lopt.models.untrusted import UntrustedError
 from lopt.reliability import checkpoint
 from lopt.reliability.checkpoint import (
     MANIFEST,

@@ -21,8 +21,8 @@ from lopt.cli.main import main
 from lopt.core.objective import reconstruction_loss
 from lopt.instruments.hidden_states import token_spread, token_variance
 from lopt.reliability.checkpoint import checkpoints, damage
-from lopt.reliability.divergence import LocalWatch
-from lopt.reliability.machine_errors import is_out_of_memory, worker_trouble
+from lopt.reliability.divergence import DivergenceMonitor
+from lopt.reliability.machine_errors import is_out_of_memory, worker_error
 from lopt.trainers import DivergedError, NonFiniteError, OutOfMemory, WorkerDied
 from lopt.trainers.config import LoPTSFTConfig
 
@@ -133,33 +133,33 @@ def test_a_model_that_is_not_finite_is_refused(make: Make) -> None:
 # -- local losses that diverge, boundaries that collapse ---------------------------------------------
 
 
-def losses(watch: LocalWatch, values: list[float], start: int = 1) -> list[int]:
+def losses(monitor: DivergenceMonitor, values: list[float], start: int = 1) -> list[int]:
     """The steps at which block 1 is said to diverge."""
-    return [step for step, value in enumerate(values, start) if watch.see(step, {0: value})]
+    return [step for step, value in enumerate(values, start) if monitor.add_losses(step, {0: value})]
 
 
 def test_what_counts_as_divergence() -> None:
-    assert not losses(LocalWatch(), [1.0] * 80 + [200.0] + [1.0] * 80)  # a spike
-    assert not losses(LocalWatch(), [1.0] * 100 + [2.5] * 400)  # a little higher for good
-    assert not losses(LocalWatch(), [100 * 0.9**step for step in range(200)])
-    steps = losses(LocalWatch(), [1.0] * 100 + [10.0] * 100)
+    assert not losses(DivergenceMonitor(), [1.0] * 80 + [200.0] + [1.0] * 80)  # a spike
+    assert not losses(DivergenceMonitor(), [1.0] * 100 + [2.5] * 400)  # a little higher for good
+    assert not losses(DivergenceMonitor(), [100 * 0.9**step for step in range(200)])
+    steps = losses(DivergenceMonitor(), [1.0] * 100 + [10.0] * 100)
     assert 125 < steps[0] < 145 and steps[-1] == 200
-    assert losses(LocalWatch(steps=5), [1.0] * 100 + [10.0] * 100)[0] < 106
-    assert losses(LocalWatch(factor=9.0), [1.0] * 100 + [10.0] * 200)[0] > 200
-    warm = LocalWatch()
+    assert losses(DivergenceMonitor(steps=5), [1.0] * 100 + [10.0] * 100)[0] < 106
+    assert losses(DivergenceMonitor(factor=9.0), [1.0] * 100 + [10.0] * 200)[0] > 200
+    warm = DivergenceMonitor()
     warm.start([0], [[5.0], [1.0], [1.0], [1.0], [1.0], [1.0]])
     assert losses(warm, [8.0] * 9)[0] == 6, "a run that diverges from its first step on"
 
 
-def test_a_watch_goes_on_from_its_state() -> None:
+def test_a_monitor_goes_on_from_its_state() -> None:
     values = [1.0 + step % 3 for step in range(60)] + [40.0] * 60
-    whole, first, second = LocalWatch(), LocalWatch(), LocalWatch()
+    whole, first, second = DivergenceMonitor(), DivergenceMonitor(), DivergenceMonitor()
     told = losses(whole, values)
-    whole.look(7, {0: 0.5}, {0: 0.25})
+    whole.add_boundaries(7, {0: 0.5}, {0: 0.25})
     assert losses(first, values[:50]) == []
     second.load(json.loads(json.dumps(first.state())))
     assert losses(second, values[50:], 51) == told
-    second.look(7, {0: 0.5}, {0: 0.25})
+    second.add_boundaries(7, {0: 0.5}, {0: 0.25})
     assert second.state() == whole.state()
 
 
@@ -194,7 +194,7 @@ def test_a_learning_rate_that_diverges(make: Make, caplog: pytest.LogCaptureFixt
         ends[choice] = weights_of(trainer)
         if told:
             assert "the local loss of block 1 diverges: its mean is" in told[0]
-            assert "a lower --lr_k1 (it is 0.3)" in told[0] and "--on_divergence stop" in told[0]
+            assert "a lower `lr_k1` (it is 0.3)" in told[0] and "`on_divergence` stop" in told[0]
             assert rows[0]["step"] < 12
     assert all(torch.equal(value, ends["ignore"][name]) for name, value in ends["warn"].items())
     trainer = make(on_divergence="stop", save_strategy="steps", save_steps=1, **wild)
@@ -245,7 +245,7 @@ def test_out_of_memory_in_training(
 ) -> None:
     trainer = make(config=dict(num_blocks=2, schedule=schedule), save_strategy="steps", save_steps=2)
     if schedule == "block_major":
-        monkeypatch.setattr("lopt.reliability.machine_errors.Planner", lambda *_: {}["unknown"])
+        monkeypatch.setattr("lopt.reliability.advice.Planner", lambda *_: {}["unknown"])
     layer = trainer.lopt.blocks.layers[-1]
     trainer.add_callback(At("on_step_begin", 2, lambda: layer.register_forward_pre_hook(allocate) and None))
     with pytest.raises(OutOfMemory) as error:
@@ -253,17 +253,17 @@ def test_out_of_memory_in_training(
     text = str(error.value)
     assert text.startswith("out of memory in step 3, batch 1 of 2, block 2 of 2: the machine has ")
     assert "were in use (weights " in text and "optimizer state " in text
-    assert "checkpoint-2 is whole, --resume goes on from there" in text
-    same = "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 (the same run otherwise, "
+    assert "checkpoint-2 is whole, `resume` goes on from there" in text
+    same = "`per_device_train_batch_size` 1 `gradient_accumulation_steps` 4 (the same run otherwise, "
     if schedule == "eager":
-        assert f"By `lopt plan` this would fit: {same}" in text and "--offload" not in text
+        assert f"By `lopt plan` this would fit: {same}" in text and "`offload`" not in text
     else:
-        assert text.endswith("more --num_blocks")
+        assert text.endswith("more `num_blocks`")
     assert damage(checkpoints(tmp_path / "out")[-1]) is None
 
 
 def test_out_of_memory_elsewhere(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lopt.reliability.machine_errors._proposals", lambda attempt: [])
+    monkeypatch.setattr("lopt.reliability.advice._proposals", lambda attempt: [])
     trainer = make(eval_strategy="steps", eval_steps=1)
     trainer.add_callback(At("on_prediction_step", 1, allocate))
     with pytest.raises(
@@ -277,7 +277,7 @@ def test_out_of_memory_elsewhere(make: Make, monkeypatch: pytest.MonkeyPatch) ->
     trainer = make()
     trainer.add_callback(At("on_pre_optimizer_step", 0, allocate))
     with pytest.raises(
-        OutOfMemory, match=r"in step 1, the optimizer's step: .* What helps: a smaller --per_device"
+        OutOfMemory, match=r"in step 1, the optimizer's step: .* What helps: a smaller `per_device"
     ):
         trainer.train()
     gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -288,9 +288,7 @@ def test_out_of_memory_in_a_command(
     tiny_folder: Path, sums_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setattr("lopt.cli.training.load_model", lambda *_, **__: allocate())
-    monkeypatch.setattr(
-        "lopt.reliability.machine_errors._proposals", lambda run: [f"--num_blocks 4 ({run.tokens})"]
-    )
+    monkeypatch.setattr("lopt.reliability.advice._proposals", lambda run: [f"`num_blocks` 4 ({run.tokens})"])
     flags = ["--model_name_or_path", tiny_folder, "--train_file", sums_file, "--output_dir", tmp_path / "out"]
     assert main(["sft", *map(str, flags)]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
@@ -322,16 +320,16 @@ def fail() -> None:
             lambda: os.kill(os.getpid(), signal.SIGKILL),
             r"worker( \(process \d+\))? (was killed \(Killed\)|exited): .*/dev/shm",
         ),
-        (fail, "data-loader worker 0 failed with KeyError: 'completion'; --dataloader_num_workers 0"),
+        (fail, "data-loader worker 0 failed with KeyError: 'completion'; `dataloader_num_workers` 0"),
     ],
 )
 def test_a_worker_that_dies(make: Make, tmp_path: Path, what: Callable[[], None], words: str) -> None:
     trainer = make(dataloader_num_workers=1, save_strategy="steps", save_steps=1)
     trainer.data_collator = Collator(trainer.data_collator, what)
-    with pytest.raises(WorkerDied, match=words + ".*; checkpoint-[12] is whole, --resume goes on") as error:
+    with pytest.raises(WorkerDied, match=words + ".*; checkpoint-[12] is whole, `resume` goes on") as error:
         trainer.train()
     assert "\n" not in str(error.value)
     assert damage(checkpoints(tmp_path / "out")[-1]) is None
-    told = worker_trouble(RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly. See above"))
+    told = worker_error(RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly. See above"))
     assert told is not None and told.startswith("a data-loader worker (process 12, 13) exited: most likely")
-    assert worker_trouble(RuntimeError("shape")) is None
+    assert worker_error(RuntimeError("shape")) is None

@@ -77,7 +77,7 @@ def test_what_is_on_the_disk_and_what_is_resumed(make: Make, tmp_path: Path, cap
     # A damaged newest one is passed over, by both ways to ask for it.
     os.truncate(kept[1] / "optimizer.pt", 100)
     third = make()
-    assert third.whole_checkpoint(True) == str(kept[0])
+    assert third.checkpoints.find(True) == str(kept[0])
     assert "checkpoint-4 is passed over: optimizer.pt has 100 of" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"is refused: optimizer\.pt has 100 of"):
         make().train(resume_from_checkpoint=str(kept[1]))
@@ -113,7 +113,7 @@ def test_a_disk_that_fills_up(make: Make, tmp_path: Path, monkeypatch) -> None:
         real(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save)
-    sentence = r"checkpoint-3 cannot be written: No space left on device; checkpoint-2 is whole, --resume"
+    sentence = r"checkpoint-3 cannot be written: No space left on device; checkpoint-2 is whole, `resume`"
     with pytest.raises(CheckpointError, match=sentence):
         make().train(resume_from_checkpoint=True)
     assert {p.name for p in out.iterdir() if p.is_dir()} == {"checkpoint-1", "checkpoint-2"}

@@ -27,7 +27,7 @@ def test_what_is_no_duration(text: str) -> None:
     if text == "1h30":
         assert seconds(text) == 3630
         return
-    with pytest.raises(ValueError, match=r"--max_time .* is no duration: write 90m"):
+    with pytest.raises(ValueError, match=r"`max_time` .* is no duration: write 90m"):
         seconds(text)
 
 
@@ -49,7 +49,7 @@ def test_at_once_until_there_is_something_to_save(monkeypatch: pytest.MonkeyPatc
             raise AssertionError
         with pytest.raises(Stopped):
             hold()
-    with pytest.raises(Stopped, match=r"by --max_time \(0\.05 s\)"), obeying(0.05):
+    with pytest.raises(Stopped, match=r"by `max_time` \(0\.05 s\)"), obeying(0.05):
         while time.sleep(0.01) is None:
             pass
 

@@ -134,6 +134,6 @@ def test_nothing_is_saved_before_the_first_step(make: Callable[..., Any], tmp_pa
 
 def test_a_time_limit(make: Callable[..., Any], tmp_path: Path) -> None:
     trainer = make("out", max_steps=10_000)
-    with pytest.raises(Stopped, match=r"stopped by --max_time \(3 s\)"), obeying(3):
+    with pytest.raises(Stopped, match=r"stopped by `max_time` \(3 s\)"), obeying(3):
         trainer.train()
     assert all(damage(path) is None for path in checkpoints(tmp_path / "out"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lopt.rewards import math_check
+from lopt.rewards import math as math_module
 
 
 @pytest.fixture
 def patient_math_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a comparison two minutes instead of three seconds."""
-    monkeypatch.setattr(math_check, "TIME_LIMIT", 120.0)
+    monkeypatch.setattr(math_module, "TIME_LIMIT", 120.0)

@@ -21,17 +21,13 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from conftest import save_tiny
-from lopt.data import Problem, is_correct, question_rows
-from lopt.rewards.answers import last_boxed
-from lopt.rewards.rewards import (
-    REWARDS,
-    checked,
-    gsm8k_reward,
-    load_reward,
-    math_reward,
-    procedural_reward,
-    text_of,
-)
+from lopt.data.procedural import Problem, is_correct
+from lopt.data.questions import question_rows
+from lopt.rewards import REWARDS, checked, load_reward
+from lopt.rewards.answers import last_boxed, text_of
+from lopt.rewards.gsm8k import gsm8k_reward
+from lopt.rewards.math import math_reward
+from lopt.rewards.procedural import procedural_reward
 
 needs_math = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None,
@@ -245,7 +241,7 @@ def test_load_reward(modules):
     ],
 )
 def test_load_reward_faults(modules, spec, message):
-    with pytest.raises(ValueError, match=f"^--reward_funcs: .*{message}") as caught:
+    with pytest.raises(ValueError, match=f"^`reward_funcs`: .*{message}") as caught:
         load_reward(spec)
     assert "\n" not in str(caught.value)
     if "import" in message:

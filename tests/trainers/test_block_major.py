@@ -263,7 +263,7 @@ def test_a_gradient_that_is_not_finite_stops_before_its_block_is_stepped(run, mo
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
-    [("mixtral", {}, "use --schedule eager"), ("llama", {"fp16": True}, "use --bf16")],
+    [("mixtral", {}, "use `schedule` eager"), ("llama", {"fp16": True}, "use `bf16`")],
 )
 def test_what_cannot_work_is_refused(run, name: str, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

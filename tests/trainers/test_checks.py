@@ -23,7 +23,7 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         check_settings(args, LoPTConfig())
     monkeypatch.setenv("FSDP_VERSION", "2")
     check_settings(args, LoPTConfig())
-    with pytest.raises(ValueError, match="--aux_loss recon"):
+    with pytest.raises(ValueError, match="`aux_loss` recon"):
         check_settings(args, LoPTConfig(aux_loss="next_token"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="each would train alone"):
@@ -37,7 +37,7 @@ def test_weights_that_travel_are_for_one_process(monkeypatch: pytest.MonkeyPatch
     args = LoPTSFTConfig(output_dir=str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(type(args), "world_size", 2)
-    with pytest.raises(ValueError, match="use --offload optimizer"):
+    with pytest.raises(ValueError, match="use `offload` optimizer"):
         check_settings(args, BLOCK)
     check_settings(args, BLOCK.replace(offload="optimizer"))
 

@@ -95,5 +95,5 @@ def test_the_two_lines_of_the_readme_make_any_trainer_one(tiny_folder: Path, tmp
 
 
 def test_predicting_rejected_answers_is_refused(run) -> None:
-    with pytest.raises(ValueError, match=r"--aux_loss next_token .* --aux_loss recon"):
+    with pytest.raises(ValueError, match=r"`aux_loss` next_token .* `aux_loss` recon"):
         run(LoPTDPOTrainer, LoPTConfig(aux_loss="next_token"))

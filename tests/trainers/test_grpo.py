@@ -202,5 +202,5 @@ def test_groups_that_do_not_fit(caplog: pytest.LogCaptureFixture, tmp_path: Path
         dict(gradient_accumulation_steps=3),
         dict(gradient_accumulation_steps=4, num_generations=3),
     ):
-        with pytest.raises(ValueError, match="--num_generations"):
+        with pytest.raises(ValueError, match="`num_generations`"):
             LoPTGRPOConfig(**flags | impossible)

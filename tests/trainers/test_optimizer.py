@@ -73,7 +73,7 @@ def test_small_steps_move_bfloat16_weights_by_every_method(trainer, method: str)
 def test_too_little_host_memory_is_said_before_the_first_step(trainer, monkeypatch) -> None:
     monkeypatch.setattr(module, "free_host_memory", lambda: 100_000)
     config = LoPTConfig(schedule="block_major", offload="optimizer", head_warmup_steps=1)
-    with pytest.raises(ValueError, match=r"--offload keeps .* KiB of optimizer state .* 97.7 KiB are free"):
+    with pytest.raises(ValueError, match=r"`offload` keeps .* KiB of optimizer state .* 97.7 KiB are free"):
         trainer(config).train()
     trainer(config, optim="SGD").train()  # has no state
 

@@ -97,7 +97,7 @@ def test_too_long_rows_are_skipped_and_nothing_but_them_is_refused(tiny_folder: 
     trainer = make_trainer(tmp_path, bad + good, tiny_folder, max_length=40)
     trainer.train()
     assert trainer.state.global_step == 5
-    with pytest.raises(ValueError, match=r"no trainable token is left in the train rows.*--max_length 40"):
+    with pytest.raises(ValueError, match=r"no trainable token is left in the train rows.*`max_length` 40"):
         make_trainer(tmp_path, bad, tiny_folder, max_length=40)
 
 

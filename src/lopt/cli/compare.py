@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lopt.cli.arguments import CompareArguments, DataArguments, ModelArguments
 from lopt.cli.output import spare_model
 from lopt.cli.parsing import parse
-from lopt.cli.record import RUN_JSON, RUN_YAML, Record
+from lopt.cli.record import record_of
 from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
 from lopt.cli.training import check_cut
@@ -22,6 +22,7 @@ from lopt.evaluation.compare.arms import Arm, parse_arms
 from lopt.evaluation.texts import read_texts
 from lopt.models.load import load_model, resolve_model
 from lopt.reliability.provenance import fingerprint
+from lopt.reliability.record import RUN_JSON, RUN_YAML
 from lopt.reliability.secrets import redacted
 from lopt.trainers.checks import check_numbers, check_settings
 from lopt.trainers.config import LoPTSFTConfig
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     study = Study(bench, arms, compare.seeds, setting, folder)
     study.check_folder()
-    Record.of("compare", arguments).write(folder)
+    record_of("compare", arguments).write(folder)
     results = study.run()
     print(_summary(results))
     print(f"\nReport: {folder / 'report.html'}\nFigures: {folder / 'compare.json'}")

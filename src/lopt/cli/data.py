@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from lopt.cli.messages import with_flags
 from lopt.cli.parsing import parse
+from lopt.messages import error_text
 from lopt.validation import check_number
 
 
@@ -22,20 +24,41 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _download(arguments: Sequence[str]) -> None:
-    from lopt.data.download import choose, download
+    from lopt.data.download import choose_presets, download, make_folder
 
     (args,) = parse("data download", arguments)
-    presets = choose(args.dataset)
+    presets = choose_presets(args.dataset)
     if args.revision is not None and len(presets) > 1:
         raise ValueError("`revision` belongs to one data set: name one with `dataset`")
-    folder = args.output_dir if args.write_parquet else None
-    download(presets, folder, revision=args.revision, overwrite=args.overwrite)
+    folder = make_folder(args.output_dir) if args.write_parquet else None
+    failed = []
+    for preset in presets:
+        path = folder / f"{preset.name}.parquet" if folder is not None else None
+        if path is not None and path.exists() and not args.overwrite:
+            print(f"{preset.name}: {path} is there already and left alone (--overwrite replaces it)")
+            continue
+        try:
+            rows = download(preset, path, revision=args.revision)
+        except (ValueError, OSError) as error:
+            failed.append(preset.name)
+            reason = with_flags(error_text(error, limit=1000), ("dataset", "dataset_split", "train_file"))
+            print(f"{preset.name}: failed. {reason}")
+            continue
+        sft = f"--dataset_preset {preset.name}"
+        flags = sft if preset.use == "sft" else f"--task {preset.name} (lopt grpo) or {sft} (lopt sft)"
+        if path is None:
+            print(f"{preset.name}: {rows:,} rows are in the cache. Train with {flags}")
+        else:
+            print(f"{preset.name}: {rows:,} rows. Train with {flags} --train_file {path}")
+    if failed:
+        raise ValueError(f"not downloaded: {', '.join(failed)} (the reasons are above); try these again")
 
 
 def _preview(arguments: Sequence[str]) -> None:
     from lopt.cli.rows import sft_rows  # TRL takes seconds, which a download need not wait for
     from lopt.cli.sft import check
     from lopt.data import preview
+    from lopt.trainers.sft import longer_rows
 
     # Every flag of `lopt sft`, so that a command can be previewed as it is.
     preview_args, model_args, data_args, _, _, _, args = parse("data preview", arguments)
@@ -47,14 +70,37 @@ def _preview(arguments: Sequence[str]) -> None:
     rows = sft_rows(model_args, data_args, args)
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir = scratch  # a trainer makes its folder, and this one leaves nothing
-        trainer = preview.stand_in_trainer(rows.train, rows.tokenizer, args)
-        shown = preview.sequences(trainer, preview_args.rows)
+        trainer = _stand_in_trainer(rows, args)
+        shown = preview.first_sequences(trainer.get_train_dataloader(), preview_args.rows)
+        whole = trainer.whole_rows.get("train")
+        if whole is not None and args.max_length is not None:
+            longer = longer_rows(whole, args.max_length)
+            shown = preview.mark_cut(shown, longer, args.max_length, args.truncation_mode == "keep_start")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     _print(preview.legend(colour))
     for number, sequence in enumerate(shown, start=1):
         _print(f"\n{number}. {_figures(sequence, args.max_length)}")
         _print(preview.render(sequence, rows.tokenizer, colour))
     _print("\n" + _totals(rows, trainer, args))
+
+
+def _stand_in_trainer(rows: Any, args: Any) -> Any:
+    """Return the trainer of an SFT run in all that touches its data, on a model of no size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lopt.core.config import LoPTConfig
+    from lopt.trainers import LoPTSFTTrainer
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    return LoPTSFTTrainer(
+        LlamaForCausalLM(config),
+        args=args,
+        lopt_config=LoPTConfig(method="e2e"),
+        train_dataset=rows.train,
+        processing_class=rows.tokenizer,
+    )
 
 
 def _figures(shown: Any, max_length: int | None) -> str:

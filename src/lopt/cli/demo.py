@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lopt.cli.output import check_output, spare_model
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import record_of
 from lopt.core.config import LoPTConfig
-from lopt.data.tasks import TASKS
+from lopt.data.procedural import TASKS
 from lopt.models.load import resolve_model
 
 
@@ -41,10 +41,10 @@ def main(arguments: Sequence[str]) -> None:
         spare_model(args.output_dir, model, ("checkpoint-*", "model"))
         check_cut(model, [config])
     except ValueError as error:  # they know the flags of lopt sft
-        told = str(error).replace("--model_name_or_path", "--model").replace("go on with --resume, ", "")
+        told = str(error).replace("`model_name_or_path`", "`model`").replace("go on with --resume, ", "")
         raise ValueError(told) from error
 
     from lopt.evaluation.demo import run_demo
 
-    Record.of("demo", arguments).write(Path(args.output_dir))
+    record_of("demo", arguments).write(Path(args.output_dir))
     run_demo(args)

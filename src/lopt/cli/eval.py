@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lopt.cli.arguments import BENCHMARKS, EvalArguments
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import record_of
 from lopt.models.load import DTYPES, resolve_model
 
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from lopt.evaluation.run import run_evaluation  # after the checks: this import takes seconds
 
-    begin = functools.cache(Record.of("eval", arguments).write)  # once
+    begin = functools.cache(record_of("eval", arguments).write)  # once
     run_evaluation(args, models, shots, begin)
 
 

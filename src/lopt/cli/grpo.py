@@ -7,7 +7,7 @@ from typing import Any
 
 from lopt.cli.arguments import DataArguments, ModelArguments
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import record_of
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
 from lopt.cli.training import check_evaluation, check_run, prepare, run
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
         checkpoint = prepare(model_args, run_args, config, args)
         rows = grpo_rows(model_args, data_args, task_args, args)
         _of_reference(args, model_args)
-        record = Record.of("grpo", arguments)
+        record = record_of("grpo", arguments)
         rewards = {"reward_funcs": rows.rewards}
         run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, record, retention, **rewards)
 

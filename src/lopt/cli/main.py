@@ -70,7 +70,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         return 2
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(f"\nlopt {command}: {stop}", file=sys.stderr)
+            print(f"\nlopt {command}: {_one_line(stop, command, arguments)}", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         print(f"\nlopt {command}: interrupted", file=sys.stderr)
@@ -104,7 +104,7 @@ def _full_name(command: str, arguments: Sequence[str]) -> str:
     return name if name in SUBCOMMANDS else command
 
 
-def _one_line(error: Exception, command: str, arguments: Sequence[str]) -> str:
+def _one_line(error: BaseException, command: str, arguments: Sequence[str]) -> str:
     """Return the message in one line, with flags for arguments, and without secrets or control characters.
 
     It may quote a command line, a model or a data set.

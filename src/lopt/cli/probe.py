@@ -19,7 +19,7 @@ from lopt.cli.arguments import ProbeArguments
 from lopt.cli.eval import labels
 from lopt.cli.output import check_report
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import record_of
 from lopt.core.blocks import split
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.drift.reference import CANNOT, Drift, Reference
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         ((base, base_path),) = labels([args.base]).items()
     models = labels(args.model_name_or_path)
     folder = check_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
-    record = Record.of("probe", arguments)
+    record = record_of("probe", arguments)
     drifts = probe(args, base_path, models, list(texts.values()))
     about = {"base": args.base, "text": args.text, "tokens": args.tokens, "window": args.window}
     about |= {"param_dtype": args.param_dtype}
@@ -123,7 +123,7 @@ def _named(flag: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(str(error).replace("--model_name_or_path", flag)) from error
+        raise ValueError(str(error).replace("`model_name_or_path`", flag)) from error
 
 
 def _check_alike(label: str, base: PreTrainedConfig, tuned: PreTrainedConfig) -> None:

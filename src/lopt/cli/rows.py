@@ -6,17 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lopt.cli.arguments import DataArguments, ModelArguments, TaskArguments
-from lopt.data import (
-    QUESTION_TASKS,
-    TASKS,
-    format_rows,
-    load_rows,
-    procedural_rows,
-    question_rows,
-    split_held_out,
-)
+from lopt.data.formats import format_rows
+from lopt.data.load import load_rows, split_held_out
+from lopt.data.procedural import TASKS
+from lopt.data.question_tasks import QUESTION_TASKS
+from lopt.data.questions import procedural_rows, question_rows
 from lopt.models.load import load_tokenizer
-from lopt.rewards.rewards import REWARDS, checked, load_reward
+from lopt.rewards import REWARDS, checked, load_reward
 
 PROBLEMS = 5_000
 """How many problems of a procedural task are made, unless --max_samples says otherwise."""
@@ -40,11 +36,11 @@ def read_rows(data_args: DataArguments, seed: int) -> Any:
         train_file=data_args.train_file,
         dataset_name=data_args.dataset_name,
         dataset_config=data_args.dataset_config,
-        split=data_args.dataset_split,
-        revision=data_args.dataset_revision,
+        dataset_split=data_args.dataset_split,
+        dataset_revision=data_args.dataset_revision,
         max_samples=data_args.max_samples,
         seed=seed,
-        preset=data_args.dataset_preset,
+        dataset_preset=data_args.dataset_preset,
         streaming=data_args.streaming,
         shuffle_buffer=data_args.shuffle_buffer,
     )

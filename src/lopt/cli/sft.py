@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lopt.cli.arguments import DataArguments, ModelArguments
 from lopt.cli.parsing import parse
-from lopt.cli.record import Record
+from lopt.cli.record import record_of
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_rows, sft_rows
 from lopt.cli.training import check_evaluation, check_model, check_run, prepare, run
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         retention = check_retention(retention_args, config, args)
         checkpoint = prepare(model_args, run_args, config, args)
         rows = sft_rows(model_args, data_args, args)
-        record = Record.of("sft", arguments)
+        record = record_of("sft", arguments)
         run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, record, retention)
 
 

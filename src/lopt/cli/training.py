@@ -1,4 +1,4 @@
-"""What every training command does around its trainer."""
+"""What the training commands do before and after their trainer's run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from transformers.trainer_utils import IntervalStrategy
 
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments
 from lopt.cli.output import check_output, spare_model, start_anew
-from lopt.cli.record import Record, data_facts
 from lopt.cli.retention import Retention, write_curves
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
 from lopt.models.load import load_config, load_model, resolve_model
 from lopt.planning.shapes import model_config
-from lopt.reliability.machine_errors import Attempt, told_in
+from lopt.reliability.advice import Attempt
+from lopt.reliability.machine_errors import memory_errors_explained
+from lopt.reliability.record import Record, data_facts
 from lopt.reliability.saving import on_first_rank
 from lopt.reliability.stop import Stopped
 from lopt.trainers.checks import check_numbers, check_routers, check_settings
+from lopt.trainers.lora import lora_config
 
 
 def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:
@@ -79,7 +81,7 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConf
     """Check the output folder and the model's config, the first process before all others.
 
     Returns:
-        The checkpoint to go on from, if any.
+        The checkpoint to resume from, if any.
     """
     checkpoint = on_first_rank(  # a large checkpoint is read once
         args,
@@ -98,7 +100,7 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConf
 
 
 def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
-    """The model, and a line on how it is cut."""
+    """Load the model and print how it is cut."""
     model = load_model(
         str(model_args.model_name_or_path),
         dtype=model_args.param_dtype,
@@ -113,26 +115,12 @@ def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrain
 
 
 def _attempt(model_args: ModelArguments, config: LoPTConfig, args: Any) -> Attempt:
-    """What the planner is asked about when the model does not fit."""
+    """Return what the planner is asked about when the model does not fit."""
     where = model_args.model_revision, args.trust_remote_code
     shape = model_config(str(model_args.model_name_or_path), *where)
     named: Any = {"auto": shape.dtype or "float32"}.get(model_args.param_dtype, model_args.param_dtype)
     dtype = named if isinstance(named, torch.dtype) else getattr(torch, named)
     return Attempt(shape, args, config, getattr(args, "max_length", None), dtype, args.device)
-
-
-def _adapters(model_args: ModelArguments, config: LoPTConfig) -> Any:
-    """The adapters of --method lora, None for other methods."""
-    if config.method != "lora":
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        target_modules=model_args.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
 
 
 def run(
@@ -150,13 +138,16 @@ def run(
 
     Args:
         rows: `train`, `held_out` and `tokenizer`, from `lopt.cli.rows`.
-        checkpoint: what to go on from.
-        record: what goes into the output folder, to make it again.
-        retention: what is measured on the way.
-        more: arguments of this trainer only.
+        checkpoint: the one to resume from, if any.
+        record: of the command, for the output folder.
+        retention: what is measured during training.
+        more: arguments of this trainer class.
     """
     name = str(model_args.model_name_or_path)
-    with told_in(f"loading {name}", args.device, lambda: _attempt(model_args, config, args)):
+    adapters = None
+    if config.method == "lora":
+        adapters = lora_config(model_args.lora_r, model_args.lora_alpha, model_args.lora_target_modules)
+    with memory_errors_explained(f"loading {name}", args.device, lambda: _attempt(model_args, config, args)):
         trainer = trainer_class(
             _load(model_args, config, args),
             args=args,
@@ -164,12 +155,12 @@ def run(
             train_dataset=rows.train,
             eval_dataset=rows.held_out,
             processing_class=rows.tokenizer,
-            peft_config=_adapters(model_args, config),
+            peft_config=adapters,
             **more,
         )
-    watch = retention.callback(trainer) if retention is not None else None
-    if watch is not None:
-        trainer.add_callback(watch)
+    callback = retention.callback(trainer) if retention is not None else None
+    if callback is not None:
+        trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         data = data_facts({"train": rows.train, "held_out": rows.held_out})
         record.write(Path(str(args.output_dir)), data, checkpoint)
@@ -178,13 +169,13 @@ def run(
     except Stopped:
         trainer.accelerator.end_training()
         raise
-    if watch is not None and trainer.is_world_process_zero():
-        print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), watch.stopped))
+    if callback is not None and trainer.is_world_process_zero():
+        print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
 
 
 def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
     if checkpoint is not None:
-        trainer.proven.add(checkpoint)  # every byte of it was read when it was chosen
+        trainer.checkpoints.proven.add(checkpoint)  # every byte of it was read when it was chosen
     elif trainer.is_world_process_zero():
         start_anew(str(trainer.args.output_dir))
     trainer.accelerator.wait_for_everyone()
@@ -199,7 +190,7 @@ def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
         try:
             metrics = trainer.evaluate()
         except Stopped as stop:
-            raise Stopped(f"stopped by {stop} in the last evaluation: the model is saved") from None
+            raise Stopped(stop.reason, "in the last evaluation: the model is saved") from None
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()

@@ -1,4 +1,4 @@
-"""What a batch is made of: its tokens, its width, the rows that it came from."""
+"""What a batch is made of: its tokens, its width, the rows that it comes from."""
 
 from __future__ import annotations
 
@@ -8,39 +8,42 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
-SHOWN = 60  # characters of a row's text
+IGNORED = -100
+"""The label of a token that is not trained on."""
+
+_SHOWN = 60  # characters of a row's text in a message
 
 
 def real_tokens(batch: Any) -> int | None:
-    """Real tokens of the rows that have a label; None if the batch is not made of token rows."""
+    """Return the number of real tokens in the rows that have a label; None if the batch has no token rows."""
     if not isinstance(batch, Mapping):
         return None
     if "attention_mask" in batch:
         mask, labels = batch["attention_mask"], batch.get("labels")
-        return int((mask if labels is None else mask[(labels != -100).any(-1)]).sum())
+        return int((mask if labels is None else mask[(labels != IGNORED).any(-1)]).sum())
     return batch["input_ids"].numel() if "input_ids" in batch else None
 
 
-def size(batch: Any) -> int:
-    """Tokens of a micro-batch, padding included; 0 if it is not made of token rows."""
+def padded_tokens(batch: Any) -> int:
+    """Return the number of tokens of a micro-batch with its padding; 0 if it has no token rows."""
     return batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else 0
 
 
 def width(batch: Any) -> int | None:
-    """Tokens of the longest row of a batch, padding included; None if it is not made of token rows."""
+    """Return the number of tokens of a batch's rows with their padding; None if it has no token rows."""
     if not isinstance(batch, Mapping):
         return None
     names = ("input_ids",) if "input_ids" in batch else ("prompt_ids", "completion_ids")
     return sum(batch[name].shape[1] for name in names if name in batch) or None
 
 
-def told_rows(dataset: Any, tokenizer: Any, batches: Iterable[Any]) -> str:
-    """The rows of `batches` in words: their numbers in `dataset` if it has them, and how the first begins."""
+def describe_rows(dataset: Any, tokenizer: Any, batches: Iterable[Any]) -> str:
+    """Return where the rows of `batches` are in `dataset`, if it is indexed, and how the first one begins."""
     rows = [ids for batch in batches for ids in _token_rows(batch)]
     if not rows:
         return ""
     numbers = row_numbers(dataset, rows)
-    text = tokenizer.decode(rows[0], skip_special_tokens=True)[:SHOWN]
+    text = tokenizer.decode(rows[0], skip_special_tokens=True)[:_SHOWN]
     if not numbers:
         return f"the first row starts with {text!r}"
     listed = ", ".join(map(str, numbers[:16])) + (" and more" if len(numbers) > 16 else "")
@@ -48,7 +51,7 @@ def told_rows(dataset: Any, tokenizer: Any, batches: Iterable[Any]) -> str:
 
 
 def row_numbers(dataset: Any, rows: Iterable[list[int]]) -> list[int]:
-    """Where in a tokenized data set `rows` are, from 0; empty for a stream and for rows that were packed."""
+    """Return where `rows` are in a tokenized data set, from 0; empty for a stream and for packed rows."""
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return []
     wanted = {tuple(row) for row in rows}
@@ -64,7 +67,7 @@ def row_numbers(dataset: Any, rows: Iterable[list[int]]) -> list[int]:
 
 
 def _token_rows(batch: Any) -> list[list[int]]:
-    """The rows of a batch without their padding."""
+    """Return the rows of a batch without their padding."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         return []
     ids, mask = batch["input_ids"], batch.get("attention_mask")

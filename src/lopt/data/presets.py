@@ -12,10 +12,10 @@ from lopt.models.packaged import cache_folder
 
 @dataclass(frozen=True)
 class Preset:
-    """A data set on the Hub that `--dataset_preset` knows by name.
+    """A data set on the Hub that has a short name here.
 
     Attributes:
-        name: What the user types.
+        name: The short name.
         hub_id: Its name on the Hub.
         config: Its configuration there, where it has several.
         split: The split to train on.
@@ -37,6 +37,9 @@ class Preset:
         """The page with the licence in full."""
         return f"https://huggingface.co/datasets/{self.hub_id}"
 
+
+SHUFFLE_BUFFER = 1_000
+"""Rows that the order of a stream is drawn from, by default."""
 
 PRESETS = {
     preset.name: preset
@@ -62,35 +65,28 @@ PRESETS = {
 }
 
 
-def find_preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"--dataset_preset {name} is unknown: use one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
 def check_columns(preset: Preset, found: Iterable[str], where: str) -> None:
     """Refuse rows that cannot be a copy of the preset.
 
+    Args:
+        found: The columns that there are.
+        where: What has these columns, for the message: a file or the Hub.
+
     Raises:
-        ValueError: columns are missing; names them, and those that `where` (a file, the Hub) has.
+        ValueError: columns are missing.
     """
     found = list(found)
     missing = [name for name in preset.columns if name not in found]
     if missing:
         raise ValueError(
-            f"--dataset_preset {preset.name}: {where} has no column {', '.join(missing)} "
+            f"`dataset_preset` {preset.name}: {where} has no column {', '.join(missing)} "
             f"(it has {', '.join(found) or 'none'}): give a copy of {preset.hub_id}, "
-            "or leave --dataset_preset out to have the columns recognised"
+            "or leave `dataset_preset` out to have the columns recognised"
         )
 
 
 def show_licence(preset: Preset) -> None:
-    """Print the preset's licence, once per machine; a file in the cache folder remembers it."""
+    """Print the preset's licence, once per machine: a file in the cache folder remembers it."""
     seen = cache_folder() / "licences_shown" / preset.name
     if seen.exists() or os.environ.get("RANK", "0") != "0":
         return
@@ -99,4 +95,4 @@ def show_licence(preset: Preset) -> None:
         seen.parent.mkdir(parents=True, exist_ok=True)
         seen.touch()
     except OSError:
-        return  # a cache that cannot be written to: the line comes again next time
+        return  # the cache cannot be written to: the line is printed again next time

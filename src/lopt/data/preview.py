@@ -1,21 +1,18 @@
-"""What a run trains on, token by token.
+"""Show what a run trains on, token by token.
 
-Nothing here says what is masked: the rows go through the trainer itself, on a small model that stands
-in for the real one, and come out of its data loader as they would in training.
+The rows come out of the trainer's own data loader, so that nothing here decides what is masked.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lopt.core.config import LoPTConfig
-from lopt.trainers import LoPTSFTTrainer
-from lopt.trainers.sft import IGNORED, longer_rows
+from lopt.data.batches import IGNORED
 
 TRAINED, MASKED, PADDING = "trained on", "masked", "padding"
 _COLOURS = {TRAINED: "\x1b[1;32m", MASKED: "\x1b[90m", PADDING: "\x1b[33m"}
@@ -25,14 +22,14 @@ _BETWEEN = "│"
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownSequence:
     """One sequence of a training batch; with packing, one document of a packed sequence.
 
     Attributes:
         tokens: Token ids, without padding.
         labels: A label for each, -100 where it is masked.
         padding: How many padding tokens follow in its batch.
-        cut: Whether its text goes on beyond `max_length`; None where rows are not counted, as of a stream.
+        cut: Whether its text goes on beyond `max_length`; None where that is not known, as of a stream.
     """
 
     tokens: list[int]
@@ -46,45 +43,50 @@ class Shown:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-def stand_in_trainer(rows: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> LoPTSFTTrainer:
-    """The trainer of an SFT run in all that touches its data, on a model of no size.
+def first_sequences(batches: Iterable[Any], count: int) -> list[ShownSequence]:
+    """Return the first `count` sequences of a data loader's batches; fewer if it has fewer."""
+    return list(itertools.islice(itertools.chain.from_iterable(map(sequences, batches)), count))
+
+
+def sequences(batch: Any) -> Iterator[ShownSequence]:
+    """Yield the sequences of a batch of tensors (B, T), or (1, T) with `position_ids` if unpadded."""
+    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+    if "attention_mask" in batch:
+        for tokens, targets, mask in zip(ids, labels, batch["attention_mask"].tolist(), strict=True):
+            real = sum(mask)
+            yield ShownSequence(tokens[:real], targets[:real], len(tokens) - real)
+        return
+    # Without padding, all sequences lie in one row, and each begins at position 0.
+    positions = batch["position_ids"][0].tolist()
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
+        yield ShownSequence(ids[0][start:end], labels[0][start:end], 0)
+
+
+def mark_cut(
+    shown: list[ShownSequence], longer_rows: Iterable[Any], max_length: int, keep_start: bool
+) -> list[ShownSequence]:
+    """Return the sequences with `cut` set.
 
     Args:
-        rows: Formatted training rows, from `format_rows`.
-        tokenizer: The real one; token ids and labels depend on nothing else of the model.
-        args: The run's `SFTConfig`.
+        longer_rows: The tokenized rows of the run that have more than `max_length` tokens.
+        keep_start: Whether cutting keeps a row's start rather than its end.
     """
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    return LoPTSFTTrainer(
-        LlamaForCausalLM(config),
-        args=args,
-        lopt_config=LoPTConfig(method="e2e"),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
+    kept = slice(max_length) if keep_start else slice(-max_length, None)
+    wanted = {tuple(sequence.tokens) for sequence in shown if len(sequence.tokens) == max_length}
+    found = {tuple(row["input_ids"][kept]) for row in longer_rows} if wanted else set()
+    return [replace(sequence, cut=tuple(sequence.tokens) in found) for sequence in shown]
 
 
-def sequences(trainer: LoPTSFTTrainer, count: int) -> list[Shown]:
-    """The first `count` sequences of the first pass in the trainer's order; fewer where it has fewer."""
-    made: list[Shown] = []
-    for batch in trainer.get_train_dataloader():
-        made.extend(_of_batch(batch))
-        if len(made) >= count:
-            break
-    return _note_cuts(trainer, made[:count])
+def render(shown: ShownSequence, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+    """Return the sequence as text with a mark between tokens, its states shown by colour or by brackets.
 
-
-def render(shown: Shown, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
-    """The sequence as text with a mark between tokens: by state coloured, or in brackets.
-
-    Whatever is not printable is escaped, so that no text can give commands to a terminal.
+    What is not printable is escaped, so that no text can give commands to a terminal.
     """
     states = [TRAINED if label != IGNORED else MASKED for label in shown.labels]
     states[:1] = [MASKED]  # never predicted
     parts: list[tuple[str, str]] = []
-    for state, piece in zip(states, _pieces(tokenizer, shown.tokens), strict=True):
+    for state, piece in zip(states, _token_texts(tokenizer, shown.tokens), strict=True):
         parts.append((state, _visible(piece)))
     if shown.padding:
         parts.append((PADDING, f"{_visible(str(tokenizer.pad_token))} × {shown.padding}"))
@@ -92,41 +94,13 @@ def render(shown: Shown, tokenizer: PreTrainedTokenizerBase, colour: bool) -> st
 
 
 def legend(colour: bool) -> str:
-    """How the states look."""
+    """Return one line that shows how the states look."""
     marks = [_mark([(state, state)], colour) for state in (TRAINED, MASKED, PADDING)]
     return f"{'  '.join(marks)}   ({_BETWEEN} parts tokens)"
 
 
-def _of_batch(batch: Any) -> Iterator[Shown]:
-    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
-    if "attention_mask" in batch:
-        for tokens, targets, mask in zip(ids, labels, batch["attention_mask"].tolist(), strict=True):
-            real = sum(mask)
-            yield Shown(tokens[:real], targets[:real], len(tokens) - real)
-        return
-    # Without padding, all sequences lie in one row, and each begins at position 0.
-    positions = batch["position_ids"][0].tolist()
-    starts = [place for place, position in enumerate(positions) if position == 0]
-    for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
-        yield Shown(ids[0][start:end], labels[0][start:end], 0)
-
-
-def _note_cuts(trainer: LoPTSFTTrainer, made: list[Shown]) -> list[Shown]:
-    """Find the sequences again among the rows that were too long."""
-    args: Any = trainer.args
-    whole, limit = trainer.whole_rows.get("train"), args.max_length
-    if whole is None or limit is None:
-        return made
-    kept = slice(limit) if args.truncation_mode == "keep_start" else slice(-limit, None)
-    wanted = {tuple(shown.tokens) for shown in made if len(shown.tokens) == limit}
-    found: set[tuple[int, ...]] = set()
-    for row in longer_rows(whole, limit) if wanted else ():
-        found |= {tuple(row["input_ids"][kept])} & wanted
-    return [replace(shown, cut=tuple(shown.tokens) in found) for shown in made]
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text of every token. A character of several tokens is with its last one, the others are empty."""
+def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Return the text of every token; a character of several tokens is the text of the last of them."""
 
     def text(part: list[int]) -> str:
         decoded = tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -145,13 +119,9 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 
 def _visible(text: str) -> str:
-    """The text with what is not printable escaped; a line ends where its escape says so."""
-    made = []
-    for char in text:
-        made.append(char if char.isprintable() else char.encode("unicode_escape").decode())
-        if char == "\n":
-            made.append("\n")
-    return "".join(made)
+    """Return the text with what is not printable escaped; a line break stays one, after its escape."""
+    escaped = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(piece + "\n" if char == "\n" else piece for char, piece in zip(text, escaped, strict=True))
 
 
 def _mark(parts: Sequence[tuple[str, str]], colour: bool) -> str:

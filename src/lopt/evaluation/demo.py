@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from lopt.core.config import LoPTConfig
-from lopt.data import Problem, is_correct, prompt, train_and_held_out
+from lopt.data.procedural import Problem, is_correct, prompt, train_and_held_out
 from lopt.evaluation import complete, completion_loss, text_loss
 from lopt.files import write_text
 from lopt.instruments.memory import format_bytes

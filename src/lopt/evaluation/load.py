@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.instruments.memory import format_bytes, free_host_memory
 from lopt.models.load import empty_model, load_model, load_tokenizer, read_config, resolve_model
-from lopt.models.trust import UntrustedError, check_folder
+from lopt.models.untrusted import UntrustedError, check_folder
 
 
 def adapter_base(path: str) -> str | None:
@@ -73,7 +73,7 @@ def check_memory(path: str, dtype: str, **options: Any) -> None:
     """Refuse a model whose weights alone are more than what is free.
 
     Raises:
-        ValueError: with what would fit; what `lopt.models.trust` refuses. A config that cannot be
+        ValueError: with what would fit; what `lopt.models.untrusted` refuses. A config that cannot be
             read is left to `load_model`.
     """
     try:

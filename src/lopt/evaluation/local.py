@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lopt.data.hub import one_line
+from lopt.messages import error_text
 
 
 class LocalFiles(NamedTuple):
@@ -79,7 +79,9 @@ def _read(path: Path, columns: tuple[str, ...], *state: int) -> tuple[list[dict[
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"--data_dir: {path}, line {number}, is not JSON: {one_line(error)}") from error
+            raise ValueError(
+                f"--data_dir: {path}, line {number}, is not JSON: {error_text(error)}"
+            ) from error
         missing = [name for name in columns if not _has(row, name.split("."))]
         if missing:
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__

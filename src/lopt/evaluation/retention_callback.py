@@ -68,7 +68,7 @@ class RetentionCallback(TrainerCallback):
         if max_forgetting is not None and not texts:
             raise ValueError("--max_forgetting is in nats per token of text: add --retention_text")
         if tasks:
-            check_whole_model(getattr(trainer, "weights_travel", False), trainer.args)
+            check_whole_model(getattr(trainer, "weights_offloaded", False), trainer.args)
         self.trainer = trainer
         self.texts, self.tokens = dict(texts or {}), tokens
         self.tasks, self.data_dir, self.limit = list(tasks), data_dir, limit

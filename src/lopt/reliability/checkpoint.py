@@ -24,11 +24,11 @@ from pathlib import Path
 
 from lopt.files import fsync, write_text
 from lopt.instruments.memory import format_bytes
-from lopt.models.trust import check_pickles
+from lopt.models.pickles import check_pickles
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"
-"""Where unfinished folders lie, in the output folder; `recover` finishes or removes what a kill left."""
+"""Folder in the output folder for what is unfinished; `recover` finishes or removes what a kill left."""
 PIECE = 256 * 2**20
 READ_AT_ONCE = 2**20
 FORMAT = 1
@@ -37,29 +37,29 @@ _ASIDE = "replaced-"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written, or the one asked for cannot be read; the message is for the user."""
+    """A checkpoint cannot be written, or the one asked for cannot be read."""
 
 
 @dataclass
 class Choice:
-    """What `choose` found: the newest whole checkpoint, and why newer ones were passed over."""
+    """The newest whole checkpoint of a folder, and why newer ones were passed over."""
 
     path: Path | None = None
     passed_over: list[tuple[Path, str]] = field(default_factory=list)
 
-    def sentences(self) -> list[str]:
-        """One line for each that was passed over."""
+    def reasons(self) -> list[str]:
+        """Return one line for each that was passed over."""
         return [f"{path.name} is passed over: {why}" for path, why in self.passed_over]
 
 
 def step_of(path: str | Path) -> int | None:
-    """The optimizer step in a checkpoint's name; None if it is no checkpoint's."""
+    """Return the optimizer step in a checkpoint's name; None if it is another name."""
     found = _NAME.fullmatch(Path(path).name)
     return int(found[1]) if found else None
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in `folder`, whole or not, oldest first: by step, since clocks go wrong."""
+    """Return the checkpoints in `folder`, whole or not, oldest first: by step, since clocks go wrong."""
     folder = Path(folder)
     inside = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted((path for path in inside if step_of(path) is not None), key=lambda path: step_of(path) or 0)
@@ -69,12 +69,12 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def staging(folder: str | Path, name: str) -> Path:
-    """The place in `folder` where `name` is written first."""
+    """Return the place in `folder` where `name` is written first."""
     return Path(folder) / WRITING / name
 
 
 def flush(folder: Path) -> None:
-    """Until the disk has every file in `folder`, and the folders' entries."""
+    """Wait until the disk has every file in `folder`, and the folders' entries."""
     for path in [*folder.rglob("*"), folder]:
         fsync(path)
 
@@ -115,7 +115,7 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def recover(folder: str | Path) -> list[Path]:
-    """Finish or remove what a killed run left half done in `folder`; returns the checkpoints finished."""
+    """Finish or remove what a killed run left half done in `folder`; return the checkpoints finished."""
     writing = Path(folder) / WRITING
     finished = []
     for staged in checkpoints(writing):
@@ -148,10 +148,10 @@ def move_in(staged: Path, folder: Path, last: str) -> None:
 
 
 def rotate(folder: str | Path, limit: int | None, newest: Path, best: str | None = None) -> list[Path]:
-    """Delete all but `limit` checkpoints up to `newest`, which is proven; returns what was deleted.
+    """Delete all but `limit` checkpoints up to `newest`, which is proven; return what was deleted.
 
-    `newest` and `best` always stay, and so does what is newer than `newest`: a run that was resumed behind
-    a damaged checkpoint does not take it for its own.
+    `newest` and `best` always stay, and so does what is newer than `newest`: a run that was resumed from
+    before a damaged checkpoint does not take that for its own.
     """
     if not limit or limit < 1:
         return []
@@ -162,7 +162,7 @@ def rotate(folder: str | Path, limit: int | None, newest: Path, best: str | None
             break
         keep.add(path.name)
     gone = [path for path in mine if path.name not in keep]
-    for path in gone:  # without their names first: killed in between, none is half a checkpoint
+    for path in gone:  # renamed first: a kill in between leaves nothing that looks like a checkpoint
         aside = staging(folder, _ASIDE + path.name)
         aside.parent.mkdir(exist_ok=True)
         os.rename(path, aside)
@@ -176,12 +176,12 @@ def rotate(folder: str | Path, limit: int | None, newest: Path, best: str | None
 
 
 def free_space(folder: str | Path) -> int:
-    """Bytes that can still be written to the disk of `folder`."""
+    """Return the bytes that can still be written to the disk of `folder`."""
     return shutil.disk_usage(folder).free
 
 
 def check_free_space(folder: str | Path, need: int, what: str) -> None:
-    """Refuse to begin what will not fit.
+    """Check that `what` will fit on the disk of `folder`.
 
     Raises:
         CheckpointError: fewer than `need` bytes are free.
@@ -190,7 +190,7 @@ def check_free_space(folder: str | Path, need: int, what: str) -> None:
     if have < need:
         raise CheckpointError(
             f"{what} needs {format_bytes(need)} and the disk of {folder} has {format_bytes(have)} left: "
-            "free some space, or write less with --save_total_limit or --save_only_model"
+            "free some space, or write less with `save_total_limit` or `save_only_model`"
         )
 
 
@@ -198,12 +198,12 @@ def check_free_space(folder: str | Path, need: int, what: str) -> None:
 
 
 def damage(folder: str | Path) -> str | None:
-    """Why `folder` is not what was sealed, in words; None if it is, bit for bit."""
+    """Return why `folder` is not what was sealed, in words; None if it is, bit for bit."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         return (
             f"it has no {MANIFEST}: an older version or another program wrote it, or not to the end "
-            f"(--resume {folder} takes it as it is)"
+            f"(`resume` {folder} takes it as it is)"
         )
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -233,7 +233,7 @@ def damage(folder: str | Path) -> str | None:
 
 
 def choose(folder: str | Path) -> Choice:
-    """The newest whole checkpoint of `folder`, every byte of it read and compared."""
+    """Return the newest whole checkpoint of `folder`, every byte of it read and compared."""
     choice = Choice()
     for path in reversed(checkpoints(folder)):
         why = damage(path)
@@ -245,7 +245,7 @@ def choose(folder: str | Path) -> Choice:
 
 
 def check_checkpoint(path: str | Path) -> str | None:
-    """Refuse a checkpoint that the user names if it is damaged; returns a warning if it has no manifest.
+    """Check a checkpoint that the user names; return a warning if it has no manifest.
 
     Raises:
         CheckpointError: it is not a folder, or was damaged.
@@ -253,22 +253,22 @@ def check_checkpoint(path: str | Path) -> str | None:
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"--resume {path} is not a folder: name a checkpoint, or leave it at --resume")
+        raise CheckpointError(f"`resume` {path} is not a folder: name a checkpoint, or leave it at `resume`")
     check_pickles(path)
     if not (path / MANIFEST).is_file():
         return f"{path.name} has no {MANIFEST}, so nobody can tell whether it is whole: taken as it is"
     why = damage(path)
     if why is not None:
-        raise CheckpointError(f"--resume {path} is refused: {why}. --resume alone takes the newest whole one")
+        raise CheckpointError(f"`resume` {path} is refused: {why}. `resume` alone takes the newest whole one")
     return None
 
 
 def find_checkpoint(folder: str, wanted: str) -> str:
-    """The checkpoint that `--resume` means; prints which, and why newer ones are passed over.
+    """Return the checkpoint to resume from; print which it is, and why newer ones are passed over.
 
     Args:
         folder: the output folder.
-        wanted: `auto` for the newest whole checkpoint, or a checkpoint.
+        wanted: "auto" for the newest whole checkpoint, or the path of one.
 
     Raises:
         CheckpointError: there is none, or the one named is damaged.
@@ -281,13 +281,13 @@ def find_checkpoint(folder: str, wanted: str) -> str:
     for finished in recover(folder):
         print(f"Resume: {finished.name} was written and not yet named when the run was killed")
     choice = choose(folder)
-    for sentence in choice.sentences():
-        print(f"Resume: {sentence}")
+    for reason in choice.reasons():
+        print(f"Resume: {reason}")
     if choice.path is None:
-        reasons = "; ".join(choice.sentences())
+        reasons = "; ".join(choice.reasons())
         raise CheckpointError(
-            f"--resume: there is no whole checkpoint in {folder}{': ' if reasons else ''}{reasons}: check "
-            "--output_dir or leave --resume out"
+            f"`resume`: there is no whole checkpoint in {folder}{': ' if reasons else ''}{reasons}: check "
+            "`output_dir` or leave `resume` out"
         )
     check_pickles(choice.path)
     print(f"Resume: going on from {choice.path}, step {step_of(choice.path)}")
@@ -298,7 +298,7 @@ def find_checkpoint(folder: str, wanted: str) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files but the manifest, sorted."""
+    """Return all files but the manifest, sorted."""
     return sorted(p for p in folder.rglob("*") if not p.is_dir() and p != folder / MANIFEST)
 
 
@@ -311,7 +311,7 @@ def _wrong_size(have: int | None, size: int) -> str | None:
 
 
 def _hashes(folder: Path, names: Iterable[str], piece: int = PIECE) -> dict[str, list[str]]:
-    """SHA-256 of every piece of every file, by name."""
+    """Return the SHA-256 of every piece of every file, by name."""
     work = [(name, start) for name in names for start in _starts((folder / name).stat().st_size, piece)]
 
     def one(item: tuple[str, int]) -> str:

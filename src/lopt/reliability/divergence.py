@@ -1,6 +1,6 @@
-"""Whether earlier blocks still learn what they are told to: local losses that rise, boundaries that collapse.
+"""Divergence of earlier blocks: local losses that rise, heads that explain nothing, boundaries that collapse.
 
-Plain numbers in, sentences out; docs/guide.md has the equations. The state is small and goes into
+Numbers go in, findings come out; docs/guide.md has the equations. The state is small and goes into
 checkpoints, so that a resumed run sees what the whole one would have seen.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 SETTLED = 5
 """Values after which a mean counts."""
-LOOK_EVERY = 10
-"""Optimizer steps between two looks at the boundaries."""
+BOUNDARY_EVERY = 10
+"""Optimizer steps between two measurements at the boundaries."""
 UNEXPLAINED = 0.95
 """Share of a target's variance from which on a head is no better than the mean."""
 SPREAD = 0.1
@@ -22,14 +22,14 @@ SPREAD = 0.1
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Divergence:
     """What is wrong with a block.
 
     Attributes:
         block: from 0.
         kind: "local_loss_rise", "unexplained" or "spread".
         value: the number that is too high or too low.
-        text: the numbers in words, and what to try.
+        text: the numbers in words.
     """
 
     block: int
@@ -40,17 +40,17 @@ class Trouble:
 
 @dataclass
 class Trend:
-    """An exponential mean over about `window` values; a plain one until there are as many."""
+    """An exponential mean over about `window` values; a plain mean until there are as many."""
 
     window: int
     count: int = 0
     mean: float = 0.0
     first: float = 0.0
-    low: float = math.inf  # the lowest mean so far, and the optimizer step of it
+    low: float = math.inf  # the lowest mean so far, and its optimizer step
     low_step: int = 0
 
     def add(self, value: float, step: int) -> None:
-        """One value more."""
+        """Add the value of optimizer step `step`."""
         self.count += 1
         self.first = value if self.count == 1 else self.first
         self.mean += (value - self.mean) / min(self.count, self.window)
@@ -58,11 +58,11 @@ class Trend:
             self.low, self.low_step = self.mean, step
 
 
-class LocalWatch:
+class DivergenceMonitor:
     """Follows the local losses and the boundaries of a run.
 
     Args:
-        factor: a local loss diverges if its mean is more than so many times its lowest mean.
+        factor: a local loss diverges if its mean is more than `factor` times its lowest mean.
         steps: optimizer steps that the mean is over, about.
     """
 
@@ -71,16 +71,21 @@ class LocalWatch:
         self._losses: dict[int, Trend] = {}
         self._unexplained: dict[int, Trend] = {}
         self._spread: dict[int, Trend] = {}
-        self._told: set[tuple[str, int]] = set()
-        self._last_look: int | None = None
+        self._reported: set[tuple[str, int]] = set()
+        self._last_boundary: int | None = None
 
     def start(self, blocks: Sequence[int], history: Sequence[Sequence[float]]) -> None:
-        """Take the end of a head warm-up, when no weight had moved, as where the local losses began."""
-        for losses in history[-SETTLED:]:
-            self.see(0, dict(zip(blocks, losses, strict=True)))
+        """Take the end of a head warm-up, when no weight had moved, as where the local losses began.
 
-    def see(self, step: int, losses: Mapping[int, float]) -> list[Trouble]:
-        """The local losses of optimizer step `step`, by block.
+        Args:
+            blocks: indices of the blocks that learn.
+            history: their local losses in every step of the warm-up.
+        """
+        for losses in history[-SETTLED:]:
+            self.add_losses(0, dict(zip(blocks, losses, strict=True)))
+
+    def add_losses(self, step: int, losses: Mapping[int, float]) -> list[Divergence]:
+        """Add the local losses of optimizer step `step`, by block, and return what diverges.
 
         Their mean is geometric, which a single spike moves little.
         """
@@ -94,34 +99,36 @@ class LocalWatch:
                     f"the local loss of block {block + 1} diverges: its mean is {math.exp(trend.mean):.3g}, "
                     f"{rise:.1f} times the lowest ({math.exp(trend.low):.3g} at step {trend.low_step})"
                 )
-                found.append(Trouble(block, "local_loss_rise", rise, text))
+                found.append(Divergence(block, "local_loss_rise", rise, text))
         return found
 
     def is_due(self, step: int) -> bool:
-        """Whether optimizer step `step` should look at the boundaries."""
-        return self._last_look is None or step >= self._last_look + LOOK_EVERY
+        """Return whether the boundaries should be measured in optimizer step `step`."""
+        return self._last_boundary is None or step >= self._last_boundary + BOUNDARY_EVERY
 
-    def look(self, step: int, unexplained: Mapping[int, float], spread: Mapping[int, float]) -> list[Trouble]:
-        """What was seen at the boundaries in step `step`, by block.
+    def add_boundaries(
+        self, step: int, unexplained: Mapping[int, float], spread: Mapping[int, float]
+    ) -> list[Divergence]:
+        """Add what was measured at the boundaries in step `step`, by block, and return what has collapsed.
 
         Args:
             unexplained: local loss / variance of what is to be reconstructed; empty for other local losses.
             spread: `lopt.instruments.hidden_states.token_spread` of the block's output.
         """
-        self._last_look = step
+        self._last_boundary = step
         found = []
         for block, share in unexplained.items():
             trend = self._unexplained.setdefault(block, Trend(SETTLED))
-            trend.add(min(share, 10.0), step)  # a target without variance makes it endless
+            trend.add(min(share, 10.0), step)  # a target without variance makes it infinite
             if trend.count >= SETTLED and trend.mean >= UNEXPLAINED:
                 text = (
                     f"the head of block {block + 1} reconstructs no better than a constant would: its local "
                     f"loss is {trend.mean:.2f} times the variance of what it should predict"
                 )
-                found.append(Trouble(block, "unexplained", trend.mean, text))
+                found.append(Divergence(block, "unexplained", trend.mean, text))
         for block, value in spread.items():
             trend = self._spread.setdefault(block, Trend(SETTLED))
-            # Geometric as well, and from below: one look at odd rows is not enough.
+            # Geometric as well, and bounded from below: one measurement on odd rows is not enough.
             least = trend.first + math.log(SPREAD**2) if trend.count else -math.inf
             trend.add(max(math.log(max(value, 1e-30)), least), step)
             if trend.count >= SETTLED and trend.mean < trend.first + math.log(SPREAD):
@@ -129,38 +136,36 @@ class LocalWatch:
                     f"the hidden states behind block {block + 1} collapse: their spread over tokens is "
                     f"{value:.3g}, at the start it was {math.exp(trend.first):.3g}"
                 )
-                found.append(Trouble(block, "spread", value, text))
+                found.append(Divergence(block, "spread", value, text))
         return found
 
-    def first_time(self, trouble: Trouble) -> bool:
-        """Whether this kind of trouble has not been told of this block before; from now on it has."""
-        key = (trouble.kind, trouble.block)
-        new = key not in self._told
-        self._told.add(key)
+    def first_time(self, divergence: Divergence) -> bool:
+        """Return whether this kind is reported of this block for the first time, and remember that it was."""
+        key = (divergence.kind, divergence.block)
+        new = key not in self._reported
+        self._reported.add(key)
         return new
 
-    # -- checkpoints -----------------------------------------------------------------------------
-
     def state(self) -> dict[str, Any]:
-        """Everything it remembers, for JSON."""
+        """Return everything it remembers, for JSON."""
         trends = {"losses": self._losses, "unexplained": self._unexplained, "spread": self._spread}
         kept: dict[str, Any] = {
-            name: {str(block): asdict(trend) | {"low": _finite(trend.low)} for block, trend in by.items()}
-            for name, by in trends.items()
+            name: {
+                # JSON has no infinity.
+                str(block): asdict(trend) | {"low": trend.low if math.isfinite(trend.low) else None}
+                for block, trend in by_block.items()
+            }
+            for name, by_block in trends.items()
         }
-        return kept | {"told": sorted(map(list, self._told)), "last_look": self._last_look}
+        return kept | {"told": sorted(map(list, self._reported)), "last_look": self._last_boundary}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave; `factor` and `steps` stay those of this run."""
+        """Restore what `state` returned; `factor` and `steps` stay those of this run."""
         for name, window in (("losses", self.steps), ("unexplained", SETTLED), ("spread", SETTLED)):
             trends = {int(block): Trend(**kept) for block, kept in state[name].items()}
             for trend in trends.values():
                 trend.window = window
                 trend.low = math.inf if trend.low is None else trend.low
             setattr(self, f"_{name}", trends)
-        self._told = {(kind, block) for kind, block in state["told"]}
-        self._last_look = state["last_look"]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no infinity
+        self._reported = {(kind, block) for kind, block in state["told"]}
+        self._last_boundary = state["last_look"]

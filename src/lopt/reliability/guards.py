@@ -1,9 +1,9 @@
-"""Guards: what ends a run, or warns, before it goes on to no purpose, and in which words.
+"""What ends a run, or warns, before it goes on to no purpose, and the message that says so.
 
 Numbers that are not finite, local losses that diverge and boundaries that collapse
 (`lopt.reliability.divergence`), memory that is full and data-loader workers that die
-(`lopt.reliability.machine_errors`): told with block, batch and what is whole on the disk. Watching costs no
-synchronization: the numbers are those that are logged.
+(`lopt.reliability.machine_errors`): each is reported with block, batch and the newest whole checkpoint.
+Guarding costs no synchronization of its own: the numbers are those that are logged.
 """
 
 from __future__ import annotations
@@ -20,35 +20,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer as PlainTrainer
+from transformers import Trainer
 
-from lopt.core.attach import LoPT
-from lopt.data.batches import told_rows, width
+from lopt.data.batches import describe_rows, width
 from lopt.instruments.hidden_states import token_spread, token_variance
-from lopt.reliability.divergence import LocalWatch, Trouble
+from lopt.reliability.divergence import Divergence, DivergenceMonitor
 from lopt.reliability.machine_errors import (
-    HOST_BY_HAND,
-    Attempt,
+    HOST_ADVICE,
     OutOfMemory,
     WorkerDied,
-    advice,
-    forget_children,
-    in_use,
+    full_device,
+    ignore_children,
     is_out_of_memory,
-    where,
-    worker_trouble,
+    memory_in_use,
+    worker_error,
 )
 from lopt.reliability.saving import NOTE
 from lopt.reliability.stop import requested
 
-if TYPE_CHECKING:  # what the mixin is put in front of
-    from lopt.reliability.stopping import Stoppable
-else:
-    Stoppable = object
+if TYPE_CHECKING:
+    from lopt.reliability.advice import Attempt
 
 logger = logging.getLogger(__name__)
 
-WATCH = "watch"
+MONITOR = "watch"
+"""Key of the divergence monitor's state in a checkpoint's note."""
 _PHASES = {
     "start": "setting up",
     "data": "loading data",
@@ -62,312 +58,330 @@ class NonFiniteError(ValueError):
 
 
 class DivergedError(ValueError):
-    """A local loss or a boundary is past saving, and `--on_divergence stop` was asked for."""
+    """A local loss or a boundary has diverged, and `on_divergence="stop"` was asked for."""
 
 
-class Guarded(Stoppable):
-    """Part of `LoPTMixin`: looks at every number that is logged, and puts errors into sentences.
+class Guard:
+    """Checks the numbers of a trainer's run and explains errors of the machine.
+
+    Args:
+        trainer: a trainer with `LoPTMixin`, whose state this class reads.
 
     Attributes:
-        watch: follows local losses and boundaries; None with `--on_divergence ignore`.
-        doing: the phase of the run, for messages.
+        phase: what the run is at: "start", "data", "step", "optimizer", "between" or a name given to
+            `during`.
+        monitor: follows local losses and boundaries; None where nothing can diverge, or with
+            `on_divergence="ignore"`.
     """
 
-    model: Any
-    lopt: LoPT
-    block_major: Any
-    share: float
-    micro_batch: int
-    _metrics: Any
-    _batches: list[Any]
-    watch: LocalWatch | None = None
-    doing: str = "start"
-    _sums: dict[int, list[tuple[float, float]]]  # shares and local losses of a step's micro-batches, by block
-    _seen: dict[tuple[int, str], Tensor]  # at the boundaries, on the device
-    _shares: dict[int, dict[str, float]]  # the same, by block and name
+    def __init__(self, trainer: Any) -> None:
+        self.phase = "start"
+        self.monitor: DivergenceMonitor | None = None
+        self._trainer = trainer
+        self._forget_step()
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train.
+    def start(self, checkpoint: str | None) -> None:
+        """Begin a run, new or from `checkpoint`.
 
         Raises:
-            NonFiniteError: a number is not finite, in the model as it was loaded or in a step.
-            DivergedError: with `--on_divergence stop`.
-            OutOfMemory, WorkerDied: the machine gave up.
+            NonFiniteError: weights of a new run are not finite.
         """
-        self.doing, self._batches = "start", []
-        self._sums, self._seen, self._shares = {}, {}, {}
-        with self.told():
-            checkpoint = self.whole_checkpoint(resume_from_checkpoint)
-            self.watch = self._new_watch(checkpoint)
-            if checkpoint is None:
-                check_weights(self.model)
-            return super().train(checkpoint, *args, **kwargs)
+        self._forget_step()
+        self.monitor = self._new_monitor(checkpoint)
+        if checkpoint is None:
+            check_weights(self._trainer.model)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; raises `OutOfMemory` and `WorkerDied` as `train` does."""
-        with self.told(), self.phase("evaluation"):
-            return super().evaluate(*args, **kwargs)
+    def _forget_step(self) -> None:
+        # By block: share and local loss of each micro-batch; by block and name: numbers at the boundaries, on
+        # the device until they are logged, and as they were logged.
+        self._losses: dict[int, list[tuple[float, float]]] = {}
+        self._at_boundary: dict[tuple[int, str], Tensor] = {}
+        self._boundaries: dict[int, dict[str, float]] = {}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """In here the run is at `name`; after an error it stays there, to be told."""
-        before, self.doing = self.doing, name
+    def during(self, phase: str) -> Iterator[None]:
+        """Name the phase of the run inside; after an error it stays, for the message."""
+        before, self.phase = self.phase, phase
         yield
-        self.doing = before
+        self.phase = before
 
-    # -- numbers that are not finite -------------------------------------------------------------
+    # -- numbers that are not finite -----------------------------------------------------------------
 
     def check_norms(self, norms: Tensor) -> None:
-        """Stop before the step at a gradient that is not finite; a float16 scaler skips such a step."""
+        """Stop before an optimizer step whose gradients are not finite; a float16 scaler skips such a step.
+
+        Args:
+            norms: (k,) of the blocks' gradients.
+        """
         values = norms.tolist()
-        if all(map(math.isfinite, values)) or self.args.fp16:
+        if all(map(math.isfinite, values)) or self._trainer.args.fp16:
             return
         bad = [
-            f"the gradient norm of block {b} is {v}"
-            for b, v in enumerate(values, start=1)
-            if not math.isfinite(v)
+            f"the gradient norm of block {number} is {value}"
+            for number, value in enumerate(values, start=1)
+            if not math.isfinite(value)
         ]
-        raise NonFiniteError(self._where("; ".join(bad), self._batches))
+        raise NonFiniteError(self._step_message("; ".join(bad), self._trainer.batches))
 
     def check_warm_up(self, step: int, losses: list[float]) -> None:
         """Stop a head warm-up whose local losses are not finite."""
         bad = [
             f"the local loss of block {block + 1} is {loss}"
-            for block, loss in zip(self.lopt.learning, losses, strict=True)
+            for block, loss in zip(self._trainer.lopt.learning, losses, strict=True)
             if not math.isfinite(loss)
         ]
         if bad:
             raise NonFiniteError(
                 f"head warm-up, step {step}: {'; '.join(bad)}; no weight of the model has been changed. "
-                "Lower --head_warmup_lr, or leave the warm-up out with --head_warmup_steps 0"
+                "Lower `head_warmup_lr`, or leave the warm-up out with `head_warmup_steps` 0"
             )
 
     def log_losses(self, local: dict[int, Tensor], loss: Tensor | None = None, inputs: Any = None) -> None:
-        """Note the local losses of a micro-batch by block (from 0); they and `loss` must be finite.
+        """Log the local losses of a micro-batch, and stop if they or the task loss are not finite.
 
-        They are means over ranks by their shares, so that all of them see the same and stop together; whether
-        any rank was told to stop travels with them, and so does what was seen at the boundaries.
+        They are means over ranks by their shares, so that all ranks see the same and stop together. Whether
+        any rank was told to stop, and what was measured at the boundaries, is reduced with them.
+
+        Args:
+            local: local losses by block, from 0.
+            loss: the task loss, if the micro-batch has been through the last block.
+            inputs: the micro-batch, for the message.
+
+        Raises:
+            NonFiniteError: one of them is not finite.
         """
+        trainer = self._trainer
         named = {f"the local loss of block {block + 1}": value for block, value in local.items()}
         if loss is not None:
             named["the loss"] = loss
-        seen, self._seen = self._seen, {}
-        own = torch.stack([value.float() for value in [*named.values(), *seen.values()]])
-        told = requested() is not None
-        if self.args.world_size > 1:
-            parts = torch.cat([own * self.share, own.new_tensor([self.share, float(told)])])
-            *sums, share, count = self.accelerator.reduce(parts, "sum").tolist()
-            values, told = [value / share for value in sums], count > 0
+        at_boundary, self._at_boundary = self._at_boundary, {}
+        own = torch.stack([value.float() for value in [*named.values(), *at_boundary.values()]])
+        stopping = requested() is not None
+        if trainer.args.world_size > 1:
+            parts = torch.cat([own * trainer.share, own.new_tensor([trainer.share, float(stopping)])])
+            *sums, share, count = trainer.accelerator.reduce(parts, "sum").tolist()
+            values, stopping = [value / share for value in sums], count > 0
         else:
-            values, share = own.tolist(), self.share
-        self.note_stop(told)
+            values, share = own.tolist(), trainer.share
+        trainer.stops.note_request(stopping)
         bad = [f"{n} is {v}" for n, v in zip(named, values, strict=False) if not math.isfinite(v)]
         if bad:
             finite_here = bool(own[: len(named)].isfinite().all())
-            raise NonFiniteError(self._where("; ".join(bad), [inputs], finite_here))
+            raise NonFiniteError(self._step_message("; ".join(bad), [inputs], finite_here))
         for block, value in zip(local, values, strict=False):
-            self._metrics["train"][f"local_loss/block_{block + 1}"].append(value)
-            self._sums.setdefault(block, []).append((share, value))
-        for (block, name), value in zip(seen, values[len(named) :], strict=True):
-            self._note_figure(block, name, value)
+            trainer.average(f"local_loss/block_{block + 1}", value)
+            self._losses.setdefault(block, []).append((share, value))
+        for (block, name), value in zip(at_boundary, values[len(named) :], strict=True):
+            if name == "unexplained":  # the variance until now
+                value = self._losses[block][-1][1] / max(value, 1e-30)
+            self._boundaries[block][name] = value
+            trainer.average(f"{name}/block_{block + 1}", value)
 
-    def _where(self, what: str, batches: list[Any], finite_here: bool = False) -> str:
-        """The step, the batch with its rows, what is not finite, what has been stepped, what to do.
+    def _step_message(self, what: str, batches: list[Any], finite_here: bool = False) -> str:
+        """Return the step, the batch and its rows, what is not finite, what has been stepped, what to do.
 
         With several ranks the rows are those of the ranks whose numbers they are.
         """
-        rows = None if finite_here else told_rows(self.train_dataset, self.processing_class, batches)
-        if self.args.world_size > 1:
+        trainer = self._trainer
+        rows = (
+            None if finite_here else describe_rows(trainer.train_dataset, trainer.processing_class, batches)
+        )
+        if trainer.args.world_size > 1:
             found = gather_object([None if finite_here else rows or ""])
-            told = [f"rank {rank}: {r}".removesuffix(": ") for rank, r in enumerate(found) if r is not None]
-            rows = "; ".join(told)
-        count = self.current_gradient_accumulation_steps
-        batch = f"batch {self.micro_batch} of {count}" if len(batches) == 1 else f"batches 1 to {count}"
-        text = f"step {self.state.global_step + 1}, {batch}: {what}"
+            rows = "; ".join(
+                f"rank {rank}: {own}".removesuffix(": ") for rank, own in enumerate(found) if own is not None
+            )
+        count = trainer.current_gradient_accumulation_steps
+        batch = f"batch {trainer.micro_batch} of {count}" if len(batches) == 1 else f"batches 1 to {count}"
+        text = f"step {trainer.state.global_step + 1}, {batch}: {what}"
         if rows:
             text += f" ({rows})"
-        spoiled = spoiled_weights(self.model)
-        if spoiled:
-            text += f"; the weights hold such numbers already: {spoiled}"
-        stepped = [] if self.block_major is None else self.block_major.stepped
-        if stepped:
-            names = " and ".join(str(block + 1) for block in stepped)
+        if bad := non_finite_weights(trainer.model):
+            text += f"; the weights hold such numbers already: {bad}"
+        if trainer.block_major is not None and trainer.block_major.stepped:
+            names = " and ".join(str(block + 1) for block in trainer.block_major.stepped)
             text += f"; stopped in the midst of the step, block {names} had been stepped"
         else:
             text += "; stopped before the optimizer step"
         return (
-            f"{text}; {self.on_disk()}. Look at those rows, or start again with a lower --learning_rate or "
-            "--max_grad_norm"
+            f"{text}; {trainer.checkpoints.newest()}. Look at those rows, or start again with a lower "
+            "`learning_rate` or `max_grad_norm`"
         )
 
-    # -- local losses and boundaries -------------------------------------------------------------
+    # -- divergence ----------------------------------------------------------------------------------
 
-    def _new_watch(self, checkpoint: str | None) -> LocalWatch | None:
-        if self._on_divergence == "ignore" or not self.lopt.heads:
+    def _new_monitor(self, checkpoint: str | None) -> DivergenceMonitor | None:
+        args = self._trainer.args
+        if self._on_divergence == "ignore" or not self._trainer.lopt.heads:
             return None
-        watch = LocalWatch(
-            getattr(self.args, "divergence_factor", 3.0), getattr(self.args, "divergence_steps", 50)
+        monitor = DivergenceMonitor(
+            getattr(args, "divergence_factor", 3.0), getattr(args, "divergence_steps", 50)
         )
         note = Path(checkpoint or "") / NOTE
         if checkpoint is not None and note.is_file():
-            state = json.loads(note.read_text(encoding="utf-8")).get(WATCH)
+            state = json.loads(note.read_text(encoding="utf-8")).get(MONITOR)
             if state is not None:
-                watch.load(state)
-        return watch
+                monitor.load(state)
+        return monitor
 
     @property
     def _on_divergence(self) -> str:
-        return getattr(self.args, "on_divergence", "warn")  # TRL's own configs have no such flag
+        return getattr(self._trainer.args, "on_divergence", "warn")  # TRL's own configs have no such field
 
-    def _note(self) -> dict[str, Any]:
-        return super()._note() | {WATCH: None if self.watch is None else self.watch.state()}
+    def note(self) -> dict[str, Any]:
+        """Return what a checkpoint's note says of the monitor."""
+        return {MONITOR: None if self.monitor is None else self.monitor.state()}
 
-    def begin_guarded_step(self) -> None:
-        """An optimizer step begins: forget the last one; look at the boundaries if it is time to."""
-        self.doing, self._sums, self._seen, self._shares = "step", {}, {}, {}
-        due = self.watch is not None and self.watch.is_due(self.state.global_step)
-        self.lopt.on_boundary = self._see if due else None
+    def begin_step(self) -> None:
+        """Begin an optimizer step; measure at the boundaries in it if that is due."""
+        self._forget_step()
+        self.phase = "step"
+        due = self.monitor is not None and self.monitor.is_due(self._trainer.state.global_step)
+        self._trainer.lopt.on_boundary = self._measure if due else None
 
-    def _see(self, block: int, hidden: Tensor, target: Tensor, mask: Tensor | None) -> None:
-        """In the first micro-batch of a step; on the device, `log_losses` brings the numbers over."""
-        if block not in self._shares:
-            self._shares[block] = {}
-            self._seen[block, "spread"] = token_spread(hidden, mask)
-            if self.lopt.config.aux_loss == "recon":
-                self._seen[block, "unexplained"] = token_variance(target, mask)
+    def _measure(self, block: int, hidden: Tensor, target: Tensor, mask: Tensor | None) -> None:
+        """Measure at a boundary in the first micro-batch of a step; `log_losses` brings the numbers over."""
+        if block not in self._boundaries:
+            self._boundaries[block] = {}
+            self._at_boundary[block, "spread"] = token_spread(hidden, mask)
+            if self._trainer.lopt.config.aux_loss == "recon":
+                self._at_boundary[block, "unexplained"] = token_variance(target, mask)
 
-    def _note_figure(self, block: int, name: str, value: float) -> None:
-        """What was seen at a boundary, once its local loss is known."""
-        if name == "unexplained":
-            value = self._sums[block][-1][1] / max(value, 1e-30)
-        self._shares[block][name] = value
-        self._metrics["train"][f"{name}/block_{block + 1}"].append(value)
-
-    def end_guarded_step(self) -> None:
-        """An optimizer step has been done: warn, or stop, if something is wrong with a block.
+    def end_step(self) -> None:
+        """End an optimizer step: warn, or stop, if a block has diverged.
 
         Raises:
-            DivergedError: it is, and `--on_divergence stop` was asked for.
+            DivergedError: it has, and `on_divergence` is "stop".
         """
-        self.doing, self.lopt.on_boundary = "between", None
-        sums, self._sums = self._sums, {}
-        shares, self._shares = self._shares, {}
-        if self.watch is None or not sums:
+        self.phase, self._trainer.lopt.on_boundary = "between", None
+        losses, boundaries = self._losses, self._boundaries
+        self._forget_step()
+        if self.monitor is None or not losses:
             return
-        step = self.state.global_step
-        losses = {
+        step = self._trainer.state.global_step
+        means = {
             block: sum(share * value for share, value in pairs) / (sum(share for share, _ in pairs) or 1.0)
-            for block, pairs in sums.items()
+            for block, pairs in losses.items()
         }
-        found = self.watch.see(step, losses)
-        if shares:
+        found = self.monitor.add_losses(step, means)
+        if boundaries:
             kinds = ("unexplained", "spread")
-            by_kind = [{b: s[kind] for b, s in shares.items() if kind in s} for kind in kinds]
-            found += self.watch.look(step - 1, *by_kind)
-        new = [trouble for trouble in found if self.watch.first_time(trouble)]
+            by_kind = [{b: v[kind] for b, v in boundaries.items() if kind in v} for kind in kinds]
+            found += self.monitor.add_boundaries(step - 1, *by_kind)
+        new = [divergence for divergence in found if self.monitor.first_time(divergence)]
         if found and self._on_divergence == "stop":
             raise DivergedError(
-                f"{self._advice(step, found)}; stopped, {self.on_disk()} (with the learning rates it has: to "
-                "lower them, start again)"
+                f"{self._divergence_message(step, found)}; stopped, {self._trainer.checkpoints.newest()} "
+                "(with the learning rates it has: to lower them, start again)"
             )
         if new:
             self._warn(step, new)
 
-    def _warn(self, step: int, new: list[Trouble]) -> None:
-        if self.is_world_process_zero():
+    def _warn(self, step: int, new: list[Divergence]) -> None:
+        trainer = self._trainer
+        if trainer.is_world_process_zero():
             logger.warning(
-                "%s. --on_divergence stop would end the run here, ignore would not look",
-                self._advice(step, new),
+                "%s. `on_divergence` stop would end the run here, ignore would not look",
+                self._divergence_message(step, new),
             )
-        wanted = self.control.should_log  # logging clears it, and this step's loss may be due
+        wanted = trainer.control.should_log  # logging clears it, and this step's loss may be due
         # Trainer's own: TRL's would end the averages that its next log of the loss is made of.
-        PlainTrainer.log(
-            self, {f"guard/{trouble.kind}/block_{trouble.block + 1}": trouble.value for trouble in new}
-        )
-        self.control.should_log = wanted
+        Trainer.log(trainer, {f"guard/{found.kind}/block_{found.block + 1}": found.value for found in new})
+        trainer.control.should_log = wanted
 
-    def _advice(self, step: int, found: list[Trouble]) -> str:
-        rate = self.lopt.config.early_learning_rate(self.args.learning_rate)
-        what = "; ".join(trouble.text for trouble in found)
+    def _divergence_message(self, step: int, found: list[Divergence]) -> str:
+        args, config = self._trainer.args, self._trainer.lopt.config
+        what = "; ".join(divergence.text for divergence in found)
         return (
-            f"step {step}: {what}. Try a lower --lr_k1 (it is {rate:g}), --max_grad_norm (it is "
-            f"{self.args.max_grad_norm:g}) with --clip block, or more --head_warmup_steps (they are "
-            f"{self.lopt.config.head_warmup_steps})"
+            f"step {step}: {what}. Try a lower `lr_k1` (it is "
+            f"{config.early_learning_rate(args.learning_rate):g}), `max_grad_norm` (it is "
+            f"{args.max_grad_norm:g}) with `clip` block, or more `head_warmup_steps` (they are "
+            f"{config.head_warmup_steps})"
         )
 
-    # -- the machine -----------------------------------------------------------------------------
+    # -- the machine ---------------------------------------------------------------------------------
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Memory that is full and workers that died are sentences in here."""
+    def machine_errors(self) -> Iterator[None]:
+        """Explain errors of the machine inside.
+
+        Raises:
+            WorkerDied: a data-loader worker was killed or failed.
+            OutOfMemory: the device or the host has no memory left.
+        """
         try:
             yield
         except Exception as error:  # a worker's error keeps its type, whatever that is; all else goes on
-            worker = worker_trouble(error)
-            if worker is not None:
-                forget_children()
-                raise WorkerDied(f"{self._phase()}: {worker}; {self.on_disk()}") from error
+            restore = ignore_children()
+            if worker := worker_error(error):
+                message = f"{self._where()}: {worker}; {self._trainer.checkpoints.newest()}"
+                raise WorkerDied(message) from error
+            restore()
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(self._memory_sentence(error)) from error
+            raise OutOfMemory(self._memory_message(error)) from error
 
-    def _memory_sentence(self, error: BaseException) -> str:
-        device = where(error, self.args.device)
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        used = in_use(device, self.model, optimizer)
-        clear_frames(error.__traceback__)  # what they hold is needed no more
-        if self.doing == "evaluation":
-            size = self.args.per_device_eval_batch_size
-            helps = f"What helps: a smaller --per_device_eval_batch_size (it is {size})"
-        elif self.doing == "generation":
-            helps = "What helps: a smaller --steps_per_generation or --max_completion_length"
-        elif device != self.args.device:
-            helps = HOST_BY_HAND
+    def _memory_message(self, error: BaseException) -> str:
+        trainer = self._trainer
+        args = trainer.args
+        device = full_device(error, args.device)
+        used = memory_in_use(device, trainer.model, trainer.bare_optimizer())
+        clear_frames(error.__traceback__)  # the planner needs the memory that they hold
+        if self.phase == "evaluation":
+            size = args.per_device_eval_batch_size
+            helps = f"What helps: a smaller `per_device_eval_batch_size` (it is {size})"
+        elif self.phase == "generation":
+            helps = "What helps: a smaller `steps_per_generation` or `max_completion_length`"
+        elif device != args.device:
+            helps = HOST_ADVICE
         else:
+            from lopt.reliability.advice import advice
+
             helps = advice(self._attempt)
-        kept = f"{self.on_disk()}; " if self._began else ""
-        full = "host memory" if device != self.args.device else "memory"
-        return f"out of {full} in {self._phase()}: {used}; {kept}{helps}"
+        kept = f"{trainer.checkpoints.newest()}; " if trainer.stops.began else ""
+        full = "host memory" if device != args.device else "memory"
+        return f"out of {full} in {self._where()}: {used}; {kept}{helps}"
 
     def _attempt(self) -> Attempt:
-        rollouts = getattr(self, "_buffered_inputs", None) or []  # GRPO's micro-batches
-        widths = [width(batch) for batch in [*self._batches, *rollouts]]
-        longest = max((w for w in widths if w), default=getattr(self.args, "max_length", None))
-        weight = next(self.model.parameters())
-        config: Any = self.accelerator.unwrap_model(self.model).config
-        return Attempt(config, self.args, self.lopt.config, longest, weight.dtype, self.args.device)
+        from lopt.reliability.advice import Attempt
 
-    def _phase(self) -> str:
-        if self.doing not in ("step", "optimizer"):
-            return _PHASES.get(self.doing, f"the {self.doing}")
-        step = f"step {self.state.global_step + 1}"
-        at = (
-            ""
-            if self.lopt.current_block is None
-            else f", block {self.lopt.current_block + 1} of {len(self.lopt.blocks)}"
+        trainer = self._trainer
+        widths = [width(batch) for batch in [*trainer.batches, *trainer.rollouts()]]
+        longest = max((w for w in widths if w), default=getattr(trainer.args, "max_length", None))
+        config: Any = trainer.accelerator.unwrap_model(trainer.model).config
+        dtype = next(trainer.model.parameters()).dtype
+        return Attempt(config, trainer.args, trainer.lopt.config, longest, dtype, trainer.args.device)
+
+    def _where(self) -> str:
+        """Return the phase of the run in words."""
+        if self.phase not in ("step", "optimizer"):
+            return _PHASES.get(self.phase, f"the {self.phase}")
+        trainer, lopt = self._trainer, self._trainer.lopt
+        step = f"step {trainer.state.global_step + 1}"
+        block = (
+            "" if lopt.current_block is None else f", block {lopt.current_block + 1} of {len(lopt.blocks)}"
         )
-        if self.doing == "optimizer":
-            return f"{step}, the optimizer's step" + (at if self.lopt.active_block is not None else "")
-        return f"{step}, batch {self.micro_batch} of {self.current_gradient_accumulation_steps}{at}"
+        if self.phase == "optimizer":
+            return f"{step}, the optimizer's step" + (block if lopt.active_block is not None else "")
+        return f"{step}, batch {trainer.micro_batch} of {trainer.current_gradient_accumulation_steps}{block}"
 
 
 def check_weights(model: nn.Module) -> None:
-    """One pass over the weights of a model that was just loaded.
+    """Check the weights of a model that was just loaded, in one pass.
 
     Raises:
         NonFiniteError: some are not finite.
     """
-    spoiled = spoiled_weights(model)
-    if spoiled:
+    if bad := non_finite_weights(model):
         raise NonFiniteError(
-            f"the model holds numbers that are not finite before any training: {spoiled}. Its files are "
+            f"the model holds numbers that are not finite before any training: {bad}. Its files are "
             "damaged, or the run that wrote them had diverged: take another copy of it"
         )
 
 
 @torch.no_grad()
-def spoiled_weights(model: nn.Module) -> str:
-    """Which weights are not finite, in words; "" if all are. Takes one pass and no memory."""
+def non_finite_weights(model: nn.Module) -> str:
+    """Return the names of weights that are not finite, "" if all are. Takes one pass and no memory."""
     kinds = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     found: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():

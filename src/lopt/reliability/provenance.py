@@ -29,7 +29,7 @@ VARIABLES = (
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of those that are installed."""
+    """Return the versions of those packages that are installed."""
     found = {}
     for name in packages:
         try:
@@ -40,14 +40,14 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def device() -> str:
-    """What computes, in words."""
+    """Return the device that computes, in words."""
     cuda = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     return f"{name} ({platform.machine()})"
 
 
 def environment() -> dict[str, Any]:
-    """Machine, Python and the environment variables that matter."""
+    """Return machine, Python and the environment variables that matter."""
     return {
         "device": device(),
         "devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -59,14 +59,14 @@ def environment() -> dict[str, Any]:
 
 
 def git_states() -> dict[str, dict[str, Any]]:
-    """Git state of lopt's own source and of the working folder, where these lie in a repository."""
+    """Return the git state of lopt's source and of the working folder, where these lie in a repository."""
     folders = {"lopt": Path(__file__).parents[1], "working_folder": Path.cwd()}
     found = {name: git_state(folder) for name, folder in folders.items()}
     return {name: state for name, state in found.items() if state is not None}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, and how many files differ from it; None if `folder` is in no repository or git is missing."""
+    """Return the commit and the number of files that differ from it; None without repository or git."""
     commit = _git(folder, "rev-parse", "HEAD")
     changed = _git(folder, "status", "--porcelain")
     if commit is None or changed is None:
@@ -85,7 +85,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """SHA-256 (its first 16 digits) over rows in their order, as JSON."""
+    """Return the first 16 digits of the SHA-256 over rows in their order, as JSON."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())

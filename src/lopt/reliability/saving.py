@@ -12,12 +12,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch import Tensor
 
-from lopt.core.attach import LoPT
 from lopt.files import write_text
 from lopt.reliability.checkpoint import (
     WRITING,
@@ -35,165 +35,172 @@ from lopt.reliability.checkpoint import (
 from lopt.reliability.secrets import redacted
 from lopt.version import __version__
 
-if TYPE_CHECKING:  # what the mixin is put in front of
-    from transformers import Trainer
-else:
-    Trainer = object
-
 NOTE = "lopt.json"
 """In a checkpoint: which version wrote it, and what was left to do after its last step."""
 ARGUMENTS = "training_args.json"
 _PICKLED_ARGUMENTS = "training_args.bin"  # written by transformers, read by nobody
 
 
-class WholeCheckpoints(Trainer):
-    """Part of `LoPTMixin`: checkpoints that are whole or absent, and the choice of one to resume from.
+class Checkpoints:
+    """Writes a trainer's checkpoints and model, whole or not at all, and finds a checkpoint to resume from.
+
+    Args:
+        trainer: a trainer with `LoPTMixin`.
 
     Attributes:
-        proven: checkpoints that this process has written, or read and compared.
+        proven: paths of the checkpoints that this process has written, or read and compared.
+        staged: the folder that stands for the output folder while a checkpoint is written; None otherwise.
     """
 
-    model: Any
-    lopt: LoPT
-    proven: set[str]
-    _staged: Path | None = None
-    _push_later: bool = False
+    def __init__(self, trainer: Any) -> None:
+        self.proven: set[str] = set()
+        self.staged: Path | None = None
+        self._trainer = trainer
+        self._push_later = False
 
-    # -- writing ---------------------------------------------------------------------------------
+    def path(self, step: int) -> Path:
+        """Return where the checkpoint of optimizer step `step` lies."""
+        return Path(str(self._trainer.args.output_dir)) / f"checkpoint-{step}"
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial))
-        final = folder / f"checkpoint-{self.state.global_step}"
+    def is_proven(self, path: Path) -> bool:
+        """Return whether `path` is there and known to be whole."""
+        return str(path) in self.proven and path.exists()
+
+    def newest(self) -> str:
+        """Return which checkpoint is the newest that this run knows to be whole, in words."""
+        proven = {Path(path).resolve() for path in self.proven}
+        output = str(self._trainer.args.output_dir)
+        whole = [path.name for path in checkpoints(output) if path.resolve() in proven]
+        if not whole:
+            return "there is no earlier checkpoint"
+        return f"{whole[-1]} is whole, `resume` goes on from there"
+
+    # -- writing -------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, write: Callable[[], None], push: Callable[[str], None]) -> None:
+        """Write the checkpoint of the present step.
+
+        Args:
+            folder: the run's output folder.
+            write: transformers' own code, which writes into `staged`.
+            push: pushes a checkpoint to the hub.
+
+        Raises:
+            CheckpointError: the disk is full, read-only or failing; nothing is left half written.
+        """
+        trainer = self._trainer
+        final = folder / f"checkpoint-{trainer.state.global_step}"
         staged = staging(folder, final.name)
-        with self._told(final):
-            if self.args.should_save:
+        with self._disk_errors(final):
+            if trainer.args.should_save:
                 shutil.rmtree(folder / WRITING, ignore_errors=True)
-                check_free_space(folder, self._checkpoint_bytes(), final.name)
+                check_free_space(folder, self._bytes(), final.name)
                 staged.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self._staged = staged.parent
+            trainer.accelerator.wait_for_everyone()
+            self.staged = staged.parent
             try:
-                super()._save_checkpoint(model, trial)
+                write()
             finally:
-                self._staged = None
+                self.staged = None
             self._name_best(staged, final)
             flush(staged)  # by each rank: another machine's cache may hold what it wrote
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_text(staged / NOTE, json.dumps(self._note(), indent=2) + "\n")
+            trainer.accelerator.wait_for_everyone()
+            if trainer.args.should_save:
+                note = {"version": __version__} | trainer.stops.note() | trainer.guard.note()
+                write_text(staged / NOTE, json.dumps(note, indent=2) + "\n")
                 seal(staged)
                 publish(staged, final)
                 shutil.rmtree(folder / WRITING)
-                rotate(folder, self.args.save_total_limit, final, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+                rotate(folder, trainer.args.save_total_limit, final, trainer.state.best_model_checkpoint)
+        trainer.accelerator.wait_for_everyone()
         self.proven.add(str(final))
         if self._push_later:
             self._push_later = False
-            super()._push_from_checkpoint(str(final))
+            push(str(final))
 
-    def _note(self) -> dict[str, Any]:
-        return {"version": __version__}
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staged is None else str(self._staged)
+    def push(self, folder: str, push: Callable[[str], None]) -> None:
+        """Push `folder` to the hub, a checkpoint not before it has its name."""
+        self._push_later = self.staged is not None
+        if not self._push_later:
+            push(folder)
 
     def _name_best(self, staged: Path, final: Path) -> None:
-        """The best checkpoint is noted by the name it is about to get."""
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best) == staged:
-            self.state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / "trainer_state.json"))
+        """Note the best checkpoint by the name it is about to get."""
+        state = self._trainer.state
+        if state.best_model_checkpoint is not None and Path(state.best_model_checkpoint) == staged:
+            state.best_model_checkpoint = str(final)
+            if self._trainer.args.should_save:
+                state.save_to_json(str(staged / "trainer_state.json"))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staged is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-        self._push_later = self._staged is not None
-
-    def _checkpoint_bytes(self) -> int:
-        """What a checkpoint will take, about: weights, heads and the optimizer's state."""
-        tensors = list(self.model.parameters()) if self.lopt.config.method != "lora" else []
-        tensors += list(self.lopt.heads.parameters())
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        if optimizer is not None and not self.args.save_only_model:
-            tensors += [
-                t for state in optimizer.state.values() for t in state.values() if hasattr(t, "numel")
-            ]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def _bytes(self) -> int:
+        """Return about what a checkpoint will take: weights, heads and the optimizer's state."""
+        trainer, lopt = self._trainer, self._trainer.lopt
+        tensors = list(trainer.model.parameters()) if lopt.config.method != "lora" else []
+        tensors += list(lopt.heads.parameters())
+        optimizer = trainer.bare_optimizer()
+        if optimizer is not None and not trainer.args.save_only_model:
+            tensors += [t for state in optimizer.state.values() for t in state.values()]
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
     @contextmanager
-    def _told(self, final: Path) -> Iterator[None]:
-        """A disk that is full, read-only or failing is a sentence, and leaves nothing half written."""
+    def _disk_errors(self, final: Path) -> Iterator[None]:
+        """Explain a disk that is full, read-only or failing, and leave nothing half written."""
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
-            why = _disk_trouble(error)
+            why = _disk_error(error)
             if why is None:
                 raise
-            if self.args.should_save:
+            if self._trainer.args.should_save:
                 shutil.rmtree(final.parent / WRITING, ignore_errors=True)
-            raise CheckpointError(f"{final} cannot be written: {why}; {self.on_disk()}") from error
+            raise CheckpointError(f"{final} cannot be written: {why}; {self.newest()}") from error
 
-    def on_disk(self) -> str:
-        """The newest checkpoint that this run knows to be whole, in words."""
-        proven = {Path(path).resolve() for path in self.proven}
-        good = [path.name for path in checkpoints(str(self.args.output_dir)) if path.resolve() in proven]
-        if not good:
-            return "there is no earlier checkpoint"
-        return f"{good[-1]} is whole, --resume goes on from there"
+    # -- the model -----------------------------------------------------------------------------------
 
-    # -- the model -------------------------------------------------------------------------------
+    def save_model(self, folder: Path, write: Callable[[str], None]) -> None:
+        """Write the model into `folder`, which never holds half of one; arguments as JSON.
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; a sharded one (FSDP2) is gathered, whatever form its checkpoints have."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
-        if plugin is None or _internal_call or "FULL" in str(plugin.state_dict_type):
-            return super().save_model(output_dir, _internal_call)
-        self._save(output_dir, self.accelerator.get_state_dict(self.model))
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As transformers does, but so that the folder never holds half a model; arguments as JSON."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        if not self.args.should_save:
-            return super()._save(str(folder), state_dict)
-        if self._staged is not None:
-            return self._save_plainly(folder, state_dict)
-        with self._told(folder / "config.json"):
+        Args:
+            write: transformers' own code, which writes into the folder it is given.
+        """
+        if self.staged is not None:  # as part of a checkpoint
+            return self._write_model(folder, write)
+        with self._disk_errors(folder / "config.json"):
             shutil.rmtree(folder / WRITING, ignore_errors=True)
             staged = staging(folder, "model")
-            self._save_plainly(staged, state_dict)
+            self._write_model(staged, write)
             adapter = (staged / "adapter_config.json").is_file()
             move_in(staged, folder, "adapter_config.json" if adapter else "config.json")
             shutil.rmtree(folder / WRITING)
 
-    def _save_plainly(self, folder: Path, state_dict: Any) -> None:
+    def _write_model(self, folder: Path, write: Callable[[str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        super()._save(str(folder), state_dict)
+        write(str(folder))
         (folder / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
-        write_text(
-            folder / ARGUMENTS, json.dumps(redacted(self.args.to_dict()), indent=2, default=str) + "\n"
-        )
+        arguments = json.dumps(redacted(self._trainer.args.to_dict()), indent=2, default=str)
+        write_text(folder / ARGUMENTS, arguments + "\n")
 
-    # -- resuming --------------------------------------------------------------------------------
+    # -- resuming ------------------------------------------------------------------------------------
 
-    def whole_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """What to resume from: True is the newest whole checkpoint, a name is that one, if it is not damaged.
+    def find(self, wanted: str | bool | None) -> str | None:
+        """Return what to resume from.
+
+        Args:
+            wanted: True for the newest whole checkpoint, or the name of one, which must not be damaged.
 
         Raises:
             CheckpointError: there is none, or the one named is damaged.
         """
         if not wanted or str(wanted) in self.proven:
             return str(wanted) if wanted else None
-        folder = str(self.args.output_dir)
-        found = on_first_rank(
-            self.args, lambda: find_checkpoint(folder, "auto" if wanted is True else wanted)
-        )
+        folder, name = str(self._trainer.args.output_dir), "auto" if wanted is True else wanted
+        found = on_first_rank(self._trainer.args, lambda: find_checkpoint(folder, name))
         self.proven.add(str(found))
         return found
 
 
 def on_first_rank(args: Any, function: Callable[[], str | None]) -> str | None:
-    """What `function` says on the first rank, or the `ValueError` it raises there, on all ranks."""
+    """Return on all ranks what `function` returns on the first, or raise the `ValueError` it raises there."""
     found: list[str | None] = [None, None]
     error: ValueError | None = None
     if args.process_index == 0:
@@ -208,8 +215,8 @@ def on_first_rank(args: Any, function: Callable[[], str | None]) -> str | None:
     return found[0]
 
 
-def _disk_trouble(error: Exception) -> str | None:
-    """What the disk said; None if the error is about something else."""
+def _disk_error(error: Exception) -> str | None:
+    """Return what the disk said, or None if the error is about something else."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""

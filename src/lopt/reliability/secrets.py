@@ -1,4 +1,4 @@
-"""Tokens and keys out of what is printed and written."""
+"""Keep tokens and keys out of what is printed and written."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SHORTEST = 6  # hiding a shorter value would hide ordinary words
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a flag, variable or key of this name holds a secret: `hub_token`, `WANDB_API_KEY`."""
+    """Return whether a flag, variable or key of this name holds a secret: `hub_token`, `WANDB_API_KEY`."""
     return bool(_SECRET_NAME.search(name)) and not name.lower().endswith(_OF_TOKENIZERS)
 
 
 def known_secrets(arguments: Sequence[str] = ()) -> set[str]:
-    """Values of the environment and of a command line that must not be shown."""
+    """Return the values of the environment and of a command line that must not be shown."""
     found = {value for name, value in os.environ.items() if is_secret_name(name)}
     for flag, following in pairwise([*arguments, ""]):
         name, equals, value = flag.partition("=")
@@ -37,7 +37,7 @@ def known_secrets(arguments: Sequence[str] = ()) -> set[str]:
 
 
 def redact(text: str, secrets: Collection[str] = ()) -> str:
-    """`text` without these values, entries such as `"token": "..."`, and whatever looks like a token."""
+    """Return `text` without `secrets`, entries such as `"token": "..."`, and whatever looks like a token."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     text = _SECRET_ENTRY.sub(lambda entry: entry[0].replace(entry[1], HIDDEN), text)
@@ -45,7 +45,7 @@ def redact(text: str, secrets: Collection[str] = ()) -> str:
 
 
 def redacted_words(arguments: Sequence[str], secrets: Collection[str] = ()) -> list[str]:
-    """A command line without these values, and without those of flags for secrets, however short."""
+    """Return a command line without `secrets` and the values of flags for secrets, however short."""
     kept, hide = [], False
     for word in arguments:
         name, equals, _ = word.partition("=")
@@ -56,7 +56,7 @@ def redacted_words(arguments: Sequence[str], secrets: Collection[str] = ()) -> l
 
 
 def redacted(value: Any, secrets: Collection[str] = ()) -> Any:
-    """A tree of plain values in which secrets are hidden, by their names or by what they are."""
+    """Return a tree of plain values in which secrets are hidden, found by their names or their form."""
     if isinstance(value, Mapping):
         return {key: _entry(str(key), part, secrets) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -70,7 +70,7 @@ def _entry(name: str, value: Any, secrets: Collection[str]) -> Any:
 
 
 def _almost_secret(flag: str) -> bool:
-    """Also of a flag that is mistyped, which argparse repeats with its value."""
+    """Return whether a flag is, or was meant to be, for a secret: argparse repeats a mistyped one's value."""
     last = re.split("[_.-]", flag.lower())[-1]
     words = ("token", "key", "secret", "password")
     close = last != "tokens" and get_close_matches(last, words, 1, cutoff=0.75)

@@ -23,9 +23,9 @@ from types import FrameType
 EXIT_STOPPED = 75
 """Exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again later"."""
 ONE_SIGNAL = 1.0
-"""Seconds within which signals count as one: a terminal and a launcher both pass on the same Ctrl-C."""
+"""Seconds within which signals count as one: a terminal and a launcher both send the same Ctrl-C."""
 INSIST_AFTER = 2.0
-"""Seconds after which a stop that nobody caught is raised again."""
+"""Seconds after which a stop that did not end the program is raised again."""
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -41,8 +41,8 @@ class Stopped(SystemExit):
         return f"stopped by {self.reason} {self.state}"
 
 
-class _Watch:
-    """What has been asked for, and whether it can be obeyed at once."""
+class _Request:
+    """A stop that may be requested, and whether it is obeyed at once."""
 
     def __init__(self, max_time: float | None) -> None:
         self.reason: str | None = None
@@ -75,7 +75,7 @@ class _Watch:
             return
         if self._time_is_over:
             self._time_is_over = False
-            why = f"--max_time ({self._limit:g} s)"
+            why = f"`max_time` ({self._limit:g} s)"
         elif self._first and time.monotonic() - self._first > ONE_SIGNAL:
             os.write(2, f"\nlopt: a second {signal.Signals(number).name}: leaving at once\n".encode())
             os._exit(128 + number)
@@ -104,98 +104,98 @@ class _Watch:
             _thread.interrupt_main(signal.SIGTERM)
 
     def close(self) -> None:
-        """Nothing is watched for any more."""
+        """Cancel the timers."""
         for timer in (self.timer, self._insist_later):
             if timer is not None:
                 timer.cancel()
 
 
-_watch: _Watch | None = None
+_request: _Request | None = None
 
 
 @contextmanager
 def obeying(max_time: float | None = None) -> Iterator[None]:
-    """Watch for SIGTERM, SIGINT and the end of `max_time` seconds; in the main thread only.
+    """Obey SIGTERM, SIGINT and the end of `max_time` seconds inside; in the main thread only.
 
-    At first a stop is raised where the program happens to be; a trainer with something to save changes that.
+    At first a stop is raised wherever the program is; a trainer with something to save changes that (`hold`).
     """
-    global _watch
-    before, _watch = _watch, _Watch(max_time)
+    global _request
+    before, _request = _request, _Request(max_time)
     main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-    handlers = {number: signal.signal(number, _watch.on_signal) for number in _SIGNALS if main}
+    handlers = {number: signal.signal(number, _request.on_signal) for number in _SIGNALS if main}
     try:
-        with _unwrapped(_watch):
+        with _unwrapped(_request):
             yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        _watch.close()
-        _watch = before
+        _request.close()
+        _request = before
 
 
 @contextmanager
-def _unwrapped(watch: _Watch) -> Iterator[None]:
-    """Libraries turn what is raised in the midst of them into errors of their own: a stop is still a stop."""
+def _unwrapped(request: _Request) -> Iterator[None]:
+    """Raise a stop as it was even if a library turned it into an error of its own."""
     try:
         yield
     except Exception as error:
-        if not watch.raised or watch.reason is None:
+        if not request.raised or request.reason is None:
             raise
-        raise Stopped(watch.reason) from error
+        raise Stopped(request.reason) from error
 
 
 def requested() -> str | None:
-    """Why the run is to stop, in a few words; None if it is not."""
-    return _watch.reason if _watch is not None else None
+    """Return why the run is to stop, in a few words; None if it is not."""
+    return _request.reason if _request is not None else None
 
 
-def watching() -> bool:
-    """Whether anything is watched for."""
-    return _watch is not None
+def is_active() -> bool:
+    """Return whether stops are obeyed."""
+    return _request is not None
 
 
 def hold() -> None:
-    """From now on there is something to save: stops wait to be asked for by `requested`.
+    """Let stops wait until `requested` is called: from now on there is something to save.
 
     Raises:
         Stopped: a stop has been asked for already.
     """
-    if _watch is not None:
-        _watch.at_once = False
-        if _watch.reason is not None:
-            raise Stopped(_watch.reason)
+    if _request is not None:
+        _request.at_once = False
+        if _request.reason is not None:
+            raise Stopped(_request.reason)
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """In here a stop is raised wherever the program is: it may wait long for others, and loses nothing.
+    """Raise a stop wherever the program is inside, where it may wait long and loses nothing.
 
     Raises:
-        Stopped: now or at any moment in here.
+        Stopped: at once or at any moment inside.
     """
-    watch = _watch
-    if watch is None or watch.at_once:
+    request = _request
+    if request is None or request.at_once:
         yield
         return
-    watch.at_once = True
+    request.at_once = True
     try:
-        if watch.reason is not None:
-            raise Stopped(watch.reason)
-        with _unwrapped(watch):
+        if request.reason is not None:
+            raise Stopped(request.reason)
+        with _unwrapped(request):
             yield
     finally:
-        watch.at_once = False
+        request.at_once = False
 
 
 def seconds(text: str) -> float:
-    """A duration such as 90m, 2h, 1h30m, 45s or 5400 (seconds).
+    """Return the seconds of a duration such as 90m, 2h, 1h30m, 45s or 5400.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `text` is not a duration.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text)
     if not parts or "".join(a + b for a, b in parts) != text.replace(" ", "") or not _total(parts):
-        raise ValueError(f"--max_time {text} is no duration: write 90m, 2h, 1h30m or a number of seconds")
+        raise ValueError(f"`max_time` {text} is no duration: write 90m, 2h, 1h30m or a number of seconds")
     return _total(parts)
 
 

@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from lopt.compat import evaluate_and_save
 from lopt.reliability.checkpoint import step_of
 from lopt.reliability.saving import NOTE
-from lopt.reliability.stop import Stopped, at_once, hold, requested, watching
-
-if TYPE_CHECKING:  # what the mixin is put in front of
-    from lopt.reliability.saving import WholeCheckpoints
-else:
-    WholeCheckpoints = object
+from lopt.reliability.stop import Stopped, at_once, hold, is_active, requested
 
 LEFT_TO_DO = "left_to_do"
+"""Key in a checkpoint's note: "step" or "epoch", after which logs and evaluation are still to be done."""
 
 
 @dataclass
-class _Moment:
+class RunState:
     """Everything but weights and optimizer that the rest of a run depends on."""
 
     python: Any
@@ -39,194 +36,199 @@ class _Moment:
     torch: Any
     cuda: Any
     tokens_seen: Any
-    own: Any
+    rollouts: Any
+
+    @classmethod
+    def of(cls, trainer: Any) -> RunState:
+        """Return the present state."""
+        return cls(
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
+            trainer.state.num_input_tokens_seen,
+            trainer.rollout_state(),
+        )
+
+    def restore(self, trainer: Any) -> None:
+        """Make it the present state again."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+        trainer.state.num_input_tokens_seen = self.tokens_seen
+        trainer.set_rollout_state(self.rollouts)
 
 
-class Stoppable(WholeCheckpoints):
-    """Part of `LoPTMixin`: obeys `lopt.reliability.stop`.
+class Stops:
+    """Obeys `lopt.reliability.stop` in a trainer's loop.
+
+    Args:
+        trainer: a trainer with `LoPTMixin`, which calls this class at the events of its loop.
 
     Attributes:
+        began: the first epoch has begun, so there may be something to save.
         partly_stepped: some blocks have been stepped in this optimizer step and others have not.
     """
 
-    args: Any
-    partly_stepped: bool = False
-    _began: bool = False
-    _stop_seen: str | None = None
-    _after: str | None = None  # "step" or "epoch": what comes after it (logs, evaluation) is being done
-    _owed: str | None = None  # the same, as a resumed checkpoint says
-    _moment: _Moment
-    _random_state: _Moment | None = None
-    _first_of_epoch: bool = True
-    _note_after: str | None = None
-    _settle: Callable[[], None]
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.start(None)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train.
+    def start(self, checkpoint: str | None) -> None:
+        """Begin a run, new or from `checkpoint`."""
+        self.began, self.partly_stepped = False, False
+        self._first_step = 0
+        self._reason: str | None = None  # of a stop that all ranks know of
+        self._following: str | None = None  # what is being followed by logs and evaluation: "step" or "epoch"
+        self._left: str | None = left_to_do(checkpoint)  # the same, of the run that wrote `checkpoint`
+        self._left_to_save: str | None = None  # the same, for the checkpoint that a stop writes
+        self._state: RunState | None = None  # with which a checkpoint written now would be resumed
+        self._after_evaluation: RunState | None = None
+        self._first_of_epoch = True
 
-        Raises:
-            Stopped: a stop was requested; a checkpoint is on the disk if there was anything to save.
+    def leave(self, checkpoint: str | None) -> str:
+        """Write a checkpoint unless there is nothing new, and return what is on the disk.
+
+        Args:
+            checkpoint: the one that this run was resumed from.
         """
-        checkpoint = self.whole_checkpoint(resume_from_checkpoint)
-        self._began, self._stop_seen, self._after, self._random_state = False, None, None, None
-        self._owed = _left_to_do(checkpoint)
-        try:
-            return super().train(checkpoint, *args, **kwargs)
-        except Stopped as stop:
-            raise Stopped(stop.reason, self._leave(checkpoint)) from None
-
-    def _leave(self, checkpoint: str | None) -> str:
-        """Write a checkpoint unless there is nothing new; says what is on the disk."""
-        step = self.state.global_step
-        if not self._began or step == self._initial_global_step:
+        trainer = self._trainer
+        step = trainer.state.global_step
+        if not self.began or step == self._first_step:
             if checkpoint is None:
                 return "before the first step was done: nothing had to be saved"
-            return f"with nothing new since {Path(checkpoint).name}: go on with --resume"
-        final = Path(self._get_output_dir(None)) / f"checkpoint-{step}"
-        if self._after is not None or str(final) not in self.proven or not final.exists():
-            self._settle()
-            self.model.zero_grad()
-            self.lopt.heads.zero_grad()
-            self._set(self._moment)
-            self._note_after = self._after
-            self._save_checkpoint(self.model_wrapped, None)
-        return f"after step {step} of {self.state.max_steps}: {final} is whole, go on with --resume"
+            return f"with nothing new since {Path(checkpoint).name}: go on with `resume`"
+        final = trainer.checkpoints.path(step)
+        if self._following is not None or not trainer.checkpoints.is_proven(final):
+            trainer.settle_weights()
+            trainer.model.zero_grad()
+            trainer.lopt.heads.zero_grad()
+            assert self._state is not None
+            self._state.restore(trainer)
+            self._left_to_save = self._following
+            trainer.save_checkpoint()
+        return f"after step {step} of {trainer.state.max_steps}: {final} is whole, go on with `resume`"
 
-    def _note(self) -> dict[str, Any]:
-        return super()._note() | {LEFT_TO_DO: self._note_after}
+    def note(self) -> dict[str, Any]:
+        """Return what a checkpoint's note says of the stop."""
+        return {LEFT_TO_DO: self._left_to_save}
 
-    # -- when ------------------------------------------------------------------------------------
+    # -- when a stop is obeyed -----------------------------------------------------------------------
 
     def obey(self) -> None:
-        """Stop here if a stop was asked for; all ranks ask together.
+        """Stop here if a stop was asked for; all ranks must call this together.
 
         Raises:
             Stopped: it was.
         """
-        reason = requested()
-        if self.args.world_size > 1 and watching():
-            flag = torch.tensor(float(reason is not None), device=self.args.device)
-            if self.accelerator.reduce(flag, "sum") > 0:
+        reason, trainer = requested(), self._trainer
+        if trainer.args.world_size > 1 and is_active():
+            flag = torch.tensor(float(reason is not None), device=trainer.args.device)
+            if trainer.accelerator.reduce(flag, "sum") > 0:
                 reason = reason or "a signal to another rank"
         if reason is not None:
             raise Stopped(reason)
 
-    def note_stop(self, asked: bool) -> None:
-        """What all ranks know after a micro-batch: whether any of them was told to stop."""
-        self._stop_seen = (requested() or "a signal to another rank") if asked else None
+    def note_request(self, asked: bool) -> None:
+        """Take over what all ranks know after a micro-batch: whether any of them was asked to stop."""
+        self._reason = (requested() or "a signal to another rank") if asked else None
 
     def obey_noted(self) -> None:
-        """Stop here if `note_stop` was told so and the optimizer step can be dropped."""
-        if self._stop_seen is not None and not self.partly_stepped:
-            raise Stopped(self._stop_seen)
+        """Stop here if a stop was noted and the optimizer step can be dropped.
+
+        Raises:
+            Stopped: it was.
+        """
+        if self._reason is not None and not self.partly_stepped:
+            raise Stopped(self._reason)
 
     def before_forward(self, *_: Any) -> None:
-        """A hook: evaluation and generation run without gradients, and one rank need not ask others."""
-        if (
-            self.args.world_size == 1
-            and not torch.is_grad_enabled()
-            and not self.partly_stepped
-            and self._began
-        ):
+        """Obey before a forward without gradients (a hook), where one rank need not ask others."""
+        single = self._trainer.args.world_size == 1
+        if single and not torch.is_grad_enabled() and not self.partly_stepped and self.began:
             self.obey()
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One batch of an evaluation."""
-        if self.args.world_size > 1:
-            self.obey()
-        return super().prediction_step(*args, **kwargs)
 
     def fetch(self, get: Callable[[], Any]) -> Any:
-        """The micro-batches of the next optimizer step; a stop does not wait for slow data."""
-        self._after = None
+        """Return the micro-batches that `get` fetches; a stop of a single process does not wait for them."""
+        self._following = None
         if not self._first_of_epoch:
-            self._moment = self._now()
+            self._state = RunState.of(self._trainer)
         self.obey_noted()
-        if self.args.world_size == 1:
+        if self._trainer.args.world_size == 1:
             with at_once():
                 found = get()
         else:
             found = get()
         if not self._first_of_epoch:
-            self._moment = self._now()
+            self._state = RunState.of(self._trainer)
         self._first_of_epoch = False
         return found
 
+    # -- events of the loop --------------------------------------------------------------------------
+
+    def begin_training(self) -> None:
+        """Note the step at which this run begins."""
+        self._first_step = self._trainer.state.global_step
+
     def begin_epoch(self) -> None:
-        """An epoch's order is about to be drawn."""
-        self._after, self._first_of_epoch, self._moment = None, True, self._now()
+        """Begin an epoch, whose order is about to be drawn."""
+        self._following, self._first_of_epoch, self._state = None, True, RunState.of(self._trainer)
 
-    def begin_after(self, what: str) -> None:
-        """A step or an epoch has been done; logs, evaluation and checkpoint follow."""
+    def begin_following(self, what: str | None) -> None:
+        """Begin what follows a finished "step" or "epoch": logs, evaluation and a checkpoint."""
         self.partly_stepped = False
-        self._after, self._moment = what, self._now()
+        self._following, self._state = what, RunState.of(self._trainer)
 
-    # -- random state ----------------------------------------------------------------------------
+    def enter_epoch(self, epoch: Mapping[str, Any]) -> bool:
+        """Prepare for an epoch of the loop, and return whether there is anything to do in it.
 
-    def own_state(self) -> Any:
-        """What a trainer's next step depends on beside weights and random state."""
-        return None
-
-    def set_own_state(self, state: Any) -> None:
-        """Take back what `own_state` gave."""
-
-    def _now(self) -> _Moment:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-        seen = self.state.num_input_tokens_seen
-        draws = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        return _Moment(*draws, cuda, seen, self.own_state())
-
-    def _set(self, moment: _Moment) -> None:
-        random.setstate(moment.python)
-        np.random.set_state(moment.numpy)
-        torch.set_rng_state(moment.torch)
-        if moment.cuda is not None:
-            torch.cuda.set_rng_state_all(moment.cuda)
-        self.state.num_input_tokens_seen = moment.tokens_seen
-        self.set_own_state(moment.own)
-
-    # -- resuming --------------------------------------------------------------------------------
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self._began:
-            self._began = True
+        Args:
+            epoch: the arguments of `Trainer._run_epoch`.
+        """
+        trainer = self._trainer
+        if not self.began:
+            self.began = True
             hold()
-        if self._owed is not None:
-            names = ("resume_from_checkpoint", "epoch", "trial", "ignore_keys_for_eval", "start_time")
-            self._do_what_is_owed(*(kwargs[name] for name in names))
-        # Resumed at its end: Trainer would do one step more.
-        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
+        self.do_what_is_left(
+            epoch["resume_from_checkpoint"],
+            trial=epoch["trial"],
+            epoch=epoch["epoch"],
+            ignore_keys_for_eval=epoch["ignore_keys_for_eval"],
+            start_time=epoch["start_time"],
+        )
+        if trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True  # resumed at its end: Trainer would do one step more
+            return False
+        return True
+
+    def do_what_is_left(self, checkpoint: str | None, **place: Any) -> None:
+        """Evaluate and save as the stopped run was about to, and keep the random state that this leaves."""
+        left, self._left = self._left, None
+        if left is None:
             return
-        super()._run_epoch(*args, **kwargs)
-
-    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
-        if self._owed is not None:  # after the last step of the last epoch
-            self._do_what_is_owed(None, int(self.state.epoch or 0), trial, None, start_time)
-        self._after, self._moment = None, self._now()
-        return super()._finalize_training(trial, num_train_samples, start_time)
-
-    def _do_what_is_owed(self, checkpoint: Any, epoch: int, trial: Any, ignored: Any, start: Any) -> None:
-        """Evaluate and save, as the stopped run was about to do, and keep the random state that leaves."""
-        owed, self._owed = self._owed, None
+        trainer = self._trainer
         if checkpoint is not None:
-            super()._load_rng_state(checkpoint)
-        self.begin_after(str(owed))
-        event = self.callback_handler.on_step_end if owed == "step" else self.callback_handler.on_epoch_end
-        self.control = event(self.args, self.state, self.control)
-        self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, trial, epoch, ignored, start)
-        self._after = None
-        self._random_state = self._now()
+            trainer.load_random_state(checkpoint)
+        self.begin_following(left)
+        handler = trainer.callback_handler
+        event = handler.on_step_end if left == "step" else handler.on_epoch_end
+        trainer.control = event(trainer.args, trainer.state, trainer.control)
+        evaluate_and_save(trainer, **place)
+        self._following = None
+        self._after_evaluation = RunState.of(trainer)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self._random_state is None:
-            return super()._load_rng_state(checkpoint)
-        self._set(self._random_state)
-        self._random_state = None
+    def restore_random_state(self) -> bool:
+        """Restore the random state that a made-up evaluation left, and return whether there was one."""
+        state, self._after_evaluation = self._after_evaluation, None
+        if state is not None:
+            state.restore(self._trainer)
+        return state is not None
 
 
-def _left_to_do(checkpoint: str | None) -> str | None:
-    """What a checkpoint's own note says was still to be done after its last step."""
+def left_to_do(checkpoint: str | None) -> str | None:
+    """Return what a checkpoint's note says was still to be done after its last step."""
     path = Path(checkpoint or "") / NOTE
     if checkpoint is None or step_of(checkpoint) is None or not path.is_file():
         return None

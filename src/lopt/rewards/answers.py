@@ -1,7 +1,7 @@
 r"""Final answers in text: after `####`, as the last number, or in `\boxed{}`.
 
-All of it takes time linear in the text and looks at the last `TAIL` characters only, so an endless
-completion costs no more than a long one. A number is read exactly, as a fraction:
+The functions take time linear in the text. Those for numbers and boxes read its last `TAIL` characters
+only, so that an endless completion costs no more than a long one. A number is read exactly, as a fraction:
 
 | written                                          | read as       |
 | ------------------------------------------------ | ------------- |
@@ -15,16 +15,22 @@ completion costs no more than a long one. A number is read exactly, as a fractio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+from typing import Any
 
 import regex as re  # possessive quantifiers in Python 3.11.2's own lose parts of a match
 
-from lopt.data.tasks import MARK
+MARK = "####"
+"""What stands before the final answer, as in GSM8K."""
+
+Completion = str | Sequence[Mapping[str, Any]]
+"""What a model has written: text, or a list of messages."""
 
 TAIL = 10_000
-"""How many characters, counted from the end of a text, are looked at."""
+"""How many characters at the end of a text are read."""
 
 _MAX_LENGTH = 100  # characters of one number; no answer is longer, and huge powers are slow
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -62,6 +68,7 @@ _DECIMAL = re.compile(rf"(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1
 _SCIENTIFIC = re.compile(r"(?:(.+?) ?\* ?)?10(?:\^|\*\*)([-+]?[0-9]{1,3})")
 _RATIO = re.compile(rf"(?:([0-9]+) +)?({_DIGITS}) ?/ ?({_DIGITS})")
 
+_ENDS = "." + "".join(filter(str.isspace, map(chr, range(0x3001))))
 _BRACES = re.compile(r"(\\(?:boxed|fbox)\s{0,3}\{)|\\.|[{}]", re.DOTALL)
 
 
@@ -73,10 +80,10 @@ class Number:
     percent: bool = False
 
     def equals(self, other: Number) -> bool:
-        """Whether both are the same number.
+        """Return whether both are the same number.
 
-        25% equals 25, because a question may ask for percent, and 0.25. It is taken as that share
-        of one only where the plain number is below 1, so that 2500% does not equal 25.
+        25% equals 25, because a question may ask for percent, and also 0.25. The second reading counts only
+        if the plain number is below 1, so that 2500% does not equal 25.
         """
         if self.percent == other.percent:
             return self.value == other.value
@@ -85,18 +92,18 @@ class Number:
 
 
 def only_number(text: str) -> Number | None:
-    """The number in a text that holds just one ("72", "$1,234", "18 eggs"), else None."""
+    """Return the number in a text that holds exactly one ("72", "$1,234", "18 eggs"), else None."""
     found = list(_numbers(text)) if len(text) <= TAIL else []
     return found[0] if len(found) == 1 else None
 
 
 def final_number(text: str) -> Number | None:
-    """The number that a completion ends in, or None.
+    """Return the number that a completion ends in, or None.
 
-    It is the first number after the last `####` on whose line there is one; where that line holds a
-    `=`, the first number after it. A completion that runs on to another `####` is therefore marked
-    by what it says last. Without any such `####` it is the last number in the text. Sums and other
-    expressions are not worked out: "5 + 13" is no number, and no 5 either.
+    It is the first number after the last `####` that has a number on its line; if that line holds a `=`,
+    the first number after the `=`. A completion that goes on to another `####` is therefore marked by what
+    it says last. Without such a `####` it is the last number in the text. Expressions are not evaluated: "5
+    + 13" is neither 18 nor 5 nor 13.
     """
     text = _tail(text)
     for part in reversed(text.split(MARK)[1:]):
@@ -111,9 +118,9 @@ def final_number(text: str) -> Number | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete `\boxed{}` (or `\fbox{}`), braces balanced; else None.
+    r"""Return the content of the last complete `\boxed{}` or `\fbox{}`, braces balanced; None without one.
 
-    Of nested ones the inner counts, and one cut off before its closing brace does not.
+    Of nested boxes the inner one counts. A box that is cut off before its closing brace does not count.
     """
     text = _tail(text)
     opened: list[re.Match[str] | None] = []
@@ -130,8 +137,49 @@ def last_boxed(text: str) -> str | None:
     return content.strip() or None if content is not None else None
 
 
+def extract_answer(text: str) -> str | None:
+    """Return the text after the first `####` on its line, without commas and final periods, or None."""
+    answer = text.partition(MARK)[2].partition("\n")[0]
+    # All final periods and spaces, so that an answer extracted once is the same when it is extracted again.
+    return answer.replace(",", "").strip().rstrip(_ENDS) or None
+
+
+def answer_is(text: str, wanted: str) -> bool:
+    """Return whether the answer after the first `####` in `text` is `wanted`.
+
+    Both are compared as numbers if both are numbers ("36.0" is right where 36 is wanted), else as text.
+    """
+    answer = extract_answer(text)
+    if answer is None:
+        return False
+    numbers = _decimal(answer), _decimal(wanted)
+    return answer == wanted if None in numbers else numbers[0] == numbers[1]
+
+
+def text_of(completion: Completion) -> str:
+    """Return the text of a completion: itself, or the content of its last assistant message.
+
+    Of messages without an assistant's the last one counts; of content in parts, the text of the parts.
+    """
+    if isinstance(completion, str):
+        return completion
+    turns = [turn for turn in completion if turn.get("role") == "assistant"] or list(completion)
+    content = turns[-1].get("content") if turns else None
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
+
+
+def _decimal(text: str) -> Decimal | None:
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
 def _tail(text: str) -> str:
-    """The last `TAIL` characters, from the first white space on: half a number is none."""
+    """Return the last `TAIL` characters from their first white space on, so that no number is cut in two."""
     if len(text) <= TAIL:
         return text
     space = re.search(r"\s", text[-TAIL:])
@@ -139,26 +187,28 @@ def _tail(text: str) -> str:
 
 
 def _numbers(text: str) -> Iterator[Number | None]:
-    """Every number in the text in order; None for an expression that is not one number."""
+    """Yield every number of the text in order, and None for an expression that is not one number."""
     for match in _TOKEN.finditer(_plain(text)):
         if not match["name"]:
             yield _number(match)
 
 
 def _plain(text: str) -> str:
-    """The text with other ways to write signs, fractions and powers made plain."""
+    """Return the text with one notation for signs, fractions and powers, without bold and LaTeX spacing."""
     text = _BOLD.sub("", text.translate(_SIGNS))
     text = _COMMAND.sub(lambda match: _COMMANDS.get(match[0], ""), text)
     return _FRACTION.sub(_ratio, _POWER.sub(r"^\1", text))
 
 
 def _ratio(match: re.Match[str]) -> str:
+    """Return the fraction that `_FRACTION` matched as "3/4" or "1 3/4"."""
     whole, above, below, short_above, short_below, sign = match.groups()
     ratio = _VULGAR[sign] if sign else f"{above or short_above}/{below or short_below}"
     return f"{whole} {ratio}" if whole else ratio
 
 
 def _number(match: re.Match[str]) -> Number | None:
+    """Return the number that `_TOKEN` matched; None for an expression."""
     chain = match["chain"]
     if chain is None or match["factor"] or (match["sign"] and match["inner"]):
         return None
@@ -172,7 +222,7 @@ def _number(match: re.Match[str]) -> Number | None:
 
 
 def _value(chain: str) -> Fraction | None:
-    """The value of one number without sign and units, or None where it is an expression."""
+    """Return the value of one number without sign and units; None for an expression."""
     if _DECIMAL.fullmatch(chain):
         return Fraction(chain.replace(",", ""))
     if match := _SCIENTIFIC.fullmatch(chain):

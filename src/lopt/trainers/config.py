@@ -13,6 +13,7 @@ from trl import GRPOConfig, SFTConfig
 
 from lopt.reliability.secrets import redacted
 from lopt.trainers.optimizer import is_torch_optimizer, torch_options
+from lopt.validation import check_choice, check_number
 
 if TYPE_CHECKING:  # what the defaults are put in front of
     from transformers import TrainingArguments
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Defaults(TrainingArguments):
-    """Where a LoPT run wants other defaults.
+    """Fields and defaults of a LoPT run that TRL's configs do not have.
 
     No gradient checkpointing (one block's activations are what it would save), bfloat16 autocast
     only where the hardware has it, two checkpoints kept.
@@ -75,41 +76,33 @@ class _Defaults(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.on_divergence not in ("warn", "stop", "ignore"):
-            raise ValueError(
-                f"--on_divergence {self.on_divergence} is not possible: use warn, stop or ignore"
-            )
-        if not 1 < self.divergence_factor < float("inf"):
-            raise ValueError(
-                f"--divergence_factor {self.divergence_factor} is not possible: use a number above 1"
-            )
-        if self.divergence_steps < 1:
-            raise ValueError(f"--divergence_steps {self.divergence_steps} is not possible: use 1 or more")
+        check_choice("on_divergence", self.on_divergence, ("warn", "stop", "ignore"))
+        check_number("divergence_factor", self.divergence_factor, above=1)
+        check_number("divergence_steps", self.divergence_steps, minimum=1)
+        check_choice("state_dtype", self.state_dtype, ("float32", "bfloat16"))
         if self.fp16 and self.bf16:
-            raise ValueError("--fp16 and --bf16 contradict each other: give one of them")
+            raise ValueError("`fp16` and `bf16` contradict each other: give one of them")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        # Said aloud, or several processes on CPUs would each train alone without a word.
+        # Set explicitly: otherwise each of several processes on CPUs would silently train alone.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # Pinned pages serve copies to a GPU; without one torch only warns about them.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.activation_checkpointing is None:  # the new name of the same flag
             self.activation_checkpointing = self.gradient_checkpointing
-        if self.state_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--state_dtype {self.state_dtype} is not possible: use float32 or bfloat16")
         own = str(self.optim) if is_torch_optimizer(self.optim) else None
         if own is not None:
             torch_options(self)
             self.optim = OptimizerNames.ADAMW_TORCH  # whatever transformers knows
         elif self.optim not in list(OptimizerNames):
             raise ValueError(
-                f"--optim {self.optim} is no class of torch.optim and none of {', '.join(OptimizerNames)}"
+                f"`optim` {self.optim} is no class of torch.optim and none of {', '.join(OptimizerNames)}"
             )
         super().__post_init__()
         self.optim = own or self.optim
 
     def to_dict(self) -> dict[str, Any]:
-        """What checkpoints, logs and trackers show: no token in it, also none of `model_init_kwargs`."""
+        """Return what checkpoints, logs and trackers show: no token, also none of `model_init_kwargs`."""
         return redacted(super().to_dict())
 
 
@@ -119,7 +112,7 @@ class LoPTSFTConfig(_Defaults, SFTConfig):
 
     drop_long_rows: bool = field(
         default=False,
-        metadata={"help": "Leave rows longer than --max_length out instead of cutting them there."},
+        metadata={"help": "Leave rows longer than max_length out instead of cutting them there."},
     )
 
 
@@ -133,10 +126,7 @@ class LoPTGRPOConfig(_Defaults, GRPOConfig):
     """
 
     def __post_init__(self) -> None:
-        if self.num_generations is not None and self.num_generations < 2:
-            raise ValueError(
-                f"--num_generations {self.num_generations} leaves nothing to compare: use 2 or more"
-            )
+        check_number("num_generations", self.num_generations, minimum=2)
         if self.generation_batch_size is None:
             self.steps_per_generation = self._whole_groups(
                 self.steps_per_generation or self.gradient_accumulation_steps
@@ -152,13 +142,13 @@ class LoPTGRPOConfig(_Defaults, GRPOConfig):
         for more in range(steps + 1, count + 1):
             if count % more == 0 and rows * more % group == 0:
                 logger.warning(
-                    "--steps_per_generation %d gives %d completions at a time, not whole groups of "
-                    "--num_generations %d: using %d, still within one optimizer step",
+                    "steps_per_generation %d gives %d completions at a time, not whole groups of "
+                    "num_generations %d: using %d, still within one optimizer step",
                     steps, rows * steps, group, more,
                 )  # fmt: skip
                 return more
         raise ValueError(
-            f"--num_generations {group} does not divide the {rows * steps} completions generated at a time "
-            f"({rows} per micro-batch on all processes x --steps_per_generation {steps}): "
-            "change --num_generations, --per_device_train_batch_size or --gradient_accumulation_steps"
+            f"`num_generations` {group} does not divide the {rows * steps} completions generated at a time "
+            f"({rows} per micro-batch on all processes x `steps_per_generation` {steps}): "
+            "change `num_generations`, `per_device_train_batch_size` or `gradient_accumulation_steps`"
         )

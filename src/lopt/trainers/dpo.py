@@ -11,12 +11,12 @@ from lopt.trainers.mixin import LoPTMixin
 
 
 class LoPTDPOTrainer(LoPTMixin, DPOTrainer):
-    """`trl.DPOTrainer` and one argument more, `lopt_config`."""
+    """`trl.DPOTrainer` with one argument more, `lopt_config`."""
 
     def __init__(self, *args: Any, lopt_config: LoPTConfig | None = None, **kwargs: Any) -> None:
         if lopt_config is not None and lopt_config.is_local and lopt_config.aux_loss == "next_token":
             raise ValueError(
-                "--aux_loss next_token would teach earlier blocks rejected answers as well: "
-                "use --aux_loss recon"
+                "`aux_loss` next_token would teach earlier blocks rejected answers as well: "
+                "use `aux_loss` recon"
             )
         super().__init__(*args, lopt_config=lopt_config, **kwargs)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
+from lopt.trainers.heads import warm_up_batches
 from lopt.trainers.mixin import LoPTMixin
 
 
 class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
-    """`trl.GRPOTrainer` and one argument more, `lopt_config`."""
+    """`trl.GRPOTrainer` with one argument more, `lopt_config`."""
 
-    args: Any
     _buffered_inputs: Any  # TRL's: the micro-batches of the current generation batch
     _generated: Any = None
     _generated_tokens: Tensor
@@ -28,7 +28,7 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     num_iterations: int
 
     def loss_share(self, tokens: int | None) -> float:
-        """The part of the optimizer step that a micro-batch is, by tokens where those are known.
+        """Return the part of the optimizer step that a micro-batch is, by tokens where those are known.
 
         Micro-batches of one generation batch share its part by their tokens. If an optimizer step
         spans several generation batches (`steps_per_generation` below the accumulation), each counts
@@ -51,46 +51,56 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if self.offload is not None and self.offload.weights is not None:
             self.offload.weights.bring_in()
-        self.obey()
-        with self.phase("generation"):
+        self.stops.obey()
+        with self.guard.during("generation"):
             made = super()._generate_and_score_completions(inputs)
-        self.obey()
+        self.stops.obey()
         return made
 
-    # Rollouts may serve several optimizer steps (--num_iterations, --steps_per_generation): those that
-    # are not used up belong to a checkpoint.
+    # Rollouts may serve several optimizer steps (`num_iterations`, `steps_per_generation`): those that are
+    # not used up belong to a checkpoint.
 
-    def own_state(self) -> Any:
-        """Where the trainer is in its rollouts, and those."""
+    def rollouts(self) -> list[Any]:
+        """Return the micro-batches of the current generation batch."""
+        return self._buffered_inputs or []
+
+    def rollout_state(self) -> Any:
+        """Return the number of micro-batches so far, and the rollouts."""
         return self._step, self._buffered_inputs
 
-    def set_own_state(self, state: Any) -> None:
-        """Take back what `own_state` gave."""
+    def set_rollout_state(self, state: Any) -> None:
+        """Restore what `rollout_state` returned."""
         self._step, self._buffered_inputs = state
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._step % (self.args.steps_per_generation * self.num_iterations):
-            torch.save(self.own_state(), Path(output_dir) / self._rollouts)
+    def skip_micro_batches(self, count: int) -> None:
+        """Move on by `count` micro-batches in the rollouts, or back if it is negative."""
+        self._step += count
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        path = Path(checkpoint or "") / self._rollouts
-        if checkpoint is not None and path.is_file():
-            state = torch.load(path, weights_only=True, map_location=self.args.device)
-            self.set_own_state(state)
+    def save_own_state(self, folder: Path) -> None:
+        """Write heads and unused rollouts into a checkpoint."""
+        super().save_own_state(folder)
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            folder.mkdir(parents=True, exist_ok=True)  # the first rank may not be there yet
+            torch.save(self.rollout_state(), folder / self._rollouts_name)
+
+    def load_own_state(self, folder: Path) -> None:
+        """Read what `save_own_state` wrote."""
+        super().load_own_state(folder)
+        path = folder / self._rollouts_name
+        if path.is_file():
+            self.set_rollout_state(torch.load(path, weights_only=True, map_location=self.args.device))
 
     @property
-    def _rollouts(self) -> str:
+    def _rollouts_name(self) -> str:
         return f"rollouts_{self.args.process_index}.pt"
 
     def real_tokens(self, inputs: Any) -> int | None:
-        """Real tokens of prompts and completions."""
+        """Return the number of real tokens of prompts and completions."""
         return int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
 
     def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
-        """Prompts of the training rows, 8 or more a batch, the same on all ranks."""
-        return self.warm_up_loader(max(8, self.args.per_device_train_batch_size), self._prompts)
+        """Return prompts of the training rows, 8 or more a batch, the same on all ranks."""
+        return warm_up_batches(self, max(8, self.args.per_device_train_batch_size), self._prompts)
 
     def _prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]

@@ -1,42 +1,52 @@
 """What turns a TRL trainer into a LoPT trainer: `class MyTrainer(LoPTMixin, trl.SomeTrainer)`.
 
-The trainer keeps its own loop, loss and data. Added are: the boundaries, the head warm-up, one
-learning rate per kind of block, clipping that knows the blocks, gradients of earlier blocks averaged
-over ranks, heads in checkpoints, a stop at the first non-finite number, and what a LoPT run should
-log.
+The trainer keeps its own loop, loss and data. `LoPTMixin` holds every method of the trainer that is
+overridden, a few lines each, and hands over to a part that knows the matter:
+
+    lopt          core          boundaries, heads, local losses
+    block_major   trainers      the block-major schedule
+    offload       engine        weights and optimizer state in host memory
+    reduction     engine        gradients of earlier blocks, averaged over ranks
+    checkpoints   reliability   whole checkpoints, the choice of one to resume from
+    stops         reliability   signals and time limits, obeyed where nothing is lost
+    guard         reliability   numbers that are not finite, divergence, errors of the machine
+    throughput    trainers      speed and peak memory
+
+One optimizer step: `get_batch_samples` fetches its micro-batches; for each, `training_step` runs
+`_prepare_inputs` (which sets the scale of the local losses), `compute_loss` (local backwards inside) and the
+task backward; then the gradients are clipped block by block (`clip`) and stepped. Events between
+(`LoopEvents`) tell the parts.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
-from transformers import TrainerCallback
 
 from lopt.compat import labelled_positions_only
 from lopt.core.attach import LoPT, attach
 from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
-from lopt.data.batches import real_tokens, size
+from lopt.data.batches import padded_tokens, real_tokens
 from lopt.engine.offload import Offload
-from lopt.engine.optimizer import clip_block, clip_gradients
 from lopt.engine.reduction import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
-from lopt.reliability.guards import Guarded
-from lopt.reliability.saving import WholeCheckpoints
-from lopt.reliability.stopping import Stoppable
+from lopt.reliability.guards import Guard
+from lopt.reliability.saving import Checkpoints
+from lopt.reliability.stop import Stopped
+from lopt.reliability.stopping import Stops
 from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
-from lopt.trainers.offload import TravellingWeights
-from lopt.trainers.optimizer import block_optimizer, optimizer_factory
+from lopt.trainers.events import LoopEvents
+from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
+from lopt.trainers.optimizer import add_heads, block_optimizer, clip
 from lopt.trainers.throughput import Throughput
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -44,26 +54,28 @@ if TYPE_CHECKING:  # what the mixin is put in front of
 else:
     Trainer = object
 
-HEADS_NAME = "reconstruction_heads.safetensors"
 
-
-class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer):
+class LoPTMixin(Trainer):
     """Goes in front of a TRL trainer class and takes one argument more, `lopt_config`.
 
     Attributes:
         lopt: the handle on the attached model.
         throughput: speed and peak memory.
+        batches: the micro-batches of the current optimizer step.
         micro_batch: number of the current micro-batch in its optimizer step, from 1.
         share: the part of the optimizer step that it counts for (`loss_share`).
         reduction: averages gradients over ranks; None without a launcher.
         block_major: the block-major schedule; None in the eager one.
+        offload: moves weights or optimizer state between host memory and the device; None if nothing moves.
+        weights_offloaded: whether weights are in host memory but for the block at work.
         head_warmup_history: the local losses of every step of the head warm-up.
+        checkpoints, stops, guard: see `lopt.reliability`.
     """
 
+    args: Any
     model: Any
     processing_class: Any
     train_dataset: Any
-    _metrics: Any  # TRL's: what is averaged into the next log
 
     def __init__(self, model: Any, *args: Any, lopt_config: LoPTConfig | None = None, **kwargs: Any) -> None:
         config = lopt_config or LoPTConfig()
@@ -73,8 +85,7 @@ class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer
             check_settings(settings, config, model)
         if isinstance(model, nn.Module):
             Blocks(model, config)
-        self.weights_travel = config.offload == "block"
-        self.proven = set()
+        self.weights_offloaded = config.offload == "block"
         super().__init__(model, *args, **kwargs)
         if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
             raise ValueError("FSDP needs GPUs, on CPUs accelerate would run DDP: leave FSDP out")
@@ -82,106 +93,182 @@ class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer
             torch.manual_seed(self.args.seed)
             self.lopt: LoPT = attach(self.model, config)
         self.lopt.heads.to(self.args.device)
-        self.lopt.hooks.append(self.model.register_forward_pre_hook(self.before_forward))
+        self.checkpoints, self.stops, self.guard = Checkpoints(self), Stops(self), Guard(self)
+        self.lopt.hooks.append(self.model.register_forward_pre_hook(self.stops.before_forward))
         self.reduction: GradientReduction | None = None
         if dist.is_initialized() and self.lopt.heads:  # a launcher's single process is in DDP as well
             self.reduction = GradientReduction(self.lopt, is_last=self._is_last_micro_batch)
         staged = config.schedule == "block_major" and self.lopt.heads
+        self.offload: Offload | None = None
         if staged and config.offload != "none":
             ahead = int(config.prefetch_gib * 2**30)
-            self.offload = Offload(self.lopt, self.args.device, ahead, weights=self.weights_travel)
+            self.offload = Offload(self.lopt, self.args.device, ahead, weights=self.weights_offloaded)
         self.block_major = BlockMajorSteps(self) if staged else None
-        self._step_tokens = 0
+        self.batches: list[Any] = []
         self.micro_batch = 0
         self.share = 1.0
+        self._step_tokens = 0
+        self._averages: defaultdict[str, list[float]] = defaultdict(list)
         self.throughput = Throughput(self.args.device)
         self.head_warmup_history: list[list[float]] = []
-        self.add_callback(_LoopHooks(self))
+        self.add_callback(LoopEvents(self))
 
-    # -- optimizer -------------------------------------------------------------------------------
+    # -- a run ---------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train.
+
+        Args:
+            resume_from_checkpoint: True for the newest whole checkpoint of the output folder, or one of them.
+
+        Raises:
+            CheckpointError: there is no whole checkpoint to resume from, or one cannot be written.
+            NonFiniteError: a number is not finite, in the model as it was loaded or in a step.
+            DivergedError: a block has diverged, with `on_divergence="stop"`.
+            OutOfMemory: the device or the host has no memory left.
+            WorkerDied: a data-loader worker was killed or failed.
+            Stopped: a stop was requested; a checkpoint is on the disk if there was anything to save.
+        """
+        self.batches, self.guard.phase = [], "start"
+        with self.guard.machine_errors():
+            checkpoint = self.checkpoints.find(resume_from_checkpoint)
+            self.guard.start(checkpoint)
+            self.stops.start(checkpoint)
+            self.settle_weights()  # a checkpoint is loaded into the weights in host memory
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            except Stopped as stop:
+                raise Stopped(stop.reason, self.stops.leave(checkpoint)) from None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.stops.enter_epoch(kwargs):
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
+        place: dict[str, Any] = dict(trial=trial, ignore_keys_for_eval=None, start_time=start_time)
+        self.stops.do_what_is_left(None, epoch=int(self.state.epoch or 0), **place)  # of the last step
+        self.stops.begin_following(None)
+        self.settle_weights()  # the best checkpoint may be loaded
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate.
+
+        Raises:
+            OutOfMemory: the device or the host has no memory left.
+            WorkerDied: a data-loader worker was killed or failed.
+        """
+        with self.guard.machine_errors(), self.guard.during("evaluation"):
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one batch of an evaluation."""
+        if self.args.world_size > 1:
+            self.stops.obey()
+        return super().prediction_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with speed, peak memory and the earlier blocks' learning rate and local losses in training."""
+        if self.model.training:
+            if "loss" in logs and "learning_rate" in logs:
+                figures = self.throughput.report()
+                figures["tokens_per_second"] = self._sum(figures["tokens_per_second"])
+                logs.update(figures)
+                if self.lopt.heads and self.args.learning_rate:
+                    early = self.lopt.config.early_learning_rate(self.args.learning_rate)
+                    logs["learning_rate_k1"] = logs["learning_rate"] * early / self.args.learning_rate
+            logs.update({name: sum(values) / len(values) for name, values in self._averages.items()})
+            self._averages.clear()
+        super().log(logs, *args, **kwargs)
+
+    def average(self, name: str, value: float) -> None:
+        """Average `value` into the next training log."""
+        self._averages[name].append(value)
+
+    def _sum(self, value: float) -> float:
+        """Return the sum over ranks."""
+        if self.args.world_size == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(value, device=self.args.device), "sum").item()
+
+    # -- optimizer -----------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer `--optim` names, over the handle's parameter groups."""
+        """Create the optimizer that `optim` names, over the handle's parameter groups."""
         if self.optimizer is None and self.lopt.config.method != "lora":
-            make = optimizer_factory(self)
-            if self.is_fsdp_enabled:
-                # FSDP2 replaces the parameters it knows, so the heads join when it is done.
-                self.optimizer = make([g for g in self._parameter_groups() if not g["heads"]])
-            else:
-                self.optimizer = block_optimizer(self, self._parameter_groups(), make)
+            self.optimizer = block_optimizer(self)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule `--lr_scheduler_type` names, over all blocks."""
-        if self.is_fsdp_enabled and not any(g.get("heads") for g in self.bare_optimizer().param_groups):
-            for group in self._parameter_groups():
-                if group["heads"]:
-                    self.bare_optimizer().add_param_group(group)
+        """Create the schedule that `lr_scheduler_type` names, over all blocks."""
+        if self.is_fsdp_enabled:
+            add_heads(self)
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        return self.lopt.parameter_groups(self.args.learning_rate, weight_decay=self.args.weight_decay)
+    def bare_optimizer(self) -> Any:
+        """Return the optimizer without accelerate's wrapper; it steps whenever it is told to."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return self._clip(self.args.max_grad_norm)
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, which clips as the blocks need it and leaves offloaded weights in place."""
+        super().create_accelerator_and_postprocess()
+        accelerator: Any = self.accelerator
+        accelerator.device_placement &= not self.weights_offloaded
+        # With this Trainer clips and, by an infinite `max_norm`, takes the norm.
+        accelerator.clip_grad_norm_ = lambda parameters, max_norm, norm_type=2: clip(self, max_norm)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float:
-        return super()._get_grad_norm(model, self._clip(math.inf) if grad_norm is None else grad_norm)
-
-    def _clip(self, max_norm: float) -> Tensor:
-        self.accelerator.unscale_gradients()
-        if self.block_major is not None and self.block_major.norms:  # stepped already, but for the last
-            last = clip_block(self.lopt, len(self.lopt.blocks) - 1, max_norm)
-            norms = torch.stack([*self.block_major.norms, last])
-        else:
-            norms = clip_gradients(self.lopt, max_norm)
-        self.check_norms(norms)
-        total = torch.linalg.vector_norm(norms)
-        if len(norms) > 1:
-            share = (norms / total.clamp(min=1e-30)).square().tolist()
-            for block, value in enumerate(share, start=1):
-                self._metrics["train"][f"grad_share/block_{block}"].append(value)
-        return total
-
-    # -- one micro-batch -------------------------------------------------------------------------
+    # -- one optimizer step --------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """All micro-batches of one optimizer step; counts their real tokens on all ranks."""
+        """Return all micro-batches of one optimizer step; count their real tokens on all ranks."""
         get = super().get_batch_samples
-        self.doing = "data"
-        batches, items = self.fetch(lambda: get(*args, **kwargs))
+        self.guard.phase = "data"
+        batches, items = self.stops.fetch(lambda: get(*args, **kwargs))
         if self.drop_repeated_rows(batches):
-            items = self._get_num_items_in_batch(batches, self.args.device)
+            batches, items = get(iter(batches), len(batches), self.args.device)
         tokens = [real_tokens(batch) for batch in batches]
         if None not in tokens:
             self._step_tokens = int(self._sum(sum(t for t in tokens if t is not None)))
-        self.micro_batch = 0
-        self._batches = batches
+        self.micro_batch, self.batches = 0, batches
         if self.block_major is not None:
             self.block_major.begin_step()
         return batches, items
 
     def drop_repeated_rows(self, batches: list[Any]) -> bool:
-        """Take out rows that only fill up the last batch of an epoch; says whether it did.
+        """Remove rows that only fill up the last batch of an epoch; return whether there were any.
 
-        Several ranks need batches of one size, so the data loader repeats rows at the end of an
-        epoch. A trainer whose loss is a mean over tokens can leave them out (`LoPTSFTTrainer`).
+        Several ranks need batches of one size, so the data loader repeats rows at the end of an epoch. A
+        trainer whose loss is a mean over tokens can leave them out (`LoPTSFTTrainer`).
         """
         return False
 
     def loss_share(self, tokens: int | None) -> float:
-        """The part of the optimizer step's mean that a micro-batch of so many tokens is, times the ranks.
+        """Return the share of the optimizer step's mean of a micro-batch of `tokens` tokens, times the ranks.
 
-        It counts by tokens, as in the task loss: λ does not grow with accumulation, and one batch of
-        4 is four of 1. Gradients are averaged over ranks afterwards, hence the factor.
+        It counts by tokens, as in the task loss: λ does not grow with accumulation, and one batch of 4 is
+        four of 1. Gradients are averaged over ranks afterwards, hence the factor.
         """
         if tokens is None or not self._step_tokens:
             return 1 / self.current_gradient_accumulation_steps
         return tokens / self._step_tokens * self.args.world_size
 
     def real_tokens(self, inputs: Any) -> int | None:
-        """Real tokens of a prepared micro-batch; None if it is not made of token rows."""
+        """Return the number of real tokens of a prepared micro-batch; None if it has no token rows."""
         return real_tokens(inputs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run the forward with the local backwards inside, then the task backward of the last block."""
+        self.micro_batch += 1
+        with self.throughput.micro_batch(padded_tokens(inputs), self.model, self.optimizer):
+            if self.block_major is not None and self.micro_batch == 1:
+                self.block_major.run_early_blocks(self.batches, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.reduction is not None:
+            self.reduction.wait()
+        local = dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False))
+        self.guard.log_losses(local, loss, inputs)
+        self.stops.obey_noted()
+        return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         if self.block_major is not None and self.model.training:
@@ -197,158 +284,116 @@ class LoPTMixin(Guarded, Stoppable, WholeCheckpoints, TravellingWeights, Trainer
             self.throughput.count(tokens or 0)
         return inputs
 
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the trainer's loss; on a CPU the LM head scores only the positions that have a label."""
+        stage = nullcontext() if self.block_major is None else self.block_major.stage()
+        on_cpu = self.args.device.type == "cpu"
+        with stage, labelled_positions_only() if on_cpu else nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
+
     def _is_last_micro_batch(self) -> bool:
         if self.block_major is not None and self.lopt.active_block is not None:
             return self.block_major.is_last_micro_batch()
         return self.accelerator.gradient_state.sync_gradients
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's loss; on a CPU the LM head scores only the positions that have a label."""
-        stage = nullcontext() if self.block_major is None else self.block_major.stage()
-        with stage, labelled_positions_only() if self.args.device.type == "cpu" else nullcontext():
-            return super().compute_loss(model, *args, **kwargs)
+    # -- offloaded weights ---------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward with the local backwards inside, then the task backward of the last block."""
-        self.micro_batch += 1
-        with self.throughput.micro_batch(size(inputs), self.model, self.optimizer):
-            if self.block_major is not None and self.micro_batch == 1:
-                self.block_major.run_early_blocks(self._batches, num_items_in_batch)
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.reduction is not None:
-            self.reduction.wait()
-        self.log_losses(dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False)), loss, inputs)
-        self.obey_noted()
-        return loss
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.weights_offloaded:
+            super()._move_model_to_device(model, device)
 
-    def _sum(self, value: float) -> float:
-        """Sum over ranks."""
-        if self.args.world_size == 1:
-            return value
-        return self.accelerator.reduce(torch.tensor(value, device=self.args.device), "sum").item()
+    def settle_weights(self) -> None:
+        """Wait until host memory holds the values of everything that is offloaded."""
+        if self.offload is not None:
+            self.offload.settle()
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds tokens per second, peak memory and the earlier blocks' rate to a training log."""
-        if "loss" in logs and "learning_rate" in logs and self.model.training:
-            figures = self.throughput.report()
-            figures["tokens_per_second"] = self._sum(figures["tokens_per_second"])
-            logs.update(figures)
-            if self.lopt.heads and self.args.learning_rate:
-                early = self.lopt.config.early_learning_rate(self.args.learning_rate)
-                logs["learning_rate_k1"] = logs["learning_rate"] * early / self.args.learning_rate
-        super().log(logs, *args, **kwargs)
+    # -- rollouts, which some trainers keep over several steps ---------------------------------------
 
-    # -- heads -----------------------------------------------------------------------------------
+    def rollouts(self) -> list[Any]:
+        """Return the micro-batches that were generated and are not used up; none in a trainer without any."""
+        return []
+
+    def rollout_state(self) -> Any:
+        """Return where the trainer is in its rollouts, and those; None in a trainer without any."""
+        return None
+
+    def set_rollout_state(self, state: Any) -> None:
+        """Restore what `rollout_state` returned."""
+
+    def skip_micro_batches(self, count: int) -> None:
+        """Move on by `count` micro-batches in the rollouts, or back if it is negative."""
+
+    # -- heads ---------------------------------------------------------------------------------------
 
     def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
-        """Batches for the head warm-up: training rows in an order of their own, the same on all ranks.
+        """Return batches for the head warm-up: training rows in an order of their own, the same on all ranks.
 
         Rows per batch as in an optimizer step, up to 8 (a micro-batch if that is more).
         """
         rows = self.args.per_device_train_batch_size
         step = rows * self.args.world_size * self.args.gradient_accumulation_steps
-        return self.warm_up_loader(max(rows, min(8, step)), self.data_collator)
+        return warm_up_batches(self, max(rows, min(8, step)), self.data_collator)
 
-    def warm_up_loader(self, batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader:
-        """Training rows in an order of their own, the same on all ranks."""
-        return DataLoader(
-            self.train_dataset,
-            batch_size=batch_size,
-            shuffle=not isinstance(self.train_dataset, IterableDataset),
-            generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=collate,
-        )
+    # -- checkpoints ---------------------------------------------------------------------------------
 
-    def warm_up_heads(self) -> None:
-        """Let the heads learn, with a progress bar; what they reached is in `head_warmup_history`."""
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        with tqdm(
-            total=self.lopt.config.head_warmup_steps, desc="Head warm-up", unit="step", disable=hidden
-        ) as bar:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        write = functools.partial(super()._save_checkpoint, model, trial)
+        self.checkpoints.save(Path(self._get_output_dir(trial)), write, super()._push_from_checkpoint)
 
-            def show(step: int, losses: list[float]) -> None:
-                bar.update()
-                bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses))
-                self.check_warm_up(step, losses)
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the present step, whatever `save_strategy` says."""
+        self._save_checkpoint(self.model_wrapped, None)
 
-            with torch.random.fork_rng(), self.compute_loss_context_manager(), self.phase("head warm-up"):
-                history = self.lopt.warm_up_heads(self.head_warm_up_batches(), progress=show)
-        if self.reduction is not None:
-            self.reduction.broadcast_heads()
-        self.head_warmup_history = history
-        if self.watch is not None:
-            self.watch.start(self.lopt.learning, history)
-        ends = [
-            f"block {b + 1}: {a:.3g} → {z:.3g}"
-            for b, a, z in zip(self.lopt.learning, history[0], history[-1], strict=True)
-        ]
-        if self.is_world_process_zero():
-            tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
+    def _get_output_dir(self, trial: Any) -> str:
+        staged = self.checkpoints.staged
+        return super()._get_output_dir(trial) if staged is None else str(staged)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.checkpoints.push(checkpoint_folder, super()._push_from_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; a sharded one (FSDP2) is gathered, whatever form its checkpoints have."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
+        if plugin is None or _internal_call or "FULL" in str(plugin.state_dict_type):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, self.accelerator.get_state_dict(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder, write = Path(output_dir or str(self.args.output_dir)), super()._save
+        if self.args.should_save:
+            self.checkpoints.save_model(folder, lambda place: write(place, state_dict))
+        else:
+            write(str(folder), state_dict)
+
+    def save_own_state(self, folder: Path) -> None:
+        """Write into a checkpoint what transformers does not know of."""
+        if self.lopt.heads and self.args.should_save:
+            save_heads(self.lopt, folder)
+            if self.is_fsdp_enabled:
+                save_heads_optimizer(self.bare_optimizer(), folder)
+
+    def load_own_state(self, folder: Path) -> None:
+        """Read what `save_own_state` wrote."""
+        if self.lopt.heads:
+            load_heads(self.lopt, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.lopt.heads and self.args.should_save:
-            safetensors.torch.save_file(self.lopt.heads.state_dict(), Path(output_dir) / HEADS_NAME)
-        if not self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        optimizer = self.bare_optimizer()
-        if self.lopt.heads and self.args.should_save:
-            save_heads_optimizer(optimizer, output_dir)
-        with heads_apart(optimizer):
+        self.save_own_state(Path(output_dir))
+        with heads_apart(self.bare_optimizer()) if self.is_fsdp_enabled else nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.lopt.heads:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        path = Path(checkpoint) / HEADS_NAME
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with --method lopt")
-        self.lopt.heads.load_state_dict(safetensors.torch.load_file(path))
-        if not self.is_fsdp_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer = self.bare_optimizer()
-        with heads_apart(optimizer):
+        if checkpoint is not None:
+            self.load_own_state(Path(checkpoint))
+        with heads_apart(self.bare_optimizer()) if self.is_fsdp_enabled else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)
-        load_heads_optimizer(optimizer, checkpoint)
+        if checkpoint is not None and self.lopt.heads and self.is_fsdp_enabled:
+            load_heads_optimizer(self.bare_optimizer(), checkpoint)
 
-    def bare_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer itself, which steps whenever it is told to."""
-        optimizer: Any = self.optimizer
-        return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if not self.stops.restore_random_state():
+            super()._load_rng_state(checkpoint)
 
-
-class _LoopHooks(TrainerCallback):
-    """What has to happen between the steps of a loop that does not know the heads."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lopt: LoPT = self.trainer.lopt
-        # A resumed run has warm heads.
-        if lopt.heads and lopt.config.head_warmup_steps and state.global_step == 0:
-            self.trainer.warm_up_heads()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.begin_epoch()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lopt: LoPT = self.trainer.lopt
-        lopt.learns_locally = state.global_step % lopt.config.local_every == 0
-        self.trainer.throughput.begin_step()
-        self.trainer.begin_guarded_step()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.doing = "optimizer"
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.lopt.heads.zero_grad()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.block_major is not None:
-            self.trainer.block_major.end_step()
-        self.trainer.throughput.end_step()
-        self.trainer.begin_after("step")
-        self.trainer.end_guarded_step()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.begin_after("epoch")
+    def load_random_state(self, checkpoint: str) -> None:
+        """Restore the random state of a checkpoint."""
+        super()._load_rng_state(checkpoint)

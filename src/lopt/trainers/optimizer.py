@@ -12,15 +12,72 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopt.engine.optimizer import BlockOptimizer, Precision, state_bytes
+from lopt.engine.optimizer import BlockOptimizer, Precision, clip_block, clip_gradients, state_bytes
 from lopt.instruments.memory import format_bytes, free_host_memory
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups], Optimizer]
 
 
-def optimizer_factory(trainer: Any) -> Make:
-    """What makes the optimizer that `--optim` names out of parameter groups.
+def block_optimizer(trainer: Any) -> Optimizer:
+    """Return the optimizer that `optim` names; it steps part by part, and its state may be offloaded.
+
+    Raises:
+        ValueError: it cannot serve blocks, or host memory is too small for its state.
+    """
+    make, groups = _factory(trainer), _groups(trainer)
+    args, offload = trainer.args, trainer.offload
+    if trainer.is_fsdp_enabled:  # replaces the parameters it knows, so the heads join later (`add_heads`)
+        return make([group for group in groups if not group["heads"]])
+    precision = Precision(
+        # TRL's own configs have neither field.
+        masters=getattr(args, "master_weights", False),
+        state_dtype=getattr(torch, getattr(args, "state_dtype", "float32")),
+        seed=args.seed,
+    )
+    if offload is None:
+        return BlockOptimizer(groups, make, precision=precision)
+    _check_host_memory([p for group in groups for p in group["params"]], make, precision)
+    offload.optimizer = BlockOptimizer(groups, make, precision=precision, conveyor=offload.conveyor)
+    return offload.optimizer
+
+
+def add_heads(trainer: Any) -> None:
+    """Add the heads to an optimizer whose other parameters FSDP2 has replaced."""
+    optimizer = trainer.bare_optimizer()
+    if not any(group.get("heads") for group in optimizer.param_groups):
+        for group in _groups(trainer):
+            if group["heads"]:
+                optimizer.add_param_group(group)
+
+
+def clip(trainer: Any, max_norm: float) -> Tensor:
+    """Clip the accumulated gradients, all together or by block, and return their norm before clipping.
+
+    Raises:
+        NonFiniteError: the norm of a block is not finite.
+    """
+    lopt, steps = trainer.lopt, trainer.block_major
+    trainer.accelerator.unscale_gradients()
+    if steps is not None and steps.norms:  # all but the last block are stepped already
+        norms = torch.stack([*steps.norms, clip_block(lopt, len(lopt.blocks) - 1, max_norm)])
+    else:
+        norms = clip_gradients(lopt, max_norm)
+    trainer.guard.check_norms(norms)
+    total = torch.linalg.vector_norm(norms)
+    if len(norms) > 1:
+        shares = (norms / total.clamp(min=1e-30)).square().tolist()
+        for block, share in enumerate(shares, start=1):
+            trainer.average(f"grad_share/block_{block}", share)
+    return total
+
+
+def _groups(trainer: Any) -> Groups:
+    return trainer.lopt.parameter_groups(trainer.args.learning_rate, weight_decay=trainer.args.weight_decay)
+
+
+def _factory(trainer: Any) -> Make:
+    """Return what makes the optimizer that `optim` names out of parameter groups.
 
     Raises:
         ValueError: it makes groups of its own, as layer-wise optimizers do.
@@ -32,62 +89,41 @@ def optimizer_factory(trainer: Any) -> Make:
     factory, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     if {"params", "model", "optimizer_dict"} & options.keys() or not isinstance(factory, type):
         raise ValueError(
-            f"--optim {args.optim} makes its own parameter groups and cannot serve blocks: "
+            f"`optim` {args.optim} makes its own parameter groups and cannot serve blocks: "
             "use one such as adamw_torch_fused"
         )
     return lambda groups: factory(groups, **options)
 
 
 def is_torch_optimizer(name: Any) -> bool:
-    """Whether `name` is that of a class of torch.optim."""
+    """Return whether `name` is that of a class of torch.optim."""
     found = getattr(torch.optim, str(name), None)
     return isinstance(found, type) and issubclass(found, Optimizer) and found is not Optimizer
 
 
 def torch_options(args: Any) -> dict[str, Any]:
-    """Arguments of a torch.optim class: those of the flags that it knows, then `--optim_args`.
+    """Return the arguments of a torch.optim class: those of `args` that it knows, then `optim_args`.
 
     Raises:
-        ValueError: `--optim_args` is not a list of name=value, or has a name the class does not know.
+        ValueError: `optim_args` is not a list of name=value, or has a name that the class does not know.
     """
     known = inspect.signature(getattr(torch.optim, args.optim)).parameters
-    flags = {
+    given = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "fused": True if "fused" in known else None,
     }
-    options = {name: value for name, value in flags.items() if name in known and value is not None}
+    options = {name: value for name, value in given.items() if name in known and value is not None}
     for pair in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
         name, _, value = pair.partition("=")
         if name not in known:
-            raise ValueError(f"--optim_args {pair}: torch.optim.{args.optim} takes {', '.join(known)}")
+            raise ValueError(f"`optim_args` {pair}: torch.optim.{args.optim} takes {', '.join(known)}")
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
-            raise ValueError(f"--optim_args {pair}: write name=value, for example momentum=0.9") from error
+            raise ValueError(f"`optim_args` {pair}: write name=value, for example momentum=0.9") from error
     return options
-
-
-def block_optimizer(trainer: Any, groups: Groups, make: Make) -> BlockOptimizer:
-    """That optimizer behind the face that steps part by part; its state travels with `--offload`.
-
-    Raises:
-        ValueError: host memory is too small for the state.
-    """
-    args, offload = trainer.args, trainer.offload
-    precision = Precision(
-        # A TRL config of the user's own has neither flag.
-        masters=getattr(args, "master_weights", False),
-        state_dtype=getattr(torch, getattr(args, "state_dtype", "float32")),
-        seed=args.seed,
-    )
-    if offload is None:
-        return BlockOptimizer(groups, make, precision=precision)
-    parameters = [p for group in groups for p in group["params"]]
-    _check_host_memory(parameters, make, precision)
-    offload.optimizer = BlockOptimizer(groups, make, precision=precision, conveyor=offload.conveyor)
-    return offload.optimizer
 
 
 def _check_host_memory(parameters: list[Tensor], make: Make, precision: Precision) -> None:
@@ -98,7 +134,7 @@ def _check_host_memory(parameters: list[Tensor], make: Make, precision: Precisio
     have = free_host_memory()
     if need > have:
         raise ValueError(
-            f"--offload keeps {format_bytes(int(need))} of optimizer state in host memory, of which "
-            f"{format_bytes(have)} are free: use --state_dtype bfloat16, --optim adamw_torch_8bit, or a "
+            f"`offload` keeps {format_bytes(int(need))} of optimizer state in host memory, of which "
+            f"{format_bytes(have)} are free: use `state_dtype` bfloat16, `optim` adamw_torch_8bit, or a "
             "machine with more memory"
         )

@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token that is not trained on."""
 LOOK_AHEAD = 10_000
-"""Rows of a stream among which one must have something to train on."""
+"""Rows at the start of a stream among which one must have a label."""
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows of a data set when they were prepared for training.
+    """What happened to the rows of a data set when they were prepared for training.
 
     Attributes:
         rows: Rows given.
@@ -41,7 +41,7 @@ class RowCounts:
 
 
 class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
-    """`trl.SFTTrainer` and one argument more, `lopt_config`.
+    """`trl.SFTTrainer` with one argument more, `lopt_config`.
 
     Rows that `max_length` leaves without a trainable token (the prompt alone is too long) are
     counted and reported, never trained on; nothing left is a ValueError. A stream
@@ -50,7 +50,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
 
     Attributes:
         row_counts: What was reported, by name of the data set; streams have no entry.
-        whole_rows: The tokenized rows before `max_length` cuts them, likewise.
+        whole_rows: The tokenized rows before `max_length` cuts them, in the same way.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         super().__init__(*args, **kwargs)
 
     def drop_repeated_rows(self, batches: list[Any]) -> bool:
-        """Leave out what only fills up an epoch's last batch; a rank left with nothing trains on nothing.
+        """Remove rows that only fill up an epoch's last batch; a rank without any rows left trains on none.
 
         Rows of a packed batch lie in one line and cannot be told apart: there a few count twice.
         """
@@ -86,10 +86,10 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         return True
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """All micro-batches of one optimizer step.
+        """Return all micro-batches of one optimizer step.
 
         Raises:
-            ValueError: none of them has a label. Only decay and the local losses would move weights.
+            ValueError: none of them has a label, so that only decay and local losses would move weights.
         """
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches and items is not None and not int(items):
@@ -99,19 +99,23 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
             )
         return batches, items
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        # Without end, so that a run is one epoch: at the end of a stream, Trainer would carry the
-        # gradient of an incomplete step over, and a resumed run would not find its place again.
-        if kwargs.get("is_training") and isinstance(dataset, IterableDataset):
-            dataset = dataset.repeat(None)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of training rows, which repeats a stream without end.
+
+        So a run is one epoch: at the end of a stream, Trainer would carry the gradient of an incomplete step
+        over, and a resumed run would not find its place again.
+        """
+        rows = self.train_dataset
+        if isinstance(rows, IterableDataset):
+            self.train_dataset = rows.repeat(None)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> Any:
-        if self._skip_prepare_dataset:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-
         def prepare(rows: Any, packing: bool = False, **changes: Any) -> Any:
             changed = copy.copy(args)
             vars(changed).update(changes)
@@ -121,7 +125,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
                 )
             except TemplateError as error:
                 raise ValueError(
-                    f"the tokenizer's chat template refuses a row of --train_file/--dataset_name: {error}: "
+                    f"the tokenizer's chat template refuses a row of `train_file`/`dataset_name`: {error}: "
                     "change the row's roles, or the template"
                 ) from error
 
@@ -149,16 +153,16 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
 
 
 def _without_longer(whole: Dataset, max_length: int, name: str) -> Dataset:
-    """The tokenized rows that fit; says how many do not."""
+    """Return the tokenized rows that fit; report how many do not."""
     kept = whole.select(_fitting(whole, max_length, fits=True))
     if not len(kept):
         raise ValueError(
-            f"--drop_long_rows leaves none of the {len(whole)} {name} rows: raise --max_length {max_length}"
+            f"`drop_long_rows` leaves none of the {len(whole)} {name} rows: raise `max_length` {max_length}"
         )
     if len(kept) < len(whole):
         dropped = len(whole) - len(kept)
         logger.warning(
-            "%d of %d %s rows are left out: longer than --max_length %d",
+            "%d of %d %s rows are left out: longer than `max_length` %d",
             dropped,
             len(whole),
             name,
@@ -168,12 +172,12 @@ def _without_longer(whole: Dataset, max_length: int, name: str) -> Dataset:
 
 
 def longer_rows(whole: Dataset, max_length: int) -> Dataset:
-    """Those of the tokenized rows that have more than `max_length` tokens."""
+    """Return those of the tokenized rows that have more than `max_length` tokens."""
     return whole.select(_fitting(whole, max_length, fits=False))
 
 
 def _fitting(whole: Dataset, max_length: int, *, fits: bool) -> list[int]:
-    """Positions of the tokenized rows that have at most (or more than) `max_length` tokens."""
+    """Return the positions of the tokenized rows with at most (or more than) `max_length` tokens."""
     tables = whole.with_format("arrow").iter(1000)
     lengths = (n for table in tables for n in pc.list_value_length(table["input_ids"]).to_pylist())
     return [position for position, length in enumerate(lengths) if (length <= max_length) == fits]
@@ -186,7 +190,7 @@ def _has_label(row: dict[str, Any]) -> bool:
 def _nothing_left(name: str, rows: str, max_length: int | None) -> str:
     return (
         f"no trainable token is left in the {name} rows: the prompt of each of the {rows} rows alone "
-        f"reaches --max_length {max_length}. Raise it or shorten the prompts"
+        f"reaches `max_length` {max_length}. Raise it or shorten the prompts"
     )
 
 
@@ -196,9 +200,9 @@ def _report(counts: RowCounts, max_length: int | None, name: str) -> None:
     of = f"{counts.rows} {name} rows are"
     if counts.dropped:
         logger.warning(
-            "%d of %s left out: their prompt alone reaches --max_length %s", counts.dropped, of, max_length
+            "%d of %s left out: their prompt alone reaches `max_length` %s", counts.dropped, of, max_length
         )
     if counts.cut:
         logger.warning(
-            "%d of %s cut at --max_length %s, their end is not trained on", counts.cut, of, max_length
+            "%d of %s cut at `max_length` %s, their end is not trained on", counts.cut, of, max_length
         )

@@ -1,4 +1,4 @@
-"""How fast a run is and how much memory it holds."""
+"""Speed and peak memory of a run."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ class Throughput:
         self._tokens, self._seconds, self._steps = 0, 0.0, 0
 
     def begin_step(self) -> None:
-        """The first micro-batch of an optimizer step is about to run."""
+        """Begin to time an optimizer step, before its first micro-batch."""
         self._started = time.perf_counter()
 
     def end_step(self) -> None:
-        """The optimizer has stepped."""
+        """End an optimizer step."""
         if self._started:  # a resumed run may repeat what comes after a step, without the step
             self._seconds += time.perf_counter() - self._started
             self._steps += 1
 
     def count(self, tokens: int) -> None:
-        """So many real tokens are trained on."""
+        """Add `tokens` real tokens that are trained on."""
         self._tokens += tokens
 
     @contextmanager
     def micro_batch(self, size: int, model: nn.Module, optimizer: Any) -> Iterator[None]:
-        """Forward and backward of a micro-batch of `size` tokens, padding included (0 if not known)."""
+        """Measure forward and backward inside, of `size` tokens with their padding (0 if not known)."""
         if self._on_gpu or (self._counted >= COUNTED_ALWAYS and size <= self._largest):
             yield
             return
@@ -66,7 +66,7 @@ class Throughput:
             self.peak = tracker.peak
 
     def report(self) -> dict[str, float]:
-        """Speed of the optimizer steps since the last report, and the run's peak so far."""
+        """Return the speed of the optimizer steps since the last report, and the run's peak so far."""
         seconds, steps = max(self._seconds, 1e-9), max(self._steps, 1)
         peak = torch.cuda.max_memory_allocated() if self.peak is None else self.peak.total
         figures = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lopt.models import template_check
-from lopt.models.template_check import _tried
+from lopt.models import chat_template
+from lopt.models.chat_template import _problem
 
 HONEST = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
@@ -25,10 +25,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("template", HONEST)
 def test_honest(template: str) -> None:
-    assert _tried(template, '{"eos_token": "<eos>"}') is None
+    assert _problem(template, '{"eos_token": "<eos>"}') is None
 
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_hostile(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_check, "SECONDS", 1)
-    assert HOSTILE[template] in str(_tried(template, "{}"))
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
+    assert HOSTILE[template] in str(_problem(template, "{}"))

@@ -20,11 +20,11 @@ from conftest import save_tiny
 from lopt import load_model
 from lopt.cli.eval import labels
 from lopt.cli.main import main
-from lopt.data import load_rows
+from lopt.data.load import load_rows
 from lopt.evaluation.compare.study import _slug
 from lopt.evaluation.store import file_name
 from lopt.models.load import load_tokenizer
-from lopt.models.trust import UntrustedError
+from lopt.models.untrusted import UntrustedError
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
 CODE = """
@@ -163,7 +163,7 @@ MODELS = {
     "pickle": (pickled, "pytorch_model.bin, a pickle", WITHOUT_WEIGHTS),
     "shards elsewhere": (shards_elsewhere, "'../good/model.safetensors'", WITHOUT_WEIGHTS),
     "link": (link, "tokenizer_config.json is a link out of that folder", ()),
-    "kernel": (kernel, "--attn_implementation sdpa", WITHOUT_WEIGHTS),
+    "kernel": (kernel, "someone/fast-attention in its config.json, code from the hub", WITHOUT_WEIGHTS),
 }
 
 
@@ -358,7 +358,7 @@ def test_a_chat_template_reaches_nothing(
 def test_a_chat_template_without_an_end_is_refused(
     world: World, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lopt.models.template_check.SECONDS", 1)
+    monkeypatch.setattr("lopt.models.chat_template.CPU_SECONDS", 1)
     folder = endless(world)
     for name in ("sft", "eval"):
         assert world.run(name, folder) == 2
@@ -412,5 +412,5 @@ def test_a_data_sets_card_cannot_name_files_elsewhere(tmp_path: Path) -> None:
             f"---\nconfigs:\n- config_name: default\n  data_files: {name}\n---\n"
         )
         for streaming in (False, True):
-            with pytest.raises(ValueError, match="--dataset_name"):
+            with pytest.raises(ValueError, match="`dataset_name`"):
                 list(load_rows(dataset_name=str(folder), streaming=streaming))

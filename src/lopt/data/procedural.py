@@ -1,7 +1,7 @@
 """Procedural tasks: arithmetic problems made on the spot, checked exactly, in any number.
 
-The generators are reasoning-gym's (`pip install lopt[demo]`). Prompts use the plain question
-template of `lopt.data.formats`, so rows `{question, answer: solution}` train on the same text.
+The generators are reasoning-gym's (`pip install lopt[demo]`). Prompts use the plain question template, so
+rows `{question, answer: solution}` train on the same text.
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from lopt.data.formats import question_prompt
-
-MARK = "####"
-"""What stands before the final answer, as in GSM8K."""
+from lopt.data.templates import question_prompt
+from lopt.rewards.answers import MARK, answer_is
+from lopt.validation import check_choice, check_number
 
 # Not every small tokenizer knows these signs; the currency signs have no plain equivalent.
 _PLAIN_SIGNS = str.maketrans({"×": "*", "÷": "/", "•": "-"})
-
-
-_ENDS = "." + "".join(filter(str.isspace, map(chr, range(0x3001))))
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ _OPTIONS: dict[str, dict[str, int]] = {
 
 
 def running_sums(expression: str) -> str:
-    """The chain of thought of a sum: "4 - 1 - 7" gives "4 - 1 = 3\\n3 - 7 = -4".
+    """Return the chain of thought of a sum: "4 - 1 - 7" gives "4 - 1 = 3\\n3 - 7 = -4".
 
     Raises:
         ValueError: `expression` is not whole numbers joined by ` + ` and ` - `.
@@ -79,90 +74,53 @@ def running_sums(expression: str) -> str:
 def make_task(name: str, size: int, seed: int) -> list[Problem]:
     """Make `size` problems of the task `name`, no question twice.
 
-    The same arguments give the same problems, and a larger `size` the same ones first. Each seed
-    gives problems of its own; use `train_and_held_out` where not one may be shared by chance.
+    The same arguments give the same problems, and a larger `size` the same ones first. Each seed gives
+    problems of its own; use `train_and_held_out` if not even one may be shared by chance.
 
     Raises:
-        ValueError: `name` is not in `TASKS`, `size` is negative, or the generator has not enough
-            different questions.
+        ValueError: `name` is not in `TASKS`, `size` is below 0, or the generator has not enough different
+            questions.
         ImportError: reasoning-gym is not installed.
     """
-    if name not in TASKS:
-        raise ValueError(f"--task must be one of {', '.join(TASKS)}, not {name}")
-    if size < 0:
-        raise ValueError(f"the number of problems must not be negative, not {size}")
+    check_choice("task", name, TASKS)
+    check_number("size", size, minimum=0)
     problems: dict[str, Problem] = {}
     for item in _items(name, 4 * size + 100, seed) if size else ():
         problem = TASKS[name](item)
         problems.setdefault(problem.question, problem)
         if len(problems) == size:
-            return list(problems.values())
-    if size:
+            break
+    if len(problems) < size:
         raise ValueError(f"{name} gave only {len(problems)} different questions: ask for fewer")
-    return []
+    return list(problems.values())
 
 
 def train_and_held_out(
     name: str, train_size: int, held_out_size: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Problems to train on and problems to test on, with no question in common.
+    """Return problems to train on and problems to test on, with no question in common.
 
-    The held-out problems depend on `held_out_size` and `seed` alone, so runs that train on
-    different amounts are tested on the same problems. Raises as `make_task`.
+    The held-out problems depend on `held_out_size` and `seed` alone, so runs that train on different amounts
+    are tested on the same problems. Raises as `make_task` does.
     """
-    if min(train_size, held_out_size) < 0:
-        raise ValueError(f"sizes must not be negative, not {train_size} and {held_out_size}")
+    check_number("train_size", train_size, minimum=0)
+    check_number("held_out_size", held_out_size, minimum=0)
     problems = make_task(name, train_size + held_out_size, seed)
     return problems[held_out_size:], problems[:held_out_size]
 
 
 def prompt(problem: Problem) -> str:
-    """The plain prompt: "Question: {question}\\nAnswer:"."""
+    """Return the plain prompt: "Question: {question}\\nAnswer:"."""
     return question_prompt(problem.question)
 
 
-def extract_answer(text: str) -> str | None:
-    """What follows the first `####` on its line, without commas and final periods.
-
-    None where there is no `####` or nothing follows it.
-    """
-    _, mark, rest = text.partition(MARK)
-    if not mark:
-        return None
-    # All of them, so that an answer found once is found again.
-    answer = rest.partition("\n")[0].replace(",", "").strip().rstrip(_ENDS)
-    return answer or None
-
-
 def is_correct(text: str, problem: Problem) -> bool:
-    """Whether the answer in `text` equals the problem's: as numbers where both are, else as text.
-
-    "36.0" is therefore right where the answer is "36".
-    """
+    """Return whether `text` has the problem's answer after its first `####`: see `answer_is`."""
     return answer_is(text, problem.answer)
 
 
-def answer_is(text: str, wanted: str) -> bool:
-    """`is_correct` for an answer without its problem."""
-    answer = extract_answer(text)
-    if answer is None:
-        return False
-    left, right = _number(answer), _number(wanted)
-    if left is None or right is None:
-        return answer == wanted
-    return left == right
-
-
-def _number(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text)
-    except InvalidOperation:
-        return None
-    return number if number.is_finite() else None
-
-
 def _items(name: str, size: int, seed: int) -> Any:
-    """A lazy reasoning-gym data set of `size` items."""
+    """Return a reasoning-gym data set of `size` items, which are made when they are read."""
     try:
         import reasoning_gym
     except ImportError as error:

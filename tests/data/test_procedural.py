@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopt.data import (
+from lopt.data.procedural import (
     TASKS,
     Problem,
-    extract_answer,
     is_correct,
     make_task,
     prompt,
+    running_sums,
     train_and_held_out,
 )
-from lopt.data.tasks import running_sums
+from lopt.rewards.answers import extract_answer
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +72,11 @@ def test_held_out_questions_are_never_trained_on(name):
 
 
 def test_bad_requests():
-    with pytest.raises(ValueError, match="--task must be one of gsm_symbolic, chain_sum"):
+    with pytest.raises(ValueError, match="`task` must be one of gsm_symbolic, chain_sum"):
         make_task("knitting", 1, 0)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match=r"`size` must be >= 0 \(got -1\)"):
         make_task("chain_sum", -1, 0)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match=r"`train_size` must be >= 0 \(got -1\)"):
         train_and_held_out("chain_sum", -1, 5, 0)
 
 

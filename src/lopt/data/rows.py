@@ -1,0 +1,147 @@
+"""Rows to examples: what a row's columns may hold, and the conversion of a whole data set.
+
+Everything a row must not hold is a ValueError that names the row and the column. Functions on the value of
+one column name the column; `convert_rows` adds the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from lopt.data.templates import Message, message
+
+SOURCE = "`train_file`/`dataset_name`"
+"""Arguments that name rows, for messages."""
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+"""Type of a column that holds conversations."""
+
+Example = dict[str, Any]
+Convert = Callable[[dict[str, Any]], Example | None]
+"""From a row to an example, or None to drop the row."""
+
+
+def column_names(rows: Dataset | IterableDataset) -> list[str]:
+    """Return the names of the columns; those of the first row if a stream does not state them."""
+    return list(rows.column_names or next(iter(rows), {}))
+
+
+def convert_rows(
+    rows: Dataset | IterableDataset,
+    columns: list[str],
+    convert: Convert,
+    features: Features,
+    description: str,
+) -> Dataset | IterableDataset:
+    """Return the examples that `convert` makes of the `columns` of `rows`, with the columns `features`.
+
+    A stream is converted when its rows are needed.
+
+    Raises:
+        ValueError: from `convert`, with the row's number (from 0). The number is a row's place in the data
+            set, or in the order of the stream; since that is not the order of the file, the message then
+            quotes the beginning of the row.
+    """
+    streamed = isinstance(rows, IterableDataset)
+    options: dict[str, Any] = dict(
+        batched=True,
+        with_indices=True,
+        fn_kwargs={"convert": convert, "names": list(features), "quote": streamed},
+        remove_columns=columns,
+        features=features,  # not inferred: a batch with every row dropped would give columns of type null
+    )
+    if not streamed:
+        # The cache is keyed by the function's name, so it would outlive a change of templates.
+        options |= {"load_from_cache_file": False, "desc": description}
+    return rows.select_columns(columns).map(_convert_batch, **options)
+
+
+def _convert_batch(
+    batch: Mapping[str, list[Any]], indices: list[int], *, convert: Convert, names: list[str], quote: bool
+) -> dict[str, list[Any]]:
+    made: dict[str, list[Any]] = {name: [] for name in names}
+    for position, index in enumerate(indices):
+        row = {name: values[position] for name, values in batch.items()}
+        try:
+            example = convert(row)
+        except ValueError as error:
+            quoted = f"; in the order of the stream, it starts with {repr(row)[:100]}" if quote else ""
+            raise ValueError(f"{SOURCE}: row {index} (from 0), {error}{quoted}") from error
+        if example is not None:
+            for name in names:
+                made[name].append(example[name])
+    return made
+
+
+def as_messages(value: Any, column: str) -> list[Message]:
+    """Return `value` as messages of role and content alone; the content None of an assistant becomes "".
+
+    Raises:
+        ValueError: `value` is not a list of messages, or one has no role, no text, or is an empty user
+            message.
+    """
+    if not isinstance(value, list) or not value:
+        raise column_error(column, "must be a non-empty list of {role, content} messages")
+    found = []
+    for turn in value:
+        role = turn.get("role") if isinstance(turn, Mapping) else None
+        if not isinstance(role, str) or not role:
+            raise column_error(column, "has a message without a role: give {role, content}")
+        content = turn.get("content")
+        if content is None and role == "assistant":
+            content = ""
+        if not isinstance(content, str):
+            raise column_error(column, f"has a {role} message whose content is not text")
+        if role == "user" and not content.strip():
+            raise column_error(column, "has an empty user message: fill it or remove the row")
+        found.append(message(role, content))
+    return found
+
+
+def last_assistant(messages: list[Message], column: str) -> int:
+    """Return the position of the last assistant message.
+
+    Raises:
+        ValueError: there is none, or no message before it.
+    """
+    roles = [turn["role"] for turn in messages]
+    if "assistant" not in roles:
+        raise column_error(column, f"has no assistant message (roles: {', '.join(roles)})")
+    position = len(roles) - 1 - roles[::-1].index("assistant")
+    if position == 0:
+        raise column_error(column, "has no message before its assistant message")
+    return position
+
+
+def prompt_text(value: Any, column: str) -> str:
+    """Return `value`, which must be text that is not blank."""
+    if not isinstance(value, str):
+        raise column_error(column, f"must be text, not {type(value).__name__}")
+    if not value.strip():
+        raise column_error(column, "is empty: fill it or remove the row")
+    return value
+
+
+def answer_text(value: Any, column: str) -> str:
+    """Return `value` as text: None as "", a number as it is written (2.0, as Arrow may store 2, as "2").
+
+    Raises:
+        ValueError: `value` is neither of these and not text.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise column_error(column, f"must be text or a number, not {type(value).__name__}")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
+
+
+def column_error(column: str, problem: str) -> ValueError:
+    """Return the error to raise for a row whose `column` is not as it should be."""
+    return ValueError(f"column `{column}`, {problem}")

@@ -1,0 +1,56 @@
+"""Events of a trainer's loop that its parts have to know of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from lopt.core.attach import LoPT
+from lopt.trainers.heads import warm_up_heads
+
+
+class LoopEvents(TrainerCallback):
+    """Tells the parts of a `LoPTMixin` trainer what its loop is about to do, or has done."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warm up the heads; a resumed run has warm ones."""
+        self._trainer.stops.begin_training()
+        lopt: LoPT = self._trainer.lopt
+        if lopt.heads and lopt.config.head_warmup_steps and state.global_step == 0:
+            warm_up_heads(self._trainer)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the random state that the epoch's order is drawn with."""
+        self._trainer.stops.begin_epoch()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decide whether earlier blocks learn in this optimizer step."""
+        lopt: LoPT = self._trainer.lopt
+        lopt.learns_locally = state.global_step % lopt.config.local_every == 0
+        self._trainer.throughput.begin_step()
+        self._trainer.guard.begin_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that the optimizer is about to step."""
+        self._trainer.guard.phase = "optimizer"
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Free the heads' gradients, which the loop does not know."""
+        self._trainer.lopt.heads.zero_grad()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the optimizer step in every part."""
+        trainer = self._trainer
+        if trainer.block_major is not None:
+            trainer.block_major.end_step()
+        trainer.throughput.end_step()
+        trainer.stops.begin_following("step")
+        trainer.guard.end_step()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that the evaluation of an epoch may follow."""
+        self._trainer.stops.begin_following("epoch")

@@ -1,0 +1,76 @@
+"""Reconstruction heads in a trainer's run: their warm-up and their part of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+
+from lopt.core.attach import LoPT
+
+HEADS_NAME = "reconstruction_heads.safetensors"
+
+
+def warm_up_batches(trainer: Any, batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader:
+    """Return a loader of training rows in an order of their own, the same on all ranks."""
+    return DataLoader(
+        trainer.train_dataset,
+        batch_size=batch_size,
+        shuffle=not isinstance(trainer.train_dataset, IterableDataset),
+        generator=torch.Generator().manual_seed(trainer.args.seed),
+        collate_fn=collate,
+    )
+
+
+def warm_up_heads(trainer: Any) -> None:
+    """Let the heads learn, with a progress bar; what they reached is in `head_warmup_history`.
+
+    Raises:
+        NonFiniteError: a local loss is not finite.
+    """
+    lopt, first = trainer.lopt, trainer.is_world_process_zero()
+    hidden = trainer.args.disable_tqdm or not first
+    steps = lopt.config.head_warmup_steps
+    with tqdm(total=steps, desc="Head warm-up", unit="step", disable=hidden) as bar:
+
+        def show(step: int, losses: list[float]) -> None:
+            bar.update()
+            bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses))
+            trainer.guard.check_warm_up(step, losses)
+
+        autocast = trainer.compute_loss_context_manager()
+        with torch.random.fork_rng(), autocast, trainer.guard.during("head warm-up"):
+            history = lopt.warm_up_heads(trainer.head_warm_up_batches(), progress=show)
+    if trainer.reduction is not None:
+        trainer.reduction.broadcast_heads()
+    trainer.head_warmup_history = history
+    if trainer.guard.monitor is not None:
+        trainer.guard.monitor.start(lopt.learning, history)
+    ends = [
+        f"block {block + 1}: {before:.3g} → {after:.3g}"
+        for block, before, after in zip(lopt.learning, history[0], history[-1], strict=True)
+    ]
+    if first:
+        tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
+
+
+def save_heads(lopt: LoPT, folder: Path) -> None:
+    """Write the weights of the heads into a checkpoint."""
+    safetensors.torch.save_file(lopt.heads.state_dict(), folder / HEADS_NAME)
+
+
+def load_heads(lopt: LoPT, folder: Path) -> None:
+    """Read what `save_heads` wrote.
+
+    Raises:
+        ValueError: the checkpoint has no heads.
+    """
+    path = folder / HEADS_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with `method` lopt")
+    lopt.heads.load_state_dict(safetensors.torch.load_file(path))

@@ -1,0 +1,31 @@
+"""Text files are whole or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lopt import files
+from lopt.files import write_text
+
+
+def test_text_is_utf8_with_unix_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "page.html"
+    write_text(path, "λ\nline\n")
+    assert path.read_bytes() == "λ\nline\n".encode()
+    write_text(path, "shorter")
+    assert path.read_text() == "shorter" and [p.name for p in path.parent.iterdir()] == ["page.html"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "run.json"
+    write_text(path, "old")
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
