@@ -249,6 +249,7 @@ def test_a_peft_model_trains_its_adapters_locally() -> None:
 def test_head_warm_up_learns_and_touches_nothing_else(aux_loss: str) -> None:
     model, batches = tiny("llama"), [batch_of([9, 5], seed=s) for s in range(3)]
     handle = attach(model, LoPTConfig(num_blocks=3, aux_loss=aux_loss))
+    model.enable_input_require_grads()  # as trainers do for gradient checkpointing
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     history = handle.warm_up_heads(batches, steps=40, learning_rate=1e-2)

@@ -70,7 +70,8 @@ def boundary_states(handle: LoPT, batch: Mapping[str, Any]) -> tuple[list[tuple[
     block_input: list[Tensor] = []
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        block_input[:] = [args[0] if args else kwargs["hidden_states"]]
+        # Detached, since `enable_input_require_grads` marks embeddings even where gradients are off.
+        block_input[:] = [(args[0] if args else kwargs["hidden_states"]).detach()]
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
