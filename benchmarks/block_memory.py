@@ -26,10 +26,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lopt import LoPTConfig, attach
 from lopt.engine.block_major import BlockMajor
+from lopt.engine.clipping import clip_block, clip_gradients
 from lopt.engine.offload import Offload
-from lopt.engine.optimizer import BlockOptimizer, Precision, clip_block, clip_gradients
+from lopt.engine.optimizer import BlockOptimizer, Precision
 from lopt.instruments.memory import MemoryPeak, MemoryTracker
-from lopt.planning import shapes
+from lopt.models import shapes
 from small_model import flags, keep
 
 SHAPES = shapes.SHAPES | {
@@ -63,13 +64,13 @@ class Loop:
         self.handle = attach(self.model, method)
         self.offload = None
         if s["offload"] != "none":
-            ahead = int(s.get("prefetch", 2.0) * 2**30)
-            self.offload = Offload(self.handle, torch.device(device), ahead, s["offload"] == "block")
+            budget = int(s.get("prefetch", 2.0) * 2**30)
+            self.offload = Offload(self.handle, torch.device(device), budget, s["offload"] == "block")
         self.optimizer = BlockOptimizer(
             self.handle.parameter_groups(1e-5),
             lambda groups: torch.optim.AdamW(groups, fused=True),
             precision=Precision(state_dtype=s.get("state", torch.float32)),
-            conveyor=self.offload and self.offload.conveyor,
+            transfer=self.offload and self.offload.transfer,
         )
         if self.offload is not None:
             self.offload.optimizer = self.optimizer

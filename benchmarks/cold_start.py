@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from lopt import LoPT, LoPTConfig, attach
-from lopt.engine.optimizer import clip_gradients
+from lopt.engine.clipping import clip_gradients
 from lopt.reports.plots import line_plot, standalone
 from small_model import flags, keep
 

@@ -45,7 +45,7 @@ from lopt import LoPT, LoPTConfig
 from lopt.core.blocks import Block
 from lopt.core.boundaries import BoundaryReached
 from lopt.core.objective import ReconstructionHead, Rows, channel_rms, reconstruction_loss
-from lopt.engine.optimizer import clip_gradients
+from lopt.engine.clipping import clip_gradients
 from small_model import keep
 
 TEXTS = ("gsm8k", "arc", "hellaswag")

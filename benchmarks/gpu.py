@@ -25,7 +25,8 @@ from transformers import AutoConfig
 
 from block_memory import BF16, SHAPES, Loop, block_major
 from lopt.instruments.memory import MemoryTracker
-from lopt.planning.plan import Planner, Run, Setting
+from lopt.planning.plan import Planner
+from lopt.planning.run import Run, Setting
 from small_model import flags, keep
 
 TINY: dict[str, Any] = dict(
@@ -109,7 +110,7 @@ def measured(
             loop.step(*whole)
         peak = tracker.peak.total
     if loop.offload is not None:
-        loop.offload.conveyor.close()
+        loop.offload.transfer.close()
     tokens = micro_batches * args.batch * args.tokens
     return {"seconds": times, "tokens/s": tokens / statistics.median(times), "peak GiB": peak / 2**30}
 

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopt import LoPTConfig, attach
 from lopt.engine.block_major import BlockMajor
+from lopt.engine.clipping import clip_block, clip_gradients
 from lopt.engine.offload import Offload
-from lopt.engine.optimizer import PART_BYTES, BlockOptimizer, clip_block, clip_gradients
+from lopt.engine.optimizer import PART_BYTES, BlockOptimizer
 from lopt.instruments.memory import peak_memory
 from small_model import flags, keep
 
@@ -76,19 +77,19 @@ def make_accumulated(vocabulary: int, k: int, offload: str | None, args: argpars
     handle = attach(model, LoPTConfig(num_blocks=k))
     handle.loss_scale = 1 / ACCUMULATION
     device = torch.device(args.device)
-    travels = (
+    offloaded = (
         Offload(handle, device, PREFETCH, offload == "block") if offload in ("optimizer", "block") else None
     )
     optimizer = BlockOptimizer(
         handle.parameter_groups(1e-4),
         lambda groups: torch.optim.AdamW(groups, fused=True),
         part_bytes=PART_BYTES,
-        conveyor=travels and travels.conveyor,
+        transfer=offloaded and offloaded.transfer,
     )
-    if travels is not None:
-        travels.optimizer = optimizer
+    if offloaded is not None:
+        offloaded.optimizer = optimizer
     ids = torch.randint(0, vocabulary, (ACCUMULATION, args.batch, args.tokens), device=args.device)
-    schedule = BlockMajor(handle, travels) if offload else None
+    schedule = BlockMajor(handle, offloaded) if offload else None
 
     def loss(slot: int) -> torch.Tensor:
         logits = model(input_ids=ids[slot], use_cache=False).logits[:, :-1].flatten(0, 1)

@@ -32,6 +32,7 @@ from kill import weights
 
 import lopt.cli.grpo
 import lopt.cli.sft
+import lopt.trainers.events
 from lopt.cli.main import main as lopt_main
 from lopt.evaluation.retention_callback import RetentionCallback
 from lopt.reliability.checkpoint import checkpoints, damage
@@ -53,7 +54,7 @@ GRPO = "--task gsm8k --num_generations 2 --max_completion_length 12 --num_iterat
 PHASES: dict[str, tuple[str, Any, str]] = {
     "data": ("sft", lopt.cli.sft, "sft_rows"),
     "tokenizing": ("sft", LoPTSFTTrainer, "_prepare_dataset"),
-    "head warm-up": ("sft", LoPTSFTTrainer, "warm_up_heads"),
+    "head warm-up": ("sft", lopt.trainers.events, "warm_up_heads"),
     "training": ("sft", LoPTSFTTrainer, "training_step"),
     "evaluation": ("sft", LoPTSFTTrainer, "evaluate"),
     "retention": ("sft", RetentionCallback, "_losses"),

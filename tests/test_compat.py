@@ -25,7 +25,7 @@ ALLOWED: dict[str, str] = {
     "_get_layout": "models/pickles.py: a name that pickles of checkpoints may hold, never called",
 }
 """Private names that may be used anywhere, each with a reason."""
-PENDING = ("core/", "engine/", "instruments/", "planning/")
+PENDING = ("core/",)
 """Rooms whose names are yet to be routed."""
 
 

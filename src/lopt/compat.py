@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from traceback import walk_tb
 from typing import Any
@@ -60,6 +60,26 @@ NAMES: dict[str, str] = {
     "trl.kernels.chunked_logprob:_backward_tile": "The same for its backward.",
     "trl.kernels.chunked_logprob:_addmm_fp32": "The same for its sum of products.",
     # -- torch -----------------------------------------------------------------------------------------------
+    "torch.utils._python_dispatch:TorchDispatchMode": (
+        "Sees every operator. Without it neither live bytes nor FLOPs can be counted."
+    ),
+    "torch._subclasses.fake_tensor:FakeTensorMode": (
+        "Tensors with shapes and no memory. Without them nothing can be planned."
+    ),
+    "torch:Tensor._post_accumulate_grad_hooks": (
+        "The order of these hooks. Without it a gradient that an optimizer uses up in one of them counts as "
+        "an activation."
+    ),
+    "torch:UntypedStorage.resize_": (
+        "Public, but replaced while live bytes are counted: FSDP frees weights by it, and no operator shows "
+        "it. Without that, what FSDP has freed counts until its tensor is used again."
+    ),
+    "torch:Tensor._indices": "With `_values`, the parts of a sparse gradient. It counts by them.",
+    "torch:Tensor._values": "See `_indices`.",
+    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": (
+        "Attention on a CPU. Without its name it counts no FLOPs."
+    ),
+    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "The same for its backward.",
     "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
         "Keeps earlier blocks out of DDP, whose reducer starts to listen after their backward is over. "
         "Without it DDP waits for gradients that never come."
@@ -168,14 +188,20 @@ def masks_by_shape(batch: int) -> Iterator[None]:
     """Let transformers decide on attention masks without looking at values, which fake tensors do not have.
 
     Args:
-        batch: rows of a micro-batch. They count as padded and not packed; a single row is never padded.
+        batch: rows of a micro-batch. They count as padded and not packed; a single row is never padded, but
+            it needs a mask where it is longer than the layer's window.
     """
     from transformers import masking_utils
+
+    def needs_no_mask(
+        mask: Any, rows: int, columns: int, *_: Any, local_attention_size: int | None = None, **__: Any
+    ) -> bool:
+        return batch == 1 and (local_attention_size is None or columns < local_attention_size)
 
     with replaced(
         masking_utils,
         find_packed_sequence_indices=lambda position_ids: None,
-        _ignore_causal_mask_sdpa=lambda *_, **__: batch == 1,
+        _ignore_causal_mask_sdpa=needs_no_mask,
     ):
         yield
 
@@ -242,6 +268,68 @@ def fused_head_as_on_a_gpu(product: Callable[..., None]) -> Iterator[None]:
 
 
 # -- torch -----------------------------------------------------------------------------------------------
+
+
+def operator_hook(handle: Callable[[Any, Any, Any, dict[str, Any]], Any]) -> AbstractContextManager[Any]:
+    """Return a context in which every operator runs as `handle(operator, types, args, kwargs)`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OperatorHook(TorchDispatchMode):
+        supports_higher_order_operators = True
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return handle(func, types, args, kwargs or {})
+
+    return OperatorHook()
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Return a context in which new tensors have shapes and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def hook_gradient_first(parameter: Any, hook: Callable[[Any], None]) -> Any:
+    """Register a post-accumulate-grad hook that runs before those that are there; returns its handle."""
+    hooks = parameter._post_accumulate_grad_hooks or {}
+    others = dict(hooks)
+    hooks.clear()  # move_to_end would not do: PyTorch reads the plain dict below the OrderedDict
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+    parameter._post_accumulate_grad_hooks.update(others)
+    return handle
+
+
+def watch_storage_resize(notify: Callable[[Any], None]) -> Callable[[], None]:
+    """Call `notify(storage)` after every `UntypedStorage.resize_` of the process, until the undo is called.
+
+    Returns:
+        The undo.
+    """
+    import torch
+
+    original = torch.UntypedStorage.resize_
+
+    def resize_(storage: Any, size: int) -> Any:
+        result = original(storage, size)
+        notify(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment, method-assign]
+    return lambda: setattr(torch.UntypedStorage, "resize_", original)
+
+
+def sparse_parts(tensor: Any) -> tuple[Any, Any]:
+    """Return the indices and values of a COO tensor, which may be uncoalesced."""
+    return tensor._indices(), tensor._values()
+
+
+def cpu_attention_operators() -> tuple[Any, Any]:
+    """Return the operators of attention on a CPU, forward and backward."""
+    import torch
+
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    return getattr(torch.ops.aten, name), getattr(torch.ops.aten, f"{name}_backward")
 
 
 def leave_out_of_ddp(model: Any, names: list[str]) -> None:

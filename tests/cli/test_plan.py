@@ -15,9 +15,10 @@ from transformers import LlamaConfig
 from lopt.cli.arguments import PlanArguments
 from lopt.cli.main import main
 from lopt.cli.plan import command, size_in_bytes
-from lopt.planning.plan import RESERVE, Planner, Run, Setting
-from lopt.planning.search import fit
-from lopt.planning.shapes import model_config
+from lopt.models.shapes import model_config
+from lopt.planning.plan import RESERVE, Planner
+from lopt.planning.run import Run, Setting
+from lopt.planning.search import search
 
 GIB = 2**30
 
@@ -80,7 +81,7 @@ def test_fit_takes_the_fastest_that_fits(folder: str) -> None:
     planner = Planner(Run(config, tokens=128, dtype=torch.float32, autocast=False, device="cpu"))
 
     def proposed(limit: int, bandwidth: float = 25) -> tuple[str, dict[str, str]]:
-        plan = fit(planner, [2, 3], limit, tflops=100, bandwidth=bandwidth)
+        plan = search(planner, [2, 3], limit, tflops=100, bandwidth=bandwidth)
         assert plan.total <= limit
         return str(plan.setting), flags_of(command(plan, args, plan.peak.transfers))
 
@@ -93,14 +94,14 @@ def test_fit_takes_the_fastest_that_fits(folder: str) -> None:
     name, flags = proposed(total(staged))
     assert name == "k=3, block-major" and flags["--schedule"] == "block_major" and "--offload" not in flags
     assert flags["--num_blocks"] == "3" and flags["--use_cpu"] == "True" and flags["--max_length"] == "128"
-    with pytest.raises(ValueError, match=r"nothing fits into .* The smallest is k=.*--per_device_train"):
+    with pytest.raises(ValueError, match=r"nothing fits into .* The smallest is k=.*`per_device_train"):
         proposed(1000)
     on_gpu = Planner(replace(planner.run, device="cuda"))
     limit = on_gpu.plan(Setting(num_blocks=2)).total + RESERVE
-    assert str(fit(on_gpu, [2], limit, 100, 25).setting) == "k=2"
-    assert str(fit(on_gpu, [2], limit - 1, 100, 25).setting) != "k=2"
+    assert str(search(on_gpu, [2], limit, 100, 25).setting) == "k=2"
+    assert str(search(on_gpu, [2], limit - 1, 100, 25).setting) != "k=2"
     with pytest.raises(ValueError, match=r"1\.0 GiB is left for CUDA"):
-        fit(on_gpu, [2], RESERVE, 100, 25)
+        search(on_gpu, [2], RESERVE, 100, 25)
 
 
 def test_fit_of_a_large_model(capsys: pytest.CaptureFixture) -> None:
@@ -146,7 +147,7 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
         out = capsys.readouterr().out
         total = next(line for line in out.splitlines() if line.strip().startswith("total"))
         assert abs(float(total.partition("(")[2].partition("%")[0])) < 5
-    monkeypatch.setattr("lopt.planning.calibrate.machine_memory", lambda device: 10**6)
+    monkeypatch.setattr("lopt.cli.plan.machine_memory", lambda device: 10**6)
     assert plan(*flags) == 2
     assert "--calibrate would run k=3" in capsys.readouterr().err
 

@@ -13,8 +13,9 @@ from torch import nn
 from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
 from lopt.engine.block_major import BlockMajor
+from lopt.engine.clipping import clip_block
 from lopt.engine.offload import Offload
-from lopt.engine.optimizer import BlockOptimizer, clip_block
+from lopt.engine.optimizer import BlockOptimizer
 from lopt.instruments.memory import in_host_memory
 
 BATCHES = [batch_of([9, 5, 2]), batch_of([4], seed=1), batch_of([3, 11], side="left", seed=2)]
@@ -25,16 +26,16 @@ class Loop:
     """The block-major schedule in a plain loop."""
 
     def __init__(
-        self, model: nn.Module, offload: str, ahead: int = 4096, k: int = 3, **options: object
+        self, model: nn.Module, offload: str, budget: int = 4096, k: int = 3, **options: object
     ) -> None:
         self.model = model
         self.handle = attach(model, LoPTConfig(num_blocks=k))
-        self.offload = Offload(self.handle, CPU, ahead, offload == "block") if offload != "none" else None
+        self.offload = Offload(self.handle, CPU, budget, offload == "block") if offload != "none" else None
         self.optimizer = BlockOptimizer(
             self.handle.parameter_groups(1e-2, 1e-3),
             lambda groups: torch.optim.AdamW(groups, fused=True),
-            part_bytes=max(ahead // 8, 1),
-            conveyor=self.offload and self.offload.conveyor,
+            part_bytes=max(budget // 8, 1),
+            transfer=self.offload and self.offload.transfer,
         )
         if self.offload is not None:
             self.offload.optimizer = self.optimizer
@@ -65,9 +66,9 @@ class Loop:
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt2", "opt", "qwen2"])
-@pytest.mark.parametrize("ahead", [0, 20_000, 2**30])
-def test_values_do_not_depend_on_where_things_are(name: str, ahead: int) -> None:
-    loops = [Loop(tiny(name), offload, ahead) for offload in ("none", "optimizer", "block")]
+@pytest.mark.parametrize("budget", [0, 20_000, 2**30])
+def test_values_do_not_depend_on_where_things_are(name: str, budget: int) -> None:
+    loops = [Loop(tiny(name), offload, budget) for offload in ("none", "optimizer", "block")]
     for loop in loops[1:]:
         loop.handle.heads.load_state_dict(loops[0].handle.heads.state_dict())
     for step in range(3):
@@ -80,7 +81,7 @@ def test_values_do_not_depend_on_where_things_are(name: str, ahead: int) -> None
 
 
 def test_only_the_block_at_work_is_on_the_device() -> None:
-    loop = Loop(tiny("llama"), "block", ahead=0)
+    loop = Loop(tiny("llama"), "block", budget=0)
     small = {name for name in loop.on_device()}
     assert small == {"model.norm.weight"}
     for block in loop.handle.blocks:
@@ -108,8 +109,8 @@ def test_a_change_in_host_memory_is_seen(which: str, block: int) -> None:
     if which == "weight":
         parameter.data.mul_(1.5)
     else:
-        stand_in = loop.optimizer._stand_ins[parameter]
-        loop.optimizer.state[stand_in]["exp_avg"].mul_(-3)
+        proxy = loop.optimizer._proxies[parameter]
+        loop.optimizer.state[proxy]["exp_avg"].mul_(-3)
     before = parameter.detach().clone()
     losses = loop.step(), other.step()
     moved = parameter.detach() - before
@@ -140,10 +141,10 @@ def test_evaluation_brings_weights_in_and_the_next_step_takes_them_out() -> None
 
 
 def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(monkeypatch) -> None:
-    loop = Loop(tiny("llama"), "block", ahead=0)
+    loop = Loop(tiny("llama"), "block", budget=0)
     with torch.no_grad():
         expected = loop.model(**BATCHES[0]).logits
-    loop.offload.settle()
+    loop.offload.synchronize()
     monkeypatch.setattr("lopt.engine.offload.free_device_memory", lambda device: 0)
     most = []
     for layer in loop.handle.blocks.layers:

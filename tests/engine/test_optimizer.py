@@ -1,4 +1,4 @@
-"""Clipping by block, and the optimizer face: parts, bfloat16, state."""
+"""Clipping by block, and the block optimizer: parts, bfloat16, state."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ import torch
 
 from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
-from lopt.engine.optimizer import (
-    BlockOptimizer,
-    Precision,
-    clip_gradients,
-    parts,
-    round_stochastically,
-    state_bytes,
-)
+from lopt.engine.clipping import clip_gradients
+from lopt.engine.optimizer import BlockOptimizer, Precision, split_into_parts, state_bytes
+from lopt.engine.rounding import round_stochastically
 from lopt.instruments.memory import peak_memory
 
 
@@ -83,12 +78,12 @@ def test_parts_are_bounded_and_within_a_block() -> None:
     groups = handle.parameter_groups(1.0)
     whole = {id(p) for g in groups for p in g["params"]}
     owner = {id(p): g["block"] for g in groups for p in g["params"]}
-    made = parts(groups, 10_000)
+    made = split_into_parts(groups, 10_000)
     assert sorted(id(p) for part in made for p in part) == sorted(whole)
     for part in made:
         assert len({owner[id(p)] for p in part}) == 1
         assert len(part) == 1 or sum(p.nbytes for p in part) <= 10_000
-    assert len(parts(groups, 2**30)) == 2
+    assert len(split_into_parts(groups, 2**30)) == 2
 
 
 def test_rounding_keeps_the_average_and_the_representable(monkeypatch) -> None:
@@ -97,7 +92,7 @@ def test_rounding_keeps_the_average_and_the_representable(monkeypatch) -> None:
     round_stochastically(wide, narrow, torch.Generator().manual_seed(0))
     assert set(narrow.tolist()) == {1.0, 1.0 + 2**-7}
     assert narrow.float().mean().item() == pytest.approx(1.0 + 2**-10, abs=3 * 2**-7 * 0.33 / 200_000**0.5)
-    monkeypatch.setattr("lopt.engine.optimizer.ROUNDED_AT_ONCE", 300)
+    monkeypatch.setattr("lopt.engine.rounding.ROUNDED_AT_ONCE", 300)
     exact = torch.randn(125, 8).bfloat16().float()
     exact[0, :4] = torch.tensor([0.0, -0.0, float("inf"), -float("inf")])
     narrow = torch.empty(8, 125, dtype=torch.bfloat16).T

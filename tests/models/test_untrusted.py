@@ -21,8 +21,7 @@ from lopt import load_model
 from lopt.cli.eval import labels
 from lopt.cli.main import main
 from lopt.data.load import load_rows
-from lopt.evaluation.compare.study import _slug
-from lopt.evaluation.store import file_name
+from lopt.evaluation.names import file_name, hashed_file_name
 from lopt.models.load import load_tokenizer
 from lopt.models.untrusted import UntrustedError
 
@@ -316,7 +315,7 @@ def test_names_stay_in_their_folder(tmp_path: Path) -> None:
         "a" * 20 + "/" * 9,
         "\u202e/x",
     ):
-        for made in (file_name(name), _slug(name), *labels([f"org/{name.replace('/', '_')}"])):
+        for made in (file_name(name), hashed_file_name(name), *labels([f"org/{name.replace('/', '_')}"])):
             assert (tmp_path / f"finished/{made}.json").resolve().parent == tmp_path / "finished", name
             assert made not in ("", ".", "..") or made == file_name(name), name
         for command in (["sft", "--dataset_preset", name], ["data", "download", "--dataset", name]):

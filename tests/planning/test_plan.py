@@ -10,10 +10,14 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
+from lopt import LoPTSFTTrainer
 from lopt.instruments.memory import MemoryPeak
+from lopt.models.shapes import SHAPES, model_config
 from lopt.planning.calibrate import calibrate
-from lopt.planning.plan import Planner, Run, Setting
-from lopt.planning.shapes import SHAPES, Sizes, model_config
+from lopt.planning.plan import Planner
+from lopt.planning.run import Run, Setting
+from lopt.planning.sizes import Sizes
+from lopt.trainers.config import LoPTSFTConfig
 
 WIDTH = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, head_dim=32)
 CONFIGS = {
@@ -45,9 +49,13 @@ def planner(name: str, accumulation: int, dtype: torch.dtype, autocast: bool) ->
     return Planner(run, planner(name, 1, dtype, autocast))
 
 
+def measured(run: Run, setting: Setting) -> Any:
+    return calibrate(run, setting, LoPTSFTTrainer, LoPTSFTConfig)
+
+
 def compare(name: str, setting: Setting, accumulation: int, dtype: torch.dtype, autocast: bool) -> None:
     plan = planner(name, accumulation, dtype, autocast)
-    predicted, real = plan.plan(setting).peak, calibrate(plan.run, setting)
+    predicted, real = plan.plan(setting).peak, measured(plan.run, setting)
     assert isinstance(real, MemoryPeak)
     assert predicted.weights == real.parameters
     assert predicted.gradients == pytest.approx(real.gradients, rel=0.05)
@@ -92,7 +100,7 @@ def test_prediction_with_offload(case: str) -> None:
     options = {"dtype": torch.float32, "prefetch": 3 * 10**5} | options
     plan = Planner(Run(CONFIGS[name], 1, 16, 3, autocast=False, device="cpu", **options))
     setting = replace(STAGED, offload=offload, checkpointing=name == "gemma3")
-    predicted, real = plan.plan(setting), calibrate(plan.run, setting)
+    predicted, real = plan.plan(setting), measured(plan.run, setting)
     assert isinstance(real, MemoryPeak)
     assert predicted.total == pytest.approx(real.total, rel=0.03)
     assert predicted.host == pytest.approx(real.host, rel=0.03)
@@ -115,7 +123,7 @@ def test_prediction_with_frozen_blocks_and_next_token(case: str) -> None:
     rows = (1, 16, 3) if setting.offload != "none" else (2, 128, 2)
     options = options | dict(prefetch=3 * 10**5, device="cpu")
     cut = Planner(Run(CONFIGS[name], *rows, torch.float32, False, **options))
-    predicted, real = cut.plan(setting), calibrate(cut.run, setting)
+    predicted, real = cut.plan(setting), measured(cut.run, setting)
     assert isinstance(real, MemoryPeak)
     if setting.offload == "none":
         assert predicted.peak.weights == real.parameters
@@ -133,7 +141,7 @@ def test_every_micro_batch_stashes_a_boundary() -> None:
     for accumulation in (2, 8):
         plan = planner("llama", accumulation, torch.float32, False)
         predicted.append(plan.plan(STAGED).peak.total)
-        real.append(calibrate(plan.run, STAGED).total)
+        real.append(measured(plan.run, STAGED).total)
     assert predicted[1] - predicted[0] == pytest.approx(real[1] - real[0], rel=0.02)
 
 
@@ -144,7 +152,7 @@ def test_mixed_precision(setting: str) -> None:
 
 def test_bfloat16_and_frozen_and_one_row() -> None:
     one_row = Planner(Run(CONFIGS["gemma3"], 1, 128, 1, torch.float32, False, device="cpu"))
-    real = calibrate(one_row.run, Setting("e2e", 1))  # windows need a mask, full attention does not
+    real = measured(one_row.run, Setting("e2e", 1))  # windows need a mask, full attention does not
     assert one_row.plan(Setting("e2e", 1)).total == pytest.approx(real.total, rel=0.03)
     compare("llama", Setting(num_blocks=4), 2, torch.bfloat16, autocast=False)
     compare("llama", Setting("frozen", 2), 2, torch.float32, autocast=False)
@@ -216,7 +224,7 @@ def test_offloading_moves_bytes_to_the_host() -> None:
     assert none.total > optimizer.total > block.total and none.host == none.bus == 0
     assert 0 < optimizer.peak.transfers <= 10**5 and 0 < block.peak.transfers <= 10**5
     sizes = llama().sizes
-    head = sum(t.numel() for t in sizes.head_tensors)
+    head = sum(t.numel() for t in sizes.head)
     weights, heads, state = 4 * sizes.model, 12 * head, 8 * (sizes.model + 3 * head)
     assert optimizer.host == state and optimizer.bus == state
     stash = 4 * 2 * 128 * 128 * 4  # four micro-batches (B, T, H) in float32
@@ -250,11 +258,11 @@ def test_an_optimizer_that_needs_room_for_its_step() -> None:
 
 
 def test_what_cannot_be_planned() -> None:
-    with pytest.raises(ValueError, match=r"--optim lomo cannot be planned"):
+    with pytest.raises(ValueError, match=r"`optim` must be one of .* \(got lomo\)"):
         Planner(replace(llama().run, optimizer="lomo"))
-    with pytest.raises(ValueError, match=r"--schedule block_major"):
+    with pytest.raises(ValueError, match=r"`offload` must be none unless `schedule`"):
         llama().plan(Setting(offload="block"))
-    with pytest.raises(ValueError, match=r"--schedule block_major needs"):
+    with pytest.raises(ValueError, match=r"`schedule` must be eager unless `method`"):
         llama().plan(Setting("frozen", 2, "block_major"))
     with pytest.raises(ValueError, match=r"--num_blocks 11"):
         llama().plan(Setting(num_blocks=11))

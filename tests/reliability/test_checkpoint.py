@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, fault: str) -> None
     harm(newest)
     choice = choose(tmp_path)
     assert choice.path == good
-    assert choice.sentences()[0].startswith(f"checkpoint-10 is passed over: {sentence}")
+    assert choice.reasons()[0].startswith(f"checkpoint-10 is passed over: {sentence}")
 
 
 def test_a_clock_that_goes_backwards_does_not_matter(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lopt.rewards import answers
-from lopt.rewards.answers import TAIL, Number, final_number, last_boxed, only_number
+from lopt.rewards.answers import TAIL, Number, final_number, last_boxed, only_number, text_of
 
 WRITTEN = {
     "1234": [
@@ -145,3 +145,14 @@ def test_any_text(text):
     for found in (final_number(text), only_number(text)):
         assert found is None or isinstance(found.value, Fraction)
     assert last_boxed(text) is None or "\\boxed" in text or "\\fbox" in text
+
+
+def test_text_of():
+    tool = {"role": "tool", "content": "7"}
+    assert text_of("a") == "a" and text_of([]) == ""
+    assert text_of([{"role": "assistant", "content": "a"}, tool]) == "a"
+    assert text_of([tool, {"role": "assistant", "content": None}]) == ""
+    assert (
+        text_of([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]) == "a"
+    )
+    assert text_of([tool]) == "7"

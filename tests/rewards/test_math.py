@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lopt.rewards import math as math_module
-from lopt.rewards.math import MAX_LENGTH, same_math
+from lopt.rewards.answers import last_boxed
+from lopt.rewards.math import MAX_LENGTH, math_reward, same_math
 
 pytest.importorskip("math_verify", reason='needs math-verify: pip install "lopt[math]"')
 
@@ -90,3 +94,46 @@ def test_without_math_verify(monkeypatch):
     with pytest.raises(ImportError, match="math-verify"):
         same_math("5", "5.0")
     assert same_math("5", "5")  # equal text needs no library
+
+
+def score(completion, answer) -> float | None:
+    (value,) = math_reward(prompts=["q"], completions=[completion], answer=[answer], extra=[1])
+    return value
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.text(max_size=40) | st.text("\\{}^_$#&%abx0123456789+-*/=(),. ", max_size=20))
+def test_any_mathematics_scores_0_or_1(text):
+    assert score(text, "5") in (0, 1) and score(f"\\boxed{{{text}}}", "5") in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "wanted"),
+    [
+        (r"so $\boxed{\frac{3}{4}}$.", "0.75", 1),
+        (r"first \boxed{1}, then \boxed{\dfrac{3}{4}}", r"\frac{3}{4}", 1),
+        (r"first \boxed{\frac{3}{4}}, then \boxed{1}", r"\frac{3}{4}", 0),
+        (r"\boxed{\frac{3}{4}} hence \boxed{\frac{3}", r"\frac{3}{4}", 1),
+        (r"\boxed{\frac{3}", r"\frac{3}{4}", 0),
+        (r"the answer is $\frac{3}{4}$", r"\frac{3}{4}", 0),
+        (r"\boxed{5 \text{ or } 6}", "5", 0),
+        ("", "5", 0),
+    ],
+)
+def test_math_on_completions(completion, answer, wanted):
+    assert score(completion, answer) == wanted
+    assert score([{"role": "assistant", "content": completion}], answer) == wanted
+
+
+def test_math_solutions_are_right(shared_data):
+    lines = (shared_data / "math" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["solution"] for line in lines[::25]]
+    answers = [last_boxed(text) for text in texts]
+    assert None not in answers
+    assert math_reward(texts, texts, answers) == [1.0] * len(texts)
+    # Written differently, so that it is math-verify that decides: right in all 2,500 rows of the file.
+    boxes = [f"\\boxed{{\\displaystyle {answer} }}".replace("\\frac", "\\dfrac") for answer in answers]
+    assert math_reward(texts, boxes, answers) == [1.0] * len(texts)
+    others = [*answers[1:], answers[0]]
+    matches = math_reward(texts, texts, others)
+    assert sum(matches) == sum(a == b for a, b in zip(answers, others, strict=True))

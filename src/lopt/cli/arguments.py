@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lopt.core.config import LoPTConfig
+from lopt.data.presets import PRESETS, SHUFFLE_BUFFER
 from lopt.reliability.stop import seconds
 
-PRESETS = "metamathqa, alpaca, tulu3, gsm8k, numinamath"
 OPTIMIZERS = (
     "adamw_torch_fused, adamw_torch, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_torch_8bit, "
     "adamw_torch_4bit, lion_32bit, lion_8bit"
@@ -17,9 +17,9 @@ OPTIMIZERS = (
 BENCHMARKS = "mmlu, ifeval, arc_challenge, gsm8k, hellaswag, truthfulqa_mc, truthfulqa_gen, winogrande"
 
 
-def flag(default: Any, text: str, *aliases: str) -> Any:
-    """Return a dataclass field that HfArgumentParser reads: its default, its help, other names for it."""
-    metadata = {"help": text} | ({"aliases": list(aliases)} if aliases else {})
+def flag(default: Any, text: str, **options: Any) -> Any:
+    """Return a dataclass field that HfArgumentParser reads; `options` are aliases, or argparse's own."""
+    metadata = {"help": text, **options}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -41,7 +41,7 @@ class ModelArguments:
         "float32",
         "Dtype of the weights: float32, bfloat16 (half the memory; updates are rounded stochastically, or "
         "follow --master_weights) or auto.",
-        "--dtype",
+        aliases=["--dtype"],
     )
     attn_implementation: str | None = flag(None, "For example sdpa, eager, flash_attention_2.")
     lora_r: int = flag(16, "Rank of the adapters of --method lora.")
@@ -59,7 +59,7 @@ class DataArguments:
 
     train_file: list[str] | None = flag(None, "Local JSON, JSONL, Parquet or CSV: one or more files.")
     dataset_preset: str | None = flag(
-        None, f"A public data set: {PRESETS}. From the hub, or from a copy in --train_file."
+        None, f"A public data set: {', '.join(PRESETS)}. From the hub, or from a copy in --train_file."
     )
     dataset_name: str | None = flag(None, "A data set on the hub.")
     dataset_config: str | None = flag(None, "Its configuration, if it has several.")
@@ -73,7 +73,7 @@ class DataArguments:
         False, "Read rows when they are needed, for data larger than memory. Needs --max_steps."
     )
     shuffle_buffer: int = flag(
-        1_000, "With --streaming: the number of rows from which the next one is drawn at random."
+        SHUFFLE_BUFFER, "With --streaming: the number of rows from which the next one is drawn at random."
     )
     max_seq_length: int | None = flag(None, "Longest sequence in tokens; another name for --max_length.")
 
@@ -110,6 +110,8 @@ class RunArguments:
         None,
         "Resume from the newest whole checkpoint in --output_dir (or --resume auto), or from the checkpoint "
         "that is named.",
+        nargs="?",
+        const="auto",
     )
     overwrite_output_dir: bool = flag(
         False, "Start anew in a folder that holds a run; its checkpoints are removed."
@@ -221,7 +223,9 @@ class EvalArguments:
     apply_chat_template: bool = flag(False, "Put prompts into the tokenizer's chat template.")
     text_tokens: int = flag(8192, "Tokens of each --text that are measured.")
     text_window: int = flag(256, "Tokens that are read together.")
-    param_dtype: str = flag("float32", "Dtype of the weights: float32, bfloat16, float16 or auto.", "--dtype")
+    param_dtype: str = flag(
+        "float32", "Dtype of the weights: float32, bfloat16, float16 or auto.", aliases=["--dtype"]
+    )
     attn_implementation: str | None = flag(None, "For example sdpa, eager, flash_attention_2.")
     model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
@@ -258,7 +262,7 @@ class ProbeArguments:
         None, "Layers (from 0) at which blocks 2..k start; overrides --num_blocks."
     )
     param_dtype: str = flag(
-        "float32", "Dtype that the models are run in: float32, bfloat16, auto.", "--dtype"
+        "float32", "Dtype that the models are run in: float32, bfloat16, auto.", aliases=["--dtype"]
     )
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
     output_dir: str = flag("outputs/probe", "Folder for probe.json and report.html.")
@@ -286,7 +290,7 @@ class PlanArguments:
     )
     model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
-    param_dtype: str = flag("float32", "Dtype of the weights: float32 or bfloat16.", "--dtype")
+    param_dtype: str = flag("float32", "Dtype of the weights: float32 or bfloat16.", aliases=["--dtype"])
     state_dtype: str = flag("float32", "Dtype of the optimizer's state: float32 or bfloat16.")
     master_weights: bool = flag(False, "Float32 masters of bfloat16 weights in the optimizer's state.")
     prefetch_gib: float = flag(
@@ -327,7 +331,7 @@ class DownloadArguments:
 
     groups: ClassVar[dict[str, str]] = {"Data": "dataset", "Output": "write_parquet"}
 
-    dataset: list[str] = flag([], f"One or more of {PRESETS}, or all.")
+    dataset: list[str] = flag([], f"One or more of {', '.join(PRESETS)}, or all.")
     revision: str | None = flag(None, "Branch, tag or commit, of one data set.")
     write_parquet: bool = flag(False, "Write NAME.parquet as well; without it only the cache is filled.")
     output_dir: str = flag("data", "Folder of the Parquet files.")

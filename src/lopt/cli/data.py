@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lopt.cli.messages import with_flags
@@ -24,13 +25,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _download(arguments: Sequence[str]) -> None:
-    from lopt.data.download import choose_presets, download, make_folder
+    from lopt.cli.output import check_writable  # these imports take seconds
+    from lopt.data.download import choose_presets, download
 
     (args,) = parse("data download", arguments)
     presets = choose_presets(args.dataset)
     if args.revision is not None and len(presets) > 1:
         raise ValueError("`revision` belongs to one data set: name one with `dataset`")
-    folder = make_folder(args.output_dir) if args.write_parquet else None
+    folder = Path(args.output_dir) if args.write_parquet else None
+    if folder is not None:
+        check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for preset in presets:
         path = folder / f"{preset.name}.parquet" if folder is not None else None

@@ -1,32 +1,61 @@
-"""Lines of other libraries that say nothing to the user of a command."""
+"""Lines of other libraries that say nothing to the user of a command, and how each is kept away."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+import warnings
 
-# Logger -> beginnings of its messages, and why they are dropped.
-DROPPED: dict[str, Sequence[str]] = {
-    # transformers imports torchao wherever it is installed; its kernels for other GPUs or Python versions
-    # do not load, and nothing here calls them.
-    "torchao": ("Failed to load ",),
-    # torchao registers its enums in a way that torch has deprecated.
-    "torch.utils._pytree": ("<enum ",),
+DROPPED = {
+    # transformers imports torchao wherever it is installed, and torchao reports each of its kernels that was
+    # built for another GPU or Python; none of them is called here.
+    "torchao": "Failed to load ",
+    # torchao registers enums in a way that torch has deprecated.
+    "torch.utils._pytree": "<enum ",
+    # The model that is saved has its tokenizer's special tokens, as it should.
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
 }
+"""Logger -> how the messages that are dropped begin."""
+# TRL and peft call what transformers has renamed.
+DROPPED_WARNINGS = ("`is_gradient_checkpointing` is deprecated",)
+_HUB = "huggingface_hub.utils._http"
+_RETRY = re.compile("thrown while requesting|^Retrying in ")
 
 
 class _Dropped(logging.Filter):
-    """Drops the messages of one logger that begin in a given way."""
+    """Drops the messages of a logger that begin in a given way."""
 
-    def __init__(self, beginnings: Sequence[str]) -> None:
+    def __init__(self, beginning: str) -> None:
         super().__init__()
-        self.beginnings = tuple(beginnings)
+        self.beginning = beginning
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.beginnings)
+        return not record.getMessage().startswith(self.beginning)
+
+
+class _SaidOnce(logging.Filter):
+    """Says once, in one line, that the hub does not answer, instead of two lines for each of six requests."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not _RETRY.search(record.getMessage()):
+            return True
+        first, self.said = not self.said, True
+        record.msg, record.args = "The hub does not answer, trying again.", ()
+        return first
 
 
 def quiet() -> None:
-    """Drop the messages of `DROPPED`, and no others."""
-    for name, beginnings in DROPPED.items():
-        logging.getLogger(name).addFilter(_Dropped(beginnings))
+    """Keep these lines, and no others, off the terminal; a second call changes nothing."""
+    for name, beginning in DROPPED.items():
+        _filter(name, _Dropped(beginning))
+    _filter(_HUB, _SaidOnce())
+    for beginning in DROPPED_WARNINGS:
+        warnings.filterwarnings("ignore", message=re.escape(beginning), category=FutureWarning)
+
+
+def _filter(name: str, added: logging.Filter) -> None:
+    logger = logging.getLogger(name)
+    if not any(isinstance(present, type(added)) for present in logger.filters):
+        logger.addFilter(added)

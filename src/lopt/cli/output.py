@@ -14,18 +14,18 @@ _SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json", "
 
 
 def check_output(output_dir: str, *, resume: str | None, overwrite: bool) -> str | None:
-    """Check `output_dir` before any work, changing nothing; returns the checkpoint to go on from, if any.
+    """Check `output_dir` before any work, without changing it; return the checkpoint to resume, if any.
 
     Args:
         resume: `auto` for the newest whole checkpoint, or a checkpoint.
 
     Raises:
-        ValueError: it is not a writable folder, holds a run, or has nothing whole to resume.
+        ValueError: It is not a writable folder, holds a run, or has no whole checkpoint to resume.
     """
     folder = Path(output_dir)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite_output_dir contradict each other: give one of them")
-    _check_writable(folder)
+    check_writable(folder)
     if resume:
         return find_checkpoint(str(folder), resume)
     if not overwrite and (checkpoints(folder) or any((folder / name).exists() for name in _SIGNS_OF_A_RUN)):
@@ -36,8 +36,24 @@ def check_output(output_dir: str, *, resume: str | None, overwrite: bool) -> str
     return None
 
 
+def check_report(output_dir: str, names: Sequence[str], *, overwrite: bool) -> Path:
+    """Check the folder for a report of the files `names` before any work, without changing it.
+
+    Raises:
+        ValueError: It is not a writable folder, or holds such a report.
+    """
+    folder = Path(output_dir)
+    check_writable(folder)
+    if not overwrite and any((folder / name).exists() for name in names):
+        raise ValueError(
+            f"--output_dir {folder} holds a report already: replace it with --overwrite_output_dir, or "
+            "choose another folder"
+        )
+    return folder
+
+
 def start_anew(output_dir: str) -> None:
-    """Make the folder; what `--overwrite_output_dir` gives up in it goes now, when all else is ready."""
+    """Make the folder, and remove the checkpoints in it; to be called when all else is ready."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for checkpoint in checkpoints(folder):
@@ -49,11 +65,11 @@ def spare_model(output_dir: str, model: str, written: Sequence[str] = ("checkpoi
     """Refuse to write over the model that a run starts from.
 
     Args:
-        model: a folder; a hub id is nowhere here.
-        written: patterns of the names in the output folder that the run replaces or removes.
+        model: A folder; a hub id is never written over.
+        written: Patterns of the names in the output folder that the run replaces or removes.
 
     Raises:
-        ValueError: the output folder is the model's, lies in it, or the model lies in what is written.
+        ValueError: The output folder is the model's or lies in it, or the model lies in what is written.
     """
     folder, source = Path(output_dir).resolve(), Path(model).expanduser().resolve()
     if not source.is_dir():
@@ -69,33 +85,15 @@ def spare_model(output_dir: str, model: str, written: Sequence[str] = ("checkpoi
         )
 
 
-def _check_writable(folder: Path) -> None:
-    """By writing, which finds read-only disks that permissions do not show; in the parent of a new folder."""
-    there = folder
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise ValueError(f"--output_dir {there} is a file: choose a folder")
+def check_writable(folder: Path) -> None:
+    """Write to the folder or its nearest parent, since permissions do not show read-only disks."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir {existing} is a file: choose a folder")
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise ValueError(
             f"--output_dir {folder} cannot be written to ({error.strerror}): choose another folder"
         ) from error
-
-
-def check_report(output_dir: str, names: Sequence[str], *, overwrite: bool) -> Path:
-    """Check the folder for a report of the files `names` before any work, changing nothing.
-
-    Raises:
-        ValueError: it is not a writable folder, or holds such a report.
-    """
-    folder = Path(output_dir)
-    _check_writable(folder)
-    if not overwrite and any((folder / name).exists() for name in names):
-        raise ValueError(
-            f"--output_dir {folder} holds a report already: replace it with --overwrite_output_dir, or "
-            "choose another folder"
-        )
-    return folder

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -17,6 +16,7 @@ from transformers.hf_argparser import HfArgumentParser
 from yaml.constructor import ConstructorError
 
 from lopt.cli.arguments import flags_of
+from lopt.messages import error_text
 from lopt.reliability.secrets import known_secrets, redact
 
 
@@ -90,37 +90,21 @@ def flag_types(command: str) -> dict[str, Any]:
 
 def _words(command: str, arguments: Sequence[str]) -> tuple[_Parser, list[str]]:
     """Return a parser and the words that it is to read: those of the YAML file first, so that flags win."""
+    first = _Parser([], add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    config, words = first.parse_known_args(list(arguments))
     parser = _Parser(flags_of(command), prog=f"lopt {command}")
-    path, words = _take_config(_resume_alone(list(arguments)))
-    if path is not None:
-        words = _words_of(_read_yaml(path), f"--config {path}", parser, flag_types(command)) + words
+    if config.config is not None:
+        words = (
+            _words_of(_read_yaml(config.config), f"--config {config.config}", parser, flag_types(command))
+            + words
+        )
     return parser, words
 
 
 def _hint(name: str, known: Iterable[str], dashes: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {dashes}{close[0]}?" if close else "--help lists them"
-
-
-def _resume_alone(arguments: list[str]) -> list[str]:
-    """Return the arguments with `--resume=auto` for a `--resume` without a value."""
-    return [
-        "--resume=auto" if flag == "--resume" and following.startswith("--") else flag
-        for flag, following in pairwise([*arguments, "--"])
-    ]
-
-
-def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the file of `--config FILE` or `--config=FILE`, and the other arguments."""
-    for position, word in enumerate(arguments):
-        flag, sign, value = word.partition("=")
-        if flag == "--config":
-            end = position + (1 if sign else 2)
-            value = value if sign else "".join(arguments[position + 1 : end])
-            if not value:
-                raise ValueError("--config needs a YAML file")
-            return Path(value), arguments[:position] + arguments[end:]
-    return None, arguments
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
@@ -131,7 +115,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     # PyYAML itself raises the last three: for deep nesting, and for values that do not fit their tags.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
-        reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error)
+        reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else error_text(error)
         raise ValueError(f"--config {path} is not valid YAML: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold flags, one 'name: value' per line")

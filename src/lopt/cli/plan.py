@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -15,107 +16,92 @@ from lopt.cli.parsing import parse
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
 from lopt.instruments.memory import MemoryPeak, format_bytes
-from lopt.planning.plan import Plan, Planner, Run, Setting
-from lopt.planning.search import candidates, fit
-from lopt.planning.shapes import SHAPES, model_config
-from lopt.reports.plots import bar_plot, standalone
+from lopt.models.shapes import SHAPES, model_config
+from lopt.planning.calibrate import calibrate, machine_memory
+from lopt.planning.plan import Plan, Planner
+from lopt.planning.run import Run, Setting
+from lopt.planning.search import BLOCKS, candidates, search
+from lopt.reports.plan import GIB, bars, hiding, picture, table
+from lopt.validation import check, check_choice, check_number
 
-GIB = 2**30
-NAMES = 24  # columns
-BLOCKS = (2, 4, 8)
-# A letter for the bars, the name of the part and the fields of `Bytes` that it sums.
-PARTS = {
-    "W": ("weights", ("weights",)),
-    "G": ("gradients", ("gradients",)),
-    "O": ("optimizer", ("optimizer",)),
-    "A": ("activations", ("activations",)),
-    "H": ("head and loss", ("head_and_loss",)),
-    "S": ("stash, transfers", ("stash", "transfers")),
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+UNITS = {None: GIB, "g": GIB, "gib": GIB, "gb": 10**9}
+# What the printed command always says, and what it says where it is not the default.
+ALWAYS = (
+    "model_name_or_path", "param_dtype", "num_blocks", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_length", "optim",
+)  # fmt: skip
+IF_CHANGED = (
+    "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
+    "use_cpu", "gradient_checkpointing", "schedule", "offload",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
     """Check the flags, measure the parts, print the table and what was asked for beside it."""
     (args,) = parse("plan", arguments)
-    limit = check(args)
+    limit = check_arguments(args)
     planner = Planner(_run(args))
     blocks = _blocks(args, len(planner.sizes.layers))
     if args.calibrate:
         setting = Setting("lopt", blocks[0], args.schedule, args.gradient_checkpointing, args.offload)
         print(_calibrated(planner, setting))
         return
+    speed = args.tflops, args.bandwidth
     plans = [planner.plan(setting) for setting in settings(blocks)]
     print(_headline(args, planner))
-    print(table(plans, args.tflops, args.bandwidth), bars(plans), _hiding(plans, planner.run, args), sep="\n")
+    print(table(plans, *speed), bars(plans), hiding(plans, planner.run.step_tokens, *speed), sep="\n")
     if args.json:
         rows = [asdict(plan) | {"name": str(plan.setting), "total": plan.total} for plan in plans]
         write_text(Path(args.json), json.dumps({"arguments": asdict(args), "plans": rows}, indent=1) + "\n")
     if args.svg:
-        write_text(Path(args.svg), picture(plans, args) + "\n")
+        batch = f"{args.per_device_train_batch_size} x {args.max_length} tokens, {args.param_dtype}"
+        title = f"{args.model_name_or_path}: peak memory"
+        write_text(Path(args.svg), picture(plans, title, f"GiB on the device, {batch}") + "\n")
     if limit is not None:
-        print(_proposal(fit(planner, blocks, limit, args.tflops, args.bandwidth), limit, args))
+        print(_proposal(search(planner, blocks, limit, *speed), limit, args))
 
 
-def check(args: PlanArguments) -> int | None:
-    """Refuse what means nothing; returns the bytes of --fit.
+def check_arguments(args: PlanArguments) -> int | None:
+    """Refuse flags that make no sense; returns the bytes of --fit.
 
     Raises:
-        ValueError: a flag's value is not possible.
+        ValueError: naming the flag and what it must be.
     """
     if args.model_name_or_path is None:
         raise ValueError(
             f"--model_name_or_path is missing: give a folder, a hub id or one of {', '.join(SHAPES)}"
         )
     for name in ("param_dtype", "state_dtype"):
-        if getattr(args, name) not in DTYPES:
-            value = getattr(args, name)
-            raise ValueError(f"--{name} {value} is not possible: use one of {', '.join(DTYPES)}")
-    for name, least in (
-        ("per_device_train_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-        ("max_length", 2),
-        ("local_every", 1),
-    ):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} is not possible: use {least} or more")
+        check_choice(name, getattr(args, name), DTYPES)
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "local_every"):
+        check_number(name, getattr(args, name), minimum=1)
+    check_number("max_length", args.max_length, minimum=2)
+    for name in ("bandwidth", "tflops"):
+        check_number(name, getattr(args, name), above=0)
     names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
     LoPTConfig(**{name: getattr(args, name) for name in names})
-    for name in ("bandwidth", "tflops"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name} {getattr(args, name)} is not possible: use a number above 0")
     for name in ("json", "svg"):
-        value = getattr(args, name)
-        if value is not None and not Path(value).absolute().parent.is_dir():
-            raise ValueError(f"--{name} {value}: its folder does not exist: make it first")
-        if value is not None and Path(value).is_dir():
-            raise ValueError(f"--{name} {value} is a folder: name a file")
+        path = Path(getattr(args, name) or "a file")
+        check(path.absolute().parent.is_dir(), name, path, "a file in a folder that exists: make it first")
+        check(not path.is_dir(), name, path, "a file, and this is a folder")
     return None if args.fit is None else size_in_bytes(args.fit)
 
 
 def size_in_bytes(text: str) -> int:
-    """Bytes of "24GiB", "24GB" or "24" (GiB).
+    """Return the bytes of "24GiB", "24GB" or "24" (GiB).
 
     Raises:
         ValueError: not a size.
     """
-    number = text.strip().lower()
-    unit = GIB
-    for ending, size in (("gib", GIB), ("gb", 10**9), ("g", GIB)):
-        if number.endswith(ending):
-            number, unit = number.removesuffix(ending), size
-            break
-    try:
-        value = float(number) * unit
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"--fit {text} is not a size: write it like 24GiB, 80GB or 24")
-    return int(value)
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(gib|gb|g)?\s*", text.lower())
+    size = float(found[1]) * UNITS[found[2]] if found else 0
+    check(size > 0, "fit", text, "a size such as 24GiB, 80GB or 24")
+    return int(size)
 
 
 def settings(blocks: Iterable[int]) -> list[Setting]:
-    """The rows of the table."""
+    """Return the rows of the table."""
     rows = [Setting("e2e", 1), Setting("e2e", 1, checkpointing=True)]
     for k in blocks:
         rows += [s for s in candidates(k) if s.schedule == "eager" or not s.checkpointing]
@@ -123,36 +109,14 @@ def settings(blocks: Iterable[int]) -> list[Setting]:
 
 
 def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
-    """The `lopt sft` command line of a plan."""
+    """Return the `lopt sft` command line of a plan, with `prefetch` bytes where it offloads."""
     setting = plan.setting
-    flags: dict[str, object] = {
-        "model_name_or_path": args.model_name_or_path,
-        "param_dtype": args.param_dtype,
-        "num_blocks": setting.num_blocks,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "max_length": args.max_length,
-        "optim": args.optim,
-    }
-    if args.model_revision:
-        flags["model_revision"] = args.model_revision
-    if args.state_dtype != "float32":
-        flags["state_dtype"] = args.state_dtype
-    if args.master_weights:
-        flags["master_weights"] = True
-    for name, default in (("frozen_blocks", 0), ("aux_loss", "recon"), ("local_every", 1)):
-        if getattr(args, name) != default:
-            flags[name] = getattr(args, name)
-    if args.bf16 is not None:
-        flags["bf16"] = args.bf16
-    if args.use_cpu:
-        flags["use_cpu"] = True
-    if setting.checkpointing:
-        flags["gradient_checkpointing"] = True
-    if setting.schedule != "eager":
-        flags["schedule"] = setting.schedule
-    if setting.offload != "none":
-        flags |= {"offload": setting.offload, "prefetch_gib": f"{prefetch / GIB:g}"}
+    values = asdict(args) | {name: getattr(setting, name) for name in ("num_blocks", "schedule", "offload")}
+    values |= {"gradient_checkpointing": setting.checkpointing, "prefetch_gib": f"{prefetch / GIB:g}"}
+    defaults = asdict(PlanArguments())
+    names = [*ALWAYS, *(name for name in IF_CHANGED if values[name] != defaults[name])]
+    names += ["prefetch_gib"] if setting.offload != "none" else []
+    flags = {name: values[name] for name in names}
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
     lines = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
     return "lopt sft " + " \\\n    ".join(lines)
@@ -179,33 +143,18 @@ def _run(args: PlanArguments) -> Run:
 
 
 def _blocks(args: PlanArguments, layers: int) -> list[int]:
-    if layers < 2:
-        raise ValueError(f"--model_name_or_path {args.model_name_or_path} has one layer: nothing to cut")
-    least = args.frozen_blocks + 2
-    if least > layers:
-        raise ValueError(
-            f"--frozen_blocks {args.frozen_blocks} leaves no earlier block that learns: the model has "
-            f"{layers} layers, use {layers - 2} or fewer"
-        )
-    if args.num_blocks is None:
-        return [k for k in BLOCKS if least <= k <= layers] or [least]
-    for k in args.num_blocks:
-        LoPTConfig(num_blocks=k)
-        if not 2 <= k <= layers:
-            raise ValueError(f"--num_blocks {k} is not possible: use 2 to {layers}, the model's layers")
-        if k < least:  # as `lopt.core.blocks.split` refuses it, but there is no --method to name here
-            raise ValueError(
-                f"--frozen_blocks {args.frozen_blocks} of {k} blocks leaves no earlier block that learns: "
-                f"use {k - 2} or fewer, or --num_blocks {least} or more"
-            )
-    return args.num_blocks
+    name, frozen = args.model_name_or_path, args.frozen_blocks
+    check(layers >= 2, "model_name_or_path", name, "a model of two layers or more, which can be cut")
+    rule = f"<= {layers - 2}, which leaves an earlier block that learns in {layers} layers"
+    check(frozen <= layers - 2, "frozen_blocks", frozen, rule)
+    for k in args.num_blocks or ():
+        check(2 <= k <= layers, "num_blocks", k, f">= 2 and <= {layers}, the model's layers")
+        rule = f"<= {k - 2}, which leaves an earlier block of {k} that learns, with `num_blocks` {k}"
+        check(frozen <= k - 2, "frozen_blocks", frozen, rule)
+    return args.num_blocks or [k for k in BLOCKS if frozen + 2 <= k <= layers] or [frozen + 2]
 
 
 # -- what is printed -------------------------------------------------------------------------------
-
-
-def _parts(plan: Plan) -> dict[str, int]:
-    return {k: sum(getattr(plan.peak, name) for name in names) for k, (_, names) in PARTS.items()}
 
 
 def _headline(args: PlanArguments, planner: Planner) -> str:
@@ -222,88 +171,33 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     )
 
 
-def table(plans: Sequence[Plan], tflops: float, bandwidth: float) -> str:
-    """One row per setting, GiB by part, what host and disk must hold, work, copies and time of a step."""
-    heads = ["weight", "grads", "optim.", "activ.", "head", "stash", "total", "host", "disk"]
-    lines = [" " * NAMES + "".join(f"{head:>7}" for head in [*heads, "PFLOP", "bus GB", "s/step"])]
-    for plan in plans:
-        sizes = [*_parts(plan).values(), plan.total, plan.host, plan.checkpoint]
-        numbers = [f"{size / GIB:7.1f}" if size else f"{'-':>7}" for size in sizes]
-        numbers += [f"{plan.flops / 1e15:7.2f}", f"{plan.bus / 1e9:7.0f}" if plan.bus else f"{'-':>7}"]
-        lines.append(f"{plan.setting!s:{NAMES}}{''.join(numbers)}{plan.seconds(tflops, bandwidth):7.1f}")
-    note = "(head: with the loss; stash: with transfers; disk: one checkpoint; bus: each way; "
-    note += f"s/step: at {tflops:g} TFLOP/s and {bandwidth:g} GB/s)"
-    return "\n".join([*lines, note, ""])
-
-
-def bars(plans: Sequence[Plan], width: int = 64) -> str:
-    """A picture of the totals: a letter per part, in proportion."""
-    scale = width / max(plan.total for plan in plans)
-    lines = []
-    for plan in plans:
-        ends, bar = 0.0, ""
-        for letter, size in _parts(plan).items():
-            ends += size * scale
-            bar += letter * (round(ends) - len(bar))
-        lines.append(f"{plan.setting!s:{NAMES}}{bar} {plan.total / GIB:.1f}")
-    legend = ", ".join(f"{letter} {name}" for letter, (name, _) in PARTS.items())
-    return "\n".join(lines) + f"\n({legend})\n"
-
-
-def _hiding(plans: Sequence[Plan], run: Run, args: PlanArguments) -> str:
-    """From how many tokens a step on offloading costs no time, whatever k is."""
-    where = f"at {args.bandwidth:g} GB/s and {args.tflops:g} TFLOP/s"
-    lines = [f"Copies hide behind compute, {where} (here: {run.step_tokens:,} tokens a step)"]
-    for offload in ("optimizer", "block"):
-        staged = [plan for plan in plans if plan.setting.offload == offload]
-        tokens = max(plan.hidden_from(run.step_tokens, args.tflops, args.bandwidth) for plan in staged)
-        how = "never" if tokens == float("inf") else f"from {tokens:,.0f} tokens a step on"
-        lines.append(f"  --offload {offload:{NAMES - 12}}{how}")
-    return "\n".join(lines) + "\n"
-
-
 def _proposal(plan: Plan, limit: int, args: PlanArguments) -> str:
     seconds = plan.seconds(args.tflops, args.bandwidth)
     need = f"{format_bytes(plan.total)} on the device"
     if plan.host:
         need += f", {format_bytes(plan.host)} of host memory"
-    head = (
+    return (
         f"The fastest that fits into {format_bytes(limit)}: {plan.setting} ({need}, {seconds:.1f} s a step)"
+        f"\n\n{command(plan, args, plan.prefetch)}"
     )
-    return f"{head}\n\n{command(plan, args, plan.prefetch)}"
-
-
-def picture(plans: Sequence[Plan], args: PlanArguments) -> str:
-    """The bars as SVG."""
-    shown = {name: [_parts(plan)[letter] / GIB for plan in plans] for letter, (name, _) in PARTS.items()}
-    what = f"{args.per_device_train_batch_size} x {args.max_length} tokens, {args.param_dtype}"
-    svg = bar_plot(
-        [str(plan.setting) for plan in plans],
-        {name: sizes for name, sizes in shown.items() if any(sizes)},
-        title=f"{args.model_name_or_path}: peak memory",
-        x_label=f"GiB on the device, {what}",
-        alt="; ".join(f"{plan.setting}: {plan.total / GIB:.1f} GiB" for plan in plans),
-        stacked=True,
-        value="{:.1f}".format,
-    )
-    return standalone(svg)
 
 
 def _calibrated(planner: Planner, setting: Setting) -> str:
-    """Predicted beside measured, on the device that is there.
+    """Return the predicted beside the measured bytes, on this machine's device.
 
     Raises:
         ValueError: this machine has not enough memory.
     """
-    from lopt.planning.calibrate import calibrate, machine_memory  # the trainers take seconds to import
+    from lopt.trainers import LoPTSFTTrainer
+    from lopt.trainers.config import LoPTSFTConfig
 
     plan, have = planner.plan(setting), machine_memory(planner.run.device)
     if plan.total > have:
         raise ValueError(
-            f"--calibrate would run {setting} on this machine, which needs {format_bytes(plan.total)} of "
-            f"{format_bytes(have)}: use a smaller model, --per_device_train_batch_size or --max_length"
+            f"`calibrate` would run {setting} on this machine, which needs {format_bytes(plan.total)} of "
+            f"{format_bytes(have)}: use a smaller model, `per_device_train_batch_size` or `max_length`"
         )
-    measured = calibrate(planner.run, setting)
+    measured = calibrate(planner.run, setting, LoPTSFTTrainer, LoPTSFTConfig)
     lines = [f"{setting}, two real steps on this machine's {planner.run.device}:"]
     peak = plan.peak
     if isinstance(measured, MemoryPeak):

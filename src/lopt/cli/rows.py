@@ -1,4 +1,4 @@
-"""From flags to the rows that a run trains on, and what rewards its answers."""
+"""From flags to the rows that a run trains on, and to the rewards of its answers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Any, NamedTuple
 
 from lopt.cli.arguments import DataArguments, ModelArguments, TaskArguments
 from lopt.data.formats import format_rows
-from lopt.data.load import load_rows, split_held_out
+from lopt.data.load import check_held_out, load_rows, split_held_out
 from lopt.data.procedural import TASKS
 from lopt.data.question_tasks import QUESTION_TASKS
 from lopt.data.questions import procedural_rows, question_rows
 from lopt.models.load import load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
+from lopt.validation import check_choice
 
 PROBLEMS = 5_000
-"""How many problems of a procedural task are made, unless --max_samples says otherwise."""
+"""How many problems of a procedural task are generated, unless --max_samples says otherwise."""
 
 
 class SFTRows(NamedTuple):
     """Formatted rows, not yet tokenized.
 
-    `read` is how many rows were read before empty ones were dropped; None of a stream.
+    `read` is the number of rows that were read before empty ones were dropped; None for a stream.
     """
 
     train: Any
@@ -30,42 +31,8 @@ class SFTRows(NamedTuple):
     read: int | None
 
 
-def read_rows(data_args: DataArguments, seed: int) -> Any:
-    """The rows that the flags name, as they are in the source: a `Dataset` or a stream."""
-    return load_rows(
-        train_file=data_args.train_file,
-        dataset_name=data_args.dataset_name,
-        dataset_config=data_args.dataset_config,
-        dataset_split=data_args.dataset_split,
-        dataset_revision=data_args.dataset_revision,
-        max_samples=data_args.max_samples,
-        seed=seed,
-        dataset_preset=data_args.dataset_preset,
-        streaming=data_args.streaming,
-        shuffle_buffer=data_args.shuffle_buffer,
-    )
-
-
-def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
-    """Rows and tokenizer of an SFT run; rows first, since they fail first."""
-    rows = read_rows(data_args, args.seed)
-    read = None if data_args.streaming else len(rows)
-    tokenizer = _tokenizer(model_args, args)
-    rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
-    train, held_out = split_held_out(rows, data_args.held_out, args.seed)
-    return SFTRows(train, held_out, tokenizer, read)
-
-
-def _tokenizer(model_args: ModelArguments, args: Any) -> Any:
-    return load_tokenizer(
-        str(model_args.model_name_or_path),
-        revision=model_args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
 class GRPORows(NamedTuple):
-    """Prompts with the columns that the rewards need."""
+    """Prompts, with the columns that the rewards need."""
 
     train: Any
     held_out: Any
@@ -73,47 +40,27 @@ class GRPORows(NamedTuple):
     rewards: list[Callable[..., Any]]
 
 
-def check_task(task_args: TaskArguments, data_args: DataArguments) -> None:
-    """Settle which task is meant, and refuse what names none or cannot be had.
-
-    Raises:
-        ValueError: an unknown task or reward, neither task nor reward, rows for a procedural task.
-    """
-    preset = data_args.dataset_preset
-    if task_args.task is None and preset in QUESTION_TASKS:
-        task_args.task = preset
-    task = task_args.task
-    if task is not None and task not in QUESTION_TASKS:
-        raise ValueError(f"--task must be one of {', '.join(QUESTION_TASKS)}, not {task}")
-    if task is None and not task_args.reward_funcs:
-        raise ValueError(
-            f"nothing says what a right answer is: give --task ({', '.join(QUESTION_TASKS)}) or "
-            "--reward_funcs module:function"
-        )
-    if data_args.streaming:
-        raise ValueError("--streaming is for lopt sft: GRPO's prompts are short, leave it out")
-    if task in TASKS or _names_rows(data_args):
-        return
-    if task is None:
-        raise ValueError("--reward_funcs needs prompts: give --train_file or --dataset_name")
-    data_args.dataset_preset = task  # the page's `--task gsm8k` names the rows as well
-
-
-def _names_rows(data_args: DataArguments) -> bool:
-    return any([data_args.train_file, data_args.dataset_name, data_args.dataset_preset])
+def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
+    """Return rows and tokenizer of an SFT run; rows are read first, since they fail first."""
+    rows = _read_rows(data_args, args.seed)
+    read = None if data_args.streaming else len(rows)
+    tokenizer = _tokenizer(model_args, args)
+    rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
+    train, held_out = split_held_out(rows, data_args.held_out, args.seed)
+    return SFTRows(train, held_out, tokenizer, read)
 
 
 def grpo_rows(
     model_args: ModelArguments, data_args: DataArguments, task_args: TaskArguments, args: Any
 ) -> GRPORows:
-    """Prompts, tokenizer and rewards of a GRPO run."""
+    """Return prompts, tokenizer and rewards of a GRPO run."""
     task = task_args.task
     specs = task_args.reward_funcs or [QUESTION_TASKS[str(task)].reward]
     rewards = [checked(load_reward(spec)) for spec in specs]
     if task in TASKS and not _names_rows(data_args):
         rows = procedural_rows(str(task), data_args.max_samples or PROBLEMS, args.seed)
     else:
-        rows = read_rows(data_args, args.seed)
+        rows = _read_rows(data_args, args.seed)
     tokenizer = _tokenizer(model_args, args)
     rows = question_rows(
         rows,
@@ -130,17 +77,65 @@ def grpo_rows(
 
 
 def check_rows(data_args: DataArguments, max_steps: int) -> None:
-    """Refuse what a stream cannot do, before any work.
+    """Refuse, before any work, what a stream cannot do and what cannot be held out.
 
     Raises:
-        ValueError: `--streaming` without `--max_steps`, or with a share held out.
+        ValueError: `--streaming` without `--max_steps`, or a `--held_out` that is impossible.
     """
-    if not data_args.streaming:
-        return
-    if max_steps < 1:
-        raise ValueError("--streaming needs --max_steps: a stream does not say how many rows it has")
-    if 0 < data_args.held_out < 1:
+    if data_args.streaming and max_steps < 1:
+        raise ValueError("--streaming needs --max_steps: the number of rows of a stream is unknown")
+    check_held_out(data_args.held_out, data_args.streaming)
+
+
+def check_task(task_args: TaskArguments, data_args: DataArguments) -> None:
+    """Settle the task of a GRPO run, also from the preset, and the preset from the task.
+
+    Raises:
+        ValueError: An unknown task, neither task nor reward, or no prompts for a reward.
+    """
+    preset = data_args.dataset_preset
+    if task_args.task is None and preset in QUESTION_TASKS:
+        task_args.task = preset
+    task = task_args.task
+    if task is not None:
+        check_choice("task", task, QUESTION_TASKS)
+    elif not task_args.reward_funcs:
         raise ValueError(
-            f"--held_out {data_args.held_out} is a share, and with --streaming the number of rows is "
-            "unknown: give a whole number of rows"
+            f"nothing says what a right answer is: give --task ({', '.join(QUESTION_TASKS)}) or "
+            "--reward_funcs module:function"
         )
+    if data_args.streaming:
+        raise ValueError("--streaming is for lopt sft: GRPO's prompts are short, leave it out")
+    if task in TASKS or _names_rows(data_args):
+        return
+    if task is None:
+        raise ValueError("--reward_funcs needs prompts: give --train_file or --dataset_name")
+    data_args.dataset_preset = task  # `--task gsm8k` names the rows as well
+
+
+def _read_rows(data_args: DataArguments, seed: int) -> Any:
+    """Return the rows that the flags name, as they are in the source: a `Dataset` or a stream."""
+    return load_rows(
+        train_file=data_args.train_file,
+        dataset_name=data_args.dataset_name,
+        dataset_config=data_args.dataset_config,
+        dataset_split=data_args.dataset_split,
+        dataset_revision=data_args.dataset_revision,
+        max_samples=data_args.max_samples,
+        seed=seed,
+        dataset_preset=data_args.dataset_preset,
+        streaming=data_args.streaming,
+        shuffle_buffer=data_args.shuffle_buffer,
+    )
+
+
+def _tokenizer(model_args: ModelArguments, args: Any) -> Any:
+    return load_tokenizer(
+        str(model_args.model_name_or_path),
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _names_rows(data_args: DataArguments) -> bool:
+    return any([data_args.train_file, data_args.dataset_name, data_args.dataset_preset])

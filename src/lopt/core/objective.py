@@ -1,2 +1,129 @@
-"""Local losses: what a block learns on its own, and the head it learns with (`AUX_LOSSES: dict[str, Any] = {"recon": Reconstruction, "next_token": NextToken}
+"""Local losses: what a block learns on its own, and the head it learns with (`AUX_LOSSES`).
+
+Shapes: B batch, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from lopt.losses.next_token import NextToken
+
+
+class ReconstructionHead(nn.Module):
+    """`Linear(H/4→H) ∘ GELU ∘ Linear(H→H/4) ∘ LayerNorm(H)`; training only, never saved with the model.
+
+    Xavier-uniform weights with gain 0.1 and zero biases (arXiv 2605.04913).
+    """
+
+    def __init__(
+        self, hidden_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        bottleneck = max(1, hidden_size // 4)
+        self.norm = nn.LayerNorm(hidden_size, device=device, dtype=dtype)
+        self.down = nn.Linear(hidden_size, bottleneck, device=device, dtype=dtype)
+        self.up = nn.Linear(bottleneck, hidden_size, device=device, dtype=dtype)
+        for linear in (self.down, self.up):
+            nn.init.xavier_uniform_(linear.weight, gain=0.1)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Predict a block's input from its output, (B, T, H) → (B, T, H), in the head's dtype."""
+        return self.up(gelu(self.down(self.norm(hidden.to(self.norm.weight.dtype)))))
+
+    @torch.no_grad()
+    def scale_output(self, factor: Tensor) -> None:
+        """Multiply the head's prediction by `factor` (H,), channel by channel, from now on."""
+        self.up.weight.mul_(factor[:, None])
+        self.up.bias.mul_(factor)
+
+
+def channel_rms(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the root mean square (H,) over real tokens of `hidden` (B, T, H), in float32 or better."""
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    rows = wide.flatten(0, 1) if mask is None else wide[mask.bool()]
+    return rows.square().mean(0).sqrt().clamp(min=torch.finfo(wide.dtype).tiny)
+
+
+def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over real tokens and channels of the squared error, in float32 or better.
+
+    Args:
+        prediction: (B, T, H).
+        target: (B, T, H), a constant.
+        mask: (B, T), true or 1 at real tokens; None if every token is real.
+    """
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    error = prediction.to(wide) - target.to(wide)
+    if mask is None:
+        return error.square().mean()
+    # `where`, not a product: whatever a padded position holds, even NaN, must not count.
+    error = torch.where(mask.bool()[..., None], error, error.new_zeros(()))
+    return error.square().sum() / (mask.bool().sum().clamp(min=1) * error.shape[-1])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The token rows of one forward, as far as local losses need them.
+
+    Attributes:
+        mask: (B, T), true or 1 at real tokens; None if every token is real.
+        ids: (B, T) token ids; None if the model is given embeddings.
+        positions: (B or 1, T) position ids, which restart where a packed row begins; None if not given.
+        labels: (B, T), -100 where a token is not trained on; None if the model is given none.
+    """
+
+    mask: Tensor | None
+    ids: Tensor | None = None
+    positions: Tensor | None = None
+    labels: Tensor | None = None
+
+    @classmethod
+    def from_call(cls, args: tuple, kwargs: Mapping[str, Any], labels: Tensor | None) -> Rows:
+        """Make them from the arguments of a call of the decoder.
+
+        Raises:
+            ValueError: The attention mask does not say which tokens are real.
+        """
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        inputs = kwargs.get("inputs_embeds") if ids is None else ids
+        if mask is not None and inputs is not None:
+            if not isinstance(mask, Tensor) or mask.ndim != 2:
+                raise ValueError(
+                    "local losses need the 2-D attention mask (batch, tokens) that says which tokens are "
+                    "real: pass that one to the model"
+                )
+            mask = mask[:, -inputs.shape[1] :]
+        return cls(None if inputs is None else mask, ids, kwargs.get("position_ids"), labels)
+
+
+class Reconstruction:
+    """The published local loss: a block learns to reconstruct its input, `mean (g_b(h_b) − sg(h_{b−1}))²`.
+
+    Other local losses (`lopt.losses`) have the same methods.
+    """
+
+    def __init__(self, tail: Sequence[nn.Module], lm_head: nn.Module) -> None:
+        """Make the loss for a model whose decoder ends in the modules `tail`, before `lm_head`."""
+
+    def check(self, rows: Rows) -> None:
+        """Raise a ValueError if `rows` lack what the loss needs."""
+
+    def scale_like(self, block_output: Tensor, block_input: Tensor) -> Tensor:
+        """Return the hidden state (B, T, H) in whose channels' units a head predicts in its warm-up."""
+        return block_input
+
+    def loss(self, prediction: Tensor, block_output: Tensor, block_input: Tensor, rows: Rows) -> Tensor:
+        """Return ℓ_b from the head's prediction and the block's output and input, all (B, T, H)."""
+        return reconstruction_loss(prediction, block_input, rows.mask)
+
+
+AUX_LOSSES: dict[str, Any] = {"recon": Reconstruction, "next_token": NextToken}
 """The local losses by their name in `LoPTConfig.aux_loss`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,22 +21,6 @@ def choose_presets(names: Sequence[str]) -> list[Preset]:
     for name in names:
         check_choice("dataset", name, ["all", *PRESETS])
     return [PRESETS[name] for name in (PRESETS if "all" in names else dict.fromkeys(names))]
-
-
-def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Return a folder to write to, made if it is missing; raise a ValueError if that is not possible."""
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output_dir` {folder} is a file: choose a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"`output_dir` {folder} cannot be made ({error.strerror}): choose another"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"`output_dir` {folder} cannot be written to: choose another folder")
-    return folder
 
 
 def download(preset: Preset, path: Path | None = None, *, revision: str | None = None) -> int:

@@ -52,33 +52,29 @@ def load_rows(
             type or with other columns than the preset; a data set that cannot be reached; `max_samples` or
             `shuffle_buffer` below 1.
     """
-    preset = None
-    if dataset_preset is not None:
-        check_choice("dataset_preset", dataset_preset, PRESETS)
-        preset = PRESETS[dataset_preset]
-    _check_source(train_file, dataset_name, dataset_config, preset)
+    preset = _check_source(train_file, dataset_name, dataset_config, dataset_preset)
     check_number("max_samples", max_samples, minimum=1)
     check_number("shuffle_buffer", shuffle_buffer, minimum=1)
     if streaming and "[" in dataset_split:
-        raise ValueError(
-            f"`dataset_split` {dataset_split}: a stream cannot be sliced: use `max_samples` instead"
-        )
+        raise ValueError(f"`dataset_split` {dataset_split}: a stream cannot be sliced: use `max_samples`")
     if train_file is not None:
         rows = load_files(train_file, dataset_split, streaming)
-    elif preset is not None:
-        source = f"`dataset_preset` {preset.name}"
-        rows = load_hub(
-            preset.hub_id, preset.config, dataset_split, dataset_revision, streaming=streaming, source=source
-        )
     else:
-        rows = load_hub(
-            str(dataset_name), dataset_config, dataset_split, dataset_revision, streaming=streaming
-        )
+        name, config, source = str(dataset_name), dataset_config, "`dataset_name`"
+        if preset is not None:
+            name, config, source = preset.hub_id, preset.config, f"`dataset_preset` {preset.name}"
+        rows = load_hub(name, config, dataset_split, dataset_revision, streaming=streaming, source=source)
     if preset is not None:
         where = "`train_file`" if train_file is not None else f"{preset.hub_id} on the Hub"
         check_columns(preset, column_names(rows), where)
         show_licence(preset)
         rows = rows.select_columns(list(preset.columns))
+    return _draw(rows, max_samples, seed, shuffle_buffer)
+
+
+def _draw(
+    rows: Dataset | IterableDataset, max_samples: int | None, seed: int, shuffle_buffer: int
+) -> Dataset | IterableDataset:
     if isinstance(rows, IterableDataset):
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
         return rows if max_samples is None else rows.take(max_samples)
@@ -107,52 +103,59 @@ def split_held_out(
     Raises:
         ValueError: `held_out` is none of these, or it would leave no training row.
     """
+    check_held_out(held_out, isinstance(rows, IterableDataset))
     if held_out == 0:
         return rows, None
-    # Written so that NaN fails it too.
-    if not (0 < held_out < 1 or (held_out >= 1 and float(held_out).is_integer())):
-        raise ValueError(
-            f"`held_out` must be 0, a fraction below 1 or a whole number of rows (got {held_out})"
-        )
     if isinstance(rows, IterableDataset):
-        return _split_stream(rows, held_out)
+        count = int(held_out)
+        # The held-out rows are evaluated on again and again, so they are kept.
+        held, train = Dataset.from_list(list(rows.take(count)), features=rows.features), rows.skip(count)
+        if len(held) < count or next(iter(train), None) is None:
+            raise _nothing_left(held_out, f"all {len(held)}")
+        return train, held
     count = int(held_out) if held_out >= 1 else max(1, round(held_out * len(rows)))
     if count >= len(rows):
-        raise ValueError(
-            f"`held_out` {held_out} takes {count} of {len(rows)} rows and leaves none to train on: "
-            "lower it or give more rows"
-        )
+        raise _nothing_left(held_out, f"{count} of {len(rows)}")
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
 
 
-def _split_stream(rows: IterableDataset, held_out: float) -> tuple[IterableDataset, Dataset]:
-    if held_out < 1:
+def _nothing_left(held_out: float, taken: str) -> ValueError:
+    return ValueError(
+        f"`held_out` {held_out} takes {taken} rows and leaves none to train on: lower it or give more rows"
+    )
+
+
+def check_held_out(held_out: float, streaming: bool) -> None:
+    """Raise a ValueError unless `held_out` is 0, a share (not of a stream) or a whole number of rows."""
+    # Written so that NaN fails it too.
+    if not (0 <= held_out < 1 or (held_out >= 1 and float(held_out).is_integer())):
+        raise ValueError(
+            f"`held_out` must be 0, a fraction below 1 or a whole number of rows (got {held_out})"
+        )
+    if streaming and 0 < held_out < 1:
         raise ValueError(
             f"`held_out` {held_out} is a share, and with `streaming` the number of rows is unknown: "
             "give a whole number of rows"
         )
-    count = int(held_out)
-    # The held-out rows are evaluated on again and again, so they are kept.
-    held, train = Dataset.from_list(list(rows.take(count)), features=rows.features), rows.skip(count)
-    if len(held) < count or next(iter(train), None) is None:
-        raise ValueError(
-            f"`held_out` {count} takes all {len(held)} rows and leaves none to train on: "
-            "lower it or give more rows"
-        )
-    return train, held
 
 
 def _check_source(
-    train_file: Paths | None, dataset_name: str | None, config: str | None, preset: Preset | None
-) -> None:
-    if preset is not None and (dataset_name is not None or config is not None):
+    train_file: Paths | None, dataset_name: str | None, dataset_config: str | None, dataset_preset: str | None
+) -> Preset | None:
+    """Return the preset, if one is named; raise a ValueError unless the arguments name one source."""
+    if dataset_preset is None:
+        if (train_file is None) == (dataset_name is None):
+            given = "neither is" if train_file is None else "both are"
+            raise ValueError(
+                f"give exactly one of `train_file` and `dataset_name` ({given} given), or `dataset_preset`"
+            )
+        return None
+    check_choice("dataset_preset", dataset_preset, PRESETS)
+    preset = PRESETS[dataset_preset]
+    if dataset_name is not None or dataset_config is not None:
         other = "dataset_config" if dataset_name is None else "dataset_name"
         raise ValueError(
             f"`dataset_preset` {preset.name} stands for {preset.hub_id}: leave `{other}` out, or the preset"
         )
-    if preset is None and (train_file is None) == (dataset_name is None):
-        given = "neither is" if train_file is None else "both are"
-        raise ValueError(
-            f"give exactly one of `train_file` and `dataset_name` ({given} given), or `dataset_preset`"
-        )
+    return preset

@@ -32,11 +32,6 @@ class Preset:
     config: str | None = None
     split: str = "train"
 
-    @property
-    def url(self) -> str:
-        """The page with the licence in full."""
-        return f"https://huggingface.co/datasets/{self.hub_id}"
-
 
 SHUFFLE_BUFFER = 1_000
 """Rows that the order of a stream is drawn from, by default."""
@@ -90,7 +85,8 @@ def show_licence(preset: Preset) -> None:
     seen = cache_folder() / "licences_shown" / preset.name
     if seen.exists() or os.environ.get("RANK", "0") != "0":
         return
-    print(f"{preset.name} is {preset.hub_id}, licence: {preset.licence}. Terms: {preset.url}")
+    terms = f"https://huggingface.co/datasets/{preset.hub_id}"
+    print(f"{preset.name} is {preset.hub_id}, licence: {preset.licence}. Terms: {terms}")
     try:
         seen.parent.mkdir(parents=True, exist_ok=True)
         seen.touch()

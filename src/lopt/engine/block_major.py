@@ -70,7 +70,7 @@ class BlockMajor:
     def end_step(self) -> None:
         """Finish the optimizer step, after the last block's; offloaded weights are in host memory then."""
         if self._offload is not None:
-            self._offload.settle()
+            self._offload.synchronize()
 
     def run_early(self, block: Block, slot: int, forward: Callable[[], Any]) -> Tensor | None:
         """Run micro-batch `slot` through an earlier block, with its local backward if it learns.

@@ -1,12 +1,12 @@
-"""Tensors between host memory and the device, beside the computation.
+"""Move groups of tensors between host memory and the device, beside the computation.
 
-`Cargo` are tensors that travel together: the weights of a layer, the optimizer state of a few
-parameters. The `Conveyor` brings a cargo in before it is used and takes it out afterwards, on streams
-of their own beside the computation, and fetches what comes next ahead of time as far as a budget of
-device memory goes. A cargo that is out lies in host memory, pinned where the device is a GPU, and
-that copy is what its owner holds: whoever reads or writes it there sees and changes the real thing.
+A `TensorGroup` moves as a whole: the weights of a layer, the optimizer state of a few parameters.
+`HostTransfer` copies a group to the device before it is used and back afterwards, on CUDA streams of
+their own, and prefetches the next groups as far as a budget of device memory allows. While a group is
+in host memory (pinned where the device is a GPU), its owner holds the host tensors themselves: whoever
+reads or writes them there sees and changes the real values.
 
-On a CPU the same code runs, and the copies are real, at once and in order.
+On a CPU the same code runs; every copy is real and done at once, in order.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ import mmap
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch as python_dispatch
 
 from lopt.instruments.memory import dense_parts, host_tensor
 
 
-class Cargo:
-    """Tensors that travel together.
+class TensorGroup:
+    """Tensors that move together.
 
     Args:
-        get: the tensors, where their owner holds them now, always in the same order.
+        get: returns the tensors where their owner holds them now, always in the same order.
         put: hands the owner other tensors of the same shapes in their place.
+
+    Attributes:
+        host: their places in host memory; None until they have been there once.
     """
 
     def __init__(self, get: Callable[[], list[Tensor]], put: Callable[[list[Tensor]], None]) -> None:
@@ -36,160 +39,162 @@ class Cargo:
         self.put = put
         self.host: list[Tensor] | None = None
 
+    @classmethod
+    def of_parameters(cls, parameters: Iterable[Tensor]) -> TensorGroup:
+        """Return the group of the values (`.data`) of `parameters`."""
+        parameters = list(parameters)
+
+        def put(tensors: list[Tensor]) -> None:
+            for parameter, tensor in zip(parameters, tensors, strict=True):
+                parameter.data = tensor
+
+        return cls(lambda: [parameter.data for parameter in parameters], put)
+
     @property
     def nbytes(self) -> int:
-        """Bytes on the device; 0 if it has never been in host memory."""
+        """Bytes of the tensors; 0 if they have never been in host memory."""
         return sum(part.nbytes for tensor in self.host or () for part in dense_parts(tensor))
 
 
 @dataclass
-class _Leaving:
-    cargo: Cargo
-    device: list[Tensor]
-    done: torch.cuda.Event
+class _Outgoing:
+    group: TensorGroup
+    tensors: list[Tensor]  # on the device, held until they have been copied
+    copied: torch.cuda.Event
 
 
-class Conveyor:
-    """Moves cargo between host memory and one device.
+class HostTransfer:
+    """Moves tensor groups between host memory and one device.
 
     Args:
-        device: where cargo is used.
-        ahead: bytes of device memory for cargo on its way in or out. What is needed at once comes in
-            whatever its size.
+        device: where groups are used.
+        budget: bytes of device memory for groups on their way in or out. A group that is needed at once
+            comes in whatever its size.
     """
 
-    def __init__(self, device: torch.device, ahead: int) -> None:
+    def __init__(self, device: torch.device, budget: int) -> None:
         self.device = device
-        self.ahead = ahead
-        self._upcoming: deque[Cargo] = deque()
-        self._fetched: dict[Cargo, tuple[list[Tensor], torch.cuda.Event | None]] = {}
-        self._used: set[Cargo] = set()
-        self._leaving: deque[_Leaving] = deque()
+        self.budget = budget
+        self._on_gpu = device.type == "cuda"
+        self._upcoming: deque[TensorGroup] = deque()
+        self._prefetched: dict[TensorGroup, tuple[list[Tensor], torch.cuda.Event | None]] = {}
+        self._in_use: set[TensorGroup] = set()
+        self._outgoing: deque[_Outgoing] = deque()
         self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if self._on_gpu else None
         self._pinned: list[Tensor] = []
 
-    @property
-    def _on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+    def store(self, group: TensorGroup) -> None:
+        """Put the tensors that the owner of `group` has now into host memory; older copies are dropped."""
+        self.synchronize()
+        self._in_use.discard(group)
+        host: list[Tensor] = []
+        tensors = group.get()
+        for position, tensor in enumerate(tensors):  # one by one, so that memory is not held twice
+            host.append(self._host_like(tensor))
+            _copy(host[-1:], [tensor])
+            tensors[position] = host[-1]
+            group.put(tensors)
+        group.host = host or None
 
-    def store(self, cargo: Cargo) -> None:
-        """Put a new cargo into host memory."""
-        cargo.host = []
-        tensors = cargo.get()
-        for position, tensor in enumerate(tensors):  # one by one, so that host memory is not held twice
-            cargo.host.append(self._host_like(tensor))
-            _copy(cargo.host[-1], tensor)
-            tensors[position] = cargo.host[-1]
-            cargo.put(tensors)
+    def prefetch(self, groups: Iterable[TensorGroup]) -> None:
+        """Announce what will be fetched next, in this order; copies begin as far as the budget allows."""
+        self._upcoming.extend(groups)
+        self._prefetch_within_budget()
 
-    def expect(self, cargo: Iterable[Cargo]) -> None:
-        """What will be taken next, in this order."""
-        self._upcoming.extend(cargo)
-        self._fetch_ahead()
-
-    def take(self, cargo: Cargo) -> None:
-        """Put `cargo` on the device, for what runs there from now on, and fetch ahead."""
-        if cargo.host is None or cargo in self._used:
+    def fetch(self, group: TensorGroup) -> None:
+        """Put `group` on the device, for what is launched there from now on."""
+        if group.host is None or group in self._in_use:
             return
-        if cargo not in self._fetched:
-            self._make_room(cargo.nbytes)
-            self._fetch(cargo)
-        tensors, arrived = self._fetched.pop(cargo)
-        if arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(arrived)
-        cargo.put(tensors)
-        self._used.add(cargo)
-        self._fetch_ahead()
+        if group not in self._prefetched:
+            while self._outgoing and self.bytes_in_flight + group.nbytes > self.budget:
+                self._finish_oldest()
+            self._copy_in(group)
+        tensors, arrived = self._prefetched.pop(group)
+        self._wait_for(arrived)
+        group.put(tensors)
+        self._in_use.add(group)
+        self._prefetch_within_budget()
 
-    def give_back(self, cargo: Cargo, changed: bool = True) -> None:
-        """Take `cargo` off the device; unless it is unchanged, its values go out first."""
-        if cargo.host is None:
-            tensors = cargo.get()
-            cargo.host = [self._host_like(tensor) for tensor in tensors]
-        elif cargo in self._used:
-            tensors = cargo.get()
-            self._used.remove(cargo)
-        else:
+    def release(self, group: TensorGroup, changed: bool = True) -> None:
+        """Take `group` off the device; unless it is unchanged, its values are copied to the host first."""
+        if group.host is not None and group not in self._in_use:
             return
+        tensors = group.get()
+        if group.host is None:  # made on the device: it gets a place in host memory now
+            group.host = [self._host_like(tensor) for tensor in tensors]
+        self._in_use.discard(group)
         if changed:
-            self._send(cargo, tensors)
-        cargo.put(cargo.host)
-        self._fetch_ahead()
+            self._copy_out(group, tensors)
+        group.put(group.host)
+        self._prefetch_within_budget()
 
-    def settle(self) -> None:
-        """Until all that leaves has arrived in host memory and nothing is fetched ahead."""
-        while self._leaving:
+    def synchronize(self) -> None:
+        """Wait until all that leaves is in host memory, and drop what was prefetched or announced."""
+        while self._outgoing:
             self._finish_oldest()
-        for cargo in list(self._fetched):
-            self._drop(cargo)
+        for _, arrived in self._prefetched.values():
+            self._wait_for(arrived)  # only then its memory is free for use
+        self._prefetched.clear()
         self._upcoming.clear()
 
-    def forget(self, cargo: Cargo) -> None:
-        """The owner has got other tensors, on the host: store those."""
-        self.settle()
-        self._used.discard(cargo)
-        cargo.host = None
-        if cargo.get():
-            self.store(cargo)
+    def close(self) -> None:
+        """Unpin the host memory; its values stay."""
+        self.synchronize()
+        for tensor in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+        self._pinned.clear()
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of device memory of the groups that are prefetched or on their way out."""
+        return sum(group.nbytes for group in (*self._prefetched, *(out.group for out in self._outgoing)))
 
     # -- copies ----------------------------------------------------------------------------------
 
-    def _fetch(self, cargo: Cargo) -> None:
-        assert cargo.host is not None
-        tensors = [_map_dense(host, lambda t: torch.empty_like(t, device=self.device)) for host in cargo.host]
+    def _copy_in(self, group: TensorGroup) -> None:
+        assert group.host is not None
+        tensors = [_map_dense(host, lambda t: torch.empty_like(t, device=self.device)) for host in group.host]
         if self._streams is None:
-            _copy_all(tensors, cargo.host)
-            self._fetched[cargo] = (tensors, None)
+            _copy(tensors, group.host)
+            self._prefetched[group] = (tensors, None)
             return
         stream = self._streams[0]
-        stream.wait_stream(torch.cuda.current_stream(self.device))  # which the memory may have been in use by
-        for leaving in self._leaving:
-            if leaving.cargo is cargo:
-                stream.wait_event(leaving.done)
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # the memory may have been in use there
+        for outgoing in self._outgoing:
+            if outgoing.group is group:
+                stream.wait_event(outgoing.copied)
         with torch.cuda.stream(stream):
-            _copy_all(tensors, cargo.host)
-        self._fetched[cargo] = (tensors, stream.record_event())
+            _copy(tensors, group.host)
+        self._prefetched[group] = (tensors, stream.record_event())
 
-    def _send(self, cargo: Cargo, tensors: list[Tensor]) -> None:
-        assert cargo.host is not None
+    def _copy_out(self, group: TensorGroup, tensors: list[Tensor]) -> None:
+        assert group.host is not None
         if self._streams is None:
-            _copy_all(cargo.host, tensors)
+            _copy(group.host, tensors)
             return
         stream = self._streams[1]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            _copy_all(cargo.host, tensors)
-        self._leaving.append(_Leaving(cargo, tensors, stream.record_event()))
+            _copy(group.host, tensors)
+        self._outgoing.append(_Outgoing(group, tensors, stream.record_event()))
 
-    def _drop(self, cargo: Cargo) -> None:
-        _, arrived = self._fetched.pop(cargo)
-        if arrived is not None:  # its memory is free for use when it is there, not before
+    def _wait_for(self, arrived: torch.cuda.Event | None) -> None:
+        if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
 
-    # -- the budget ------------------------------------------------------------------------------
-
-    @property
-    def on_the_way(self) -> int:
-        """Bytes of device memory of what is fetched ahead or leaving."""
-        return sum(c.nbytes for c in self._fetched) + sum(leaving.cargo.nbytes for leaving in self._leaving)
-
-    def _fetch_ahead(self) -> None:
-        while self._leaving and self._leaving[0].done.query():
-            self._leaving.popleft()
+    def _prefetch_within_budget(self) -> None:
+        while self._outgoing and self._outgoing[0].copied.query():
+            self._outgoing.popleft()
         while self._upcoming:
-            cargo = self._upcoming[0]
-            if cargo.host is not None and cargo not in self._fetched and cargo not in self._used:
-                if self.on_the_way + cargo.nbytes > self.ahead:
+            group = self._upcoming[0]
+            if group.host is not None and group not in self._prefetched and group not in self._in_use:
+                if self.bytes_in_flight + group.nbytes > self.budget:
                     return
-                self._fetch(cargo)
+                self._copy_in(group)
             self._upcoming.popleft()
 
-    def _make_room(self, nbytes: int) -> None:
-        while self._leaving and self.on_the_way + nbytes > self.ahead:
-            self._finish_oldest()
-
     def _finish_oldest(self) -> None:
-        self._leaving.popleft().done.synchronize()
+        self._outgoing.popleft().copied.synchronize()
 
     # -- host memory -----------------------------------------------------------------------------
 
@@ -207,35 +212,25 @@ class Conveyor:
         error = torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)
         if int(error):
             raise ValueError(
-                f"--offload: the driver refuses to pin {flat.nbytes} bytes of host memory ({error}): "
+                f"`offload`: the driver refuses to pin {flat.nbytes} bytes of host memory ({error}): "
                 "raise the limit on locked memory (ulimit -l)"
             )
         self._pinned.append(flat)
         return flat.view(tensor.shape)
 
-    def close(self) -> None:
-        """Unpin the host memory; its values stay."""
-        self.settle()
-        for tensor in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-        self._pinned.clear()
-
 
 def _map_dense(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """`tensor` made anew out of other dense tensors."""
-    if not python_dispatch.is_traceable_wrapper_subclass(tensor):
+    """Return `tensor` with every dense tensor inside it replaced by what `make` returns for it."""
+    kind: Any = type(tensor)
+    if not hasattr(kind, "__tensor_flatten__"):
         return make(tensor)
-    names, context = tensor.__tensor_flatten__()
+    names, context = kind.__tensor_flatten__(tensor)
     inner = {name: _map_dense(getattr(tensor, name), make) for name in names}
-    return type(tensor).__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
+    return kind.__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
 
 
 @torch.no_grad()
-def _copy(target: Tensor, source: Tensor) -> None:
-    for there, here in zip(dense_parts(target), dense_parts(source), strict=True):
-        there.copy_(here, non_blocking=True)
-
-
-def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
-        _copy(target, source)
+        for there, here in zip(dense_parts(target), dense_parts(source), strict=True):
+            there.copy_(here, non_blocking=True)

@@ -1,15 +1,15 @@
-"""Several processes: the gradients of earlier blocks, averaged as soon as they are complete.
+"""Several processes: average the gradients of earlier blocks as soon as they are complete.
 
 An earlier block's backward is over before the next block's forward begins, which is before
-DistributedDataParallel (DDP) starts to listen: it would never reduce those gradients. So they are
-kept out of it and averaged here, by asynchronous all-reduces that run while the rest of the forward
-does. Under FSDP2 the blocks' gradients are DTensors, which FSDP2 reduces in the local backward
-itself; only the reconstruction heads, which are whole on every rank, are left to do.
+DistributedDataParallel (DDP) prepares its own reduction, so DDP would never reduce those gradients.
+They are kept out of it and averaged here, by asynchronous all-reduces that run beside the rest of the
+forward. Under FSDP2 the blocks' gradients are DTensors, which FSDP2 reduces in the local backward
+itself; only the reconstruction heads, which are whole on every rank, are reduced here.
 
 In a plain PyTorch script:
 
     lopt = attach(model, LoPTConfig(num_blocks=2))
-    reduction = GradientReduction(lopt)            # before DDP, which takes what is left
+    reduction = GradientReduction(lopt)            # before DDP, which reduces the last block
     model = DistributedDataParallel(model)
     ...
     loss.backward()
@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lopt import compat
 from lopt.core.attach import LoPT
 
 HEADS_OPTIMIZER_NAME = "reconstruction_heads_optimizer.safetensors"
@@ -41,8 +41,8 @@ class GradientReduction:
     Args:
         lopt: the handle; its model must not be wrapped yet, and every rank must hold the same
             weights. The heads of rank 0 become everyone's.
-        is_last: says in the backward whether this is the last micro-batch of the optimizer step,
-            the one after which gradients are reduced. Default: every micro-batch is.
+        is_last: returns, in the backward, whether this is the last micro-batch of the optimizer step,
+            after which gradients are reduced. Default: every micro-batch is.
     """
 
     def __init__(self, lopt: LoPT, is_last: Callable[[], bool] = lambda: True) -> None:
@@ -52,7 +52,7 @@ class GradientReduction:
         names = [
             name for block in lopt.blocks[:-1] for name, _ in lopt.blocks.parameters(lopt.model, block.index)
         ]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(lopt.model, names)
+        compat.leave_out_of_ddp(lopt.model, names)
         lopt.after_local_backward = self._start
         self.broadcast_heads()
 
@@ -75,7 +75,7 @@ class GradientReduction:
             self._running.append(work)
 
     def wait(self) -> None:
-        """Until every gradient is the average; call it before clipping and the optimizer step."""
+        """Wait until every gradient is the average; call it before clipping and the optimizer step."""
         for work in self._running:
             work.wait()
         self._running = []
@@ -83,7 +83,7 @@ class GradientReduction:
 
 @contextmanager
 def heads_apart(optimizer: Optimizer) -> Iterator[list[nn.Parameter]]:
-    """Take the heads' groups and state out of `optimizer` for a while; gives their parameters.
+    """Within, `optimizer` has neither the groups nor the state of the heads; yields their parameters.
 
     Saving and loading the optimizer of a sharded model must see that model's parameters only.
     """
@@ -109,7 +109,7 @@ def save_heads_optimizer(optimizer: Optimizer, folder: str | Path) -> None:
 
 
 def load_heads_optimizer(optimizer: Optimizer, folder: str | Path) -> None:
-    """Read what `save_heads_optimizer` wrote."""
+    """Load what `save_heads_optimizer` wrote."""
     tensors = safetensors.torch.load_file(Path(folder) / HEADS_OPTIMIZER_NAME)
     for number, parameter in enumerate(_head_parameters(optimizer)):
         prefix = f"{number}."

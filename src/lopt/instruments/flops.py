@@ -1,18 +1,19 @@
-"""Floating point operations of what runs, operator by operator."""
+"""Floating point operations of what runs, counted operator by operator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lopt import compat
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts floating point operations of matrix products and attention while it is entered.
+class FlopCounter:
+    """Context manager that counts the floating point operations of matrix products and attention.
 
     torch's own counter keeps recomputed tensors alive and does not know a CPU's attention. Real and
     fake tensors work, and so does a backward inside a forward.
@@ -22,14 +23,21 @@ class FlopCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.total = 0
+        self._hook = compat.operator_hook(self._dispatch)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        count = _FLOPS.get(func.overloadpacket)
+    def __enter__(self) -> Self:
+        self._hook.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hook.__exit__(*error)
+
+    def _dispatch(self, operator: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        result = operator(*args, **kwargs)
+        count = _FLOPS.get(getattr(operator, "overloadpacket", None))
         if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=result)
+            self.total += count(*args, **kwargs, out_val=result)
         return result
 
 
@@ -41,8 +49,7 @@ def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, *_: 
     return 10 * query.numel() * key.shape[-2]  # five products
 
 
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_CPU_ATTENTION, _CPU_ATTENTION_BACKWARD = compat.cpu_attention_operators()
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_counter.flop_registry,
     torch.ops.aten.addmm_: flop_counter.flop_registry[torch.ops.aten.addmm],

@@ -1,6 +1,6 @@
 """Exact peak of live tensor bytes, counted storage by storage.
 
-Every operator PyTorch dispatches passes through a watcher, which counts each storage once, from its
+Every operator that PyTorch dispatches passes through a hook, which counts each storage once, from its
 first appearance as an argument or a result until it is freed. Nothing is assumed about phases: a
 backward inside a forward, recomputation and optimizer steps inside hooks are all counted alike.
 Real tensors (any device) and fake tensors work, so a model too large for this machine can be
@@ -11,28 +11,17 @@ library workspaces, and scratch memory inside one kernel or one compiled region.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
-from torch.utils import _python_dispatch as python_dispatch
-from torch.utils._pytree import tree_leaves
 
-__all__ = [
-    "MemoryPeak",
-    "MemoryTracker",
-    "dense_parts",
-    "format_bytes",
-    "free_host_memory",
-    "host_tensor",
-    "in_host_memory",
-    "peak_memory",
-]
+from lopt import compat
 
 
 @dataclass(frozen=True)
@@ -62,21 +51,21 @@ class MemoryTracker:
 
     Args:
         modules: modules whose parameters and buffers count as parameters.
-        optimizer: optimizer whose state counts as optimizer; a wrapper that holds the real one in
-            `.optimizer`, as accelerate's does, is unwrapped.
+        optimizer: optimizer whose state counts as optimizer, possibly wrapped (`unwrap_optimizer`).
         device: count only tensors on this device ("cuda", "cuda:1", "cpu"); None counts all.
 
-    Raises RuntimeError if `device` names no device or the tracker is entered while active.
+    Raises:
+        RuntimeError: `device` names no device, or the tracker is entered while active.
     """
 
     def __init__(
         self, *modules: nn.Module, optimizer: Optimizer | None = None, device: str | None = None
     ) -> None:
         self._modules = modules
-        self._optimizer = _unwrap(optimizer)
+        self._optimizer = unwrap_optimizer(optimizer)
         self._device = None if device is None else torch.device(device)
         self._ledger = _Ledger(self._device)
-        self._watcher: _Watcher | None = None
+        self._hook: Any = None  # while active
         self._undo: list[Callable[[], object]] = []
 
     @property
@@ -96,86 +85,61 @@ class MemoryTracker:
         self._ledger.mark_peak()
 
     def __enter__(self) -> Self:
-        if self._watcher is not None:
-            raise RuntimeError("This MemoryTracker is already active; make a second one to nest.")
+        if self._hook is not None:
+            raise RuntimeError("this MemoryTracker is already active: make a second one to nest them")
         self._ledger = _Ledger(self._device)
-        self._watcher = _Watcher(self._ledger)
+        self._hook = compat.operator_hook(self._dispatch)
         self._classify_all()
-        self._add_hooks()
-        self._watcher.__enter__()
+        if self._optimizer is not None:
+            self._undo.append(self._optimizer.register_step_pre_hook(self._classify_all).remove)
+            self._undo.append(self._optimizer.register_step_post_hook(self._classify_all).remove)
+        for parameter in (p for module in self._modules for p in module.parameters()):
+            if parameter.requires_grad and parameter.is_leaf:
+                # An optimizer that steps in such a hook of its own frees the gradient there.
+                self._undo.append(compat.hook_gradient_first(parameter, self._gradient_ready).remove)
+        self._undo.append(compat.watch_storage_resize(self._ledger.resize))
+        self._hook.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        assert self._watcher is not None
-        self._watcher.__exit__(*error)
+        self._hook.__exit__(*error)
         while self._undo:
             self._undo.pop()()
         self._classify_all()
-        self._watcher = None
+        self._hook = None
         self._ledger.entries.clear()  # with them the weak references: the totals now stay
 
-    def _add_hooks(self) -> None:
-        if self._optimizer is not None:
-            before = self._optimizer.register_step_pre_hook(self._classify_all)
-            after = self._optimizer.register_step_post_hook(self._classify_all)
-            self._undo += [before.remove, after.remove]
-        for parameter in (p for module in self._modules for p in module.parameters()):
-            if parameter.requires_grad and parameter.is_leaf:
-                # First in line: an optimizer that steps in such a hook frees the gradient there.
-                # move_to_end would not do: PyTorch reads the plain dict below the OrderedDict.
-                hooks: dict[Any, Any] = parameter._post_accumulate_grad_hooks or {}
-                others = dict(hooks)
-                hooks.clear()
-                handle = parameter.register_post_accumulate_grad_hook(self._grad_ready)
-                parameter._post_accumulate_grad_hooks.update(others)
-                self._undo.append(handle.remove)
-        self._undo.append(_watch_storage_resize(self._ledger.resize))
+    def _dispatch(self, operator: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # the subclass runs next, and its inner operators come here
+        if torch.is_inference_mode_enabled() and hasattr(operator, "decompose"):
+            # Without autograd, composite operators arrive whole: count their parts.
+            with self._hook:
+                result = operator.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        self._ledger.count((args, kwargs))
+        result = operator(*args, **kwargs)
+        self._ledger.count(result)
+        return result
 
-    def _grad_ready(self, parameter: torch.Tensor) -> None:
+    def _gradient_ready(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self._ledger.classify(parameter.grad, "gradients")
 
     def _classify_all(self, *_: Any) -> None:
-        """Sort every reachable storage anew: `.data` and `.grad` may be assigned without an op."""
-        if self._watcher is None:
+        """Sort every reachable storage anew: `.data` and `.grad` may be assigned without an operator."""
+        if self._hook is None:
             return
         if self._optimizer is not None:
-            for leaf in tree_leaves(list(self._optimizer.state.values())):
-                if isinstance(leaf, torch.Tensor):
-                    self._ledger.classify(leaf, "optimizer")
+            for tensor in _tensors(self._optimizer.state):
+                self._ledger.classify(tensor, "optimizer")
         for module in self._modules:
             for parameter in module.parameters():
                 self._ledger.classify(parameter, "parameters")
-                self._grad_ready(parameter)
+                self._gradient_ready(parameter)
             for buffer in module.buffers():
                 self._ledger.classify(buffer, "parameters")
-
-
-def host_tensor(make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """A tensor, made by `make`, that counts as host memory: on a CPU it and the device are one."""
-    global _making_host
-    _making_host = True
-    try:
-        tensor = make()
-    finally:
-        _making_host = False
-    for part in dense_parts(tensor):
-        storage = part.untyped_storage()
-        _HOST[storage._cdata] = weakref.ref(storage, partial(_forget_host, storage._cdata))
-    return tensor
-
-
-def in_host_memory(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` lies in what `host_tensor` made."""
-    return all(part.untyped_storage()._cdata in _HOST for part in dense_parts(tensor))
-
-
-_HOST: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-_making_host = False
-
-
-def _forget_host(key: int, _: object) -> None:
-    _HOST.pop(key, None)
 
 
 def peak_memory(
@@ -184,14 +148,62 @@ def peak_memory(
     optimizer: Optimizer | None = None,
     device: str | None = None,
 ) -> MemoryPeak:
-    """Call `function` once; the peak of live tensor bytes meanwhile. Args: see `MemoryTracker`."""
+    """Call `function` once and return the peak of live tensor bytes; arguments as for `MemoryTracker`."""
     with MemoryTracker(*modules, optimizer=optimizer, device=device) as tracker:
         function()
     return tracker.peak
 
 
+def unwrap_optimizer(optimizer: Any, keep: type[Optimizer] | tuple[()] = ()) -> Any:
+    """Return the optimizer inside wrappers that hold it in `.optimizer`, as accelerate's does.
+
+    Args:
+        optimizer: an optimizer, wrapped any number of times, or None.
+        keep: a kind of wrapper to stop at, such as `lopt.engine.optimizer.BlockOptimizer`.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(optimizer, keep) or not isinstance(inner, Optimizer):
+        return optimizer
+    return unwrap_optimizer(inner, keep)
+
+
+# -- host memory -------------------------------------------------------------------------------------
+
+# On a CPU the device and the host share one memory, so what stands for host memory has to be marked.
+_host_storages: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
+_making_host = False
+
+
+def host_tensor(make: Callable[[], Tensor]) -> Tensor:
+    """Return what `make` makes, counted by every tracker as host memory from the first moment on."""
+    global _making_host
+    _making_host = True
+    try:
+        tensor = make()
+    finally:
+        _making_host = False
+    _host_storages.update(part.untyped_storage() for part in dense_parts(tensor))
+    return tensor
+
+
+def in_host_memory(tensor: Tensor) -> bool:
+    """Return whether `tensor` counts as host memory, which is what `host_tensor` made."""
+    return all(part.untyped_storage() in _host_storages for part in dense_parts(tensor))
+
+
+def free_host_memory() -> int:
+    """Return the bytes that this process may still use: the machine's, or its control group's if less."""
+    free = psutil.virtual_memory().available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        pass
+    return free
+
+
 def format_bytes(n: int) -> str:
-    """Bytes in binary units with one decimal, such as "28.8 GiB"; below 1 KiB as "512 B"."""
+    """Return bytes in binary units with one decimal, such as "28.8 GiB"; below 1 KiB as "512 B"."""
     if n < 1024:
         return f"{n} B"
     size = n / 1024
@@ -202,15 +214,7 @@ def format_bytes(n: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def free_host_memory() -> int:
-    """Bytes of host memory that this process may still use: the machine's, or its control group's if less."""
-    free = psutil.virtual_memory().available
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        pass
-    return free
+# -- counting ----------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -218,35 +222,32 @@ class _Entry:
     nbytes: int
     category: str
     birth: int  # ledger clock when these bytes came to life
-    reference: weakref.ref[torch.UntypedStorage]
+    reference: weakref.ref[UntypedStorage]
 
 
 class _Ledger:
     """Running totals per category over live storages, and a copy of them at the peak.
 
     PyTorch keeps one Python object per storage for as long as the storage lives, also while only
-    C++ (autograd) holds it, so a weak reference to it dies exactly when the bytes are freed.
-    A free can interrupt any method here (garbage collection): no total is held across a call.
+    C++ (autograd) holds it, so its id names the storage and a weak reference to it dies exactly when
+    the bytes are freed. A free can interrupt any method here (garbage collection): no total is held
+    across a call.
     """
 
     def __init__(self, device: torch.device | None) -> None:
         self.live = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "host"), 0)
         self.peak = dict(self.live)
-        self._device = device
         self.entries: dict[int, _Entry] = {}
-        self._total = self._peak_total = 0
-        self._clock = self._peak_clock = 0
+        self._device = device
+        self._peak_total = self._clock = self._peak_clock = 0
 
-    def see(self, value: object) -> None:
-        """Count the storages of a tensor or of a nested list or tuple of tensors."""
-        if isinstance(value, torch.Tensor):
-            for tensor in dense_parts(value):
-                self._entry(tensor)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                self.see(item)
+    def count(self, value: object) -> None:
+        """Count the storages of the tensors in `value`, which may be nested."""
+        for tensor in _tensors(value):
+            for part in dense_parts(tensor):
+                self._entry(part)
 
-    def classify(self, tensor: torch.Tensor, category: str) -> None:
+    def classify(self, tensor: Tensor, category: str) -> None:
         """Count `tensor` under `category`, in the peak too if it was already live then."""
         for part in dense_parts(tensor):
             entry = self._entry(part)
@@ -258,26 +259,28 @@ class _Ledger:
                 totals[category] += entry.nbytes
             entry.category = category
 
-    def resize(self, storage: torch.UntypedStorage) -> None:
+    def resize(self, storage: UntypedStorage) -> None:
         """Take up the new size of a storage, if it is counted."""
-        if (entry := self.entries.get(storage._cdata)) is not None:
+        if (entry := self.entries.get(id(storage))) is not None:
             self._update(entry, storage.nbytes())
 
     def mark_peak(self) -> None:
         """Make the present totals the peak."""
         self.peak = dict(self.live)
-        self._peak_total, self._peak_clock = self._total, self._clock
+        self._peak_total, self._peak_clock = self._total(), self._clock
 
-    def _entry(self, tensor: torch.Tensor) -> _Entry | None:
+    def _total(self) -> int:
+        return sum(self.live.values()) - self.live["host"]
+
+    def _entry(self, tensor: Tensor) -> _Entry | None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if (entry := self.entries.get(key)) is None:
+        if (entry := self.entries.get(id(storage))) is None:
             want, device = self._device, tensor.device  # a fake tensor's storage is on "meta"
             if want and (device.type != want.type or want.index not in (None, device.index)):
                 return None
-            category = "host" if _making_host or key in _HOST else "activations"
-            entry = _Entry(0, category, 0, weakref.ref(storage, partial(self._free, key)))
-            self.entries[key] = entry
+            category = "host" if _making_host or storage in _host_storages else "activations"
+            entry = _Entry(0, category, 0, weakref.ref(storage, partial(self._free, id(storage))))
+            self.entries[id(storage)] = entry
         if entry.nbytes != (nbytes := storage.nbytes()):
             self._update(entry, nbytes)
         return entry
@@ -287,66 +290,28 @@ class _Ledger:
         self._clock += 1
         entry.birth, entry.nbytes = self._clock, nbytes
         self.live[entry.category] += change
-        if entry.category != "host":
-            self._total += change
-        if self._total > self._peak_total:
+        if self._total() > self._peak_total:
             self.mark_peak()
 
     def _free(self, key: int, _: object) -> None:
         entry = self.entries.pop(key)
         self.live[entry.category] -= entry.nbytes
-        if entry.category != "host":
-            self._total -= entry.nbytes
 
 
-class _Watcher(python_dispatch.TorchDispatchMode):
-    """Shows the ledger every argument and result of every operator."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, ledger: _Ledger) -> None:
-        super().__init__()
-        self._ledger = ledger
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(map(python_dispatch.is_traceable_wrapper_subclass_type, types)):
-            return NotImplemented  # the subclass runs next, and its inner operators come here
-        kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and isinstance(func, torch._ops.OpOverload):
-            # Without autograd, composite operators arrive whole: look at the parts.
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        self._ledger.see((args, tuple(kwargs.values())))
-        result = func(*args, **kwargs)
-        self._ledger.see(result)
-        return result
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
-def dense_parts(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """The tensors with a storage inside `tensor`: itself, or what a subclass or layout wraps."""
-    if python_dispatch.is_traceable_wrapper_subclass(tensor):
+def dense_parts(tensor: Tensor) -> Iterable[Tensor]:
+    """Return the tensors with a storage inside `tensor`: itself, or what a subclass or layout wraps."""
+    if hasattr(tensor, "__tensor_flatten__"):
         inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        return [d for t in inner if isinstance(t, torch.Tensor) for d in dense_parts(t)]
+        return [d for t in inner if isinstance(t, Tensor) for d in dense_parts(t)]
     if tensor.layout is torch.sparse_coo:
-        return (tensor._indices(), tensor._values())
+        return compat.sparse_parts(tensor)
     return (tensor,) if tensor.layout is torch.strided else ()
-
-
-def _unwrap(optimizer: Optimizer | None) -> Optimizer | None:
-    inner = getattr(optimizer, "optimizer", None)
-    return _unwrap(inner) if isinstance(inner, Optimizer) else optimizer
-
-
-def _watch_storage_resize(notify: Callable[[torch.UntypedStorage], None]) -> Callable[[], object]:
-    """Report direct `storage.resize_` calls, which no operator shows; returns the undo."""
-    original = torch.UntypedStorage.resize_
-
-    def resize_(storage: torch.UntypedStorage, size: int) -> object:
-        result = original(storage, size)
-        notify(storage)
-        return result
-
-    setattr(torch.UntypedStorage, "resize_", resize_)  # noqa: B010
-    return lambda: setattr(torch.UntypedStorage, "resize_", original)

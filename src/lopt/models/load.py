@@ -221,7 +221,8 @@ def _loading_error(name: str, error: Exception) -> ValueError:
     if "safetensors" in str(error) and not Path(resolve_model(name)).is_dir():
         return UntrustedError(
             f"`model_name_or_path` {name} has no weights in safetensors on the hub, pickles are not read: "
-            'convert them (docs/guide.md, "From .bin to safetensors"), or name a `model_revision` with them'
+            'convert them ("From .bin to safetensors" in the documentation), or name a `model_revision` that '
+            "has them"
         )
     return ValueError(
         f"`model_name_or_path` {name} cannot be loaded: {_first_line(error)}. Give a folder with config.json "

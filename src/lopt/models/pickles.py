@@ -10,7 +10,7 @@ from typing import Any
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Suffixes of files that torch unpickles."""
 
-# Not weights: what trainers leave beside them, and nobody reads.
+# Files that trainers write beside weights, and that no loader takes for weights.
 _NO_WEIGHTS = (
     *("training_args", "optimizer", "scheduler", "scaler", "rng_state", "rollouts", "random_states"),
     "pytorch_model_fsdp",  # FSDP2's in one file, which accelerate reads by `torch.load(weights_only=True)`
@@ -43,8 +43,9 @@ def check_safetensors(folder: Path, name: str, accepted: tuple[str, ...]) -> Non
     if pickles:
         raise UntrustedError(
             f"`model_name_or_path` {name} has its weights in {pickles[0]}, a pickle, which can run code when "
-            f'it is read: convert it to {accepted[0]} (docs/guide.md, "From .bin to safetensors": torch.load('
-            "weights_only=True), then safetensors.torch.save_file), or use a revision with safetensors"
+            f"it is read: convert it to {accepted[0]} by torch.load(weights_only=True) and "
+            'safetensors.torch.save_file ("From .bin to safetensors" in the documentation), or use a '
+            "revision with safetensors"
         )
     raise UntrustedError(
         f"`model_name_or_path` {name} has no {accepted[0]}: give a folder with weights in safetensors"

@@ -1,26 +1,31 @@
-"""Two real optimizer steps with random weights on random tokens, to hold a plan against."""
+"""Measure two real optimizer steps with random weights on random tokens, to compare a plan with."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from lopt.core.config import LoPTConfig
 from lopt.instruments.memory import MemoryPeak, MemoryTracker, free_host_memory
 from lopt.models.load import empty_model
-from lopt.planning.plan import Run, Setting
-from lopt.trainers import LoPTSFTTrainer
-from lopt.trainers.config import LoPTSFTConfig
+from lopt.planning.run import Run, Setting
 
 
-def calibrate(run: Run, setting: Setting) -> MemoryPeak | int:
-    """The peak of the second optimizer step in `LoPTSFTTrainer` on the device that is there.
+def calibrate(
+    run: Run, setting: Setting, trainer_type: Callable[..., Any], settings_type: Callable[..., Any]
+) -> MemoryPeak | int:
+    """Measure the peak of the second optimizer step on the device of this machine.
+
+    Args:
+        run, setting: what was planned.
+        trainer_type: `lopt.LoPTSFTTrainer`.
+        settings_type: makes that trainer's `args`, as `LoPTSFTConfig` does.
 
     Returns:
         On a CPU live tensor bytes by category, on a GPU what its allocator had given out.
@@ -28,9 +33,9 @@ def calibrate(run: Run, setting: Setting) -> MemoryPeak | int:
     torch.manual_seed(0)
     model = empty_model(run.config, dtype=run.dtype, attn_implementation="sdpa")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = LoPTSFTTrainer(
+        trainer = trainer_type(
             model,
-            args=_arguments(run, setting, folder),
+            args=settings_type(output_dir=folder, **_settings(run, setting)),
             train_dataset=_rows(run, model.get_input_embeddings().num_embeddings),
             processing_class=_tokenizer(),
             lopt_config=LoPTConfig(
@@ -44,23 +49,22 @@ def calibrate(run: Run, setting: Setting) -> MemoryPeak | int:
                 head_warmup_steps=0,
             ),
         )
-        watch = _SecondStep(trainer)
-        trainer.add_callback(watch)
+        second_step = _SecondStep(trainer)
+        trainer.add_callback(second_step)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return watch.peak
+    return second_step.peak
 
 
 def machine_memory(device: str) -> int:
-    """Bytes of memory that this machine's device has left."""
+    """Return the bytes of memory that this machine's device has left."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return free_host_memory()
 
 
-def _arguments(run: Run, setting: Setting, folder: str) -> LoPTSFTConfig:
-    return LoPTSFTConfig(
-        output_dir=folder,
+def _settings(run: Run, setting: Setting) -> dict[str, Any]:
+    return dict(
         per_device_train_batch_size=run.batch,
         gradient_accumulation_steps=run.accumulation,
         max_length=run.tokens,
@@ -80,7 +84,7 @@ def _arguments(run: Run, setting: Setting, folder: str) -> LoPTSFTConfig:
 
 
 def _rows(run: Run, vocabulary: int) -> Dataset:
-    """Random rows of T tokens, in every micro-batch of several the last one a token shorter."""
+    """Random rows of T tokens; the last of every micro-batch of several rows is a token shorter."""
     count = 2 * run.batch * run.accumulation
     ids = torch.randint(2, vocabulary, (count, run.tokens)).tolist()
     for row in ids[run.batch - 1 :: run.batch] if run.batch > 1 else ():
@@ -89,7 +93,7 @@ def _rows(run: Run, vocabulary: int) -> Dataset:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """The trainer asks for one; rows are tokens already."""
+    """A tokenizer, which the trainer asks for although rows are tokens already."""
     backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
@@ -98,9 +102,9 @@ class _SecondStep(TrainerCallback):
     """Measures the peak of the second optimizer step: by then the optimizer's state exists."""
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
         self.peak: MemoryPeak | int = 0
-        self.tracker: MemoryTracker | None = None
+        self._tracker: MemoryTracker | None = None
+        self._trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step != 1:
@@ -108,13 +112,13 @@ class _SecondStep(TrainerCallback):
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             return
-        modules: list[nn.Module] = [self.trainer.model, self.trainer.lopt.heads]
-        self.tracker = MemoryTracker(*modules, optimizer=self.trainer.bare_optimizer())
-        self.tracker.__enter__()
+        trainer = self._trainer
+        self._tracker = MemoryTracker(trainer.model, trainer.lopt.heads, optimizer=trainer.optimizer)
+        self._tracker.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.tracker is not None:
-            self.tracker.__exit__(None, None, None)
-            self.peak, self.tracker = self.tracker.peak, None
+        if self._tracker is not None:
+            self._tracker.__exit__(None, None, None)
+            self.peak, self._tracker = self._tracker.peak, None
         elif args.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated()

@@ -1,9 +1,9 @@
-"""What the parts of one micro-batch cost, measured on fake tensors: no weights, no GPU, no data.
+"""Measure what the parts of one micro-batch cost, on fake tensors: no weights, no GPU, no data.
 
 Layers of a model are alike, so a model of a few layers of the real width, cut into three blocks, has every
-part that any depth and any k has. Its forward and backward are cut at the layers into segments. Each
-segment is by how much the live bytes rise within it, by how much they have changed at its end, and its
-FLOPs. `lopt.planning.plan` strings segments together for the depth, blocks and schedule asked about.
+part that any depth and any k has. Its forward and backward are cut at the layers into segments; of each
+segment the rise of live bytes within it, their change at its end, and its FLOPs are kept.
+`lopt.planning.plan` strings segments together for the depth, blocks and schedule asked about.
 
 Shapes: B batch, T tokens, H hidden size.
 """
@@ -12,31 +12,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
-from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
-import lopt.losses.next_token as next_token
+from lopt import compat
 from lopt.core.attach import attach
 from lopt.core.blocks import Block, Blocks
 from lopt.core.config import LoPTConfig
 from lopt.instruments.flops import FlopCounter
 from lopt.instruments.memory import MemoryTracker
+from lopt.losses import next_token
 from lopt.losses.next_token import NextToken
 from lopt.models.load import empty_model
+from lopt.planning.sizes import Method
 
-Method = Literal["lopt", "frozen", "e2e"]
 # Layers that are measured in each place. A middle block's second layer stands for all but a block's first.
 MEASURED: dict[Method, dict[str, int]] = {
     "e2e": {"whole": 2},
@@ -50,21 +48,23 @@ class Work:
     """What runs in one micro-batch.
 
     Attributes:
+        method: how the small model is cut.
         batch, tokens: B rows of T tokens; of several, one is padded, which attention pays for.
         dtype: of the weights.
         autocast: whether forwards run under bfloat16 autocast.
         checkpointing: non-reentrant activation checkpointing of every layer.
         device: "cuda" or "cpu", whose LM heads differ.
-        resting: whether the first block does not learn, as `--frozen_blocks` has it.
+        resting: whether the first block does not learn (`frozen_blocks`).
         aux_loss: what earlier blocks learn.
     """
 
+    method: Method
     batch: int
     tokens: int
-    dtype: torch.dtype = torch.bfloat16
-    autocast: bool = False
-    checkpointing: bool = False
-    device: str = "cuda"
+    dtype: torch.dtype
+    autocast: bool
+    checkpointing: bool
+    device: str
     resting: bool = False
     aux_loss: Literal["recon", "next_token"] = "recon"
 
@@ -82,13 +82,12 @@ class Segment:
 
 @dataclass
 class Parts:
-    """Segments of one micro-batch by (where, what).
+    """Segments of one micro-batch by (place, what).
 
-    `where` is the place of a block: "first", "middle", "last", of one that does not learn and is not the
-    first "resting" or, end to end, "whole". `what` is
-    "start" (embedding, masks), "forward0" (of the block's first layer), "forward" (of any other),
-    "head" (its loss, and a local loss's backward down to the last layer), "loss" (the same of the task
-    loss), "backward", "backward0", "embedding" (its backward), "end" (after a local backward).
+    `place` is that of a block, as in `lopt.planning.sizes.BlockSizes`. `what` is "start" (embedding, masks),
+    "forward0" (of the block's first layer), "forward" (of any other), "head" (its loss, and a local loss's
+    backward down to the last layer), "loss" (the same of the task loss), "backward", "backward0",
+    "embedding" (its backward), "end" (after a local backward).
 
     Attributes:
         fresh: of a micro-batch that finds no gradients.
@@ -105,22 +104,32 @@ class Parts:
     layers: dict[str, int] = field(default_factory=dict)
 
 
-def measure(config: PreTrainedConfig, work: Work, method: Method) -> Parts:
-    """Run two micro-batches of a small model of the real width ("lopt", "frozen" or "e2e").
+def measure(config: PreTrainedConfig, work: Work) -> Parts:
+    """Run two micro-batches of a small model of the real width.
 
     Raises:
         ValueError: the model does not run on fake tensors, for example because it asks for values.
     """
-    parts = Parts(layers=MEASURED[method])
+    parts = Parts(layers=MEASURED[work.method])
     *starts, depth = accumulate(parts.layers.values())
+    cut = LoPTConfig(
+        method=work.method,
+        block_boundaries=starts or None,
+        aux_loss=work.aux_loss,
+        frozen_blocks=int(work.resting),
+    )
     try:
-        with fake_run(work):
-            model = build(shortened(config, depth), work)
-            cut = LoPTConfig(method=method, block_boundaries=starts or None, aux_loss=work.aux_loss)
-            run = _Recorder(model, cut.replace(frozen_blocks=int(work.resting)), work)
+        with _fake_run(work):
+            model = empty_model(
+                _shortened(config, depth), dtype=work.dtype, attn_implementation="sdpa"
+            ).train()
+            add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
+            if work.checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            run = _Recorder(model, cut, work)
             for segments in (parts.fresh, parts.again):
                 run.micro_batch(segments)
-                _complete(segments, method, work.resting)
+                _complete(segments, work)
             parts.boundary, parts.casts = run.boundary, run.casts()
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -130,26 +139,17 @@ def measure(config: PreTrainedConfig, work: Work, method: Method) -> Parts:
     return parts
 
 
-def _complete(segments: dict[tuple[str, str], Segment], method: Method, resting: bool) -> None:
+def _complete(segments: dict[tuple[str, str], Segment], work: Work) -> None:
     """Give every place the segments that were measured in another."""
-    if method == "frozen" or resting:  # such blocks keep nothing
+    if work.method == "frozen" or work.resting:  # such blocks keep nothing
         for key in (("first", "forward"), ("resting", "forward0"), ("resting", "forward")):
             segments[key] = segments["first", "forward0"]
-    elif method == "lopt":
+    elif work.method == "lopt":
         for what in ("forward", "backward"):
             segments["first", what] = segments["middle", what]
 
 
-def build(config: PreTrainedConfig, work: Work) -> Any:
-    """A model from its config, as a trainer would hand it to the method."""
-    model = empty_model(config, dtype=work.dtype, attn_implementation="sdpa").train()
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
-    if work.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The same model with so many layers: of different kinds each rare one once, then the most common one."""
     short = copy.deepcopy(config.get_text_config())
     depth = short.num_hidden_layers
@@ -162,40 +162,22 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 @contextmanager
-def fake_run(work: Work) -> Iterator[None]:
-    """Fake tensors, and stand-ins for what would look at values."""
-    patches: list[Any] = [
-        # Both look into tensors, for packed rows and for padding: rows are padded and not packed.
-        mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),
-        mock.patch("transformers.masking_utils._ignore_causal_mask_sdpa", partial(_no_mask, work.batch)),
-        mock.patch.object(next_token, "predicted_positions", lambda rows: torch.arange(rows.ids.numel())),
-        mock.patch.object(NextToken, "softmax_tokens", _columns_of_many),
-    ]
-    if work.device == "cuda":  # kernels there work in place
-        patches += [
-            mock.patch.object(chunked_logprob, "_forward_tile", lambda *_, **__: None),
-            mock.patch.object(chunked_logprob, "_backward_tile", lambda *_, **__: None),
-            mock.patch.object(chunked_logprob, "_addmm_fp32", _product_in_place),
-        ]
-    with FakeTensorMode():
-        for patch in patches:
-            patch.start()
-        try:
-            yield
-        finally:
-            for patch in patches:
-                patch.stop()
-
-
-def _no_mask(
-    batch: int, mask: Any, rows: int, columns: int, *_: Any, local_attention_size: int | None = None
-) -> bool:
-    """Whether attention needs no mask: a row alone is never padded, but it may be longer than a window."""
-    return batch == 1 and (local_attention_size is None or columns < local_attention_size)
+def _fake_run(work: Work) -> Iterator[None]:
+    """Within, tensors are fake, and what would look at their values is replaced."""
+    with ExitStack() as stack:
+        stack.enter_context(compat.fake_tensors())
+        stack.enter_context(compat.masks_by_shape(work.batch))
+        stack.enter_context(
+            compat.replaced(next_token, predicted_positions=lambda rows: torch.arange(rows.ids.numel()))
+        )
+        stack.enter_context(compat.replaced(NextToken, softmax_tokens=_columns_of_many))
+        if work.device == "cuda":
+            stack.enter_context(compat.fused_head_as_on_a_gpu(_product_in_place))
+        yield
 
 
 def _columns_of_many(loss: Any, ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`NextToken.softmax_tokens` of a micro-batch whose tokens are all different."""
+    """Stand in for `NextToken.softmax_tokens`, for a micro-batch whose tokens are all different."""
     weight = loss._lm_head.weight
     own = min(ids.numel(), len(weight))
     columns = own + (len(weight) - own) // max(1, len(weight) // loss.sample)
@@ -204,12 +186,12 @@ def _columns_of_many(loss: Any, ids: Tensor, device: torch.device) -> tuple[Tens
 
 
 def _product_in_place(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Counts as the product that CUDA adds to a float32 sum without a temporary."""
+    """Allocate what CUDA does to add a product to a float32 sum: no temporary."""
     torch.mm(a, b, out=total if total.dtype == a.dtype else total.view(a.dtype)[:, ::2])
 
 
 class _Recorder:
-    """Marks on a model's layers, between which live bytes and FLOPs are read."""
+    """Hooks on a model's layers, between which live bytes and FLOPs are read."""
 
     def __init__(self, model: Any, config: LoPTConfig, work: Work) -> None:
         self.model, self.work = model, work
@@ -225,14 +207,14 @@ class _Recorder:
         self.boundary = 0
 
     def casts(self) -> int:
-        """Bytes of the bfloat16 copies that autocast makes of a layer's float32 weights."""
+        """Return the bytes of the bfloat16 copies that autocast makes of a layer's float32 weights."""
         if not self.work.autocast or self.work.dtype != torch.float32:
             return 0
         linear = [m for m in self.blocks.layers[-1].modules() if isinstance(m, (nn.Linear, Conv1D))]
         return 2 * sum(p.numel() for m in linear for p in m.parameters())
 
     def micro_batch(self, segments: dict[tuple[str, str], Segment]) -> None:
-        """Forward and backward; fills `segments`."""
+        """Run forward and backward, and fill `segments`."""
         work, self._segments = self.work, segments
         ids, mask, labels = (torch.ones(work.batch, work.tokens, dtype=torch.long) for _ in range(3))
         self._flops = FlopCounter()
@@ -254,8 +236,8 @@ class _Recorder:
             return "whole"
         return "first" if block == 0 else "last" if block == len(self.blocks) - 1 else "middle"
 
-    def _mark(self, where: str, what: str, *_: Any) -> None:
-        """The segment ends here and another begins."""
+    def _mark(self, place: str, what: str, *_: Any) -> None:
+        """End the present segment, and begin that of `what` in `place`."""
         peak, now = self._tracker.peak, self._tracker.current
         flops, before = self._flops.total, self._before
         segment = Segment(
@@ -266,22 +248,22 @@ class _Recorder:
             flops=flops - self._flops_before,
         )
         self._segments.setdefault(self._name, segment)
-        self._name, self._before, self._flops_before = (where, what), now, flops
+        self._name, self._before, self._flops_before = (place, what), now, flops
         self._tracker.reset_peak()
 
     def _enter(self, block: Block, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        where = self._place(block.index)
-        self._mark(where, "forward0" if index == block.start else "forward")
+        place = self._place(block.index)
+        self._mark(place, "forward0" if index == block.start else "forward")
         hidden = args[0] if args else kwargs["hidden_states"]
         if index == 0 and hidden.requires_grad:
-            hidden.register_hook(partial(self._mark, where, "embedding"))
+            hidden.register_hook(partial(self._mark, place, "embedding"))
         self.boundary = hidden.numel() * hidden.element_size()
 
     def _leave(self, block: Block, index: int, layer: nn.Module, args: tuple, output: Any) -> None:
-        where = self._place(block.index)
+        place = self._place(block.index)
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:
             what = "backward0" if index == block.start else "backward"
-            hidden.register_hook(partial(self._mark, where, what))
+            hidden.register_hook(partial(self._mark, place, what))
         if index == block.stop - 1:
-            self._mark(where, "head")
+            self._mark(place, "head")

@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from lopt.core.config import LoPTConfig
 from lopt.instruments.memory import format_bytes, free_host_memory
-from lopt.planning.plan import BANDWIDTH, RESERVE, TFLOPS, Plan, Planner, Run, Setting
-from lopt.planning.search import fit
+from lopt.planning.plan import BANDWIDTH, RESERVE, TFLOPS, Plan, Planner
+from lopt.planning.run import Run, Setting
+from lopt.planning.search import BLOCKS, search
 
-BLOCKS = (2, 4, 8)
 GENERAL = (
     "a smaller `per_device_train_batch_size` with more `gradient_accumulation_steps`, a smaller "
     "`max_length`, `gradient_checkpointing` true, more `num_blocks`"
@@ -77,7 +77,7 @@ def _proposals(attempt: Attempt) -> list[str]:
     least = attempt.lopt.frozen_blocks + 2
     blocks = sorted({k for k in (*BLOCKS, now.num_blocks) if least <= k <= layers})
     try:
-        best = fit(planner, blocks, limit, TFLOPS, BANDWIDTH)
+        best = search(planner, blocks, limit, TFLOPS, BANDWIDTH)
     except ValueError:  # nothing fits
         return found
     return [*found, _sentence(_changed(best, now), best)]

@@ -256,7 +256,7 @@ def check_checkpoint(path: str | Path) -> str | None:
         raise CheckpointError(f"`resume` {path} is not a folder: name a checkpoint, or leave it at `resume`")
     check_pickles(path)
     if not (path / MANIFEST).is_file():
-        return f"{path.name} has no {MANIFEST}, so nobody can tell whether it is whole: taken as it is"
+        return f"{path.name} has no {MANIFEST}, so it cannot be checked: taken as it is"
     why = damage(path)
     if why is not None:
         raise CheckpointError(f"`resume` {path} is refused: {why}. `resume` alone takes the newest whole one")
@@ -312,20 +312,15 @@ def _wrong_size(have: int | None, size: int) -> str | None:
 
 def _hashes(folder: Path, names: Iterable[str], piece: int = PIECE) -> dict[str, list[str]]:
     """Return the SHA-256 of every piece of every file, by name."""
-    work = [(name, start) for name in names for start in _starts((folder / name).stat().st_size, piece)]
-
-    def one(item: tuple[str, int]) -> str:
-        return _hash(folder / item[0], item[1], piece)
-
-    found: dict[str, list[str]] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for (name, _), digest in zip(work, pool.map(one, work), strict=True):
-            found.setdefault(name, []).append(digest)
-    return found
-
-
-def _starts(size: int, piece: int) -> range:
-    return range(0, max(size, 1), piece)
+        work = {
+            name: [
+                pool.submit(_hash, folder / name, start, piece)
+                for start in range(0, max((folder / name).stat().st_size, 1), piece)
+            ]
+            for name in names
+        }
+        return {name: [digest.result() for digest in digests] for name, digests in work.items()}
 
 
 def _hash(path: Path, start: int, length: int) -> str:

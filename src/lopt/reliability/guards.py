@@ -1,4 +1,4 @@
-"""What ends a run, or warns, before it goes on to no purpose, and the message that says so.
+"""Checks that stop a run, or warn, when going on is useless, and the messages that explain it.
 
 Numbers that are not finite, local losses that diverge and boundaries that collapse
 (`lopt.reliability.divergence`), memory that is full and data-loader workers that die
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import clear_frames
@@ -113,26 +113,17 @@ class Guard:
         Args:
             norms: (k,) of the blocks' gradients.
         """
-        values = norms.tolist()
-        if all(map(math.isfinite, values)) or self._trainer.args.fp16:
-            return
-        bad = [
-            f"the gradient norm of block {number} is {value}"
-            for number, value in enumerate(values, start=1)
-            if not math.isfinite(value)
-        ]
-        raise NonFiniteError(self._step_message("; ".join(bad), self._trainer.batches))
+        names = [f"the gradient norm of block {number}" for number in range(1, len(norms) + 1)]
+        bad = _non_finite(names, norms.tolist())
+        if bad and not self._trainer.args.fp16:
+            raise NonFiniteError(self._step_message(bad, self._trainer.batches))
 
     def check_warm_up(self, step: int, losses: list[float]) -> None:
         """Stop a head warm-up whose local losses are not finite."""
-        bad = [
-            f"the local loss of block {block + 1} is {loss}"
-            for block, loss in zip(self._trainer.lopt.learning, losses, strict=True)
-            if not math.isfinite(loss)
-        ]
-        if bad:
+        names = [f"the local loss of block {block + 1}" for block in self._trainer.lopt.learning]
+        if bad := _non_finite(names, losses):
             raise NonFiniteError(
-                f"head warm-up, step {step}: {'; '.join(bad)}; no weight of the model has been changed. "
+                f"head warm-up, step {step}: {bad}; no weight of the model has been changed. "
                 "Lower `head_warmup_lr`, or leave the warm-up out with `head_warmup_steps` 0"
             )
 
@@ -140,7 +131,7 @@ class Guard:
         """Log the local losses of a micro-batch, and stop if they or the task loss are not finite.
 
         They are means over ranks by their shares, so that all ranks see the same and stop together. Whether
-        any rank was told to stop, and what was measured at the boundaries, is reduced with them.
+        any rank was asked to stop, and what was measured at the boundaries, is reduced with them.
 
         Args:
             local: local losses by block, from 0.
@@ -164,10 +155,9 @@ class Guard:
         else:
             values, share = own.tolist(), trainer.share
         trainer.stops.note_request(stopping)
-        bad = [f"{n} is {v}" for n, v in zip(named, values, strict=False) if not math.isfinite(v)]
-        if bad:
+        if bad := _non_finite(named, values):
             finite_here = bool(own[: len(named)].isfinite().all())
-            raise NonFiniteError(self._step_message("; ".join(bad), [inputs], finite_here))
+            raise NonFiniteError(self._step_message(bad, [inputs], finite_here))
         for block, value in zip(local, values, strict=False):
             trainer.average(f"local_loss/block_{block + 1}", value)
             self._losses.setdefault(block, []).append((share, value))
@@ -281,7 +271,7 @@ class Guard:
         trainer = self._trainer
         if trainer.is_world_process_zero():
             logger.warning(
-                "%s. `on_divergence` stop would end the run here, ignore would not look",
+                "%s. `on_divergence` stop would end the run here, ignore would not check",
                 self._divergence_message(step, new),
             )
         wanted = trainer.control.should_log  # logging clears it, and this step's loss may be due
@@ -364,6 +354,12 @@ class Guard:
         if self.phase == "optimizer":
             return f"{step}, the optimizer's step" + (block if lopt.active_block is not None else "")
         return f"{step}, batch {trainer.micro_batch} of {trainer.current_gradient_accumulation_steps}{block}"
+
+
+def _non_finite(names: Iterable[str], values: Iterable[float]) -> str:
+    """Return which values are not finite, by name, "" if all are; there may be more values than names."""
+    named = zip(names, values, strict=False)
+    return "; ".join(f"{name} is {value}" for name, value in named if not math.isfinite(value))
 
 
 def check_weights(model: nn.Module) -> None:

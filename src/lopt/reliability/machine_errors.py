@@ -1,4 +1,4 @@
-"""Errors of the machine, told apart and put into one line: no memory left, a data-loader worker that died."""
+"""Errors of the machine, recognized and explained in one line: no memory left, a worker that died."""
 
 from __future__ import annotations
 

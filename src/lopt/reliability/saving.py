@@ -1,7 +1,7 @@
 """Checkpoints of a trainer: written beside their place by transformers' own code, then sealed and renamed.
 
-transformers' Trainer writes into `output_dir/checkpoint-N` file by file. Here it is told that the output
-folder is `output_dir/.writing`; when all ranks have written, the first one seals that checkpoint, reads it
+transformers' Trainer writes into `output_dir/checkpoint-N` file by file. Here it is given the output
+folder `output_dir/.writing`; when all ranks have written, the first one seals that checkpoint, reads it
 back, gives it its name (`lopt.reliability.checkpoint`), and only then deletes older ones.
 """
 

@@ -31,7 +31,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SystemExit):
-    """The run was told to stop and did; the text says by what, and what is on the disk."""
+    """The run was asked to stop and did; the message has the reason and what is on the disk."""
 
     def __init__(self, reason: str, state: str = "before the first step: nothing had to be saved") -> None:
         super().__init__(EXIT_STOPPED)
@@ -194,10 +194,7 @@ def seconds(text: str) -> float:
         ValueError: `text` is not a duration.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    if not parts or "".join(a + b for a, b in parts) != text.replace(" ", "") or not _total(parts):
+    total = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text.replace(" ", "") or not total:
         raise ValueError(f"`max_time` {text} is no duration: write 90m, 2h, 1h30m or a number of seconds")
-    return _total(parts)
-
-
-def _total(parts: list[tuple[str, str]]) -> float:
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    return total

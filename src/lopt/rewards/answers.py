@@ -102,8 +102,8 @@ def final_number(text: str) -> Number | None:
 
     It is the first number after the last `####` that has a number on its line; if that line holds a `=`,
     the first number after the `=`. A completion that goes on to another `####` is therefore marked by what
-    it says last. Without such a `####` it is the last number in the text. Expressions are not evaluated: "5
-    + 13" is neither 18 nor 5 nor 13.
+    it says last. Without such a `####` it is the last number in the text. Expressions are not evaluated:
+    "5 + 13" is neither 18 nor 5 nor 13.
     """
     text = _tail(text)
     for part in reversed(text.split(MARK)[1:]):

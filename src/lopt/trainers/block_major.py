@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lopt.core.blocks import Block
 from lopt.engine.block_major import BlockMajor
-from lopt.engine.optimizer import clip_block
+from lopt.engine.clipping import clip_block
 
 
 @dataclass

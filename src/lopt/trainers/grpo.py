@@ -50,7 +50,7 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if self.offload is not None and self.offload.weights is not None:
-            self.offload.weights.bring_in()
+            self.offload.weights.fetch_all()
         self.stops.obey()
         with self.guard.during("generation"):
             made = super()._generate_and_score_completions(inputs)

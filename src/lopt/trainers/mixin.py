@@ -14,8 +14,8 @@ overridden, a few lines each, and hands over to a part that knows the matter:
 
 One optimizer step: `get_batch_samples` fetches its micro-batches; for each, `training_step` runs
 `_prepare_inputs` (which sets the scale of the local losses), `compute_loss` (local backwards inside) and the
-task backward; then the gradients are clipped block by block (`clip`) and stepped. Events between
-(`LoopEvents`) tell the parts.
+task backward; then the gradients are clipped block by block (`clip`) and stepped. `LoopEvents` tells
+the parts of what happens between.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens, real_tokens
 from lopt.engine.offload import Offload
+from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.reduction import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
+from lopt.instruments.memory import unwrap_optimizer
 from lopt.reliability.guards import Guard
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
@@ -101,8 +103,8 @@ class LoPTMixin(Trainer):
         staged = config.schedule == "block_major" and self.lopt.heads
         self.offload: Offload | None = None
         if staged and config.offload != "none":
-            ahead = int(config.prefetch_gib * 2**30)
-            self.offload = Offload(self.lopt, self.args.device, ahead, weights=self.weights_offloaded)
+            budget = int(config.prefetch_gib * 2**30)
+            self.offload = Offload(self.lopt, self.args.device, budget, weights=self.weights_offloaded)
         self.block_major = BlockMajorSteps(self) if staged else None
         self.batches: list[Any] = []
         self.micro_batch = 0
@@ -206,8 +208,8 @@ class LoPTMixin(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def bare_optimizer(self) -> Any:
-        """Return the optimizer without accelerate's wrapper; it steps whenever it is told to."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        """Return the optimizer without accelerate's wrapper, which may skip steps."""
+        return unwrap_optimizer(self.optimizer, keep=BlockOptimizer)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, which clips as the blocks need it and leaves offloaded weights in place."""
@@ -305,7 +307,7 @@ class LoPTMixin(Trainer):
     def settle_weights(self) -> None:
         """Wait until host memory holds the values of everything that is offloaded."""
         if self.offload is not None:
-            self.offload.settle()
+            self.offload.synchronize()
 
     # -- rollouts, which some trainers keep over several steps ---------------------------------------
 

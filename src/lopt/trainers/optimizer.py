@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopt.engine.optimizer import BlockOptimizer, Precision, clip_block, clip_gradients, state_bytes
+from lopt.engine.clipping import clip_block, clip_gradients
+from lopt.engine.optimizer import BlockOptimizer, Precision, state_bytes
 from lopt.instruments.memory import format_bytes, free_host_memory
 
 Groups = list[dict[str, Any]]
@@ -38,7 +39,7 @@ def block_optimizer(trainer: Any) -> Optimizer:
     if offload is None:
         return BlockOptimizer(groups, make, precision=precision)
     _check_host_memory([p for group in groups for p in group["params"]], make, precision)
-    offload.optimizer = BlockOptimizer(groups, make, precision=precision, conveyor=offload.conveyor)
+    offload.optimizer = BlockOptimizer(groups, make, precision=precision, transfer=offload.transfer)
     return offload.optimizer
 
 

@@ -14,12 +14,11 @@ from jinja2 import TemplateError
 from torch import Tensor
 from trl import SFTTrainer
 
+from lopt.data.batches import IGNORED
 from lopt.trainers.mixin import LoPTMixin
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
-"""The label of a token that is not trained on."""
 LOOK_AHEAD = 10_000
 """Rows at the start of a stream among which one must have a label."""
 
@@ -61,7 +60,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
     def drop_repeated_rows(self, batches: list[Any]) -> bool:
         """Remove rows that only fill up an epoch's last batch; a rank without any rows left trains on none.
 
-        Rows of a packed batch lie in one line and cannot be told apart: there a few count twice.
+        Rows of a packed batch are one sequence and cannot be separated: a few of them count twice.
         """
         state = self.accelerator.gradient_state
         rows = self.args.per_device_train_batch_size
@@ -152,35 +151,27 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         return prepare(made, packing=True) if packing else made
 
 
+def longer_rows(whole: Dataset, max_length: int) -> Dataset:
+    """Return those of the tokenized rows that have more than `max_length` tokens."""
+    return whole.select(_positions(whole, max_length, fitting=False))
+
+
 def _without_longer(whole: Dataset, max_length: int, name: str) -> Dataset:
     """Return the tokenized rows that fit; report how many do not."""
-    kept = whole.select(_fitting(whole, max_length, fits=True))
+    kept = whole.select(_positions(whole, max_length, fitting=True))
     if not len(kept):
         raise ValueError(
             f"`drop_long_rows` leaves none of the {len(whole)} {name} rows: raise `max_length` {max_length}"
         )
-    if len(kept) < len(whole):
-        dropped = len(whole) - len(kept)
-        logger.warning(
-            "%d of %d %s rows are left out: longer than `max_length` %d",
-            dropped,
-            len(whole),
-            name,
-            max_length,
-        )
+    _warn(len(whole) - len(kept), len(whole), name, f"left out: longer than `max_length` {max_length}")
     return kept
 
 
-def longer_rows(whole: Dataset, max_length: int) -> Dataset:
-    """Return those of the tokenized rows that have more than `max_length` tokens."""
-    return whole.select(_fitting(whole, max_length, fits=False))
-
-
-def _fitting(whole: Dataset, max_length: int, *, fits: bool) -> list[int]:
-    """Return the positions of the tokenized rows with at most (or more than) `max_length` tokens."""
+def _positions(whole: Dataset, max_length: int, *, fitting: bool) -> list[int]:
+    """Return the positions of the tokenized rows that fit into `max_length`, or of those that do not."""
     tables = whole.with_format("arrow").iter(1000)
     lengths = (n for table in tables for n in pc.list_value_length(table["input_ids"]).to_pylist())
-    return [position for position, length in enumerate(lengths) if (length <= max_length) == fits]
+    return [position for position, length in enumerate(lengths) if (length <= max_length) == fitting]
 
 
 def _has_label(row: dict[str, Any]) -> bool:
@@ -197,12 +188,11 @@ def _nothing_left(name: str, rows: str, max_length: int | None) -> str:
 def _report(counts: RowCounts, max_length: int | None, name: str) -> None:
     if counts.dropped == counts.rows:
         raise ValueError(_nothing_left(name, str(counts.rows), max_length))
-    of = f"{counts.rows} {name} rows are"
-    if counts.dropped:
-        logger.warning(
-            "%d of %s left out: their prompt alone reaches `max_length` %s", counts.dropped, of, max_length
-        )
-    if counts.cut:
-        logger.warning(
-            "%d of %s cut at `max_length` %s, their end is not trained on", counts.cut, of, max_length
-        )
+    alone = f"left out: their prompt alone reaches `max_length` {max_length}"
+    _warn(counts.dropped, counts.rows, name, alone)
+    _warn(counts.cut, counts.rows, name, f"cut at `max_length` {max_length}, their end is not trained on")
+
+
+def _warn(count: int, rows: int, name: str, what: str) -> None:
+    if count:
+        logger.warning("%d of %d %s rows are %s", count, rows, name, what)

@@ -60,7 +60,7 @@ class Throughput:
             yield
             return
         self._counted, self._largest = self._counted + 1, max(self._largest, size)
-        with MemoryTracker(model, optimizer=getattr(optimizer, "optimizer", optimizer)) as tracker:
+        with MemoryTracker(model, optimizer=optimizer) as tracker:
             yield
         if self.peak is None or tracker.peak.total > self.peak.total:
             self.peak = tracker.peak

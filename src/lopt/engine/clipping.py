@@ -1,0 +1,59 @@
+"""Gradient clipping over all blocks together or block by block."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from lopt.core.attach import LoPT
+
+
+def clip_gradients(lopt: LoPT, max_norm: float = math.inf) -> Tensor:
+    """Clip the accumulated gradients to `max_norm`, all together or per block (`config.clip`).
+
+    All together, as published, one block's large gradient shrinks every other block's step; the
+    norms returned here show it. Gradients that are sharded (FSDP2) count whole.
+
+    Returns:
+        (k,) the gradient norm of every block, its head included, before clipping.
+    """
+    blocks = [_by_kind(lopt.block_parameters(block.index)) for block in lopt.blocks]
+    norms = torch.stack([_norm(kinds, lopt.device) for kinds in blocks])
+    total = torch.linalg.vector_norm(norms)
+    for kinds, norm in zip(blocks, norms, strict=True):
+        _scale(kinds, max_norm, norm if lopt.config.clip == "block" else total)
+    return norms
+
+
+def clip_block(lopt: LoPT, index: int, max_norm: float = math.inf) -> Tensor:
+    """Clip the gradient of block `index` (from 0) and its head; returns its norm before clipping, ()."""
+    kinds = _by_kind(lopt.block_parameters(index))
+    norm = _norm(kinds, lopt.device)
+    _scale(kinds, max_norm, norm)
+    return norm
+
+
+def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters with a gradient, whole and sharded ones apart: one operation cannot take both."""
+    learning = [p for p in parameters if p.grad is not None]
+    whole = [p for p in learning if not isinstance(p.grad, DTensor)]
+    sharded = [p for p in learning if isinstance(p.grad, DTensor)]
+    return [kind for kind in (whole, sharded) if kind]
+
+
+def _norm(kinds: list[list[nn.Parameter]], device: torch.device) -> Tensor:
+    if not kinds:
+        return torch.zeros((), device=device)
+    norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(whole)).float()
+
+
+def _scale(kinds: list[list[nn.Parameter]], max_norm: float, norm: Tensor) -> None:
+    if math.isfinite(max_norm):
+        for parameters in kinds:
+            clip_grads_with_norm_(parameters, max_norm, norm)

@@ -1,0 +1,89 @@
+"""What is planned: the run that is fixed, the settings that are compared, and bytes by what they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from lopt.planning.sizes import Method
+
+PREFETCH = 2 * 2**30
+"""Default of the bytes of weights and optimizer state that are on their way to or from the device."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a plan: how the method runs."""
+
+    method: Method = "lopt"
+    num_blocks: int = 2
+    schedule: Literal["eager", "block_major"] = "eager"
+    checkpointing: bool = False
+    offload: Literal["none", "optimizer", "block"] = "none"
+
+    def __str__(self) -> str:
+        words = ["e2e" if self.method == "e2e" else f"k={self.num_blocks}"]
+        if self.method == "frozen":
+            words.append("frozen")
+        if self.schedule == "block_major":
+            words.append("block-major" if self.offload == "none" else f"offload {self.offload}")
+        return ", ".join(words + ["checkpointed"] * self.checkpointing)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rows of a plan share: model, batch and number formats.
+
+    Attributes:
+        batch, tokens: B rows of T tokens in a micro-batch; of several rows, one is padded.
+        accumulation: micro-batches per optimizer step.
+        dtype: of the weights. autocast: whether forwards run under bfloat16 autocast.
+        optimizer: a name of `lopt.planning.optimizer_step.OPTIMIZERS`.
+        state_dtype: of the optimizer's state. masters: whether bfloat16 weights have float32 masters.
+        local_every: earlier blocks learn in every N-th step.
+        frozen_blocks: how many blocks of lopt, from the first on, do not learn.
+        aux_loss: what the other earlier blocks of lopt learn.
+        prefetch: bytes of device memory for what offloading has on its way.
+        device: "cuda" or "cpu".
+    """
+
+    config: PreTrainedConfig
+    batch: int = 4
+    tokens: int = 1024
+    accumulation: int = 8
+    dtype: torch.dtype = torch.bfloat16
+    autocast: bool = True
+    optimizer: str = "adamw_torch_fused"
+    state_dtype: torch.dtype = torch.float32
+    masters: bool = False
+    local_every: int = 1
+    frozen_blocks: int = 0
+    aux_loss: Literal["recon", "next_token"] = "recon"
+    prefetch: int = PREFETCH
+    device: str = "cuda"
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per optimizer step, padding included."""
+        return self.batch * self.tokens * self.accumulation
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes on the device at one moment, by what they hold."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0  # of the layers of the block at work
+    head_and_loss: int = 0
+    stash: int = 0  # boundaries of all micro-batches (block-major)
+    transfers: int = 0  # on their way to or from the device (offload)
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(vars(self).values())
