@@ -106,7 +106,7 @@ def test_models_against_their_base(
     def nothing_left(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished task is run again")
 
-    monkeypatch.setattr(run, "load_examinee", nothing_left)
+    monkeypatch.setattr(run.Loading, "model", nothing_left)
     assert main(flags(world, out, *base)) == 0
     assert capsys.readouterr().out.split("\n\n", 1)[1] == told.split("\n\n", 1)[1]
 

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lopt.evaluation import load, text_loss
-from lopt.evaluation.load import load_examinee, load_examinees_tokenizer
+from lopt.evaluation.load import Loading
 
 
-def test_an_adapter_is_examined_in_its_base(tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_evaluated_in_its_base(tiny_folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
     plain.name_or_path = str(tiny_folder)
@@ -20,8 +20,8 @@ def test_an_adapter_is_examined_in_its_base(tiny_folder: Path, tmp_path: Path) -
     adapted = peft.get_peft_model(plain, config)
     adapted.peft_config["default"].base_model_name_or_path = str(tiny_folder)
     adapted.save_pretrained(tmp_path / "adapter")
-    loaded = load_examinee(str(tmp_path / "adapter"), dtype="float32")
-    tokenizer = load_examinees_tokenizer(str(tmp_path / "adapter"))
+    loaded = Loading().model(str(tmp_path / "adapter"))
+    tokenizer = Loading().tokenizer(str(tmp_path / "adapter"))
     words, base = "the quick brown fox", AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert text_loss(loaded, tokenizer, words) == text_loss(adapted, tokenizer, words)
     assert text_loss(loaded, tokenizer, words) != text_loss(base, tokenizer, words)
@@ -32,10 +32,10 @@ def test_a_model_that_does_not_fit(tiny_folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(load, "free_host_memory", lambda: 3 * count)
     with pytest.raises(
-        ValueError, match=r"float32 and .* are free: --param_dtype bfloat16 needs \d+\.\d KiB"
+        ValueError, match=r"float32 and .* are free: `param_dtype` bfloat16 needs \d+\.\d KiB"
     ):
-        load_examinee(str(tiny_folder), dtype="float32")
-    assert load_examinee(str(tiny_folder), dtype="bfloat16").dtype == torch.bfloat16
+        Loading().model(str(tiny_folder))
+    assert Loading("bfloat16").model(str(tiny_folder)).dtype == torch.bfloat16
     monkeypatch.setattr(load, "free_host_memory", lambda: count)
     with pytest.raises(ValueError, match="use a smaller model"):
-        load_examinee(str(tiny_folder), dtype="bfloat16")
+        Loading("bfloat16").model(str(tiny_folder))

@@ -10,7 +10,8 @@ import pytest
 
 from lopt.evaluation.outcomes import Evaluation
 from lopt.evaluation.retention import compare, examples
-from lopt.reports.retention import columns, results_table, sentence, write_retention
+from lopt.reports.retention import results_table, verdict, write_retention
+from lopt.reports.text import columns
 from pages import HOSTILE
 
 
@@ -58,10 +59,10 @@ def test_changes() -> None:
         False,
     )
     assert text.verdict == "worse" and text.difference.low > 0.3
-    told = sentence("base", "mine", found.changes)
+    told = verdict("base", "mine", found.changes)
     assert told == (
         "mine is better than base on arc and worse than base on text:docs; on 1 of 3 benchmarks the interval "
-        "holds zero."
+        "contains zero."
     )
 
 
@@ -69,7 +70,7 @@ def test_other_items_are_not_compared() -> None:
     found = compare(made(BASE), made(TUNED, doc_hash="another"))
     assert not found.changes and len(found.refused) == 3
     assert "different tokenizers" in found.refused[2] and "not asked the same items" in found.refused[0]
-    assert sentence("base", "mine", found.changes) == "Nothing of mine can be compared with base."
+    assert verdict("base", "mine", found.changes) == "Nothing of mine can be compared with base."
 
 
 def test_windows_weigh_as_their_tokens_do() -> None:

@@ -124,10 +124,10 @@ def test_the_budget_ends_the_run_with_a_checkpoint(make, tmp_path: Path, capsys)
     changes = {step: row["retention/change"] for step, row in curve(trainer).items()}
     assert list(changes) == [0, 2] and changes[2] > 0.01 and trainer.state.global_step == 2
     assert callback.stopped is not None and callback.stopped in capsys.readouterr().out
-    assert "Stopped at step 2 of 6" in callback.stopped and "--max_forgetting 0.01" in callback.stopped
+    assert "Stopped at step 2 of 6" in callback.stopped and "max_forgetting = 0.01" in callback.stopped
     again = make(save_strategy="steps", save_steps=5, learning_rate=0.1)
     watched(again, every=2, max_forgetting=0.01)
-    with pytest.raises(ValueError, match=r"nats per token at step 2, above --max_forgetting 0\.01: raise it"):
+    with pytest.raises(ValueError, match=r"nats per token at step 2, above `max_forgetting` 0\.01: raise it"):
         again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     free = make()
     callback = watched(free, every=2, max_forgetting=100.0)
@@ -166,7 +166,7 @@ def test_benchmarks(make, shared_data: Path) -> None:
     assert curve(beside)[6]["retention/tasks_change"] == pytest.approx(scores[-1] - scores[0])
     assert callback.stopped is None
     travelling = make(CONFIGS["travelling"])
-    with pytest.raises(ValueError, match="--offload block does not have: use --retention_text"):
+    with pytest.raises(ValueError, match="`offload` block rules out: use `texts`"):
         RetentionCallback(travelling, **settings)
 
 

@@ -46,17 +46,17 @@ def change(data: Path, name: str, text: str) -> None:
 
 
 CASES: dict[str, tuple[list[str], dict[str, int], str]] = {
-    "nothing": ([], {}, "--tasks names none: give some of mmlu, ifeval"),
+    "nothing": ([], {}, "`tasks` is empty: give some of mmlu, ifeval"),
     "unknown": (["arc_chalenge"], {}, "arc_chalenge does not exist: use mmlu, .*Did you mean arc_challenge"),
-    "twice": (["truthfulqa_mc", "truthfulqa_mc1"], {}, "--tasks names truthfulqa_mc1 twice"),
+    "twice": (["truthfulqa_mc", "truthfulqa_mc1"], {}, "`tasks` names truthfulqa_mc1 twice"),
     "no file": (["truthfulqa_gen"], {}, "truthfulqa_gen/validation.jsonl is missing, where the questions"),
     "no shots": (["gsm8k"], {}, "gsm8k/train.jsonl is missing, where the 5 shots of gsm8k come from: add it"),
     "no shots for ARC": (["arc_challenge"], {"arc_challenge": 25}, "train.jsonl is missing, where the 25"),
     "no dev rows": (["mmlu_anatomy"], {}, "mmlu/dev.jsonl is missing, where the 5 shots of mmlu_anatomy"),
     "no such subject": (["mmlu_virology"], {}, r"mmlu/test.jsonl has no rows for mmlu_virology \(virology\)"),
-    "shots of another task": (["winogrande"], {"gsm8k": 0}, "gsm8k is not among --tasks"),
-    "shots < 0": (["winogrande"], {"winogrande": -1}, "--num_fewshot winogrande=-1"),
-    "not in a data folder": (["arc_easy"], {}, "--data_dir has no files for arc_easy"),
+    "shots of another task": (["winogrande"], {"gsm8k": 0}, "gsm8k is not among `tasks`"),
+    "shots < 0": (["winogrande"], {"winogrande": -1}, "`num_fewshot` must be 0 or more shots .got wino"),
+    "not in a data folder": (["arc_easy"], {}, "`data_dir` has no files for arc_easy"),
 }  # fmt: skip
 
 

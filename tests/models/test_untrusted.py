@@ -21,12 +21,11 @@ from lopt import load_model
 from lopt.cli.eval import labels
 from lopt.cli.main import main
 from lopt.data.load import load_rows
-from lopt.evaluation.compare.study import _slug
-from lopt.evaluation.store import file_name
+from lopt.evaluation.names import file_name, hashed_file_name
 from lopt.models.load import load_tokenizer
 from lopt.models.untrusted import UntrustedError
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "safetensors.md"
 CODE = """
 import pathlib
 pathlib.Path({marker!r}).touch()
@@ -252,7 +251,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(world: World, capsys: pytest.Cap
 
 
 def test_the_way_to_convert_works(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snippet = GUIDE.read_text(encoding="utf-8").split("## From .bin to safetensors")[1].split("```")[1]
+    snippet = PAGE.read_text(encoding="utf-8").split("```")[1]
     snippet = snippet.removeprefix("python")
     folder = Path(shutil.copytree(world.good, tmp_path / "old-model"))
     weights = load_file(folder / "model.safetensors")
@@ -316,7 +315,7 @@ def test_names_stay_in_their_folder(tmp_path: Path) -> None:
         "a" * 20 + "/" * 9,
         "\u202e/x",
     ):
-        for made in (file_name(name), _slug(name), *labels([f"org/{name.replace('/', '_')}"])):
+        for made in (file_name(name), hashed_file_name(name), *labels([f"org/{name.replace('/', '_')}"])):
             assert (tmp_path / f"finished/{made}.json").resolve().parent == tmp_path / "finished", name
             assert made not in ("", ".", "..") or made == file_name(name), name
         for command in (["sft", "--dataset_preset", name], ["data", "download", "--dataset", name]):

@@ -55,7 +55,7 @@ def _sentence(correct: tuple[int, int], retention: tuple[float, float], total: i
     for side, count, loss in zip(("before", "after"), correct, retention, strict=True):
         share = count / total if total else 0.0
         results[side] |= {"correct": count, "total": total, "accuracy": share, "retention_loss": loss}
-    return report.result_sentence(results)
+    return report.outcome(results)
 
 
 def test_sentence_better_and_worse() -> None:
@@ -89,7 +89,7 @@ def test_sentence_equal_and_unknown() -> None:
 )
 def test_durations(seconds: float, shown: str) -> None:
     results = _results(total_seconds=seconds)
-    assert report.result_sentence(results).startswith(f"In {shown} on")
+    assert report.outcome(results).startswith(f"In {shown} on")
 
 
 def test_demo_page() -> None:
@@ -101,14 +101,14 @@ def test_demo_page() -> None:
     assert "script" not in page.tags
     assert all(link.startswith("#") for link in page.links)
     assert "url(http" not in source and "@import" not in source
-    assert report.result_sentence(results) in page.seen
+    assert report.outcome(results) in page.seen
     for shown in (
         "−1.400 better",
         "+0.020 worse",
         "0.9–10.7\u00a0%",
         "+70.3 points better",
-        "1.00 GiB",
-        "1.50 GiB",
+        "1.0 GiB",
+        "1.5 GiB",
     ):
         assert shown in page.seen
     assert source == report.demo_page(copy.deepcopy(results))

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from evaluation.test_retention import made
-from lopt.cli.retention import write_curves
 from lopt.evaluation.drift import Drift, LayerDrift
 from lopt.evaluation.statistics import Estimate
 from lopt.reports import plots
-from lopt.reports.compare import write_page
+from lopt.reports.compare import write_report
 from lopt.reports.demo import write_demo_report
 from lopt.reports.drift import drift_page
 from lopt.reports.page import page, paragraph, table
 from lopt.reports.retention import write_retention
+from lopt.reports.retention_curve import write_curves
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 HOSTILE = (
@@ -59,7 +59,7 @@ def compare(folder: Path, hurt: Hurt) -> Path:
         text = text.replace(json.dumps(name), json.dumps(hurt(name)))
     found = json.loads(text)
     found["setting"] |= {hurt("a setting"): {hurt("inner"): [hurt("value")]}}
-    return write_page(found, folder / "report.html")
+    return write_report(found, folder)
 
 
 def evaluation(folder: Path, hurt: Hurt) -> Path:

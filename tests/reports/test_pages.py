@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from evaluation.test_retention import made
-from lopt.cli.retention import write_curves
 from lopt.evaluation.drift import Drift, LayerDrift
-from lopt.reports.compare import write_page
+from lopt.reports.compare import write_report
 from lopt.reports.demo import write_demo_report
 from lopt.reports.drift import drift_page
 from lopt.reports.retention import write_retention
+from lopt.reports.retention_curve import write_curves
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -47,7 +47,7 @@ def demo(folder: Path) -> Path:
 
 
 def compare(folder: Path) -> Path:
-    return write_page(json.loads((RESULTS / "compare_gsm8k.json").read_text()), folder / "report.html")
+    return write_report(json.loads((RESULTS / "compare_gsm8k.json").read_text()), folder)
 
 
 def evaluation(folder: Path) -> Path:

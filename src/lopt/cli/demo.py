@@ -6,12 +6,17 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.cli.output import check_output, spare_model
+from lopt.cli.messages import renamed
+from lopt.cli.output import check_report, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.core.config import LoPTConfig
 from lopt.data.procedural import TASKS
 from lopt.models.load import resolve_model
+from lopt.validation import check_choice, check_number
+
+# A folder that holds any of these is that of another demo or of a training run.
+RESULTS = ("results.json", "config.json", "trainer_state.json", "adapter_config.json")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,32 +24,28 @@ def main(arguments: Sequence[str]) -> None:
     (args,) = parse("demo", arguments)
     for package in ("reasoning_gym", "matplotlib"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError('the demo needs a few packages more: pip install "lopt[demo]"')
-    for flag, value in (
-        ("--steps", args.steps),
-        ("--batch_size", args.batch_size),
-        ("--held_out", args.held_out),
-    ):
-        if value < 1:
-            raise ValueError(f"{flag} {value} is not possible: use 1 or more")
-    if args.task not in TASKS:
-        raise ValueError(f"--task must be one of {', '.join(TASKS)}, not {args.task}")
-    if not 0 < args.learning_rate < float("inf"):
-        raise ValueError(f"--learning_rate {args.learning_rate} is not possible: use a finite number above 0")
+            raise ValueError('the demo needs a few more packages: pip install "lopt[demo]"')
+    for name in ("steps", "batch_size", "held_out"):
+        check_number(name, getattr(args, name), minimum=1)
+    check_number("learning_rate", args.learning_rate, above=0)
+    check_choice("task", args.task, TASKS)
     config = LoPTConfig(method=args.method, num_blocks=args.num_blocks)
+    folder = Path(args.output_dir)
 
     from lopt.cli.training import check_cut  # after the checks: this import takes seconds
 
-    try:
-        check_output(args.output_dir, resume=None, overwrite=args.overwrite_output_dir)
+    with renamed(model_name_or_path="model"):
+        check_report(args.output_dir, RESULTS, overwrite=args.overwrite_output_dir)
         model = resolve_model(args.model)
         spare_model(args.output_dir, model, ("checkpoint-*", "model"))
         check_cut(model, [config])
-    except ValueError as error:  # they know the flags of lopt sft
-        told = str(error).replace("`model_name_or_path`", "`model`").replace("go on with --resume, ", "")
-        raise ValueError(told) from error
 
-    from lopt.evaluation.demo import run_demo
+    from lopt.evaluation.demo import Demo
+    from lopt.reports.demo import summary, write_demo_report
 
-    record_of("demo", arguments).write(Path(args.output_dir))
-    run_demo(args)
+    record_of("demo", arguments).write(folder)
+    names = ("model", "task", "steps", "batch_size", "learning_rate", "held_out", "seed", "trust_remote_code")
+    results = Demo(config=config, **{name: getattr(args, name) for name in names}).run(folder)
+    report = write_demo_report(results, folder)
+    print(summary(results))
+    print(f"\nReport: {report}\nFigures: {folder / 'results.json'}\nModel: {folder / 'model'}")

@@ -4,30 +4,57 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lopt.cli.arguments import BENCHMARKS, EvalArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
+from lopt.evaluation.names import model_labels
 from lopt.models.load import DTYPES, resolve_model
+from lopt.validation import check as check_value
+from lopt.validation import check_choice, check_number
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Check everything that can be checked, then examine model after model."""
+    """Check everything that can be checked cheaply, then evaluate model after model."""
     (args,) = parse("eval", arguments)
     models = check(args)
-    shots = fewshots(args.num_fewshot or [])
+    num_fewshot = fewshots(args.num_fewshot or [])
 
-    from lopt.evaluation.run import run_evaluation  # after the checks: this import takes seconds
+    from lopt.evaluation.load import Loading  # after the checks: these imports take seconds
+    from lopt.evaluation.outcomes import cut_prompts
+    from lopt.evaluation.run import EvaluationRun
+    from lopt.evaluation.text import TextTask
+    from lopt.reports.retention import results_table, write_retention
 
-    begin = functools.cache(record_of("eval", arguments).write)  # once
-    run_evaluation(args, models, shots, begin)
+    folder = Path(args.output_dir)
+    loading = Loading(args.param_dtype, args.model_revision, args.attn_implementation, args.trust_remote_code)
+    evaluations = EvaluationRun(
+        models,
+        folder,
+        loading,
+        against_base=args.base is not None,
+        tasks=args.tasks or (),
+        data_dir=args.data_dir,
+        num_fewshot=num_fewshot,
+        limit=args.limit,
+        apply_chat_template=args.apply_chat_template,
+        batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
+        texts=[TextTask(Path(path), args.text_tokens, args.text_window) for path in args.text or ()],
+        overwrite=args.overwrite_output_dir,
+    ).run(functools.cache(record_of("eval", arguments).write))  # written once
+    for label, evaluation in evaluations.items():
+        if remark := cut_prompts(evaluation.results):
+            print(f"{label}: {remark}")
+    print("\n" + results_table(evaluations))
+    if args.base is not None:
+        print("\n" + write_retention(folder, next(iter(models)), evaluations))
+        print(f"\nReport: {folder / 'report.html'}")
 
 
 def check(args: EvalArguments) -> dict[str, str]:
-    """Refuse what means nothing; returns folder or hub id by label, the base first.
+    """Refuse impossible flags; return folder or hub id by label, the base first.
 
     Raises:
         ValueError: a flag is missing, or its value is not possible.
@@ -39,17 +66,14 @@ def check(args: EvalArguments) -> dict[str, str]:
         )
     if not args.tasks and not args.text:
         raise ValueError(f"nothing to measure: give --tasks ({BENCHMARKS}) or --text FILE")
-    if args.param_dtype not in DTYPES:
-        raise ValueError(f"--param_dtype {args.param_dtype} is not possible: use one of {', '.join(DTYPES)}")
-    for flag, value, least in (
-        ("--limit", args.limit, 1),
-        ("--text_tokens", args.text_tokens, 2),
-        ("--text_window", args.text_window, 2),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{flag} {value} is not possible: use {least} or more")
-    if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) >= 1):
-        raise ValueError(f"--batch_size {args.batch_size} is not possible: use auto, or 1 or more")
+    if args.num_fewshot and not args.tasks:
+        raise ValueError("--num_fewshot goes with --tasks: give both or neither")
+    check_choice("param_dtype", args.param_dtype, DTYPES)
+    check_number("limit", args.limit, minimum=1)
+    check_number("text_tokens", args.text_tokens, minimum=2)
+    check_number("text_window", args.text_window, minimum=2)
+    size = args.batch_size
+    check_value(size == "auto" or (size.isdigit() and int(size) >= 1), "batch_size", size, "auto, or >= 1")
     if args.base is None:
         return labels(names)
     if importlib.util.find_spec("matplotlib") is None:
@@ -61,29 +85,24 @@ def check(args: EvalArguments) -> dict[str, str]:
 
 
 def labels(names: Sequence[str]) -> dict[str, str]:
-    """A short name for each model, from the end of its path, as long as needed to tell it from the others.
+    """Return folders or hub ids by label: the end of each path, as long as needed to be unique.
 
     Raises:
         ValueError: a model is given twice.
     """
     paths = [resolve_model(name) for name in names]
-    told = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in paths]
-    for name, path in zip(names, told, strict=True):
-        if told.count(path) > 1:
+    whole = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in paths]
+    for name, path in zip(names, whole, strict=True):
+        if whole.count(path) > 1:
             raise ValueError(f"--model_name_or_path {name} is given twice: leave one out")
-    alias = ["/" not in name and not Path(name).exists() for name in names]
-    shown = [name if short else path for name, path, short in zip(names, told, alias, strict=True)]
-    for parts in range(1, 1 + max(path.count("/") + 1 for path in shown)):
-        short = ["-".join(path.strip("/").split("/")[-parts:]) for path in shown]
-        # A label becomes a folder: of the hub's "a/.." nothing but the letters.
-        short = [re.sub(r"[^\w.-]+", "_", label).lstrip(".") or "model" for label in short]
-        if len(set(short)) == len(short):
-            break
-    return dict(zip(short, paths, strict=True))
+    # An alias is a label itself; the folder or hub id that it stands for is not shown.
+    aliases = ["/" not in name and not Path(name).exists() for name in names]
+    shown = [name if alias else path for name, path, alias in zip(names, whole, aliases, strict=True)]
+    return dict(zip(model_labels(shown), paths, strict=True))
 
 
 def fewshots(given: Sequence[str]) -> dict[str, int]:
-    """`--num_fewshot name=shots ...` as a mapping.
+    """Return `--num_fewshot name=shots ...` as a mapping.
 
     Raises:
         ValueError: it is written otherwise.
@@ -91,7 +110,6 @@ def fewshots(given: Sequence[str]) -> dict[str, int]:
     shots = {}
     for part in given:
         name, _, count = part.partition("=")
-        if not name or not count.isdigit():
-            raise ValueError(f"--num_fewshot {part} is not possible: write it as arc_challenge=25")
+        check_value(bool(name) and count.isdigit(), "num_fewshot", part, "such as arc_challenge=25")
         shots[name] = int(count)
     return shots

@@ -6,72 +6,145 @@ own documentation (PSF licence, in every Python), measures retention.
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median_high
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from lopt.core.config import LoPTConfig
 from lopt.data.procedural import Problem, is_correct, prompt, train_and_held_out
-from lopt.evaluation import complete, completion_loss, text_loss
-from lopt.files import write_text
-from lopt.instruments.memory import format_bytes
+from lopt.evaluation.generate import complete
+from lopt.evaluation.loss import completion_loss, text_loss
+from lopt.files import write_json
 from lopt.models.load import load_model, load_tokenizer
 from lopt.reliability.provenance import device, versions
-from lopt.reports.demo import write_demo_report
-from lopt.reports.page import clean
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
-
-if TYPE_CHECKING:
-    from lopt.cli.arguments import DemoArguments
 
 RETENTION_TOKENS = 1024
 MAX_NEW_TOKENS = {"chain_sum": 56, "gsm_symbolic": 200}
 SAMPLES = 3
 
 
-def run_demo(args: DemoArguments) -> dict[str, Any]:
-    """Measure, train, measure again, save `results.json`, `report.html` and the model."""
-    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-    model = load_model(args.model, trust_remote_code=args.trust_remote_code)
-    train, held_out = train_and_held_out(args.task, args.steps * args.batch_size, args.held_out, args.seed)
-    print(
-        f"{args.model} learns {args.task} by {args.method}: {args.steps} steps of {args.batch_size} "
-        f"problems, examined on {len(held_out)} others. Retention: loss on Python's documentation."
-    )
-    started = time.perf_counter()
-    exam = _Exam(args.task, held_out, tokenizer)
-    before, answers_before = exam.sit(model, "Examination before")
-    trainer = _trainer(args, model, tokenizer, train)
-    watch = _Watch(exam, model, every=-(-args.steps // 3))
-    trainer.add_callback(watch)
-    trainer.train()
-    after, answers_after = exam.sit(model, "Examination after ")
-    seconds = time.perf_counter() - started
+@dataclass(frozen=True)
+class Demo:
+    """A run of the demo.
 
-    folder = Path(args.output_dir)
-    results = {
-        **_facts(args, trainer, model),
-        "before": before,
-        "after": after,
-        "samples": _samples(held_out, answers_before, answers_after),
-        "train": _training_log(trainer),
-        "curve": [_point(0, before), *watch.points, _point(args.steps, after)],
-        "total_seconds": seconds,
-    }
-    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    trainer.save_model(str(folder / "model"))
-    _print_summary(results, write_demo_report(results, folder), folder)
-    return results
+    Attributes:
+        model: a folder, a hub id or the packaged model.
+        task: a procedural task of `lopt.data`, a key of `MAX_NEW_TOKENS`.
+        config: method and blocks.
+        steps, batch_size: optimizer steps, and problems in each.
+        learning_rate: of the last block.
+        held_out: problems that are kept back for the evaluation.
+    """
+
+    model: str
+    task: str
+    config: LoPTConfig
+    steps: int
+    batch_size: int
+    learning_rate: float
+    held_out: int
+    seed: int
+    trust_remote_code: bool = False
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Evaluate, train and evaluate again; writes `results.json`, which is returned, and `model/`."""
+        tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
+        model = load_model(self.model, trust_remote_code=self.trust_remote_code)
+        count = self.steps * self.batch_size
+        train, held_out = train_and_held_out(self.task, count, self.held_out, self.seed)
+        print(
+            f"{self.model} learns {self.task} by {self.config.method}: {self.steps} steps of "
+            f"{self.batch_size} problems, evaluated on {len(held_out)} others. "
+            "Retention: loss on Python's documentation."
+        )
+        started = time.perf_counter()
+        evaluation = _Evaluation(self.task, held_out, tokenizer)
+        before, answers_before = evaluation.run(model, "Evaluation before")
+        trainer = self._trainer(model, tokenizer, train, folder)
+        curve = _Curve(evaluation, model, every=-(-self.steps // 3))
+        trainer.add_callback(curve)
+        trainer.train()
+        after, answers_after = evaluation.run(model, "Evaluation after ")
+        results = {
+            **self._facts(trainer),
+            "before": before,
+            "after": after,
+            "samples": _samples(held_out, answers_before, answers_after),
+            "train": _training_log(trainer),
+            "curve": [_point(0, before), *curve.points, _point(self.steps, after)],
+            "total_seconds": time.perf_counter() - started,
+        }
+        write_json(folder / "results.json", results)
+        trainer.save_model(str(folder / "model"))
+        return results
+
+    def _trainer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        problems: list[Problem],
+        folder: Path,
+    ) -> LoPTSFTTrainer:
+        rows = [{"prompt": prompt(p), "completion": f" {p.solution}"} for p in problems]
+        return LoPTSFTTrainer(
+            model,
+            # The shared embedding is 168 of the packaged model's 268 million parameters: freezing it saves
+            # a third of a step's time (docs/experiments.md).
+            lopt_config=self.config.replace(tied_embeddings="freeze"),
+            args=LoPTSFTConfig(
+                output_dir=str(folder),
+                max_steps=self.steps,
+                per_device_train_batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                warmup_steps=max(1, self.steps // 20),
+                lr_scheduler_type="cosine",
+                logging_steps=1,
+                save_strategy="no",
+                seed=self.seed,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+
+    def _facts(self, trainer: LoPTSFTTrainer) -> dict[str, Any]:
+        config, peak = trainer.lopt.config, trainer.throughput.peak
+        own = {key: value for key, value in vars(self).items() if key != "config"}
+        method = {key: value for key, value in asdict(config).items() if key not in ("method", "num_blocks")}
+        return {
+            "title": "LoPT demo",
+            "date": date.today().isoformat(),
+            "model": self.model,
+            "task": self.task,
+            "method": config.method,
+            "num_blocks": len(trainer.lopt.blocks),
+            "blocks": [f"layers {b.start}-{b.stop - 1}" for b in trainer.lopt.blocks],
+            "settings": {
+                **own,
+                "method": self.config.method,
+                "num_blocks": self.config.num_blocks,
+                **method,
+                "lr_k1": config.early_learning_rate(self.learning_rate),
+            },
+            "versions": versions(("lopt", "torch", "transformers", "trl", "reasoning-gym")),
+            "device": device(),
+            "head_warmup": [
+                {"step": i, "local_loss": row} for i, row in enumerate(trainer.head_warmup_history, start=1)
+            ],
+            "memory": asdict(peak) if peak is not None else {},
+            "seconds_per_step": median_high(row["seconds_per_step"] for row in _steps(trainer)),
+        }
 
 
-class _Exam:
+class _Evaluation:
     """Held-out loss, exact answers and retention of a model."""
 
     def __init__(self, task: str, problems: list[Problem], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -83,118 +156,59 @@ class _Exam:
         self.pairs = [(prompt(p), f" {p.solution}{tokenizer.eos_token}") for p in problems]
 
     def losses(self, model: PreTrainedModel) -> dict[str, float]:
-        """Mean loss of held-out solutions and of unrelated text, in nats per token."""
+        """Return the mean loss of held-out solutions and of unrelated text, in nats per token."""
         return {
             "loss": completion_loss(model, self.tokenizer, self.pairs),
             "retention_loss": text_loss(model, self.tokenizer, self.text, tokens=RETENTION_TOKENS),
         }
 
-    def sit(self, model: PreTrainedModel, label: str) -> tuple[dict[str, Any], list[str]]:
-        """All figures, and the model's answers."""
+    def run(self, model: PreTrainedModel, label: str) -> tuple[dict[str, Any], list[str]]:
+        """Return all figures, and the model's answers; `label` is that of the progress bar."""
         prompts = [p for p, _ in self.pairs]
         answers = complete(model, self.tokenizer, prompts, self.max_new_tokens, progress=label)
         correct = sum(is_correct(a, p) for a, p in zip(answers, self.problems, strict=True))
         total = len(self.problems)
-        return {
-            **self.losses(model),
-            "accuracy": correct / total,
-            "correct": correct,
-            "total": total,
-        }, answers
+        figures = {**self.losses(model), "accuracy": correct / total, "correct": correct, "total": total}
+        return figures, answers
 
 
-class _Watch(TrainerCallback):
-    """Held-out and retention loss during the run, on the problems of the examination."""
+class _Curve(TrainerCallback):
+    """Held-out and retention loss during the run, on the problems of the evaluation."""
 
-    def __init__(self, exam: _Exam, model: PreTrainedModel, every: int) -> None:
-        self.exam, self.model, self.every = exam, model, every
+    def __init__(self, evaluation: _Evaluation, model: PreTrainedModel, every: int) -> None:
+        self.evaluation, self.model, self.every = evaluation, model, every
         self.points: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self.points.append(_point(state.global_step, self.exam.losses(self.model)))
+            self.points.append(_point(state.global_step, self.evaluation.losses(self.model)))
 
 
-def _point(step: int, figures: dict[str, Any]) -> dict[str, float]:
+def _point(step: int, figures: Mapping[str, Any]) -> dict[str, float]:
     return {"step": step, "loss": figures["loss"], "retention_loss": figures["retention_loss"]}
 
 
-def _trainer(
-    args: DemoArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
-) -> LoPTSFTTrainer:
-    rows = Dataset.from_list([{"prompt": prompt(p), "completion": f" {p.solution}"} for p in problems])
-    return LoPTSFTTrainer(
-        model,
-        # The shared embedding is 168 of the packaged model's 268 million parameters: to keep it as
-        # it is saves a third of a step (docs/experiments.md).
-        lopt_config=LoPTConfig(method=args.method, num_blocks=args.num_blocks, tied_embeddings="freeze"),
-        args=LoPTSFTConfig(
-            output_dir=args.output_dir,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            warmup_steps=max(1, args.steps // 20),
-            lr_scheduler_type="cosine",
-            logging_steps=1,
-            save_strategy="no",
-            seed=args.seed,
-        ),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
-
-
-def _facts(args: DemoArguments, trainer: LoPTSFTTrainer, model: PreTrainedModel) -> dict[str, Any]:
-    config = trainer.lopt.config
-    peak = trainer.throughput.peak
-    rates = [row["seconds_per_step"] for row in trainer.state.log_history if "seconds_per_step" in row]
-    return {
-        "title": "LoPT demo",
-        "date": date.today().isoformat(),
-        "model": args.model,
-        "task": args.task,
-        "method": config.method,
-        "num_blocks": len(trainer.lopt.blocks),
-        "blocks": [f"layers {b.start}-{b.stop - 1}" for b in trainer.lopt.blocks],
-        "settings": {
-            **{k: v for k, v in asdict(args).items() if k not in ("output_dir", "overwrite_output_dir")},
-            **{k: v for k, v in asdict(config).items() if k not in ("method", "num_blocks")},
-            "lr_k1": config.early_learning_rate(args.learning_rate),
-        },
-        "versions": versions(("lopt", "torch", "transformers", "trl", "reasoning-gym")),
-        "device": device(),
-        "head_warmup": [
-            {"step": i, "local_loss": row} for i, row in enumerate(trainer.head_warmup_history, start=1)
-        ],
-        "memory": asdict(peak) if peak is not None else {},
-        "seconds_per_step": sorted(rates)[len(rates) // 2],
-    }
+def _steps(trainer: LoPTSFTTrainer) -> list[dict[str, Any]]:
+    return [row for row in trainer.state.log_history if "seconds_per_step" in row]
 
 
 def _training_log(trainer: LoPTSFTTrainer) -> list[dict[str, Any]]:
-    k = len(trainer.lopt.blocks)
-    rows = []
-    for row in trainer.state.log_history:
-        if "seconds_per_step" not in row:
-            continue
-        rows.append(
-            {
-                "step": row["step"],
-                "loss": row["loss"],
-                "local_loss": [
-                    row[f"local_loss/block_{b}"] for b in range(1, k) if f"local_loss/block_{b}" in row
-                ],
-                "gradient_share": [row.get(f"grad_share/block_{b}", 1.0) for b in range(1, k + 1)],
-                "seconds": row["seconds_per_step"],
-                "tokens_per_second": row["tokens_per_second"],
-            }
-        )
-    return rows
+    blocks = range(1, len(trainer.lopt.blocks) + 1)
+    return [
+        {
+            "step": row["step"],
+            "loss": row["loss"],
+            "local_loss": [v for b in blocks if (v := row.get(f"local_loss/block_{b}")) is not None],
+            "gradient_share": [row.get(f"grad_share/block_{b}", 1.0) for b in blocks],
+            "seconds": row["seconds_per_step"],
+            "tokens_per_second": row["tokens_per_second"],
+        }
+        for row in _steps(trainer)
+    ]
 
 
 def _samples(problems: list[Problem], before: list[str], after: list[str]) -> list[dict[str, Any]]:
-    """The first problems, whatever came of them: a choice would flatter."""
-    rows = zip(problems[:SAMPLES], before, after, strict=False)
+    """Return the first problems with their answers, whatever the outcome: a selection would flatter."""
     return [
         {
             "question": p.question,
@@ -204,27 +218,5 @@ def _samples(problems: list[Problem], before: list[str], after: list[str]) -> li
             "before_correct": is_correct(a, p),
             "after_correct": is_correct(z, p),
         }
-        for p, a, z in rows
+        for p, a, z in zip(problems[:SAMPLES], before, after, strict=False)
     ]
-
-
-def _print_summary(results: dict[str, Any], report: Path, folder: Path) -> None:
-    before, after = results["before"], results["after"]
-    for sample in results["samples"]:
-        print(f"\n{sample['question']}\n  before: {_short(sample['before'])}")
-        print(f"  after:  {_short(sample['after'])}")
-    print("\n                              before    after")
-    print(f"held-out loss               {before['loss']:8.3f} {after['loss']:8.3f}")
-    exact = [f"{r['correct']}/{r['total']}" for r in (before, after)]
-    print(f"held-out exact answers      {exact[0]:>8} {exact[1]:>8}")
-    print(f"retention loss              {before['retention_loss']:8.3f} {after['retention_loss']:8.3f}")
-    if results["memory"]:
-        print(f"peak of live bytes          {format_bytes(sum(results['memory'].values())):>17}")
-    print(f"seconds per step (median)   {results['seconds_per_step']:17.2f}")
-    print(f"seconds in all              {results['total_seconds']:17.0f}")
-    print(f"\nReport: {report}\nFigures: {folder / 'results.json'}\nModel: {folder / 'model'}")
-
-
-def _short(text: str) -> str:
-    line = clean(" | ".join(text.splitlines()))  # a model's words give no command to a terminal
-    return line if len(line) <= 100 else line[:97] + "..."

@@ -20,7 +20,7 @@ def complete(
     batch_size: int = 32,
     progress: str | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, greedily, without special tokens.
+    """Return a greedy completion of each prompt, without special tokens.
 
     Args:
         progress: label of a progress bar with an ETA; no bar if None.
@@ -28,7 +28,7 @@ def complete(
     generate: Any = model.generate
     training, side = model.training, tokenizer.padding_side
     model.eval()
-    tokenizer.padding_side = "left"  # so that every row goes on where its prompt ends
+    tokenizer.padding_side = "left"  # every completion follows its prompt directly
     texts: list[str] = []
     batches = [prompts[at : at + batch_size] for at in range(0, len(prompts), batch_size)]
     with tqdm(
@@ -43,7 +43,7 @@ def complete(
                 top_k=None,
                 top_p=None,
                 pad_token_id=tokenizer.pad_token_id,
-                streamer=_Ticks(bar),
+                streamer=_Progress(bar),
             )
             new = output[:, inputs["input_ids"].shape[1] :]
             texts += tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -53,8 +53,8 @@ def complete(
     return texts
 
 
-class _Ticks(BaseStreamer):
-    """Moves a progress bar with every generated token."""
+class _Progress(BaseStreamer):
+    """Advances a progress bar with every generated token."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
@@ -64,4 +64,4 @@ class _Ticks(BaseStreamer):
             self.bar.update()
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no token is held back."""

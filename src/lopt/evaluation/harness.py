@@ -1,8 +1,8 @@
 """Run benchmarks on a live model by lm-evaluation-harness: the same prompts, requests, filters and metrics.
 
 The harness's own `HFLM` computes every log-likelihood and generation, its evaluator scores them. Added here:
-tasks run one after the other, so that what is finished is finished; batches that suit a CPU; the model, the
-tokenizer and the random state are left as they were found.
+tasks run one after the other, so that each can be kept when it is finished; batch sizes that suit a CPU; the
+model, the tokenizer and the random state are restored.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 CPU_TOKENS = 2048
-"""Tokens in a batch on a CPU, padding included: more at a time is hardly faster there, and needs memory."""
+"""Tokens in a batch on a CPU, padding included: larger batches are hardly faster there, and need memory."""
 
 
 def evaluate(
@@ -68,7 +68,7 @@ def evaluate(
     progress: bool = True,
     seed: int | None = None,
 ) -> Evaluation:
-    """Examine a model, which may be in training and have boundaries: it is left as it was.
+    """Evaluate a model, which may be in training and have boundaries; its state is restored.
 
     Args:
         tasks: names of `BENCHMARKS`, or any other task of the harness.
@@ -76,7 +76,9 @@ def evaluate(
         limit: the first so many items of each task (each subject of MMLU); None for all.
         num_fewshot: shots by task name; others as the task's definition sets them, 5 for MMLU.
         batch_size: sequences in a batch, or "auto".
-        seed: of the choice of shots and of whatever else is random; None for the harness's own seeds.
+        apply_chat_template: put prompts into the tokenizer's chat template.
+        progress: show the harness's progress bars.
+        seed: of the choice of shots and of everything else that is random; None for the harness's own seeds.
 
     Raises:
         ImportError: lm-evaluation-harness is not installed.
@@ -107,12 +109,12 @@ def run_task(
     progress: bool = True,
     seed: int | None = None,
 ) -> Evaluation:
-    """Examine a model on one task of `load_tasks`; arguments and errors as for `evaluate`."""
+    """Evaluate a model on one task of `load_tasks`; arguments and errors as for `evaluate`."""
     name = task.config.task
     steady = steady_languages() if name.startswith("ifeval") else contextlib.nullcontext()
-    with _as_found(model), _seeded(seed), steady, quiet_harness(), _bars(progress):
+    with _modes_kept(model), _seeded(seed), steady, quiet_harness(), _output(progress):
         task.set_fewshot_seed(DEFAULT_OTHER_SEED if seed is None else seed)
-        lm = _Examinee(model, copy.deepcopy(tokenizer), batch_size)
+        lm = _LiveModel(model, copy.deepcopy(tokenizer), batch_size)
         try:
             results = evaluator.evaluate(
                 lm,
@@ -122,8 +124,8 @@ def run_task(
                 fewshot_as_multiturn=True,
             )
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if told := _out_of_memory(error, name, lm):
-                raise ValueError(told) from error
+            if message := _out_of_memory(error, name, lm):
+                raise ValueError(message) from error
             raise
     samples = results.pop("samples")
     found: dict[str, Any] = {**results, **({"cut_prompts": {name: lm.cut}} if lm.cut else {})}
@@ -131,7 +133,7 @@ def run_task(
 
 
 def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
-    """Results of single tasks as the harness gives them for all at once, groups and their means included."""
+    """Return results of single tasks as the harness gives them for all, groups and their means included."""
     merged = merge(parts)
     whole = merged.results
     groups = whole.setdefault("groups", {})
@@ -155,11 +157,12 @@ def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
     return merged
 
 
-class _Examinee(HFLM):
-    """HFLM on a live model, with batches that fit and a word on prompts that do not.
+class _LiveModel(HFLM):
+    """HFLM on a model in memory, with batches that fit and a count of prompts that do not.
 
     Log-likelihoods and generations are HFLM's own. On a CPU, "auto" is the batch that a budget of tokens and
-    the free memory allow; elsewhere HFLM tries what fits, for generation at the length that is needed.
+    the free memory allow; elsewhere HFLM searches for the largest that fits, for generation at the length
+    that is needed.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int | str) -> None:
@@ -191,8 +194,8 @@ class _Examinee(HFLM):
         new, most = max(limits), self.max_length
         if new >= most:
             raise ValueError(
-                f"{requests[0].task_name} lets a model write {new} tokens and this one takes {most} in all: "
-                "leave it out of --tasks, or use a model with a longer context"
+                f"{requests[0].task_name} lets a model generate {new} tokens, its context is {most}: "
+                "leave it out of `tasks`, or use a model with a longer context"
             )
         longest = self._longest([request.args[0] for request in requests], most - new) + new
         if self.budget:
@@ -204,7 +207,7 @@ class _Examinee(HFLM):
             self.needed = None
 
     def _longest(self, texts: list[str], most: int) -> int:
-        """Tokens of the longest text; counts the texts that the harness cuts from the left."""
+        """Return the tokens of the longest text; count the texts that the harness cuts from the left."""
         lengths = [len(self.tok_encode(text)) for text in set(texts)]
         if cut := sum(length > most for length in lengths):
             self.cut = {"prompts": len(lengths), "cut": cut, "tokens": most}
@@ -212,8 +215,8 @@ class _Examinee(HFLM):
 
 
 @contextlib.contextmanager
-def _as_found(model: PreTrainedModel) -> Iterator[None]:
-    """Every module's mode as it was, and no gradients."""
+def _modes_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Disable gradients inside; restore every module's training mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
@@ -225,7 +228,7 @@ def _as_found(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """The harness's seeds inside, the random state untouched outside."""
+    """Use the harness's seeds inside; restore the random state afterwards."""
     with random_state_kept():
         random.seed(DEFAULT_RANDOM_SEED if seed is None else seed)
         np.random.seed(DEFAULT_OTHER_SEED if seed is None else seed)
@@ -234,24 +237,22 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bars(progress: bool) -> Iterator[None]:
-    # The harness prints what it detects, and has no switch for the bar over contexts.
-    with contextlib.redirect_stdout(io.StringIO()):
-        if progress:
-            yield
-            return
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+def _output(progress: bool) -> Iterator[None]:
+    """Hide what the harness prints, and its progress bars too unless `progress`."""
+    # It has no switch for the bar over contexts.
+    bars = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    with contextlib.redirect_stdout(io.StringIO()), bars:
+        yield
 
 
 def _out_of_memory(error: RuntimeError, task: str, lm: HFLM) -> str | None:
-    """What would fit, if the error is about memory."""
+    """Return a message with what would fit, None if the error is not about memory."""
     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
         return None
     size = lm.batch_size
-    smaller = "--batch_size 1" if not isinstance(size, int) else f"--batch_size {max(1, size // 4)}"
-    fixes = [] if size == 1 else [f"{smaller} (it was {size})"]
+    smaller = max(1, size // 4) if isinstance(size, int) else 1
+    fixes = [] if size == 1 else [f"`batch_size` {smaller} (it was {size})"]
     if lm.model.dtype == torch.float32:
-        fixes.append("--param_dtype bfloat16")
+        fixes.append("`param_dtype` bfloat16")
     fixes.append("a device with more memory")
     return f"{task} does not fit into the memory of {lm.device}: try {', '.join(fixes)}"

@@ -1,4 +1,4 @@
-"""What IFEval's scorer in lm-evaluation-harness needs: sentence data, also offline, and a steady verdict."""
+"""Requirements of IFEval's scorer in lm-evaluation-harness: sentence data, also offline, and a fixed seed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CARRIER, FOLDER = "llama-index-core", "llama_index/core/_static/nltk_cache"
 def need_punkt() -> None:
     """Make NLTK find its punkt_tab: where it is installed, in `CARRIER`'s files, or by NLTK's own download.
 
-    Without this the harness would find out after all answers are generated.
+    Without this the harness would fail only after all answers are generated.
 
     Raises:
         ImportError: the packages of the harness's scorer are missing.
-        ValueError: the data is nowhere to be had.
+        ValueError: the data cannot be found or downloaded.
     """
     _, nltk = _packages()
     if _found(nltk):
@@ -39,7 +39,7 @@ def need_punkt() -> None:
 
 @contextlib.contextmanager
 def steady_languages() -> Iterator[None]:
-    """The scorer's language detector with a fixed seed: without one it may judge a text now so, now so."""
+    """Fix the seed of the scorer's language detector, whose verdict on a text may vary otherwise."""
     langdetect, _ = _packages()
     before = langdetect.DetectorFactory.seed
     langdetect.DetectorFactory.seed = 0

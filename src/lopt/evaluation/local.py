@@ -13,7 +13,7 @@ from lopt.messages import error_text
 
 
 class LocalFiles(NamedTuple):
-    """Where a data set's rows lie in a data folder, and the columns they must have."""
+    """Folder of a data set's rows in a data folder, and the columns that they must have."""
 
     folder: str
     columns: tuple[str, ...]
@@ -49,18 +49,18 @@ LOCAL = {
     ),
 }
 
-# Where a split's official file is absent. The harness strips HellaSwag's bracket tags itself, so both files
-# give the same questions up to white space; the official one comes first because it gives them exactly.
-_ELSE = {("hellaswag", "validation"): "validation_detagged"}
+# Files to read where a split's official file is absent. The harness strips HellaSwag's bracket tags itself,
+# so both files give the same questions up to white space; the official one gives them exactly.
+_ALTERNATIVES = {("hellaswag", "validation"): "validation_detagged"}
 
 
 def find_local(dataset_path: str | None, dataset_name: str | None) -> LocalFiles | None:
-    """The local files of a data set on the hub, None if it has none here."""
+    """Return the local files of a data set on the hub, None if there is no such entry."""
     return LOCAL.get((str(dataset_path), "")) or LOCAL.get((str(dataset_path), dataset_name))
 
 
 def read_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a JSON Lines file, and a hash of its bytes.
+    """Return the rows of a JSON Lines file, and a hash of its bytes.
 
     Raises:
         ValueError: it is not JSON Lines, or a row lacks one of `columns` ("a.b" is the key b of column a).
@@ -80,13 +80,13 @@ def _read(path: Path, columns: tuple[str, ...], *state: int) -> tuple[list[dict[
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f"--data_dir: {path}, line {number}, is not JSON: {error_text(error)}"
+                f"`data_dir`: {path}, line {number}, is not JSON: {error_text(error)}"
             ) from error
         missing = [name for name in columns if not _has(row, name.split("."))]
         if missing:
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(
-                f"--data_dir: {path}, line {number}, lacks the columns {', '.join(missing)} (it has {found})"
+                f"`data_dir`: {path}, line {number}, lacks the columns {', '.join(missing)} (it has {found})"
             )
         rows.append(row)
     return rows, hashlib.sha256(content).hexdigest()[:16]
@@ -101,7 +101,7 @@ def _has(row: Any, keys: Sequence[str]) -> bool:
 
 
 def split_file(folder: Path, split: str) -> Path:
-    """The file of a split; it may not exist."""
+    """Return the file of a split; it may not exist."""
     path = folder / f"{split}.jsonl"
-    other = folder / f"{_ELSE.get((folder.name, split))}.jsonl"
+    other = folder / f"{_ALTERNATIVES.get((folder.name, split))}.jsonl"
     return other if not path.is_file() and other.is_file() else path

@@ -18,7 +18,7 @@ def completion_loss(
     pairs: Sequence[tuple[str, str]],
     batch_size: int = 16,
 ) -> float:
-    """Mean loss in nats over the tokens of all completions, each after its prompt."""
+    """Return the mean loss in nats over the tokens of all completions, each after its prompt."""
     rows = []
     for prompt, completion in pairs:
         before = tokenizer(prompt)["input_ids"]
@@ -43,7 +43,7 @@ def text_losses(
     window: int = 128,
     batch_size: int = 16,
 ) -> list[WindowLoss]:
-    """Losses of the first `tokens` tokens of `text`, in windows of `window` tokens; the last may be shorter.
+    """Return losses of the first `tokens` tokens of `text` in windows of `window`; the last may be shorter.
 
     Every window starts with the tokenizer's first special token, if it has one; else its own first token is
     not predicted.
@@ -61,7 +61,11 @@ def text_losses(
 def text_windows(
     tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = 2048, window: int = 128
 ) -> list[list[int]]:
-    """The token ids of each window that `text_losses` measures."""
+    """Return the token ids of each window that `text_losses` measures.
+
+    Raises:
+        ValueError: the text has no token to predict.
+    """
     ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=tokens)["input_ids"]
     if len(ids) < 2:
         raise ValueError("the text is too short to measure a loss on: give at least two tokens")
@@ -78,7 +82,7 @@ def text_loss(
     window: int = 128,
     batch_size: int = 16,
 ) -> float:
-    """Mean loss in nats over the first `tokens` tokens of `text`: `text_losses` weighted by their tokens.
+    """Return the mean loss in nats over the first `tokens` tokens of `text`, by `text_losses`.
 
     Raises:
         ValueError: the text has no token to predict.
@@ -95,9 +99,9 @@ def _mean(sums: Sequence[tuple[float, int]]) -> float:
 def _sums(
     model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], batch_size: int
 ) -> list[tuple[float, int]]:
-    """Summed loss and number of counted tokens of each row (token ids, and which of them count).
+    """Return summed loss and number of counted tokens of each row (token ids, and which of them count).
 
-    The model's mode is kept.
+    The model's mode is restored.
     """
     training = model.training
     model.eval()
@@ -109,8 +113,8 @@ def _sums(
         ids = torch.tensor([r + [0] * (width - len(r)) for r, _ in part], device=device)
         mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r, _ in part], device=device)
         counts = torch.tensor([c + [False] * (width - len(c)) for _, c in part], device=device)[:, 1:]
-        # Positions that predict nothing of interest never meet the head: a large vocabulary's
-        # logits would dominate the cost.
+        # The head computes logits only where some row has a counted token: with a large vocabulary they
+        # dominate the cost.
         positions = counts.any(0).nonzero().flatten()
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False).logits
         chosen = counts[:, positions]

@@ -1,4 +1,4 @@
-"""One number per item: what a benchmark's main metric says of each answer."""
+"""Results of an evaluation, and its outcomes: one number per item, by the benchmark's main metric."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MAIN_METRIC = {
 }
 """Main metric and filter of each benchmark; other tasks: the first of their own list.
 
-GSM8K counts the last number of an answer rather than only one after "####": what is asked is whether a model
-still can, not whether it still writes in the form of the training set.
+GSM8K counts the last number of an answer rather than only one after "####": the question is whether a model
+is still able to solve it, not whether it still writes in the form of the training set.
 """
 
 
@@ -38,18 +38,33 @@ class TaskOutcome:
 
 @dataclass
 class Evaluation:
-    """Results as `lm_eval` returns them, and what was asked and answered, item by item and task by task."""
+    """Results as `lm_eval` returns them, and per task the sample of every item: prompt, answers, metrics."""
 
     results: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def outcomes(self) -> dict[str, TaskOutcome]:
-        """The main metric of every task, item by item; a group that is a mean over its items is one task."""
-        return task_outcomes(self.results, self.samples)
+        """Return the main metric of every task, item by item.
+
+        MMLU is one task, as its mean weighs subjects by their questions: all items one after the other. Tasks
+        whose metric is no mean over items (perplexities of documents) are left out.
+        """
+        results, outcomes = self.results, {}
+        for name, leaves in task_members(results, self.samples).items():
+            metric = main_metric(name, results["results"][leaves[0]])
+            if metric is None:
+                continue
+            key, where = metric.split(",")
+            rows = [sample for leaf in leaves for sample in self.samples[leaf] if sample["filter"] == where]
+            if rows and all(isinstance(row[key], int | float | np.number | np.bool_) for row in rows):
+                better = results["higher_is_better"][leaves[0]].get(key, True)
+                values = [float(row[key]) * row.get("weight", 1.0) for row in rows]
+                outcomes[name] = TaskOutcome(name, metric, bool(better), values)
+        return outcomes
 
 
 def merge(parts: Mapping[str, Evaluation]) -> Evaluation:
-    """The results of single tasks in one."""
+    """Return the results of single tasks as one."""
     whole: dict[str, Any] = {"results": {}}
     samples: dict[str, list[dict[str, Any]]] = {}
     for part in parts.values():
@@ -60,37 +75,15 @@ def merge(parts: Mapping[str, Evaluation]) -> Evaluation:
 
 
 def cut_prompts(results: Mapping[str, Any]) -> str:
-    """A sentence on tasks whose prompts did not fit into the model's context; empty if all did."""
+    """Return a remark on tasks whose prompts did not fit into the model's context; '' if all did."""
     tasks = [f"{name} ({c['cut']} of {c['prompts']})" for name, c in results.get("cut_prompts", {}).items()]
     more = f" and {len(tasks) - 5} more tasks" if len(tasks) > 5 else ""
-    told = ", ".join(tasks[:5]) + more
-    return f"prompts longer than the model's context were cut from the left: {told}" if tasks else ""
-
-
-def task_outcomes(
-    results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> dict[str, TaskOutcome]:
-    """Outcomes of every task in `results`.
-
-    MMLU is one task, as its mean weighs subjects by their questions: all items one after the other. Tasks
-    whose metric is no mean over items (perplexities of documents) are left out.
-    """
-    outcomes = {}
-    for name, leaves in task_members(results, samples).items():
-        metric = main_metric(name, results["results"][leaves[0]])
-        if metric is None:
-            continue
-        key, where = metric.split(",")
-        rows = [sample for leaf in leaves for sample in samples[leaf] if sample["filter"] == where]
-        if rows and all(isinstance(row[key], int | float | np.number | np.bool_) for row in rows):
-            better = results["higher_is_better"][leaves[0]].get(key, True)
-            values = [float(row[key]) * row.get("weight", 1.0) for row in rows]
-            outcomes[name] = TaskOutcome(name, metric, bool(better), values)
-    return outcomes
+    names = ", ".join(tasks[:5]) + more
+    return f"prompts longer than the model's context were cut from the left: {names}" if tasks else ""
 
 
 def task_members(results: Mapping[str, Any], samples: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Each task of `task_outcomes` -> the names its samples go by."""
+    """Return the names of the samples of each task of `Evaluation.outcomes`."""
     pooled: dict[str, list[str]] = {}
     subtasks = results.get("group_subtasks", {})
     for group in subtasks:
@@ -102,7 +95,7 @@ def task_members(results: Mapping[str, Any], samples: Mapping[str, Any]) -> dict
 
 
 def main_metric(name: str, result: Mapping[str, Any]) -> str | None:
-    """Main metric of a task as "metric,filter", given one result of it."""
+    """Return the main metric of a task as "metric,filter", given one result of it."""
     known = [key for key in result if "," in key and "_stderr," not in key]
     chosen = MAIN_METRIC.get(name)
     return chosen if chosen in known else next(iter(known), None)

@@ -32,25 +32,25 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """better, worse, or open where the interval holds zero."""
+        """Return "better", "worse", or "open" if the interval contains zero."""
         if not (self.difference.low > 0 or self.difference.high < 0):
             return "open"
         return "better" if (self.difference.value > 0) == self.higher_is_better else "worse"
 
 
 class Comparison(NamedTuple):
-    """The changes that can be told, and a sentence for each benchmark of which none can be."""
+    """Changes by benchmark, and for each benchmark that cannot be compared the reason."""
 
     changes: list[Change]
     refused: list[str]
 
 
 def compare(base: Evaluation, tuned: Evaluation) -> Comparison:
-    """Paired differences on every benchmark that both models took, item by item.
+    """Return paired differences on every benchmark that both models were evaluated on, item by item.
 
     The interval is Bonett and Price's adjusted Wald interval where every item is right or wrong, else the
     bootstrap over items. Outcomes of other items than the base's are refused: above all the loss per token
-    under another tokenizer, whose tokens are other things to predict.
+    under another tokenizer, which predicts other tokens.
     """
     before, after = base.outcomes(), tuned.outcomes()
     changes, refused = [], []
@@ -87,12 +87,12 @@ def _change(old: TaskOutcome, new: TaskOutcome) -> Change:
 
 
 def is_binary(outcome: TaskOutcome) -> bool:
-    """Whether every item is right (1) or wrong (0)."""
+    """Return whether every item is right (1) or wrong (0)."""
     return all(value in (0.0, 1.0) for value in outcome.values)
 
 
 def estimate(outcome: TaskOutcome) -> Estimate:
-    """A model's own mean with its 95 % interval: Wilson's for shares, Student's t over items for others."""
+    """Return a model's mean with its 95 % interval: Wilson's for shares, else Student's t over items."""
     values = outcome.values
     if not is_binary(outcome):
         return mean_interval(values)
@@ -100,7 +100,7 @@ def estimate(outcome: TaskOutcome) -> Estimate:
 
 
 def _items(evaluation: Evaluation, task: str) -> list[str]:
-    """What was asked, item by item."""
+    """Return the hash of every item's question."""
     return [str(row.get("doc_hash")) for row in _rows(evaluation, task)]
 
 
@@ -120,7 +120,7 @@ def _refusal(task: str) -> str:
 
 
 class Example(NamedTuple):
-    """An item that one model got right and the other wrong: what was asked, and the answers."""
+    """An item that one model got right and the other wrong: its prompt, and the answers."""
 
     task: str
     gained: bool
@@ -131,7 +131,7 @@ class Example(NamedTuple):
 
 
 def examples(base: Evaluation, tuned: Evaluation, task: str, count: int = 2) -> list[Example]:
-    """The first `count` items gained and the first `count` lost, of a task whose items are right or wrong."""
+    """Return the first `count` items gained and the first `count` lost of a task of right or wrong items."""
     metric = base.outcomes()[task].metric.split(",")[0]
     found: dict[bool, list[Example]] = {True: [], False: []}
     for old, new in zip(_rows(base, task), _rows(tuned, task), strict=True):
@@ -145,7 +145,7 @@ def examples(base: Evaluation, tuned: Evaluation, task: str, count: int = 2) -> 
 
 
 def question(sample: Mapping[str, Any], right: str) -> tuple[str, str]:
-    """An item's prompt and its reference answer; `right` is an answer known to be right."""
+    """Return an item's prompt and its reference answer; `right` is an answer known to be right."""
     arguments = _arguments(sample)
     prompt = str(arguments[0].get("arg_0", ""))
     if _options(arguments) is None:
@@ -156,7 +156,7 @@ def question(sample: Mapping[str, Any], right: str) -> tuple[str, str]:
 
 
 def answer(sample: Mapping[str, Any], metric: str) -> str:
-    """What a model answered: the text it wrote, or the option it finds likeliest under `metric`."""
+    """Return a model's answer: the text it generated, or the option it finds likeliest under `metric`."""
     arguments = _arguments(sample)
     options = _options(arguments)
     if options is None:
@@ -172,7 +172,7 @@ def _arguments(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _options(arguments: list[dict[str, Any]]) -> list[str] | None:
-    """The options of a multiple-choice item, None for an item with a written answer."""
+    """Return the options of a multiple-choice item, None for an item with a generated answer."""
     if not all(isinstance(argument.get("arg_1"), str) for argument in arguments):
         return None
     if len({argument["arg_0"] for argument in arguments}) > 1:

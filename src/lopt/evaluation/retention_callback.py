@@ -3,8 +3,8 @@
     trainer.add_callback(RetentionCallback(trainer, {"wiki": text}, max_forgetting=0.1))
 
 Forgetting is the mean over the texts of the loss now minus the loss at the start, in nats per token.
-Benchmarks are measured and logged beside it but spend no budget: the accuracy on a few hundred items goes up
-and down by points between two looks, and would stop runs by chance.
+Benchmarks are measured and logged too but do not count as forgetting: the accuracy on a few hundred items
+varies by points between two measurements, and would stop runs by chance.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from lopt.trainers.checks import fsdp_version
 PREFIX = "retention/"
 CHANGE = PREFIX + "change"
 TASKS_CHANGE = PREFIX + "tasks_change"
-LOOKS = 10  # in a run without evaluation steps
+MEASUREMENTS = 10  # in a run without evaluation steps
 
 
 class RetentionCallback(TrainerCallback):
     """Logs `retention/<text>_loss`, `retention/<task>_<metric>` and their change since the start of the run.
 
     Measured at the start, every `every` steps and at the end, without gradients, on all ranks (rank 0's
-    numbers count). Weights, random state and the trainer's own averages are left alone. A resumed run
+    numbers count). Weights, random state and the trainer's own averages do not change. A resumed run
     reads the start from the log of its checkpoint.
 
     Args:
         trainer: a trainer of transformers, with or without boundaries.
         texts: plain text by name; `tokens` of each are read.
-        tasks: benchmarks (`lopt.evaluation.harness`), the first `limit` items of each, rows from `data_dir`.
+        tasks: benchmarks (`lopt.evaluation.harness`): the first `limit` items of each, rows from `data_dir`.
         every: steps. Default: the trainer's evaluation steps if it has any, else a tenth of the run.
         max_forgetting: stop the run, with a checkpoint if it saves any, as soon as forgetting is more.
 
     Attributes:
-        stopped: the sentence that says why and when the budget ended the run; None if it did not.
+        stopped: the message on when and why `max_forgetting` ended the run; None if it did not.
 
     Raises:
-        ValueError: nothing to measure, a budget without texts, tasks with weights that are not in one place.
+        ValueError: nothing to measure, `max_forgetting` without texts, tasks and weights that are
+            offloaded or sharded.
     """
 
     def __init__(
@@ -62,11 +63,9 @@ class RetentionCallback(TrainerCallback):
         max_forgetting: float | None = None,
     ) -> None:
         if not texts and not tasks:
-            raise ValueError(
-                "retention needs something to measure: give --retention_text or --retention_tasks"
-            )
+            raise ValueError("retention needs something to measure: give `texts` or `tasks`")
         if max_forgetting is not None and not texts:
-            raise ValueError("--max_forgetting is in nats per token of text: add --retention_text")
+            raise ValueError("`max_forgetting` is in nats per token of text: add `texts`")
         if tasks:
             check_whole_model(getattr(trainer, "weights_offloaded", False), trainer.args)
         self.trainer = trainer
@@ -86,7 +85,7 @@ class RetentionCallback(TrainerCallback):
         """Measure the start, or read it from the log of a resumed run."""
         self.stopped, self._last_step = None, -1
         by_eval = state.eval_steps if args.eval_strategy == "steps" else None
-        self._steps = self.every or by_eval or max(1, math.ceil(state.max_steps / LOOKS))
+        self._steps = self.every or by_eval or max(1, math.ceil(state.max_steps / MEASUREMENTS))
         self._start = start_of(state.log_history)
         if self._start:
             last = [row for row in state.log_history if any(key.startswith(PREFIX) for key in row)][-1]
@@ -94,7 +93,9 @@ class RetentionCallback(TrainerCallback):
             self._last_step = last["step"]
             return
         if state.global_step:
-            self._say(f"Retention is measured from step {state.global_step} on: the checkpoint has no start")
+            self._print(
+                f"Retention is measured from step {state.global_step} on: the checkpoint has no start"
+            )
         self._measure(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -105,19 +106,19 @@ class RetentionCallback(TrainerCallback):
         if self.max_forgetting is None or change is None or change <= self.max_forgetting:
             return
         if state.global_step >= state.max_steps:
-            return  # it ends by itself
+            return  # the run is over anyway
         self.stopped = (
             f"Stopped at step {state.global_step} of {state.max_steps}: the loss on retention text has risen "
-            f"by {change:.4g} nats per token since the start, more than --max_forgetting "
+            f"by {change:.4g} nats per token since the start, more than max_forgetting = "
             f"{self.max_forgetting:g}."
         )
-        self._say(self.stopped)
+        self._print(self.stopped)
         control.should_training_stop = True
         control.should_log = True
         control.should_save = args.save_strategy in ("steps", "epoch")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the end of a run that something else stopped."""
+        """Measure the end of a run that was stopped for another reason."""
         if self._last_step != state.global_step:
             self._measure(state)
 
@@ -125,17 +126,17 @@ class RetentionCallback(TrainerCallback):
         change = last.get(CHANGE)
         if change is not None and self.max_forgetting is not None and change > self.max_forgetting:
             raise ValueError(
-                f"forgetting was {change:.4g} nats per token at step {last['step']}, above --max_forgetting "
-                f"{self.max_forgetting:g}: raise it to go on, or take the model as it was saved"
+                f"forgetting was {change:.4g} nats per token at step {last['step']}, above `max_forgetting` "
+                f"{self.max_forgetting:g}: raise it to continue, or use the model as it was saved"
             )
 
     # -- what ------------------------------------------------------------------------------------
 
     def _measure(self, state: Any) -> float | None:
-        """Log everything once; returns forgetting in nats per token, None without texts."""
+        """Log everything once; return forgetting in nats per token, None without texts."""
         found = [self._losses() | self._scores()]
         if self.trainer.args.world_size > 1:
-            broadcast_object_list(found)  # a run must not stop on one rank alone
+            broadcast_object_list(found)  # otherwise a run might stop on one rank alone
         values = found[0]
         for key, value in values.items():
             self._start.setdefault(key, value)
@@ -150,8 +151,8 @@ class RetentionCallback(TrainerCallback):
             logs[TASKS_CHANGE] = sum(scores) / len(scores)
         self._last_step = state.global_step
         control = self.trainer.control
-        wanted = control.should_log  # logging clears it, and this step's loss may be due
-        # Trainer's own: TRL's would end the averages that its next log of the loss is made of.
+        wanted = control.should_log  # logging clears it, and this step's loss may still have to be logged
+        # The base class's method: TRL's would reset the averages for its own next log.
         Trainer.log(self.trainer, logs)
         control.should_log = wanted
         return change
@@ -186,27 +187,24 @@ class RetentionCallback(TrainerCallback):
             self._signs[key] = 1 if outcome.higher_is_better else -1
         return scores
 
-    def _say(self, sentence: str) -> None:
+    def _print(self, message: str) -> None:
         if self.trainer.is_world_process_zero():
-            tqdm.write(sentence)
+            tqdm.write(message)
 
 
-def check_whole_model(weights_travel: bool, args: TrainingArguments) -> None:
+def check_whole_model(offloaded: bool, args: TrainingArguments) -> None:
     """Refuse benchmarks where no device holds the whole model.
 
     Raises:
-        ValueError: the weights travel, or are sharded.
+        ValueError: the weights are offloaded or sharded.
     """
-    name = "--offload block" if weights_travel else "FSDP" if fsdp_version(args) is not None else None
+    name = "`offload` block" if offloaded else "FSDP" if fsdp_version(args) is not None else None
     if name is not None:
-        raise ValueError(
-            f"--retention_tasks needs the whole model on a device, which {name} does not have: "
-            "use --retention_text"
-        )
+        raise ValueError(f"`tasks` need the whole model on a device, which {name} rules out: use `texts`")
 
 
 def start_of(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The first value of every measure in a trainer's log, by its name without the prefix."""
+    """Return the first value of every measure in a trainer's log, by its name without the prefix."""
     start: dict[str, float] = {}
     for row in history:
         for key, value in row.items():

@@ -1,239 +1,222 @@
-"""What `lopt eval` does: model after model, task after task, then the table and the comparison."""
+"""The work of `lopt eval`: model after model, task after task, every result kept on disk at once."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from lopt.evaluation.load import adapter_base, check_memory, load_examinee, load_examinees_tokenizer
+from lopt.evaluation.load import Loading, adapter_base
 from lopt.evaluation.loss import text_windows
-from lopt.evaluation.outcomes import Evaluation, cut_prompts, merge
-from lopt.evaluation.store import Store, file_name, model_identity, plain
+from lopt.evaluation.names import file_name
+from lopt.evaluation.outcomes import Evaluation, merge
+from lopt.evaluation.store import Store, model_identity, plain
 from lopt.evaluation.text import TextTask, evaluate_text
-from lopt.files import write_text
+from lopt.files import read_json, write_json
 from lopt.reliability.provenance import versions
-from lopt.reports.retention import results_table, write_retention
 
 _PACKAGES = ("lopt", "lm_eval", "transformers", "torch")
 
 
-@dataclass(frozen=True)
-class Work:
-    """A task: its name, what makes its results what they are, and how it is run."""
+class Work(NamedTuple):
+    """A task of the harness or a text: its name, what identifies its results, and how it is run."""
 
     name: str
     identity: dict[str, Any]
     task: Any
 
 
-def run_evaluation(
-    args: Any,
-    models: Mapping[str, str],
-    shots: Mapping[str, int],
-    begin: Callable[[Path], object] = lambda folder: None,
-) -> None:
-    """Examine `models` (path by label, the base first if there is one) as the flags of `lopt eval` say.
+@dataclass(frozen=True)
+class EvaluationRun:
+    """Which models are evaluated, on what and how.
 
-    `begin` is called with the output folder whenever a model is about to be examined.
-
-    Raises:
-        ValueError: before any model is loaded, what can be told by then.
+    Attributes:
+        models: folder or hub id by label.
+        folder: of all results, with one folder per model.
+        against_base: whether the first model is the base that the others are compared with.
+        tasks, data_dir, num_fewshot, limit, apply_chat_template: see `lopt.evaluation.harness.evaluate`.
+        batch_size: sequences in a batch, or "auto".
+        texts: plain texts whose losses are measured.
+        overwrite: replace results that were made with other settings.
     """
-    if args.num_fewshot and not args.tasks:
-        raise ValueError("--num_fewshot goes with --tasks: give both or neither")
-    works, loaded = _works(args, shots)
-    _check_tokenizers(args, models, works)
-    stores = {
-        label: Store(Path(args.output_dir) / label, _settings(args, path), args.overwrite_output_dir)
-        for label, path in models.items()
-    }
-    missing = {
-        label: [work for work in works if not store.finished(work.name, work.identity)]
-        for label, store in stores.items()
-    }
-    report = Path(args.output_dir)
-    _check_report(report, args, models)
-    _check_models(args, [models[label] for label, left in missing.items() if left])
-    for store in stores.values():
-        store.drop_stale()
-    for label, store in stores.items():
-        done = len(works) - len(missing[label])
-        print(f"{label}: {len(works)} tasks" + (f", {done} of them finished before" if done else ""))
-        if missing[label]:
-            model, tokenizer = _load(args, models[label])
-            begin(report)
-            _examine(args, model, tokenizer, store, missing[label])
-            del model  # before the next one is loaded
-        _write_results(args, models[label], store, works, loaded)
-    evaluations = {label: _collect(store, works, loaded) for label, store in stores.items()}
-    for label, evaluation in evaluations.items():
-        if remark := cut_prompts(evaluation.results):
-            print(f"{label}: {remark}")
-    print("\n" + results_table(evaluations))
-    if args.base:
-        base = next(iter(evaluations))
-        told = write_retention(report, base, evaluations)
-        print("\n" + told + f"\n\nReport: {report / 'report.html'}")
 
+    models: Mapping[str, str]
+    folder: Path
+    loading: Loading
+    against_base: bool = False
+    tasks: Sequence[str] = ()
+    data_dir: str | None = None
+    num_fewshot: Mapping[str, int] | None = None
+    limit: int | None = None
+    apply_chat_template: bool = False
+    batch_size: int | str = "auto"
+    texts: Sequence[TextTask] = ()
+    overwrite: bool = False
 
-def _works(args: Any, shots: Mapping[str, int]) -> tuple[list[Work], Any]:
-    """Every single task (of MMLU every subject), checked and with its rows."""
-    works, loaded = [], None
-    if args.tasks:
-        from lopt.evaluation.tasks import load_tasks, task_identity
+    def run(self, on_start: Callable[[Path], object] = lambda folder: None) -> dict[str, Evaluation]:
+        """Evaluate what has no results yet and return all results by label.
 
-        loaded = load_tasks(args.tasks, args.data_dir, shots)
-        works = [Work(name, task_identity(task), task) for name, task in loaded.tasks.items()]
-    for path in args.text or []:
-        text = TextTask(Path(path), args.text_tokens, args.text_window)
-        works.append(Work(text.name, text.identity(), text))
-    names = [file_name(work.name) for work in works]
-    for work, name in zip(works, names, strict=True):
-        if names.count(name) > 1:
-            raise ValueError(f"--text: two files are called {work.task.path.stem}: rename one")
-    return works, loaded
+        Args:
+            on_start: called with `folder` each time that a model has been loaded.
 
+        Raises:
+            ValueError: a setting is impossible; as far as possible this is found before a model is loaded.
+        """
+        works, loaded = self._works()
+        self._check_tokenizers(works)
+        stores = {
+            label: Store(self.folder / label, self._settings(path), self.overwrite)
+            for label, path in self.models.items()
+        }
+        missing = {
+            label: [work for work in works if not store.finished(work.name, work.identity)]
+            for label, store in stores.items()
+        }
+        self._check_report()
+        self._check_models([self.models[label] for label, left in missing.items() if left])
+        for store in stores.values():
+            store.drop_stale()
+        evaluations = {}
+        for label, store in stores.items():
+            done = len(works) - len(missing[label])
+            print(f"{label}: {len(works)} tasks" + (f", {done} of them finished before" if done else ""))
+            if missing[label]:
+                self._evaluate(self.models[label], store, missing[label], on_start)
+            evaluations[label] = _collect(store, works, loaded)
+            self._write_results(self.models[label], store, evaluations[label].results)
+        return evaluations
 
-def _check_tokenizers(args: Any, models: Mapping[str, str], works: list[Work]) -> None:
-    """Refuse a run that could compare nothing."""
-    texts = [work.task for work in works if isinstance(work.task, TextTask)]
-    if not args.base or len(texts) < len(works) or not texts:
-        return
-    first, *others = (_tokenizer(args, path) for path in models.values())
-    for label, other in zip(list(models)[1:], others, strict=True):
-        if all(windows(first, text) != windows(other, text) for text in texts):
+    def _works(self) -> tuple[list[Work], Any]:
+        """Return every single task (of MMLU every subject), checked, and the harness's own objects."""
+        works, loaded = [], None
+        if self.tasks:
+            from lopt.evaluation.tasks import load_tasks, task_identity
+
+            loaded = load_tasks(self.tasks, self.data_dir, self.num_fewshot)
+            works = [Work(name, task_identity(task), task) for name, task in loaded.tasks.items()]
+        works += [Work(text.name, text.identity(), text) for text in self.texts]
+        names = [file_name(work.name) for work in works]
+        for work, name in zip(works, names, strict=True):
+            if names.count(name) > 1:
+                raise ValueError(f"`text`: two files are called {work.task.path.stem}: rename one")
+        return works, loaded
+
+    def _check_tokenizers(self, works: list[Work]) -> None:
+        """Refuse a comparison of text losses alone if the tokenizers make all of them incomparable."""
+        texts = [work.task for work in works if isinstance(work.task, TextTask)]
+        if not self.against_base or len(texts) < len(works) or not texts:
+            return
+        windows = {
+            label: [text_windows(self.loading.tokenizer(path), t.read(), t.tokens, t.window) for t in texts]
+            for label, path in self.models.items()
+        }
+        base = next(iter(windows.values()))
+        for label, others in windows.items():
+            if all(own != other for own, other in zip(base, others, strict=True)):
+                raise ValueError(
+                    f"{label} and the base have different tokenizers, so that their losses per token on "
+                    "`text` measure different things: compare accuracies with `tasks`, or leave `base` out"
+                )
+
+    def _check_report(self) -> None:
+        """Refuse to replace a comparison of other models."""
+        file = self.folder / "retention.json"
+        if not self.against_base or not file.is_file() or self.overwrite:
+            return
+        old = read_json(file)
+        there = [old["base"], *old["models"]]
+        if there != list(self.models):
             raise ValueError(
-                f"{label} and the base have different tokenizers, so that their losses per token on --text "
-                "measure different things: compare accuracies with --tasks, or leave --base out"
+                f"`output_dir` {self.folder} holds a comparison of {', '.join(there)}: choose another "
+                "folder, or replace it with `overwrite_output_dir`"
             )
 
+    def _check_models(self, paths: list[str]) -> None:
+        """Refuse models that cannot be evaluated, before the first one is."""
+        for path in paths:
+            if self.apply_chat_template and not self.loading.tokenizer(path).chat_template:
+                raise ValueError(f"`apply_chat_template`: {path} has no chat template: leave it out")
+            self.loading.check_memory(path)
 
-def _check_models(args: Any, paths: list[str]) -> None:
-    """Refuse models that cannot be examined, before the first one is."""
-    for path in paths:
-        if args.apply_chat_template and not _tokenizer(args, path).chat_template:
-            raise ValueError(f"--apply_chat_template: {path} has no chat template: leave the flag out")
-        base = adapter_base(path)
-        revision = None if base else args.model_revision
-        check_memory(
-            base or path, args.param_dtype, revision=revision, trust_remote_code=args.trust_remote_code
-        )
+    def _settings(self, path: str) -> dict[str, Any]:
+        """Return what all tasks of a model share and what decides its results."""
+        how, base = self.loading, adapter_base(path)
+        model: dict[str, Any] = {"files": model_identity(path, how.model_revision, how.trust_remote_code)}
+        if base is not None:
+            model["base"] = model_identity(base, trust_remote_code=how.trust_remote_code)
+        return {
+            "model": model,
+            "param_dtype": how.param_dtype,
+            "attn_implementation": how.attn_implementation,
+            "limit": self.limit,
+            "apply_chat_template": self.apply_chat_template,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "versions": versions(_PACKAGES),
+        }
 
+    def _evaluate(
+        self, path: str, store: Store, missing: list[Work], on_start: Callable[[Path], object]
+    ) -> None:
+        """Load a model, run what is missing and keep each task's results at once."""
+        tokenizer, model = self.loading.tokenizer(path), self.loading.model(path)
+        on_start(self.folder)
+        for number, work in enumerate(missing, start=1):
+            start = time.perf_counter()
+            print(f"  {work.name} ({number} of {len(missing)})", file=sys.stderr)
+            if isinstance(work.task, TextTask):
+                size = self.batch_size if isinstance(self.batch_size, int) else None
+                part = evaluate_text(model, tokenizer, work.task, size)
+            else:
+                from lopt.evaluation.harness import run_task
 
-def windows(tokenizer: Any, text: TextTask) -> list[list[int]]:
-    """The windows of token ids that a model with this tokenizer is examined on."""
-    return text_windows(tokenizer, text.read(), text.tokens, text.window)
+                part = run_task(
+                    model,
+                    tokenizer,
+                    work.task,
+                    limit=self.limit,
+                    batch_size=self.batch_size,
+                    apply_chat_template=self.apply_chat_template,
+                )
+            part.results["seconds"] = {work.name: round(time.perf_counter() - start, 2)}
+            store.save(work.name, work.identity, part)
 
-
-def _settings(args: Any, path: str) -> dict[str, Any]:
-    """What all tasks of a model share and what decides its results."""
-    base = adapter_base(path)
-    model: dict[str, Any] = {"files": model_identity(path, args.model_revision, args.trust_remote_code)}
-    if base is not None:
-        model["base"] = model_identity(base, trust_remote_code=args.trust_remote_code)
-    return {
-        "model": model,
-        "param_dtype": args.param_dtype,
-        "attn_implementation": args.attn_implementation,
-        "limit": args.limit,
-        "apply_chat_template": args.apply_chat_template,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "versions": versions(_PACKAGES),
-    }
-
-
-def _tokenizer(args: Any, path: str) -> Any:
-    return load_examinees_tokenizer(
-        path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
-    )
-
-
-def _load(args: Any, path: str) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
-    tokenizer = _tokenizer(args, path)
-    model = load_examinee(
-        path,
-        dtype=args.param_dtype,
-        revision=args.model_revision,
-        attn_implementation=args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-    )
-    return model, tokenizer
-
-
-def _examine(args: Any, model: Any, tokenizer: Any, store: Store, missing: list[Work]) -> None:
-    """Run what is missing and keep each task's results at once."""
-    size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
-    for number, work in enumerate(missing, start=1):
-        start = time.perf_counter()
-        print(f"  {work.name} ({number} of {len(missing)})", file=sys.stderr)
-        if isinstance(work.task, TextTask):
-            part = evaluate_text(model, tokenizer, work.task, None if size == "auto" else size)
-        else:
-            from lopt.evaluation.harness import run_task
-
-            part = run_task(
-                model,
-                tokenizer,
-                work.task,
-                limit=args.limit,
-                batch_size=size,
-                apply_chat_template=args.apply_chat_template,
-            )
-        part.results["seconds"] = {work.name: round(time.perf_counter() - start, 2)}
-        store.save(work.name, work.identity, part)
+    def _write_results(self, path: str, store: Store, results: Mapping[str, Any]) -> None:
+        """Write `results.json` in the harness's form; earlier results with the same settings stay in it."""
+        whole, settings = dict(results), store.settings
+        file = store.folder / "results.json"
+        for key, value in (read_json(file) if file.is_file() else {}).items():
+            if isinstance(value, dict) and key not in ("config", "versions_of_packages"):
+                whole[key] = {**value, **whole.get(key, {})}
+        arguments = {
+            "pretrained": path,
+            "dtype": self.loading.param_dtype,
+            "revision": self.loading.model_revision,
+        }
+        whole["config"] = {
+            "model": "hf",
+            "model_args": arguments,
+            "batch_size": str(self.batch_size),
+            "device": settings["device"],
+            "limit": self.limit,
+            "apply_chat_template": self.apply_chat_template,
+        }
+        whole["model_source"], whole["model_name"] = "hf", path
+        whole["lm_eval_version"] = settings["versions"].get("lm_eval")
+        whole["transformers_version"] = settings["versions"].get("transformers")
+        whole["date"] = time.time()
+        write_json(file, whole, default=plain)
 
 
 def _collect(store: Store, works: list[Work], loaded: Any) -> Evaluation:
-    """All results asked for, groups and their means included."""
+    """Return all results asked for, groups and their means included."""
     parts = {work.name: store.read(work.name) for work in works}
     if loaded is None:
         return merge(parts)
     from lopt.evaluation.harness import combine
 
     return combine(parts, loaded)
-
-
-def _write_results(args: Any, path: str, store: Store, works: list[Work], loaded: Any) -> None:
-    """`results.json` in the harness's form; what earlier runs with the same settings measured stays in it."""
-    whole = _collect(store, works, loaded).results
-    file = store.folder / "results.json"
-    old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for key, value in old.items():
-        if isinstance(value, dict) and key not in ("config", "versions_of_packages"):
-            whole[key] = {**value, **whole.get(key, {})}
-    settings = store.settings
-    whole["config"] = {
-        "model": "hf",
-        "model_args": {"pretrained": path, "dtype": args.param_dtype, "revision": args.model_revision},
-        "batch_size": args.batch_size,
-        "device": settings["device"],
-        "limit": args.limit,
-        "apply_chat_template": args.apply_chat_template,
-    }
-    whole["model_source"], whole["model_name"] = "hf", path
-    whole["lm_eval_version"] = settings["versions"].get("lm_eval")
-    whole["transformers_version"] = settings["versions"].get("transformers")
-    whole["date"] = time.time()
-    write_text(file, json.dumps(whole, indent=1, default=plain) + "\n")
-
-
-def _check_report(folder: Path, args: Any, models: Mapping[str, str]) -> None:
-    """Refuse to replace a comparison of other models."""
-    file = folder / "retention.json"
-    if not args.base or not file.is_file() or args.overwrite_output_dir:
-        return
-    old = json.loads(file.read_text(encoding="utf-8"))
-    there, here = [old["base"], *old["models"]], list(models)
-    if there != here:
-        raise ValueError(
-            f"--output_dir {folder} holds a comparison of {', '.join(there)}: choose another folder, or "
-            "replace it with --overwrite_output_dir"
-        )

@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals: shares, paired differences, means over seeds. No torch.
+"""Estimates with 95 % intervals: shares, paired differences, means over seeds.
 
 Which interval is used for what:
 
@@ -7,6 +7,8 @@ Which interval is used for what:
   Price's adjustment, `paired_difference`; whether the two differ: McNemar's exact test, `mcnemar`
 - paired outcomes of any other kind (losses, probabilities): the bootstrap over items, `paired_bootstrap`
 - a mean over seeds: Student's t, `mean_interval`
+
+Quantiles and tails are SciPy's, imported only where they are needed: plots need `Estimate` alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+
+from lopt.validation import check
 
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -37,22 +41,22 @@ class McNemar(NamedTuple):
     p_value: float
 
 
-def wilson_interval(correct: int, total: int, z: float = _Z) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 % by default.
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Return the ends of the 95 % Wilson score interval of the share `correct / total`.
 
     Raises:
         ValueError: `total` is not positive or `correct` is not between 0 and `total`.
     """
-    if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"{correct} of {total} is not a share: give 0 <= correct <= total and total >= 1")
-    share, extra = correct / total, z * z / total
-    half = z * math.sqrt(share * (1 - share) / total + extra / (4 * total))
+    check(total >= 1, "total", total, ">= 1")
+    check(0 <= correct <= total, "correct", correct, f"between 0 and {total}")
+    share, extra = correct / total, _Z * _Z / total
+    half = _Z * math.sqrt(share * (1 - share) / total + extra / (4 * total))
     low, high = ((share + extra / 2 + side * half) / (1 + extra) for side in (-1, 1))
     return max(0.0, low) if correct else 0.0, min(1.0, high) if correct < total else 1.0
 
 
 def paired_difference(base: Sequence[float], tuned: Sequence[float]) -> Estimate:
-    """Mean of `tuned - base` with the 95 % interval that suits the outcomes.
+    """Return the mean of `tuned - base` with the 95 % interval that suits the outcomes.
 
     Outcomes that are all 0 or 1: Bonett and Price's adjusted Wald interval, which keeps its coverage for few
     items and where no or hardly any item changed (https://doi.org/10.3102/1076998611411915; recommended by
@@ -75,13 +79,13 @@ def paired_difference(base: Sequence[float], tuned: Sequence[float]) -> Estimate
 def paired_bootstrap(
     base: Sequence[float], tuned: Sequence[float], resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """Mean of `tuned - base` with a 95 % bootstrap interval over items.
+    """Return the mean of `tuned - base` with a 95 % bootstrap interval over items.
 
     The plain percentile interval is too short for few items. Its percentiles are therefore taken further out,
     as far as Student's t and the n - 1 of a variance ask for (the expanded percentile interval of Hesterberg,
-    https://doi.org/10.1080/00031305.2015.1089789).
+    https://doi.org/10.1080/00031305.2015.1089789; not among those of `scipy.stats.bootstrap`).
     Fewer than 8 items cannot be drawn far enough out: theirs is Student's t. A single item has no interval:
-    its ends are nan.
+    its ends are NaN.
 
     Args:
         resamples: draws of all items with replacement.
@@ -106,34 +110,33 @@ def paired_bootstrap(
 
 
 def mcnemar(base: Sequence[float], tuned: Sequence[float]) -> McNemar:
-    """McNemar's exact test: are as many items gained as lost?
+    """Return McNemar's exact test of whether as many items were gained as were lost.
 
     Under the null hypothesis each changed item is a fair coin: the p-value is the binomial's, two-sided.
 
     Raises:
         ValueError: an outcome is neither 0 nor 1, no items, or not as many in one as in the other.
     """
+    from scipy.special import bdtr
+
     before, after = _pairs(base, tuned)
     if not _binary(before, after):
         raise ValueError("McNemar's test is for outcomes that are 0 or 1: use paired_bootstrap")
     gained, lost = int((after > before).sum()), int((after < before).sum())
-    changed, term, tail = gained + lost, 1, 1
-    for k in range(min(gained, lost)):  # integers of any size: no rounding, however many items
-        term = term * (changed - k) // (k + 1)
-        tail += term
-    return McNemar(gained, lost, min(1.0, 2 * tail / 2**changed))
+    tail = float(bdtr(float(min(gained, lost)), gained + lost, 0.5))
+    return McNemar(gained, lost, min(1.0, 2 * tail))
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """Mean of a few independent values (one per seed) with its 95 % Student-t interval.
+    """Return the mean of independent values (one per seed, say) with its 95 % Student-t interval.
 
-    One value has no interval: its ends are nan.
+    One value has no interval: its ends are NaN.
 
     Raises:
         ValueError: no values.
     """
     if not values:
-        raise ValueError("there is no mean of no values: give at least one")
+        raise ValueError("`values` must have at least one value")
     n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
         return Estimate(mean, math.nan, math.nan)
@@ -141,32 +144,11 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def t_quantile(freedom: int, inside: float = 0.95) -> float:
-    """t such that Student's t with `freedom` (>= 1) degrees lies in [-t, t] with probability `inside`.
+def t_quantile(freedom: int) -> float:
+    """Return the t for which Student's t with `freedom` (>= 1) degrees is in [-t, t] 95 % of the time."""
+    from scipy.special import stdtrit
 
-    The probability is the finite sum of Abramowitz and Stegun, 26.7.3 and 26.7.4, inverted by bisection.
-    """
-    low, high = 0.0, 2.0
-    while _t_inside(high, freedom) < inside:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_inside(middle, freedom) < inside else (low, middle)
-    return high
-
-
-def _t_inside(t: float, freedom: int) -> float:
-    if freedom > 100_000:  # the normal to all digits that count
-        return 2 * NormalDist().cdf(t) - 1
-    angle = math.atan(t / math.sqrt(freedom))
-    odd, squared = freedom % 2, math.cos(angle) ** 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= squared * (k - 1) / k
-        total += term
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
+    return float(stdtrit(freedom, 0.975))
 
 
 def _pairs(base: Sequence[float], tuned: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

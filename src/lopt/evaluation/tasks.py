@@ -29,6 +29,7 @@ from lopt.compat import build_tasks, rows_fingerprint
 from lopt.evaluation.ifeval import need_punkt
 from lopt.evaluation.local import find_local, read_rows, split_file
 from lopt.messages import error_text
+from lopt.validation import check
 
 try:
     import lm_eval
@@ -57,7 +58,7 @@ _FOLDERS_OF_TASKS = ("mmlu/default", "ifeval", "arc", "gsm8k", "hellaswag", "tru
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """The harness's task and group objects, by name, in the order asked for."""
+    """The harness's task and group objects, by name, in the order of the request."""
 
     tasks: dict[str, Any]
     groups: dict[str, Any]
@@ -68,7 +69,7 @@ def load_tasks(
     data_dir: str | Path | None = None,
     num_fewshot: Mapping[str, int] | None = None,
 ) -> LoadedTasks:
-    """Build the harness's tasks, rows and all.
+    """Build the harness's tasks and load their rows.
 
     Args:
         tasks: names of `BENCHMARKS`, or any other name of the harness.
@@ -89,17 +90,17 @@ def load_tasks(
     if data_dir is not None:
         if not Path(data_dir).is_dir():
             raise ValueError(
-                f"--data_dir {data_dir} is not a folder: give one that holds <name>/<split>.jsonl"
+                f"`data_dir` {data_dir} is not a folder: give one that holds <name>/<split>.jsonl"
             )
         options = {"class": LocalTask, "dataset_kwargs": {"data_dir": str(data_dir)}}
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+    loaded = LoadedTasks({}, {})
     with random_state_kept(), quiet_harness():
         for name in names:
             part = _load(manager, name, options)
-            for kind, found in loaded.items():
-                found.update(part[kind])
+            loaded.tasks.update(part["tasks"])
+            loaded.groups.update(part["groups"])
             _set_shots(name, part["tasks"].values(), _shots(name, num_fewshot or {}))
-    return LoadedTasks(**loaded)
+    return loaded
 
 
 def check_tasks(
@@ -107,7 +108,7 @@ def check_tasks(
     data_dir: str | Path | None,
     num_fewshot: Mapping[str, int] | None = None,
 ) -> None:
-    """Refuse what `load_tasks` would refuse, before a model is loaded; of the hub only names are checked.
+    """Refuse what `load_tasks` would refuse, before a model is loaded; rows on the hub are not checked.
 
     Raises:
         ValueError: see `load_tasks`.
@@ -123,11 +124,11 @@ def check_tasks(
 
 
 def task_identity(task: Any) -> dict[str, Any]:
-    """What makes a task's results what they are: shots, definition, rows."""
+    """Return what identifies a task's results: shots, definition, rows."""
     config = {
         key: value for key, value in task.dump_config().items() if key not in ("metadata", "dataset_kwargs")
     }
-    # Functions are told by their place in memory, which says nothing: it is left out.
+    # A function is written with its address in memory, which differs from run to run: it is left out.
     definition = re.sub(" at 0x[0-9a-f]+", "", json.dumps(config, sort_keys=True, default=str))
     return {
         "name": task.config.task,
@@ -154,13 +155,13 @@ class LocalTask(ConfigurableTask):
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Read every split that the task names and the folder has."""
+        """Read every split that the task names and the folder holds."""
         config = self.config
         local = find_local(config.dataset_path, config.dataset_name)
         if local is None:
             raise ValueError(
-                f"--data_dir has no files for {config.task} (it reads {config.dataset_path}): leave "
-                f"--data_dir out for it, or use some of {', '.join(BENCHMARKS)}"
+                f"`data_dir` has no files for {config.task} (it reads {config.dataset_path}): leave "
+                f"`data_dir` out for it, or use some of {', '.join(BENCHMARKS)}"
             )
         self.folder = folder = Path((dataset_kwargs or {})["data_dir"]) / local.folder
         shots, evaluated = _shots_split(self), config.test_split or config.validation_split
@@ -169,7 +170,7 @@ class LocalTask(ConfigurableTask):
             path = split_file(folder, split)
             if split == evaluated and not path.is_file():
                 raise ValueError(
-                    f"--data_dir: {path} is missing, where the questions of {config.task} are read"
+                    f"`data_dir`: {path} is missing, where the questions of {config.task} are read"
                 )
             if not path.is_file():
                 continue
@@ -178,18 +179,18 @@ class LocalTask(ConfigurableTask):
             if "subject" in local.columns:
                 rows = [row for row in rows if row["subject"] == config.dataset_name]
             if not rows:
-                raise ValueError(f"--data_dir: {path} has no rows for {config.task} ({config.dataset_name})")
+                raise ValueError(f"`data_dir`: {path} has no rows for {config.task} ({config.dataset_name})")
             self.dataset[split] = Dataset.from_list(rows)
         self.files_hash = " ".join(hashes)
 
     def fewshot_docs(self) -> Any:
-        """None where the file that shots come from is absent; never the questions in its place."""
+        """Return None if the file that shots come from is absent; never the questions in its place."""
         split = _shots_split(self)
         return None if split is not None and split not in self.dataset else super().fewshot_docs()
 
 
 def _manager(names: tuple[str, ...]) -> Any:
-    """The harness's index of tasks; of its 14,000 only the folders of ours where they are enough."""
+    """Return the harness's index of tasks; of its 14,000 only the folders of `BENCHMARKS` if they suffice."""
     root = Path(lm_eval.__file__).parent / "tasks"
     ours = TaskManager(include_defaults=False, include_path=[root / f for f in _FOLDERS_OF_TASKS])
     return ours if all(name in ours.task_index for name in names) else _all_tasks()
@@ -201,17 +202,17 @@ def _all_tasks() -> Any:
 
 
 def _load(manager: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """One task, tag or group with its tasks, `options` laid over every task's definition."""
+    """Return one task, tag or group with its tasks; `options` override every task's definition."""
     try:
         built = build_tasks(manager, name, options)
         part = manager.load(built if isinstance(built, list) else [built])
     except ConnectionError as error:
         raise ValueError(
-            f"--tasks {name}: the hub cannot be reached ({error_text(error)}): connect, or give "
-            "--data_dir with local files"
+            f"`tasks` {name}: the hub cannot be reached ({error_text(error)}): connect, or give "
+            "`data_dir` with local files"
         ) from error
     except (DatasetsError, OSError, RuntimeError) as error:
-        raise ValueError(f"--tasks {name} cannot be loaded: {error_text(error)}") from error
+        raise ValueError(f"`tasks` {name} cannot be loaded: {error_text(error)}") from error
     return {"tasks": part["tasks"], "groups": part["groups"]}
 
 
@@ -223,7 +224,7 @@ def _shots(name: str, num_fewshot: Mapping[str, int]) -> int | None:
 
 
 def _shots_split(task: Any) -> str | None:
-    """The split that shots are drawn from: the definition's own, else training rows, else validation rows."""
+    """Return the split that shots are drawn from: the definition's own, else training or validation rows."""
     config = task.config
     given = config.fewshot_config
     if given.split is None and given.samples is not None:
@@ -232,12 +233,12 @@ def _shots_split(task: Any) -> str | None:
 
 
 def _set_shots(name: str, tasks: Any, shots: int | None) -> None:
-    """Settle the number of shots, as `lm_eval.simple_evaluate` does, but refuse what it would ignore."""
+    """Set the number of shots, as `lm_eval.simple_evaluate` does, but refuse what it would ignore."""
     for task in tasks:
         own = task.config.num_fewshot
         if shots is not None and own == 0 != shots:
             raise ValueError(
-                f"--num_fewshot {name}={shots}: {task.config.task} is defined with 0 shots: leave it out"
+                f"`num_fewshot` {name}={shots}: {task.config.task} is defined with 0 shots: leave it out"
             )
         count = (
             shots if shots is not None else own if own is not None else SHOTS.get(task.config.dataset_path, 0)
@@ -249,26 +250,25 @@ def _set_shots(name: str, tasks: Any, shots: int | None) -> None:
         if isinstance(task, LocalTask) and split is not None and split not in task.dataset:
             raise ValueError(
                 f"{task.folder / split}.jsonl is missing, where the {count} shots of {task.config.task} come "
-                f"from: add it, or give --num_fewshot {name}=0"
+                f"from: add it, or give `num_fewshot` {name}=0"
             )
         evaluated = task.config.test_split or task.config.validation_split
         if own is None and split == evaluated:
             raise ValueError(
-                f"--num_fewshot {name}={count}: {task.config.task} has only its questions: leave it out"
+                f"`num_fewshot` {name}={count}: {task.config.task} has only its questions: leave it out"
             )
 
 
 def _check_request(tasks: Sequence[str], names: Sequence[str], num_fewshot: Mapping[str, int]) -> None:
     if not tasks:
-        raise ValueError(f"--tasks names none: give some of {', '.join(BENCHMARKS)}")
+        raise ValueError(f"`tasks` is empty: give some of {', '.join(BENCHMARKS)}")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"--tasks names {', '.join(twice)} twice: leave one out")
+        raise ValueError(f"`tasks` names {', '.join(twice)} twice: leave one out")
     for key, shots in num_fewshot.items():
         if key not in tasks and key not in names:
-            raise ValueError(f"--num_fewshot {key}={shots}: {key} is not among --tasks ({', '.join(tasks)})")
-        if shots < 0:
-            raise ValueError(f"--num_fewshot {key}={shots} is not possible: use 0 or more")
+            raise ValueError(f"`num_fewshot` {key}={shots}: {key} is not among `tasks` ({', '.join(tasks)})")
+        check(shots >= 0, "num_fewshot", f"{key}={shots}", "0 or more shots")
 
 
 def _check_known(names: Sequence[str], manager: Any) -> None:
@@ -278,14 +278,14 @@ def _check_known(names: Sequence[str], manager: Any) -> None:
             close = difflib.get_close_matches(name, known, n=3)
             guess = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
             raise ValueError(
-                f"--tasks {name} does not exist: use {', '.join(BENCHMARKS)}, or any of the "
+                f"`tasks` {name} does not exist: use {', '.join(BENCHMARKS)}, or any of the "
                 f"{len(manager.all_tasks):,} names that `lm_eval ls tasks` prints.{guess}"
             )
 
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Whatever is drawn inside, nothing is drawn as seen from outside."""
+    """Restore the random state of Python, NumPy and torch afterwards."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):
@@ -298,7 +298,7 @@ def random_state_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Keep the harness's remarks on its own task definitions, and its bars over rows, off the terminal."""
+    """Hide the harness's warnings on its own task definitions, and progress bars over rows."""
     logger, bars = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)

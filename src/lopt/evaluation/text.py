@@ -30,19 +30,19 @@ class TextTask:
         return f"text:{self.path.stem}"
 
     def identity(self) -> dict[str, Any]:
-        """What makes its results what they are."""
+        """Return what identifies its results."""
         digest = hashlib.sha256(self.read().encode()).hexdigest()[:16]
         return {"name": self.name, "rows": digest, "tokens": self.tokens, "window": self.window}
 
     def read(self) -> str:
-        """The text; errors as of `read_text`."""
-        return read_text(self.path, self.tokens, "--text")
+        """Return the text; errors as of `read_text`."""
+        return read_text(self.path, self.tokens, "text")
 
 
 def evaluate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TextTask, batch_size: int | None = None
 ) -> Evaluation:
-    """Losses in nats per token as results and samples in the harness's form; the items are windows.
+    """Return losses in nats per token as results and samples in the harness's form; the items are windows.
 
     Raises:
         ValueError: see `TextTask.read`.

@@ -1,14 +1,15 @@
-"""Drift as text for a terminal, as figures and as a page."""
+"""Drift as text for a terminal and as a page."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lopt.evaluation.drift.reference import Drift, LayerDrift
-from lopt.reports.page import figure, page, paragraph, table
+from lopt.reports.page import figure, figures, page, paragraph, table
 from lopt.reports.plots import Points, line_plot
+from lopt.reports.text import columns, number
 
 EXPLAINED = (
     "Base and tuned model read the same text; every number is over its tokens, without the special token "
@@ -21,69 +22,41 @@ EXPLAINED = (
 )
 
 
-def drift_table(drifts: Mapping[str, Drift], width: int = 20) -> str:
-    """Per model one block of lines for a terminal."""
-    lines = []
+def drift_table(drifts: Mapping[str, Drift]) -> str:
+    """Return one table per model, layer by layer, as text for a terminal."""
+    parts = []
     for name, drift in drifts.items():
-        lines += ["", f"{name}, {drift.tokens:,} tokens"]
-        heads = ("rel. L2", "cosine", "CKA", "norm", "base's", "variance", "base's", "weights")
-        lines.append(" " * width + "".join(f"{head:>10}" for head in heads))
+        heads = ["", "rel. L2", "cosine", "CKA", "norm", "base's", "variance", "base's", "weights"]
+        rows = []
         for layer in drift.layers:
             pairs = (layer.norm_tuned, layer.norm_base, layer.variance_tuned, layer.variance_base)
-            cells = [f"{layer.relative_l2:10.4f}", f"{layer.cosine:10.5f}", f"{layer.cka:10.5f}"]
-            cells += [f"{value:10.4g}" for value in pairs]
-            cells.append(f"{_weight(drift, layer.name):>10}")
-            lines.append(f"{_place(layer.name, drift):{width}}{''.join(cells)}")
+            compared = [f"{layer.relative_l2:.4f}", f"{layer.cosine:.5f}", f"{layer.cka:.5f}"]
+            states = [*compared, *(f"{value:.4g}" for value in pairs)]
+            rows.append([_place(layer.name, drift), *states, _weight(drift, layer.name)])
         rest = [key for key in drift.weights if key not in {layer.name for layer in drift.layers}]
-        lines += [f"{key:{width}}{' ' * 70}{_weight(drift, key):>10}" for key in rest]
-    return "\n".join([*lines, ""])
-
-
-def drift_figures(drifts: Mapping[str, Drift]) -> str:
-    """Every measure over the depth, all models in one plot, boundaries marked."""
-    first = next(iter(drifts.values()))
-
-    def measured(key: str) -> dict[str, Points]:
-        return {n: [(x, getattr(s, key)) for x, s in enumerate(d.layers)] for n, d in drifts.items()}
-
-    def ratio(key: str) -> dict[str, Points]:
-        def of(layer: LayerDrift) -> float:
-            base = getattr(layer, f"{key}_base")
-            return getattr(layer, f"{key}_tuned") / base if base else math.nan
-
-        return {n: [(x, of(s)) for x, s in enumerate(d.layers)] for n, d in drifts.items()}
-
-    weights: dict[str, Points] = {
-        name: [(x, d.weights[s.name]) for x, s in enumerate(d.layers) if s.name in d.weights]
-        for name, d in drifts.items()
-    }
-    base: dict[str, Points] = {"base": [(x, s.mean_base) for x, s in enumerate(first.layers)]}
-    plots: list[tuple[dict[str, Points], str, str]] = [
-        (measured("relative_l2"), "Relative L2 distance of hidden states", ""),
-        (measured("cosine"), "Cosine of hidden states", ""),
-        (measured("cka"), "Linear CKA of hidden states", ""),
-        (weights, "Change of weights", "relative to the base's"),
-        (ratio("norm"), "Norm of hidden states", "tuned / base"),
-        (ratio("variance"), "Variance of hidden states over tokens", "tuned / base"),
-        (measured("mean_tuned") | base, "Mean of hidden states", ""),
-    ]
-    figures = "".join(_figure(series, title, label, drifts) for series, title, label in plots)
-    return f'<div class="figures">\n{figures}</div>'
+        rows += [[key, *[""] * 7, _weight(drift, key)] for key in rest]
+        parts.append(f"\n{name}, {drift.tokens:,} tokens\n{columns([heads, *rows])}\n")
+    return "".join(parts)
 
 
 def drift_page(
     drifts: Mapping[str, Drift], base: str, texts: Sequence[str], facts: Mapping[str, object]
 ) -> str:
-    """The report of `lopt probe` as a whole HTML page."""
-    tables = "".join(_layers(name, drift) for name, drift in drifts.items())
-    settings = table(["Setting", "Value"], facts.items(), "What was compared, with what")
+    """Return the report of `lopt probe` as a whole HTML page.
+
+    Args:
+        drifts: by the names of the tuned models.
+        base: name of the base model.
+        texts: names of the texts that the models read.
+        facts: settings and versions, shown in a table.
+    """
     kind = "lede" if len(drifts) == 1 else ""
     sections = [
-        ("", "".join(paragraph(_sentence(name, d), kind) for name, d in drifts.items())),
+        ("", "".join(paragraph(_finding(name, d), kind) for name, d in drifts.items())),
         ("", paragraph(EXPLAINED, "note")),
-        ("By depth", drift_figures(drifts)),
-        ("Numbers", _summary(drifts) + tables),
-        ("Settings and versions", settings),
+        ("By depth", _by_depth(drifts)),
+        ("Numbers", _summary(drifts) + "".join(_layers(name, drift) for name, drift in drifts.items())),
+        ("Settings and versions", table(["Setting", "Value"], facts.items(), "What was compared, with what")),
     ]
     tokens = next(iter(drifts.values())).tokens
     return page(
@@ -91,13 +64,12 @@ def drift_page(
     )
 
 
-def _sentence(name: str, drift: Drift) -> str:
+def _finding(name: str, drift: Drift) -> str:
     if not any(layer.relative_l2 for layer in drift.layers) and not drift.weights["all"]:
         return f"{name} has not moved: its hidden states and weights are the base's."
     last = drift.layers[-1]
     still = list(itertools.takewhile(lambda layer: layer.relative_l2 == 0, drift.layers))
-    unmoved = f" Nothing has moved up to the {still[-1].name}'s states." if still else ""
-    unmoved = unmoved.replace("the layer", "layer")
+    unmoved = f" Nothing has moved up to the states of {still[-1].name}." if still else ""
     return (
         f"{name}: after the last layer hidden states are {_number(last.relative_l2)} of their length away "
         f"from the base's (cosine {last.cosine:.4f}, CKA {last.cka:.4f}); weights changed by "
@@ -105,18 +77,43 @@ def _sentence(name: str, drift: Drift) -> str:
     )
 
 
-def _figure(series: Mapping[str, Points], title: str, label: str, drifts: Mapping[str, Drift]) -> str:
-    series = {name: points for name, points in series.items() if points}
-    told = "; ".join(f"{n} from {p[0][1]:.3g} to {p[-1][1]:.3g} at the last layer" for n, p in series.items())
+def _by_depth(drifts: Mapping[str, Drift]) -> str:
+    """Return plots of every measure over the depth, all models in each, boundaries marked."""
+
+    def measured(value: Callable[[LayerDrift], float]) -> dict[str, Points]:
+        return {name: [(x, value(s)) for x, s in enumerate(d.layers)] for name, d in drifts.items()}
+
+    def ratio(tuned: float, base: float) -> float:
+        return tuned / base if base else math.nan
+
+    first = next(iter(drifts.values()))
+    base: dict[str, Points] = {"base": [(x, s.mean_base) for x, s in enumerate(first.layers)]}
+    weights: dict[str, Points] = {
+        name: [(x, d.weights[s.name]) for x, s in enumerate(d.layers) if s.name in d.weights]
+        for name, d in drifts.items()
+    }
+    plots: list[tuple[dict[str, Points], str, str]] = [
+        (measured(lambda s: s.relative_l2), "Relative L2 distance of hidden states", ""),
+        (measured(lambda s: s.cosine), "Cosine of hidden states", ""),
+        (measured(lambda s: s.cka), "Linear CKA of hidden states", ""),
+        (weights, "Change of weights", "relative to the base's"),
+        (measured(lambda s: ratio(s.norm_tuned, s.norm_base)), "Norm of hidden states", "tuned / base"),
+        (
+            measured(lambda s: ratio(s.variance_tuned, s.variance_base)),
+            "Variance of hidden states over tokens",
+            "tuned / base",
+        ),
+        (measured(lambda s: s.mean_tuned) | base, "Mean of hidden states", ""),
+    ]
     marks, caption = _marks(drifts)
-    svg = line_plot(
-        series, title=title, x_label="layers passed", y_label=label, alt=f"{title}: {told}.", marks=marks
-    )  # fmt: skip
-    return figure(svg, caption)
+    return figures(
+        figure(line_plot(series, title=title, x_label="layers passed", y_label=label, marks=marks), caption)
+        for series, title, label in plots
+    )
 
 
 def _marks(drifts: Mapping[str, Drift]) -> tuple[dict[float, str], str]:
-    """Where blocks start; models that are cut in different places have marks without a word."""
+    """Return labels of the boundaries by place, and a caption where the models' boundaries differ."""
     cuts = {tuple(drift.boundaries) for drift in drifts.values() if drift.boundaries}
     if len(cuts) == 1:
         return {float(at): f"block {b}" for b, at in enumerate(cuts.pop(), start=2)}, ""
@@ -130,11 +127,9 @@ def _summary(drifts: Mapping[str, Drift]) -> str:
     blocks = max((len(d.boundaries) + 1 for d in drifts.values()), default=1)
     names = [f"block {b}" for b in range(1, blocks + 1)] if blocks > 1 else []
     keys = ["all", *names, "embedding", "head"]
-    rows = []
-    for name, d in drifts.items():
-        end = d.layers[-1]
-        numbers = [_number(end.relative_l2), f"{end.cosine:.4f}", f"{end.cka:.4f}"]
-        rows.append([name, *numbers, *(_number(d.weights[k]) if k in d.weights else "" for k in keys)])
+    rows = [
+        [name, *_compared(d.layers[-1], 4), *(_weight(d, key) for key in keys)] for name, d in drifts.items()
+    ]
     heads = ["Model", "Relative L2", "Cosine", "CKA", *(f"Weights, {key}" for key in keys)]
     caption = "Hidden states after the last layer, and the relative change of weights."
     return table(heads, rows, caption, numeric=range(1, len(heads)))
@@ -143,22 +138,20 @@ def _summary(drifts: Mapping[str, Drift]) -> str:
 def _layers(name: str, drift: Drift) -> str:
     heads = ["Place", "Relative L2", "Cosine", "CKA", "Norm, base", "tuned", "Variance, base", "tuned"]
     heads += ["Mean, base", "tuned", "Weights"]
-    rows = [[_place(layer.name, drift), *_cells(layer), _weight(drift, layer.name)] for layer in drift.layers]
+    rows = []
+    for s in drift.layers:
+        pairs = (s.norm_base, s.norm_tuned, s.variance_base, s.variance_tuned, s.mean_base, s.mean_tuned)
+        states = [*_compared(s, 5), *map(_number, pairs)]
+        rows.append([_place(s.name, drift), *states, _weight(drift, s.name)])
     return table(heads, rows, f"{name}, place by place", numeric=range(1, len(heads)))
 
 
-def _cells(layer: LayerDrift) -> list[str]:
-    pairs = (
-        (layer.norm_base, layer.norm_tuned),
-        (layer.variance_base, layer.variance_tuned),
-        (layer.mean_base, layer.mean_tuned),
-    )
-    compared = [_number(layer.relative_l2), f"{layer.cosine:.5f}", f"{layer.cka:.5f}"]
-    return compared + [_number(value) for pair in pairs for value in pair]
+def _compared(layer: LayerDrift, digits: int) -> list[str]:
+    return [_number(layer.relative_l2), f"{layer.cosine:.{digits}f}", f"{layer.cka:.{digits}f}"]
 
 
 def _place(name: str, drift: Drift) -> str:
-    """A layer's name, and the block that starts with it."""
+    """Return a layer's name, and the block that starts with it."""
     starts = {f"layer {start}": block for block, start in enumerate(drift.boundaries, start=2)}
     return f"{name} (block {starts[name]})" if name in starts else name
 
@@ -168,4 +161,4 @@ def _weight(drift: Drift, key: str) -> str:
 
 
 def _number(value: float) -> str:
-    return "0" if value == 0 else f"{value:{',.0f' if abs(value) >= 1000 else '.3g'}}".replace("-", "−")
+    return number(value, ",.0f" if abs(value) >= 1000 else ".3g")

@@ -1,8 +1,8 @@
 """Self-contained HTML pages: tables, sample answers and figures.
 
 A page is one file that runs and fetches nothing, follows the reader's light or dark mode, fits a phone,
-prints, and is the same bytes for the same input. Text from data or a model is escaped here: callers hand
-over plain text, and only the strings these functions return are HTML. Plots are in `lopt.reports.plots`.
+prints, and is the same bytes for the same input. Text from data or a model is escaped here: callers pass
+plain text, and only the strings that these functions return are HTML. Plots are in `lopt.reports.plots`.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ th,td{min-width:0;padding-right:.4rem} .panes{grid-template-columns:repeat(3,1fr
 
 
 def text(value: object) -> str:
-    """`value` as HTML text: escaped, with characters that no document may hold replaced."""
+    """Return `value` as HTML text: escaped, with characters that no document may hold replaced."""
     return html.escape(clean(value))
 
 
 def paragraph(value: object, kind: str = "") -> str:
-    """A paragraph of plain text; `kind` is '', 'lede' or 'note'."""
+    """Return a paragraph of plain text; `kind` is '', 'lede' (the result, in large type) or 'note'."""
     return f'<p class="{kind}">{text(value)}</p>' if kind else f"<p>{text(value)}</p>"
 
 
 def table(
     headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str, numeric: Collection[int] = ()
 ) -> str:
-    """A table whose first column names its rows; `numeric` columns are aligned to the right."""
+    """Return a table whose first column names its rows; `numeric` columns are aligned to the right."""
 
     def cells(row: Sequence[object], tags: Sequence[str]) -> str:
         kinds = [' class="num"' if i in numeric else "" for i in range(len(row))]
@@ -96,10 +96,10 @@ class Pane(NamedTuple):
 
 
 def side_by_side(panes: Iterable[Pane], *, heading: str = "", prompt: str = "") -> str:
-    """Texts beside each other (below each other on a phone), line breaks and spaces kept."""
+    """Return texts beside each other (below each other on a phone), line breaks and spaces kept."""
 
     def verbatim(value: str) -> str:
-        # An HTML parser drops the first line break of a <pre>: give it one to drop.
+        # An HTML parser drops the first line break of a <pre>: this one, so that the text keeps its own.
         return f'<pre dir="auto">\n{text(value)}</pre>' if value.strip() else paragraph("(nothing)", "note")
 
     marks = {True: "✓ correct", False: "✗ not correct"}
@@ -113,15 +113,22 @@ def side_by_side(panes: Iterable[Pane], *, heading: str = "", prompt: str = "") 
 
 
 def figure(svg: str, caption: str = "") -> str:
-    """A plot with a line of plain text below it."""
+    """Return a plot with a line of plain text below it."""
     return f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>\n"
 
 
+def figures(parts: Iterable[str]) -> str:
+    """Return a grid of figures, as many beside each other as fit; '' if there are none."""
+    body = "".join(parts)
+    return f'<div class="figures">\n{body}</div>' if body else ""
+
+
 def page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") -> str:
-    """A whole HTML document of (heading, HTML) sections; an empty heading is left out."""
+    """Return a whole HTML document of (heading, HTML) sections; empty headings and sections are left out."""
     blocks = [
         f"<section>{f'<h2>{text(heading)}</h2>' if heading else ''}\n{body}\n</section>\n"
         for heading, body in sections
+        if body
     ]
     below = f'<p class="subtitle">{text(subtitle)}</p>' if subtitle else ""
     # The policy is a second lock behind the escaping: a browser runs and fetches nothing.
@@ -144,5 +151,5 @@ def page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") ->
 
 
 def clean(value: object) -> str:
-    """`value` as text without characters that no document may hold."""
+    """Return `value` as text without characters that no document may hold."""
     return _UNPRINTABLE.sub("\ufffd", str(value))

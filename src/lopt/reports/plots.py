@@ -2,6 +2,13 @@
 
 The same input gives the same bytes. Names and titles are plain text and may come from data: nothing in them
 is read as markup. matplotlib (`lopt[demo]` or `lopt[eval]`) draws.
+
+Arguments that all plots share:
+
+- title: the heading above the plot.
+- alt: the text alternative for readers who do not see the plot. Default: the title and the plotted values.
+
+All raise ImportError if matplotlib is not installed.
 """
 
 from __future__ import annotations
@@ -37,38 +44,37 @@ def line_plot(
     title: str,
     x_label: str,
     y_label: str,
-    alt: str,
+    alt: str = "",
     log_y: bool = False,
     marks: Mapping[float, str] | None = None,
 ) -> str:
-    """Lines over a common x axis, as inline SVG.
+    """Draw lines over a common x axis.
 
     Args:
         series: (x, y) points by name. Points that cannot be drawn (not finite, or not positive on a
             logarithmic axis) are left out.
-        marks: places on the x axis with a thin upright line and a word beside it, for example boundaries.
-        alt: what the figure shows, for who does not see it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+        marks: labels by their place on the x axis, each beside a thin vertical line: boundaries, say.
     """
+    ends = [(name, *points[0], *points[-1]) for name, points in series.items() if points]
+    ranges = (f"{n} from {y:.3g} at {x:g} to {v:.3g} at {u:g}" for n, x, y, u, v in ends)
+    alt = alt or _alt(f"{title}, {x_label}", ranges)
     with _canvas(title, alt, 3.1, series) as (fig, axes):
         for i, points in enumerate(series.values()):
             shown = [p for p in points if all(map(math.isfinite, p)) and (p[1] > 0 or not log_y)]
-            look = _look(i) | {"linestyle": ("-", "--", "-.", ":")[i % 4]}
-            look |= {"marker": None} if len(shown) > 25 else {}
-            axes.plot([x for x, _ in shown], [y for _, y in shown], lw=1.8, ms=4, **look)
+            style = _style(i) | {"linestyle": ("-", "--", "-.", ":")[i % 4]}
+            style |= {"marker": None} if len(shown) > 25 else {}
+            axes.plot([x for x, _ in shown], [y for _, y in shown], lw=1.8, ms=4, **style)
         axes.set_xlabel(_short(x_label, 120))
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
         if log_y:
             _log_axis(axes)
         axes.grid(axis="y", color=_INK, alpha=0.14, lw=0.7)
         lines = list(axes.lines)
-        axes.margins(y=0.16 if marks else None)  # room for the words
-        for place, word in (marks or {}).items():
+        axes.margins(y=0.16 if marks else None)  # room for the labels
+        for place, label in (marks or {}).items():
             axes.axvline(place, color=_INK, alpha=0.45, lw=0.9, linestyle=(0, (2, 2)))
             axes.annotate(
-                _short(word, 40), (place, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
+                _short(label, 40), (place, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
                 textcoords="offset points", va="top", fontsize=9.5, alpha=0.8,
             )  # fmt: skip
         _label(fig, axes, y_label, lines, series)
@@ -81,20 +87,19 @@ def bar_plot(
     *,
     title: str,
     x_label: str = "",
-    alt: str,
+    alt: str = "",
     stacked: bool = False,
     value: Callable[[float], str] = "{:.3g}".format,
 ) -> str:
-    """Horizontal bars, as inline SVG: one row per group, one bar or stacked part per series.
+    """Draw horizontal bars: one row per group, one bar or stacked part per series.
 
     Args:
         groups: names of the rows, top to bottom.
         series: one length per group, by name; a legend is drawn if there are several.
-        value: writes a bar's length (the sum, if stacked) at its end.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+        value: formats a bar's length (the sum, if stacked), which is written at its end.
     """
+    by_group = zip(groups, zip(*series.values(), strict=True), strict=True)
+    alt = alt or _alt(title, (f"{group} {', '.join(map(value, lengths))}" for group, lengths in by_group))
     slots = 1 if stacked else max(1, len(series))
     thick = 0.62 if slots == 1 else 0.8 / slots
     height = 1.1 + 0.34 * len(groups) * max(1.0, 0.7 * slots)
@@ -122,19 +127,17 @@ def interval_plot(
     *,
     title: str,
     x_label: str,
-    alt: str,
-    zero: bool = True,
+    alt: str = "",
 ) -> str:
-    """Dots with their intervals, as inline SVG: one row per group, one dot per series.
+    """Draw dots with their intervals around a line at zero: one row per group, one dot per series.
 
     Args:
         groups: names of the rows, top to bottom.
         series: one estimate per group, by name; None (or a value that is not finite) leaves a gap.
-        zero: draw the line that says "no difference".
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
+    dots = ((n, g, e) for n, row in series.items() for g, e in zip(groups, row, strict=True) if e)
+    values = (f"{name}, {group} {e.value:+.3g}" for name, group, e in dots)
+    alt = alt or _alt(f"{title}, {x_label}", values)
     slots = max(1, len(series))
     height = 1.2 + len(groups) * max(0.34, 0.17 * slots)
     with _canvas(title, alt, height, series) as (fig, axes):
@@ -143,8 +146,7 @@ def interval_plot(
             offset = (i - (slots - 1) / 2) * 0.7 / slots
             rows = [(g + offset, e) for g, e in enumerate(estimates) if e and all(map(math.isfinite, e))]
             handles.append(_dots(axes, i, [(e, Estimate(y, y, y)) for y, e in rows]))
-        if zero:
-            axes.axvline(0, color=_INK, alpha=0.5, lw=0.9)
+        axes.axvline(0, color=_INK, alpha=0.5, lw=0.9)
         axes.set_yticks(range(len(groups)), [_short(group, 28) for group in groups])
         axes.set_ylim(len(groups) - 0.4, -0.6)
         axes.grid(axis="x", color=_INK, alpha=0.14, lw=0.7)
@@ -159,16 +161,15 @@ def scatter_plot(
     title: str,
     x_label: str,
     y_label: str,
-    alt: str,
+    alt: str = "",
 ) -> str:
-    """Named dots over two measures, each with its intervals as a cross, as inline SVG.
+    """Draw named dots over two measures, each with its two intervals as a cross.
 
     Args:
         points: (x, y) by name; what is not finite is left out.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
+    values = (f"{n} {x.value:.3g} and {y.value:.3g}" for n, (x, y) in points.items())
+    alt = alt or _alt(f"{title}, {x_label} and {y_label}", values)
     with _canvas(title, alt, 3.0, points) as (fig, axes):
         handles = []
         for i, (x, y) in enumerate(points.values()):
@@ -182,8 +183,12 @@ def scatter_plot(
         return _to_svg(fig, title, alt)
 
 
+def _alt(title: str, values: Iterable[str]) -> str:
+    return f"{title}: {'; '.join(values)}."
+
+
 def _dots(axes: Any, number: int, points: Sequence[tuple[Estimate, Estimate]]) -> Any:
-    """Dots with crosses in the look of series `number`."""
+    """Draw dots with crosses in the style of series `number`."""
 
     def reach(estimates: Iterable[Estimate]) -> list[list[float]]:
         pairs = [(max(0.0, e.value - e.low), max(0.0, e.high - e.value)) for e in estimates]
@@ -197,19 +202,19 @@ def _dots(axes: Any, number: int, points: Sequence[tuple[Estimate, Estimate]]) -
         linestyle="none",
         ms=5,
         lw=1.4,
-        **_look(number),
+        **_style(number),
     )
 
 
-def _look(number: int) -> dict[str, Any]:
-    """Colour and marker of series `number`; from the seventh on the markers are hollow."""
+def _style(number: int) -> dict[str, Any]:
+    """Return colour and marker of series `number`; from the seventh on the markers are hollow."""
     fill = "full" if number < len(PALETTE) else "none"
     return {"color": PALETTE[number % len(PALETTE)], "marker": "os^Dvx"[number % 6], "fillstyle": fill}
 
 
 @contextmanager
 def _canvas(title: str, alt: str, height: float, names: Iterable[str]) -> Iterator[tuple[Any, Any]]:
-    """A bare figure and axes under settings that no user's matplotlibrc can change.
+    """Yield a bare figure and axes under settings that no user's matplotlibrc can change.
 
     Args:
         height: in inches, without the legend of the series called `names`.
@@ -237,7 +242,7 @@ def _canvas(title: str, alt: str, height: float, names: Iterable[str]) -> Iterat
 
 
 def _label(fig: Any, axes: Any, label: str, handles: Sequence[Any], names: Iterable[str]) -> None:
-    # Above the axis and level, so that nobody has to turn their head.
+    # Above the axis rather than beside it, where it would be turned by 90 degrees.
     axes.set_title(_short(label, 120), loc="left", fontsize=9.5, alpha=0.8)
     shown, columns = _legend(names)
     if len(shown) > 1:
@@ -245,7 +250,7 @@ def _label(fig: Any, axes: Any, label: str, handles: Sequence[Any], names: Itera
 
 
 def _legend(names: Iterable[str]) -> tuple[list[str], int]:
-    """What a legend says, and in how many columns."""
+    """Return the labels of a legend and its number of columns."""
     # matplotlib leaves out names that start with an underscore: the space keeps them.
     shown = [" " + _short(name, 40) for name in names]
     longest = max(map(len, shown), default=0)
@@ -264,7 +269,7 @@ def _log_axis(axes: Any) -> None:
 
 
 def _to_svg(fig: Any, title: str, alt: str) -> str:
-    """The figure as an SVG element that scales, takes the page's colour and leaves the page's style alone."""
+    """Return the figure as an SVG element that scales, takes the page's colour and sets no global style."""
     file = io.BytesIO()
     no_date = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     fig.savefig(file, format="svg", transparent=True, metadata=no_date)
@@ -293,5 +298,5 @@ def _attribute(value: str) -> str:
 
 
 def standalone(svg: str) -> str:
-    """A plot for a file of its own, which has no page to inherit its text's colour from."""
+    """Return a plot for a file of its own, which has no page to inherit its text's colour from."""
     return svg.replace("currentColor", "#7a7f87")

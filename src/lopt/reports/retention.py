@@ -1,8 +1,7 @@
-"""Tables, figures and the page on what models gained and lost against their base."""
+"""Tables and the page of `lopt eval`: what models gained and lost against their base."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -11,16 +10,16 @@ from pathlib import Path
 from lopt.evaluation.outcomes import Evaluation, TaskOutcome, cut_prompts, task_members
 from lopt.evaluation.retention import Change, Comparison, Example, compare, estimate, examples
 from lopt.evaluation.statistics import Estimate
-from lopt.evaluation.store import finite
-from lopt.files import write_text
-from lopt.reports.page import Pane, figure, page, paragraph, side_by_side, table
+from lopt.files import finite, write_json, write_text
+from lopt.reports.page import Pane, figure, figures, page, paragraph, side_by_side, table
 from lopt.reports.plots import interval_plot
+from lopt.reports.text import columns, number
 
 STATISTICS = (
     "Differences are paired: every model answers the same items and is compared item by item. Intervals are "
     "95 %. Where every item is right or wrong the interval is the Wald interval with Bonett and Price's "
     "adjustment and p is McNemar's exact test, two-sided; elsewhere the interval is a bootstrap over items "
-    "(10,000 resamples, expanded percentiles). An interval that holds zero settles nothing. Nothing is "
+    "(10,000 resamples, expanded percentiles). An interval that contains zero settles nothing. Nothing is "
     "corrected for the number of benchmarks: of twenty that did not change, one is expected to look as if it "
     "had."
 )
@@ -29,7 +28,7 @@ _PROMPT_END = 1500
 
 
 def results_table(evaluations: Mapping[str, Evaluation]) -> str:
-    """Every model's main metric on every benchmark with its 95 % interval, as text for a terminal."""
+    """Return every model's main metric on every benchmark with its 95 % interval, as text for a terminal."""
     outcomes = {label: evaluation.outcomes() for label, evaluation in evaluations.items()}
     tasks = list(dict.fromkeys(task for found in outcomes.values() for task in found))
     rows = [["task", "metric", "shots", "items", *outcomes]]
@@ -39,7 +38,9 @@ def results_table(evaluations: Mapping[str, Evaluation]) -> str:
         row = [task, *_measured(evaluations[first], outcome)]
         for found in outcomes.values():
             share = outcome.higher_is_better and all(0 <= value <= 1 for value in found[task].values)
-            row.append(_with_interval(estimate(found[task]), share))
+            mean, low, high = (_value(part, share) for part in estimate(found[task]))
+            ends = f"{low}, {high}".replace("\u00a0%", "")
+            row.append(f"{mean} [{ends}]")
         rows.append(row)
     return columns(rows)
 
@@ -55,40 +56,38 @@ def write_retention(folder: Path, base: str, evaluations: Mapping[str, Evaluatio
         for label, evaluation in evaluations.items()
         if label != base
     }
-    found = {
-        "base": base,
-        "models": {
-            label: {
-                "changes": [{**asdict(change), "verdict": change.verdict} for change in comparison.changes],
-                "refused": comparison.refused,
-            }
-            for label, comparison in comparisons.items()
-        },
-        "statistics": STATISTICS,
-        "date": date.today().isoformat(),
+    models = {
+        label: {
+            "changes": [{**asdict(change), "verdict": change.verdict} for change in comparison.changes],
+            "refused": comparison.refused,
+        }
+        for label, comparison in comparisons.items()
     }
-    write_text(folder / "retention.json", json.dumps(finite(found), indent=1) + "\n")
+    today = date.today().isoformat()
+    found = {"base": base, "models": models, "statistics": STATISTICS, "date": today}
+    write_json(folder / "retention.json", finite(found))
     write_text(folder / "report.html", retention_page(base, evaluations, comparisons))
-    return "\n\n".join(_told(base, label, comparison) for label, comparison in comparisons.items())
+    tables = []
+    for label, comparison in comparisons.items():
+        heads = ["task", "items", base, label, "difference", "95 % interval", "gained", "lost", "p"]
+        rows = [heads, *([c.task, str(c.items), *_cells(c)] for c in comparison.changes)]
+        tables.append("\n".join([f"{label} against {base}:", columns(rows), *comparison.refused]))
+    return "\n\n".join(tables)
 
 
 def _measured(evaluation: Evaluation, outcome: TaskOutcome) -> list[str]:
-    """Metric, shots and number of items of a benchmark."""
+    """Return metric, shots and number of items of a benchmark."""
     leaf = task_members(evaluation.results, evaluation.samples)[outcome.task][0]
     shots = evaluation.results["n-shot"].get(leaf, 0)
     return [outcome.metric.removesuffix(",none"), str(shots), str(len(outcome.values))]
 
 
-def _with_interval(mean: Estimate, share: bool) -> str:
-    low, high = (_value(end, share).replace("\u00a0%", "") for end in (mean.low, mean.high))
-    return f"{_value(mean.value, share)} [{low}, {high}]"
-
-
 def _cells(change: Change) -> list[str]:
-    """Base, tuned, difference, its interval, gained, lost, p."""
+    """Return base, tuned, difference, its interval, gained, lost and p of a change."""
     share = _is_share(change)
     means = [_value(value, share) for value in (change.base, change.tuned)]
-    value, low, high = (_signed(part, share) for part in change.difference)
+    scale, form = (100, "+.1f") if share else (1, "+.3f")
+    value, low, high = (number(scale * part, form) for part in change.difference)
     difference = [value, f"{low}\u00a0to\u00a0{high}"]
     if change.gained is None or change.lost is None or change.p_value is None:
         return [*means, *difference, "", "", ""]
@@ -101,93 +100,75 @@ def _is_share(change: Change) -> bool:
 
 
 def _value(value: float, share: bool) -> str:
-    return f"{100 * value:.1f}\u00a0%" if share else f"{value:.3f}"
-
-
-def _signed(value: float, share: bool) -> str:
-    return (f"{100 * value:+.1f}" if share else f"{value:+.3f}").replace("-", "−")
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned text; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _told(base: str, label: str, comparison: Comparison) -> str:
-    rows = [["task", "items", base, label, "difference", "95 % interval", "gained", "lost", "p"]]
-    rows += [[c.task, str(c.items), *_cells(c)] for c in comparison.changes]
-    return "\n".join([f"{label} against {base}:", columns(rows), *comparison.refused])
+    return number(value, ".1%" if share else ".3f")
 
 
 def retention_page(
     base: str, evaluations: Mapping[str, Evaluation], comparisons: Mapping[str, Comparison]
 ) -> str:
-    """The whole report as one HTML page."""
-    lede = " ".join(sentence(base, label, found.changes) for label, found in comparisons.items())
-    refused = list(dict.fromkeys(r for found in comparisons.values() for r in found.refused))
-    refused += [f"{name}: {told}" for name, e in evaluations.items() if (told := cut_prompts(e.results))]
-    sections = [("", paragraph(lede, "lede") + "".join(paragraph(r, "note") for r in refused))]
-    sections.append(("Change against the base", _figures(comparisons) + paragraph(STATISTICS, "note")))
+    """Return the whole report as one HTML page."""
+    lede = " ".join(verdict(base, label, found.changes) for label, found in comparisons.items())
+    notes = list(dict.fromkeys(r for found in comparisons.values() for r in found.refused))
+    notes += [f"{name}: {remark}" for name, e in evaluations.items() if (remark := cut_prompts(e.results))]
+    sections = [
+        ("", paragraph(lede, "lede") + "".join(paragraph(note, "note") for note in notes)),
+        ("Change against the base", _plots(comparisons) + paragraph(STATISTICS, "note")),
+    ]
     for label, found in comparisons.items():
         heads = ["Benchmark", "Items", base, label, "Difference", "95 % interval", "Gained", "Lost", "p"]
         rows = [[c.task, f"{c.items:,}", *_cells(c)] for c in found.changes]
         caption = "Gained: only this model is right. Lost: only the base is. p: McNemar's exact test."
         sections.append((f"{label} against {base}", table(heads, rows, caption, numeric=range(1, 9))))
     for label, found in comparisons.items():
-        shown = [
-            example
+        shown = (
+            _example(base, label, example)
             for change in found.changes
             if change.gained is not None
             for example in examples(evaluations[base], evaluations[label], change.task)
-        ]
-        if shown:
-            body = "".join(_example(base, label, example) for example in shown)
-            sections.append((f"What {label} gained and lost: examples", body))
-    sections.append(("Metrics and settings", _facts(base, evaluations)))
+        )
+        sections.append((f"What {label} gained and lost: examples", "".join(shown)))
+    measured = [[n, *_measured(evaluations[base], o)] for n, o in evaluations[base].outcomes().items()]
+    heads = ["Benchmark", "Metric", "Shots", "Items"]
+    sections.append(("Metrics and settings", table(heads, measured, "What was measured", numeric=(2, 3))))
     names = ", ".join(comparisons)
     return page(f"Retention: {names}", sections, f"against {base} · {date.today().isoformat()}")
 
 
-def sentence(base: str, label: str, changes: Sequence[Change]) -> str:
-    """The outcome for one model in one or two sentences, whichever way it went."""
+def verdict(base: str, label: str, changes: Sequence[Change]) -> str:
+    """Return the outcome for one model in one or two sentences, for better or worse."""
     if not changes:
         return f"Nothing of {label} can be compared with {base}."
     names = {verdict: [c.task for c in changes if c.verdict == verdict] for verdict in ("better", "worse")}
     parts = [f"{verdict} than {base} on {', '.join(tasks)}" for verdict, tasks in names.items() if tasks]
     count = len(changes) - sum(map(len, names.values()))
-    rest = f"on {count} of {len(changes)} benchmarks the interval holds zero"
+    rest = f"on {count} of {len(changes)} benchmarks the interval contains zero"
     if not parts:
         return f"For {label}, {rest}."
     return f"{label} is {' and '.join(parts)}" + (f"; {rest}." if count else ".")
 
 
-def _figures(comparisons: Mapping[str, Comparison]) -> str:
-    """One figure of shares, in points, and one of losses: they have no axis in common."""
-    every = [change for found in comparisons.values() for change in found.changes]
+def _plots(comparisons: Mapping[str, Comparison]) -> str:
+    """Return a plot of shares, in points, and one of losses: they have no axis in common."""
     parts = []
-    for share, title, label, word in (
-        (True, "Accuracy, change against the base", "percentage points; right is better", "points"),
-        (False, "Loss, change against the base", "nats per token; left is better", "nats"),
+    for share, title, label in (
+        (True, "Accuracy, change against the base", "percentage points; right is better"),
+        (False, "Loss, change against the base", "nats per token; left is better"),
     ):
-        tasks = list(dict.fromkeys(c.task for c in every if _is_share(c) == share))
         scale = 100.0 if share else 1.0
-        series, told = {}, []
-        for name, found in comparisons.items():
-            by_task = {c.task: Estimate(*(scale * v for v in c.difference)) for c in found.changes}
-            series[name] = [by_task.get(task) for task in tasks]
-            told += [f"{name}, {t}: {e.value:+.3g} {word}" for t, e in by_task.items() if t in tasks]
+        found = {
+            name: {
+                c.task: Estimate(*(scale * v for v in c.difference))
+                for c in comparison.changes
+                if _is_share(c) == share
+            }
+            for name, comparison in comparisons.items()
+        }
+        tasks = list(dict.fromkeys(task for by_task in found.values() for task in by_task))
+        series = {name: [by_task.get(task) for task in tasks] for name, by_task in found.items()}
         if tasks:
-            alt = f"{title}: {'; '.join(told)}."
-            svg = interval_plot(tasks, series, title=title, x_label=label, alt=alt)
+            svg = interval_plot(tasks, series, title=title, x_label=label)
             parts.append(figure(svg, "Dots: mean of the paired differences. Lines: 95 % interval."))
-    return f'<div class="figures">\n{"".join(parts)}</div>'
+    return figures(parts)
 
 
 def _example(base: str, label: str, example: Example) -> str:
@@ -201,9 +182,3 @@ def _example(base: str, label: str, example: Example) -> str:
         prompt = "… " + prompt[-_PROMPT_END:]
     what = "gained" if example.gained else "lost"
     return side_by_side(panes, heading=f"{example.task}, {what}", prompt=prompt)
-
-
-def _facts(base: str, evaluations: Mapping[str, Evaluation]) -> str:
-    outcomes = evaluations[base].outcomes()
-    rows = [[name, *_measured(evaluations[base], outcome)] for name, outcome in outcomes.items()]
-    return table(["Benchmark", "Metric", "Shots", "Items"], rows, "What was measured", numeric=(2, 3))

@@ -25,7 +25,7 @@ def test_each_arm_has_its_own_settings_over_those_of_the_command() -> None:
     assert dict(arms[3].changes) == {"learning_rate": 2e-4, "lora_r": 4}
 
 
-def test_a_sweep_multiplies_the_arms_it_matters_to() -> None:
+def test_a_sweep_multiplies_the_arms_it_applies_to() -> None:
     assert names(["e2e", "lopt"], "lambda_aux=0,10", "clip=block,global") == [
         "e2e clip=block", "e2e clip=global",
         "lopt k=2 λ=0 clip=block", "lopt k=2 λ=0 clip=global",
@@ -52,18 +52,18 @@ def test_what_only_lopt_can_is_left_out_elsewhere() -> None:
     [
         (["magic"], (), "there is no method 'magic': use lopt, e2e, frozen, lora"),
         (["lopt:num_blocks"], (), "write each setting as name=value"),
-        (["lopt:num_blocks=four"], (), "num_blocks=four is not possible: use a whole number"),
+        (["lopt:num_blocks=four"], (), "num_blocks must be a whole number (got four)"),
         (["lopt:num_blocks=0"], (), "--num_blocks 0"),
         (["lopt:block_boundaries=6-12"], (), "joined by +"),
-        (["lora:learning_rate=fast"], (), "use a finite number"),
-        (["lora:learning_rate=nan"], (), "use a finite number"),
-        (["e2e:gradient_checkpointing=maybe"], (), "use true or false"),
-        (["e2e:lambda_aux=1"], (), "'lambda_aux' is nothing that e2e can be given"),
-        (["lopt:seed=1"], (), "'seed' is nothing that lopt can be given: use num_blocks, "),
+        (["lora:learning_rate=fast"], (), "must be a finite number"),
+        (["lora:learning_rate=nan"], (), "must be a finite number"),
+        (["e2e:gradient_checkpointing=maybe"], (), "must be true or false (got maybe)"),
+        (["e2e:lambda_aux=1"], (), "'lambda_aux' is no setting of e2e"),
+        (["lopt:seed=1"], (), "'seed' is no setting of lopt: use num_blocks, "),
         (["lopt", "ll"], (), "names the arm 'lopt k=2' twice"),
-        (["lopt"], ["lambda_aux"], "--sweep lambda_aux: write it as name=value,value"),
-        (["lopt"], ["colour=red"], "'colour' is nothing"),
-        (["e2e"], ["lambda_aux=1"], "--sweep lambda_aux matters to none of --methods e2e"),
+        (["lopt"], ["lambda_aux"], "`sweep` lambda_aux: write it as name=value,value"),
+        (["lopt"], ["colour=red"], "'colour' is no setting of lopt"),
+        (["e2e"], ["lambda_aux=1"], "`sweep` lambda_aux applies to none of the `methods` e2e"),
     ],
 )
 def test_mistakes(methods: list[str], sweep: list[str], message: str) -> None:

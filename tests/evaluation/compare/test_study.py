@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lopt.cli.main import main
 from lopt.evaluation import text_losses
-from lopt.evaluation.compare import arm_run as cell
+from lopt.evaluation.compare import arm_run
 from lopt.evaluation.compare.metrics import answer_loss
 from lopt.evaluation.compare.summary import COSTS, summarise
 from lopt.evaluation.statistics import mean_interval, paired_difference
@@ -118,7 +118,7 @@ def test_it_goes_on_where_it_stopped(
 ) -> None:
     """A kill in the middle: finished cells stay, the others run, and the figures are those of one run."""
     trained: list[str] = []
-    train = cell.LoPTSFTTrainer.train
+    train = arm_run.LoPTSFTTrainer.train
 
     def counted(trainer: object, *args: object, **kwargs: object) -> object:
         if len(trained) == 1 and stop:
@@ -126,14 +126,14 @@ def test_it_goes_on_where_it_stopped(
         trained.append(str(trainer.args.output_dir))  # type: ignore[attr-defined]
         return train(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(cell.LoPTSFTTrainer, "train", counted)
+    monkeypatch.setattr(arm_run.LoPTSFTTrainer, "train", counted)
     stop = True
     flags = dict(methods=["e2e", "lopt"], seeds=("3",))
     assert compare(tmp_path / "a", **flags) == 130
     assert len(list((tmp_path / "a" / "cells").iterdir())) == 1
     stop = False
     assert compare(tmp_path / "a", **flags) == 0
-    assert len(trained) == 2 and "1 of 2 cells are there already" in capsys.readouterr().out
+    assert len(trained) == 2 and "1 of 2 arm runs are finished already" in capsys.readouterr().out
     assert compare(tmp_path / "b", **flags) == 0
     whole, parts = (read(tmp_path / name / "compare.json")["cells"] for name in "ba")
     for a, b in zip(whole, parts, strict=True):
@@ -199,7 +199,7 @@ def test_a_summary_of_nothing_but_failures() -> None:
 CASES = {
     "method flag": (("--method", "e2e"), "--methods names what is compared"),
     "seeds twice": (("--seeds", "1", "1"), "--seeds 1 1"),
-    "limit": (("--limit", "0"), "--limit 0 is not possible"),
+    "limit": (("--limit", "0"), "--limit must be >= 2 (got 0)"),
     "unknown task": (("--retention_tasks", "chess"), "chess"),
     "no such text": (("--retention_text", "nowhere.txt"), "--retention_text nowhere.txt"),
 }

@@ -188,13 +188,13 @@ def test_what_cannot_be_compared() -> None:
         reference.drift(tiny("llama", vocab_size=300))
     with pytest.raises(ValueError, match="only one of them has a weight"):
         reference.drift(model_of("qwen3"))
-    with pytest.raises(ValueError, match="--block_boundaries"):
+    with pytest.raises(ValueError, match="block_boundaries"):
         reference.drift(base, boundaries=[9])
     other = byte_tokenizer()
     other.bos_token = other.eos_token
     with pytest.raises(ValueError, match="tokenizers read the text as different tokens"):
         reference.drift(base, other)
-    with pytest.raises(ValueError, match="--window: the model has 64 positions"):
+    with pytest.raises(ValueError, match="`window`: the model has 64 positions"):
         Reference.of(base, tokenizer, [TEXT], window=100)
     with pytest.raises(ValueError, match="too short"):
         Reference.of(base, tokenizer, [""])

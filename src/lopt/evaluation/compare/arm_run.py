@@ -1,4 +1,4 @@
-"""One cell of a comparison: one arm trained with one seed, and everything that is measured on it."""
+"""One arm trained with one seed, and everything that is measured on the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 
 from lopt.evaluation.compare.arms import LORA_KEYS, Arm
-from lopt.evaluation.compare.metrics import Yardsticks
+from lopt.evaluation.compare.metrics import Metrics
 from lopt.instruments.flops import FlopCounter
 from lopt.models.load import save_model
 from lopt.trainers import LoPTSFTTrainer
@@ -26,17 +26,17 @@ from lopt.trainers.throughput import COUNTED_ALWAYS
 
 
 @dataclass
-class Bench:
-    """What all cells of a study share.
+class Setup:
+    """What all arm runs of a study share.
 
     Attributes:
-        load: makes the model as it comes, anew for every cell.
-        args: the training flags of the command; arms change some of them.
+        load: loads the base model; called once for every arm run.
+        args: training arguments; arms change some of them.
         train, held_out, tokenizer: the rows, formatted and not yet tokenized.
         lora: `r`, `lora_alpha` and `target_modules` of arms that train adapters.
-        yardsticks: what is measured beside the held-out rows.
+        metrics: what is measured beside the held-out rows.
         cycle: optimizer steps over which FLOPs are averaged, enough for every arm's `local_every`.
-        keep_models: where trained models go, by cell; None keeps none.
+        keep_models: folder of the trained models, one folder per arm run; None keeps none.
     """
 
     load: Callable[[], PreTrainedModel]
@@ -45,12 +45,12 @@ class Bench:
     held_out: Any
     tokenizer: Any
     lora: Mapping[str, Any]
-    yardsticks: Yardsticks
+    metrics: Metrics
     cycle: int = 1
     keep_models: Path | None = None
 
     def trainer(self, arm: Arm, seed: int, folder: Path) -> LoPTSFTTrainer:
-        """A trainer for `arm` on a fresh model; rows and their order depend on the seed alone."""
+        """Return a trainer for `arm` on a fresh model; rows and their order depend on the seed alone."""
         args = copy.deepcopy(self.args)
         changes = {key: value for key, value in arm.changes.items() if key not in LORA_KEYS}
         if "gradient_checkpointing" in changes:
@@ -74,24 +74,24 @@ class Bench:
     def _adapters(self, arm: Arm) -> Any:
         if arm.config.method != "lora":
             return None
-        own = {key.removeprefix("lora_"): v for key, v in arm.changes.items() if key in LORA_KEYS}
-        rank, alpha = own.get("r", self.lora["r"]), own.get("alpha", self.lora["lora_alpha"])
-        return lora_config(rank, alpha, self.lora["target_modules"])
+        own = {key.removeprefix("lora_"): value for key, value in arm.changes.items() if key in LORA_KEYS}
+        r, alpha = own.get("r", self.lora["r"]), own.get("alpha", self.lora["lora_alpha"])
+        return lora_config(r, alpha, self.lora["target_modules"])
 
 
-def measure_base(bench: Bench, arm: Arm, folder: Path) -> dict[str, Any]:
-    """The model as it comes, by the same yardsticks as what is made of it."""
-    trainer = bench.trainer(arm, bench.args.seed, folder)
-    items = bench.yardsticks.items(trainer.model)
+def measure_base(setup: Setup, arm: Arm, folder: Path) -> dict[str, Any]:
+    """Return the base model's figures, by the same metrics as those of the trained models."""
+    trainer = setup.trainer(arm, setup.args.seed, folder)
+    items = setup.metrics.items(trainer.model)
     return {"rows": _rows(trainer), "adaptation": _held_out(trainer), "items": items}
 
 
-def run_cell(bench: Bench, arm: Arm, seed: int, folder: Path, name: str) -> dict[str, Any]:
-    """Train `arm` with `seed` and measure it; nothing of it stays in memory."""
+def run_arm(setup: Setup, arm: Arm, seed: int, folder: Path, name: str) -> dict[str, Any]:
+    """Train `arm` with `seed` and return its figures as plain data; nothing of it stays in memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer = bench.trainer(arm, seed, folder)
-    flops = _Flops(bench.cycle)
+    trainer = setup.trainer(arm, seed, folder)
+    flops = _Flops(setup.cycle)
     trainer.add_callback(flops)
     started = time.perf_counter()
     try:
@@ -109,32 +109,32 @@ def run_cell(bench: Bench, arm: Arm, seed: int, folder: Path, name: str) -> dict
         "changes": dict(arm.changes),
         "blocks": [[block.start, block.stop] for block in trainer.lopt.blocks],
         "adaptation": adaptation,
-        "items": bench.yardsticks.items(model),
-        "drift": bench.yardsticks.drift(model, starts),
+        "items": setup.metrics.items(model),
+        "drift": setup.metrics.drift(model, starts),
         "cost": cost,
         "curve": _curve(trainer),
     }
-    if bench.keep_models is not None:
-        save_model(model, bench.keep_models / name, bench.tokenizer)
+    if setup.keep_models is not None:
+        save_model(model, setup.keep_models / name, setup.tokenizer)
     del trainer, model
     gc.collect()  # a model and its handle point at each other, and each is gigabytes
     return result
 
 
 def _held_out(trainer: LoPTSFTTrainer) -> dict[str, float]:
-    """Task loss in nats per token and share of tokens predicted right, on the rows kept back."""
+    """Return task loss in nats per token and share of tokens predicted right, on the held-out rows."""
     metrics = trainer.evaluate()
     return {"loss": metrics["eval_loss"], "token_accuracy": metrics["eval_mean_token_accuracy"]}
 
 
 def _rows(trainer: LoPTSFTTrainer) -> dict[str, int]:
-    """How many rows are left when those that do not fit are dropped."""
+    """Return the number of rows after those that do not fit have been dropped."""
     sets: dict[str, Any] = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
     return {name: len(rows) for name, rows in sets.items()}
 
 
 def _plain(trainer: LoPTSFTTrainer) -> nn.Module:
-    """The model that would be saved, adapters merged."""
+    """Return the model that would be saved, adapters merged."""
     model: Any = trainer.lopt.detach()
     return model.merge_and_unload() if trainer.lopt.config.method == "lora" else model
 
@@ -143,31 +143,30 @@ def _cost(trainer: LoPTSFTTrainer, flops: _Flops) -> dict[str, Any]:
     peak = trainer.throughput.peak
     heads = sum(p.numel() for p in trainer.lopt.heads.parameters())
     rows = [row for row in trainer.state.log_history if "seconds_per_step" in row]
-    # Steps in which bytes or operations were counted are slower than they would be.
-    free = [r for r in rows if r["step"] > COUNTED_ALWAYS and r["step"] not in flops.counted] or rows
+    # Steps in which bytes or operations were counted are slower than the others.
+    timed = [r for r in rows if r["step"] > COUNTED_ALWAYS and r["step"] not in flops.counted] or rows
     return {
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "head_parameters": heads,
         "peak_bytes": torch.cuda.max_memory_allocated() if peak is None else peak.total,
         "peak_by_part": {} if peak is None else asdict(peak),
-        "seconds_per_step": median(row["seconds_per_step"] for row in free),
+        "seconds_per_step": median(row["seconds_per_step"] for row in timed),
         "flops_per_step": flops.mean,
     }
 
 
 def _curve(trainer: LoPTSFTTrainer) -> dict[str, list[float | None]]:
-    """Training loss and local losses by step."""
+    """Return training loss and local losses by step; None in steps without a local loss (`local_every`)."""
     rows = [row for row in trainer.state.log_history if "seconds_per_step" in row]
     names = ["loss", *sorted({key for row in rows for key in row if key.startswith("local_loss/")})]
-    # A block that rests in a step (`local_every`) has no local loss there.
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 class _Progress(ProgressCallback):
-    """A bar with an ETA and without a line per step: the curves are on the page."""
+    """Shows a bar with an ETA but no line per step: the curves are on the page."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
 
 class _Flops(TrainerCallback):

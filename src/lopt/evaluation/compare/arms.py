@@ -1,10 +1,10 @@
-"""The arms of a comparison: one way to train each, read from `--methods` and `--sweep`."""
+"""The arms of a comparison, each one way to train, read from texts such as `lopt:num_blocks=4`."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
@@ -27,17 +27,18 @@ TRAINING_KEYS: dict[str, type] = {
 }
 LORA_KEYS: dict[str, type] = {"lora_r": int, "lora_alpha": int}
 _KINDS: dict[Any, str] = {
-    int: "use a whole number",
-    float: "use a finite number",
-    bool: "use true or false",
-    list[int]: "use whole numbers joined by +, for example 6+12",
+    list[int]: "whole numbers joined by +, for example 6+12",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
 }
 _SHORT = {
-    "num_blocks": "k",
-    "block_boundaries": "cut at",
-    "lambda_aux": "λ",
-    "learning_rate": "lr",
-    "frozen_blocks": "frozen",
+    "num_blocks": "k=",
+    "block_boundaries": "cut at ",
+    "lambda_aux": "λ=",
+    "learning_rate": "lr=",
+    "frozen_blocks": "frozen=",
+    "aux_loss": "",
 }
 
 
@@ -46,9 +47,9 @@ class Arm:
     """One way to train.
 
     Attributes:
-        name: what tables and plots call it, unique in a study.
+        name: in tables and plots, unique in a study.
         config: the method and its settings.
-        changes: training and LoRA flags that differ from the command's, by name.
+        changes: training and LoRA arguments that differ from those of the study, by name.
     """
 
     name: str
@@ -57,10 +58,10 @@ class Arm:
 
 
 def parse_arms(methods: Sequence[str], sweep: Sequence[str], base: LoPTConfig) -> list[Arm]:
-    """Arms from texts such as `lopt:num_blocks=4,lambda_aux=1` and sweeps such as `lambda_aux=0,0.1,1`.
+    """Return arms from texts such as `lopt:num_blocks=4,lambda_aux=1` and sweeps such as `lambda_aux=0,1`.
 
-    A sweep multiplies every arm that its key matters to. Values of a list are joined by `+`:
-    `block_boundaries=6+12`.
+    A sweep multiplies every arm whose method it applies to, unless the arm sets that value itself. Values of
+    a list are joined by `+`: `block_boundaries=6+12`.
 
     Raises:
         ValueError: an unknown method or key, a value of the wrong type, two arms that are the same.
@@ -69,85 +70,90 @@ def parse_arms(methods: Sequence[str], sweep: Sequence[str], base: LoPTConfig) -
     arms: dict[str, Arm] = {}
     for text in methods:
         method, given = _method(text)
-        grid = [[(key, value) for value in values] for key, values in swept if _matters(key, method)]
-        for extra in itertools.product(*(axis for axis in grid if axis[0][0] not in given)):
+        axes = [
+            [(key, value) for value in values]
+            for key, values in swept
+            if _applies(key, method) and key not in given
+        ]
+        for extra in itertools.product(*axes):
             arm = _arm(method, {**given, **dict(extra)}, base)
             if arm.name in arms:
-                raise ValueError(f"--methods names the arm {arm.name!r} twice: leave one of them out")
+                raise ValueError(f"`methods` names the arm {arm.name!r} twice: leave one of them out")
             arms[arm.name] = arm
     for key, _ in swept:
-        if not any(_matters(key, arm.config.method) for arm in arms.values()):
-            raise ValueError(f"--sweep {key} matters to none of --methods {' '.join(methods)}: leave it out")
+        if not any(_applies(key, arm.config.method) for arm in arms.values()):
+            raise ValueError(
+                f"`sweep` {key} applies to none of the `methods` {' '.join(methods)}: leave it out"
+            )
     return list(arms.values())
 
 
 def _method(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the method and the settings that `text` names."""
     name, _, rest = text.partition(":")
     method = METHOD_ALIASES.get(name.strip(), name.strip())
+    where = f"`methods` {text}"
     if method not in METHODS:
-        raise ValueError(f"--methods {text}: there is no method {name!r}: use {', '.join(METHODS)}")
+        raise ValueError(f"{where}: there is no method {name!r}: use {', '.join(METHODS)}")
     given: dict[str, Any] = {}
     for pair in filter(None, rest.split(",")):
         key, sign, value = (part.strip() for part in pair.partition("="))
         if not sign or not value:
-            raise ValueError(f"--methods {text}: write each setting as name=value, for example num_blocks=4")
-        if not _matters(key, method):
-            raise ValueError(f"--methods {text}: {_unknown(key, method)}")
-        given[key] = _value(key, value)
+            raise ValueError(f"{where}: write each setting as name=value, for example num_blocks=4")
+        _check_key(where, key, [method])
+        given[key] = _value(where, key, value)
     return method, given
 
 
 def _sweep(text: str) -> tuple[str, list[Any]]:
+    """Return the key and the values that `text` names."""
     key, sign, values = (part.strip() for part in text.partition("="))
+    where = f"`sweep` {text}"
     if not sign or not values:
-        raise ValueError(f"--sweep {text}: write it as name=value,value, for example lambda_aux=0,1,10")
-    if not any(_matters(key, method) for method in METHODS):
-        raise ValueError(f"--sweep {text}: {_unknown(key, 'lopt')}")
-    return key, [_value(key, value.strip()) for value in values.split(",")]
+        raise ValueError(f"{where}: write it as name=value,value, for example lambda_aux=0,1,10")
+    _check_key(where, key, METHODS)
+    return key, [_value(where, key, value.strip()) for value in values.split(",")]
 
 
-def _matters(key: str, method: str) -> bool:
-    """Whether `key` changes what `method` does."""
-    if key in TRAINING_KEYS:
-        return True
+def _applies(key: str, method: str) -> bool:
+    """Return whether `key` changes what `method` does."""
     if key in LORA_KEYS:
         return method == "lora"
     if key in CUTS:
         return method in ("lopt", "frozen")
     if key in ("clip", "tied_embeddings"):
-        return key in METHOD_KEYS and method != "lora"
-    return key in METHOD_KEYS and method == "lopt"
+        return method != "lora"
+    return key in TRAINING_KEYS or (key in METHOD_KEYS and method == "lopt")
 
 
-def _unknown(key: str, method: str) -> str:
-    known = [k for k in (*METHOD_KEYS, *TRAINING_KEYS, *LORA_KEYS) if _matters(k, method)]
-    return f"{key!r} is nothing that {method} can be given: use {', '.join(known)}"
+def _check_key(where: str, key: str, methods: Sequence[str]) -> None:
+    if not any(_applies(key, method) for method in methods):
+        known = [k for k in (*METHOD_KEYS, *TRAINING_KEYS, *LORA_KEYS) if _applies(k, methods[0])]
+        raise ValueError(f"{where}: {key!r} is no setting of {methods[0]}: use {', '.join(known)}")
 
 
-def _value(key: str, text: str) -> Any:
-    hints = get_type_hints(LoPTConfig) | TRAINING_KEYS | LORA_KEYS
-    kinds = [kind for kind in (hints[key], *get_args(hints[key])) if kind in _KINDS]
+def _value(where: str, key: str, text: str) -> Any:
+    """Return `text` in the type of the setting `key`."""
+    hint = (get_type_hints(LoPTConfig) | TRAINING_KEYS | LORA_KEYS)[key]
+    kind = next((kind for kind in _KINDS if kind in (hint, *get_args(hint))), None)
     try:
-        if list[int] in kinds:
+        if kind == list[int]:
             return [int(part) for part in text.split("+")]
-        if int in kinds:
-            return int(text)
-        if float in kinds and math.isfinite(float(text)):
-            return float(text)
-        if bool in kinds:
+        if kind is bool:
             return {"true": True, "false": False}[text.lower()]
+        value: Any = text if kind is None else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
     except (ValueError, KeyError):
-        raise ValueError(f"{key}={text} is not possible: {_KINDS[kinds[0]]}") from None
-    if float in kinds:
-        raise ValueError(f"{key}={text} is not possible: {_KINDS[float]}")
-    return text
+        raise ValueError(f"{where}: {key} must be {_KINDS[kind]} (got {text})") from None
 
 
 def _arm(method: str, settings: Mapping[str, Any], base: LoPTConfig) -> Arm:
     own = {key: value for key, value in settings.items() if key in METHOD_KEYS}
     if "num_blocks" in own:
-        own.setdefault("block_boundaries", None)  # or the command's would win over it
-    if method != "lopt":  # these belong to blocks that learn on their own
+        own.setdefault("block_boundaries", None)  # which would otherwise override it
+    if method != "lopt":  # these need blocks that learn from local losses
         own |= {"schedule": "eager", "offload": "none", "frozen_blocks": 0}
     changes = {key: value for key, value in settings.items() if key not in METHOD_KEYS}
     config = base.replace(method=method, **own)
@@ -155,25 +161,17 @@ def _arm(method: str, settings: Mapping[str, Any], base: LoPTConfig) -> Arm:
 
 
 def _name(config: LoPTConfig, settings: Mapping[str, Any]) -> str:
-    parts: list[tuple[str, Any]] = []
-    if config.is_cut and not any(key in settings for key in CUTS):
+    """Return a method's name, its cut if it has one, and its own settings."""
+    cuts = {key: settings[key] for key in CUTS if key in settings}
+    if config.is_cut and not cuts:
         key = "block_boundaries" if config.block_boundaries is not None else "num_blocks"
-        parts.append((key, getattr(config, key)))
-    parts += [(key, settings[key]) for key in (*CUTS, *_rest(settings)) if key in settings]
-    return " ".join([config.method, *(_word(key, value) for key, value in parts)])
+        cuts = {key: getattr(config, key)}
+    return " ".join(
+        [config.method, *(_SHORT.get(k, f"{k}=") + _text(v) for k, v in {**cuts, **settings}.items())]
+    )
 
 
-def _word(key: str, value: Any) -> str:
-    if key == "aux_loss":
-        return str(value)
-    return f"{_SHORT.get(key, key)}{' ' if key == 'block_boundaries' else '='}{_written(value)}"
-
-
-def _rest(settings: Mapping[str, Any]) -> Iterable[str]:
-    return (key for key in settings if key not in CUTS)
-
-
-def _written(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

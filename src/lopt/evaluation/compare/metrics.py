@@ -1,4 +1,4 @@
-"""What a comparison measures on every model beside the held-out rows: retention and drift, item by item."""
+"""What a comparison measures on every model beside the held-out rows: benchmarks, text losses and drift."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRIFT_TOKENS = 1024
 
 
 @dataclass
-class Yardsticks:
+class Metrics:
     """Benchmarks, plain texts and the base model that hidden states are compared with.
 
     Attributes:
@@ -27,7 +27,8 @@ class Yardsticks:
         adaptation: benchmarks of the task itself.
         texts: plain texts by name, for the loss in nats per token.
         drift_texts: what hidden states are compared on.
-        data_dir, limit: as in `lopt eval`.
+        text_tokens: tokens of each text that count.
+        data_dir, limit: as in `lopt.evaluation.harness.evaluate`.
     """
 
     tokenizer: Any
@@ -41,12 +42,12 @@ class Yardsticks:
     _reference: Reference | None = None
 
     def prepare(self, base: PreTrainedModel) -> None:
-        """Take the base model's hidden states, once."""
+        """Record the base model's hidden states."""
         if self.drift_texts:
             self._reference = Reference.of(base, self.tokenizer, self.drift_texts, tokens=DRIFT_TOKENS)
 
     def drift(self, model: nn.Module, boundaries: Sequence[int]) -> dict[str, Any]:
-        """How far hidden states, and the weights of each block, have moved from the base model.
+        """Return how far hidden states, and the weights of each block, have moved from the base model.
 
         Args:
             boundaries: layers (from 0) at which blocks 2..k start.
@@ -56,10 +57,10 @@ class Yardsticks:
         return self._reference.drift(model, boundaries=boundaries).to_dict()
 
     def items(self, model: Any) -> dict[str, dict[str, Any]]:
-        """Outcomes of every item by measure: `metric`, `higher_is_better`, `kind` and `values`.
+        """Return the outcomes of all items by measure: `metric`, `higher_is_better`, `kind` and `values`.
 
-        A multiple-choice benchmark gives two: its own metric, and the loss of the right answer,
-        which a small model moves long before it changes its choice.
+        A multiple-choice benchmark gives two measures: its own metric, and the loss of the right answer,
+        which changes in a small model long before its choice does.
         """
         measures: dict[str, dict[str, Any]] = {}
         if self.adaptation or self.retention:
@@ -94,7 +95,7 @@ def _outcomes(result: Any, kind: str) -> dict[str, dict[str, Any]]:
 
 
 def answer_loss(sample: Mapping[str, Any]) -> float | None:
-    """Minus the log-likelihood of the right answer in nats; None if the item is not multiple choice."""
+    """Return the negative log-likelihood of the right answer in nats; None if the item has no options."""
     target, answers = sample.get("target"), sample.get("filtered_resps")
     try:
         return -float(answers[int(target)][0])  # type: ignore[index,arg-type]

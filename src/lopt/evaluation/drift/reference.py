@@ -13,7 +13,7 @@ B and T (N, H) are hidden states of base and tuned model on the same N tokens. P
   over tokens. It is 1 for rotated or rescaled states.
 
 All in float64. The special token that starts a window is left out: it is no part of the text, and in many
-models its hidden state is so large that nothing else would be seen.
+models its hidden state is so large that it would hide all others.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt.core.blocks import Blocks, base_model, compute_device, find_decoder
+from lopt.core.blocks import Blocks, base_model, compute_device
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.drift.states import (
+    END_TO_END,
     effective_weights,
     record_states,
     record_weights,
     windows,
 )
-from lopt.evaluation.store import finite
+from lopt.files import finite
 
 CHUNK = 4096  # tokens in float64 at a time
 CANNOT = "these models cannot be compared"
@@ -45,7 +46,7 @@ CANNOT = "these models cannot be compared"
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """One place in the model: what the first layer gets ("embedding") or what a layer (from 0) gives.
+    """One place in the model: the input of the first layer ("embedding") or the output of a layer (from 0).
 
     A number that is not defined (the cosine with a zero vector, say) is NaN.
     """
@@ -83,24 +84,24 @@ class Drift:
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; what is not defined is None."""
+        """Return JSON values; what is not defined is None."""
         return finite(asdict(self))
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Hidden states of a base model on some text and its weights, kept to hold tuned models against.
+    """Hidden states of a base model on some text and its weights, to compare tuned models with.
 
-    Both are copied into a temporary folder (`TMPDIR`) that goes when this object goes: 4 (S N H + weights)
+    Both are copied into a temporary folder (`TMPDIR`) that is removed with this object: 4 (S N H + weights)
     bytes in float32. So two models are never in memory together, a base that is trained afterwards is still
-    the base, and names that a checkpoint has otherwise than the live model do not matter.
+    the base, and parameter names that differ between a checkpoint and the live model do not matter.
 
     Attributes:
-        texts, tokens, window, batch_size: what was run, and how; see `of`.
+        texts, tokens, window, batch_size: the input, see `of`.
         rows: its token ids, each after `skip` special tokens.
         states: (S, N, H), see `lopt.evaluation.drift.states`.
         weights: by name.
-        folder: where they are.
+        folder: holds states and weights.
     """
 
     texts: list[str]
@@ -144,11 +145,11 @@ class Reference:
         tokenizer: PreTrainedTokenizerBase | None = None,
         boundaries: Sequence[int] | None = None,
     ) -> Drift:
-        """Hold a tuned model against the base: plain, with boundaries or with adapters on it.
+        """Compare a tuned model with the base; it may have boundaries or adapters.
 
         Args:
             tokenizer: the tuned model's, to check that it is the base's.
-            boundaries: layers (from 0) at which blocks 2..k start. Default: those of a live model.
+            boundaries: layers (from 0) at which blocks 2..k start. Default: those of an attached model.
 
         Raises:
             ValueError: shapes or tokenizer differ; boundaries that the model cannot have.
@@ -196,20 +197,20 @@ def drift(
     window: int = 128,
     batch_size: int = 16,
 ) -> Drift:
-    """How far `tuned` is from `base` on `texts`; see `Reference` for one base and many tuned models."""
+    """Return how far `tuned` is from `base` on `texts`; see `Reference` for many tuned models of one base."""
     reference = Reference.of(base, tokenizer, texts, tokens=tokens, window=window, batch_size=batch_size)
     return reference.drift(tuned)
 
 
 def compare_states(name: str, base: Tensor, tuned: Tensor) -> LayerDrift:
-    """Hidden states (N, H) of base and tuned model on the same tokens, held against each other."""
+    """Compare hidden states (N, H) of base and tuned model on the same tokens."""
     return _compare(name, base, tuned, base.device, None)[0]
 
 
 def _compare(
     name: str, base: Tensor, tuned: Tensor, device: torch.device, known: Tensor | None
 ) -> tuple[LayerDrift, Tensor]:
-    """Also returns ‖B'ᵀB'‖, which is `known` from the second tuned model on."""
+    """Also return ‖B'ᵀB'‖, which is `known` from the second tuned model on."""
     count, size = base.shape
     sums = torch.zeros(2, size, dtype=torch.float64, device=device)
     for b, t in _chunks(base, tuned, device):
@@ -259,7 +260,7 @@ def _chunks(base: Tensor, tuned: Tensor, device: torch.device) -> Iterator[list[
 
 
 def _ratio(apart: float, whole: float) -> float:
-    """Square root of a ratio of squares."""
+    """Return the square root of a ratio of squares."""
     return math.sqrt(apart / whole) if whole else 0.0 if apart == 0 else math.inf
 
 
@@ -272,7 +273,7 @@ def _blocks(model: nn.Module, boundaries: Sequence[int] | None) -> Blocks:
 
 
 def _weight_drift(model: nn.Module, blocks: Blocks, base: Mapping[str, Tensor]) -> dict[str, float]:
-    """Relative changes by group; what has two names (a tied head) counts once in sums over groups."""
+    """Return relative changes by group; a tied head, which has two names, counts once in sums over groups."""
     place = _places(base_model(model))
     last = len(blocks)
     layers = {f"layer {i}": b.index + 1 for b in blocks for i in range(b.start, b.stop)}
@@ -296,7 +297,7 @@ def _weight_drift(model: nn.Module, blocks: Blocks, base: Mapping[str, Tensor]) 
 
 
 def _squares(base: Tensor, tuned: Tensor) -> tuple[float, float]:
-    """Σ (t − b)² and Σ b², a piece at a time: a large vocabulary's matrix would not fit in float64."""
+    """Return Σ (t − b)² and Σ b², a piece at a time: a large vocabulary's matrix may not fit in float64."""
     total = torch.zeros(2, dtype=torch.float64, device=tuned.device)
     pieces = (x.flatten().split(2**22) for x in (base, tuned))
     for b, t in zip(*pieces, strict=True):
@@ -307,12 +308,10 @@ def _squares(base: Tensor, tuned: Tensor) -> tuple[float, float]:
 
 
 def _places(model: PreTrainedModel) -> Callable[[str], str]:
-    """A function from a weight's name to "embedding", "layer i", "final norm" or "head"."""
-    decoder, layout = find_decoder(model)
-    head = model.get_output_embeddings()
-    tails = [m for n in layout.final if (m := getattr(decoder, n, None)) is not None]
-    modules = [(m, f"layer {i}") for i, m in enumerate(getattr(decoder, layout.layers))]
-    modules += [(m, "final norm") for m in tails] + [(head, "head")]
+    """Return a function from a weight's name to "embedding", "layer i", "final norm" or "head"."""
+    blocks = Blocks(model, END_TO_END)
+    modules = [(m, f"layer {i}") for i, m in enumerate(blocks.layers)]
+    modules += [(m, "final norm") for m in blocks.tail()] + [(model.get_output_embeddings(), "head")]
     names = {id(module): name for name, module in model.named_modules()}
     prefixes = [(names[id(m)].replace(".base_layer", "") + ".", where) for m, where in modules]
 

@@ -1,8 +1,8 @@
 """Hidden states (S, N, H) and weights of a model, kept in files that are mapped into memory.
 
-S = 1 + layers: what the first layer gets, then what each layer gives; the last of them is what the final
-norm gets. N = tokens, H = hidden size. Files, since those of a 7B model and its weights do not fit beside
-a second model, and are read one layer at a time.
+S = 1 + layers: the input of the first layer, then the output of each layer; the last is the input of the
+final norm. N = tokens, H = hidden size. They are kept in files, since those of a 7B model and its weights do
+not fit into memory beside a second model; they are read one layer at a time.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lopt.core.config import LoPTConfig
 from lopt.evaluation.loss import text_windows
 
 END_TO_END = LoPTConfig(method="e2e")
-OTHER_ADAPTERS = "only plain LoRA adapters can be compared as they are: merge these into the model first"
+_OTHER_ADAPTERS = "only plain LoRA adapters can be compared as they are: merge these into the model first"
 
 
 def windows(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int, window: int
 ) -> list[list[int]]:
-    """Token ids of the first `tokens` tokens of every text, `window` at a time.
+    """Return the token ids of the first `tokens` tokens of every text, `window` at a time.
 
     Every window starts with the tokenizer's first special token, if it has one (not counted).
 
@@ -42,9 +42,9 @@ def windows(
 def record_states(
     model: nn.Module, rows: Sequence[Sequence[int]], skip: int, batch_size: int, file: Path
 ) -> Tensor:
-    """Hidden states (S, N, H) of `model` on `rows` of token ids, written to `file`.
+    """Return hidden states (S, N, H) of `model` on `rows` of token ids, written to `file`.
 
-    Boundaries on a live model stay where they are and do nothing; its mode and the random state are kept.
+    Boundaries of an attached model have no effect here; the model's mode and the random state are restored.
 
     Args:
         rows: without padding; all tokens but the first `skip` of each are kept.
@@ -56,21 +56,21 @@ def record_states(
     blocks, config = Blocks(model, END_TO_END), base.config.get_text_config()
     longest, limit = max(map(len, rows)), getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise ValueError(f"--window: the model has {limit} positions, {longest} tokens are too many")
+        raise ValueError(f"`window`: the model has {limit} positions, {longest} tokens are too many")
     count = sum(len(row) - skip for row in rows)
     dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
     states = mapped(file, (1 + len(blocks.layers), count, config.hidden_size), dtype)
     at, keep = 0, torch.empty(0, dtype=torch.bool)
 
-    def note(index: int, hidden: Tensor) -> None:
+    def record(index: int, hidden: Tensor) -> None:
         kept = hidden[keep.to(hidden.device)]
         states[index, at : at + len(kept)] = kept.to("cpu", dtype)
 
     def after(index: int, module: nn.Module, args: tuple, output: Any) -> None:
-        note(index, output[0] if isinstance(output, tuple) else output)
+        record(index, output[0] if isinstance(output, tuple) else output)
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        note(0, args[0] if args else kwargs["hidden_states"])
+        record(0, args[0] if args else kwargs["hidden_states"])
 
     hooks = [blocks.layers[0].register_forward_pre_hook(before, with_kwargs=True)]
     for number, layer in enumerate(blocks.layers, start=1):
@@ -102,7 +102,7 @@ class NamedWeight(NamedTuple):
 
 
 def record_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """A copy of all weights by name, mapped files in `folder`; names of one matrix share one copy."""
+    """Return a copy of all weights by name, mapped files in `folder`; names of one matrix share one copy."""
     folder.mkdir()
     copies: dict[int, Tensor] = {}
     named: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ def record_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 
 def effective_weights(model: nn.Module) -> Iterator[NamedWeight]:
-    """The weights of the plain model one after the other: a tied matrix under all its names, LoRA added in.
+    """Yield the weights of the plain model: a tied matrix under all its names, LoRA added in.
 
     Raises:
         ValueError: adapters of another kind.
@@ -129,14 +129,14 @@ def effective_weights(model: nn.Module) -> Iterator[NamedWeight]:
         elif ".lora_" in f".{owner}":
             continue  # added to its layer's weight
         elif ".modules_to_save." in name or ".original_module." in name:
-            raise ValueError(f"{name}: {OTHER_ADAPTERS}")
+            raise ValueError(f"{name}: {_OTHER_ADAPTERS}")
         yield NamedWeight(f"{owner}.{kind}", id(parameter), value)
 
 
 def _with_adapters(layer: Any, weight: Tensor) -> Tensor:
-    """`weight` of the layer under a PEFT layer, its LoRA adapters added in."""
+    """Return `weight` of the layer under a PEFT layer with its LoRA adapters added in."""
     if not hasattr(layer, "get_delta_weight") or any(getattr(layer, "use_dora", {}).values()):
-        raise ValueError(f"{type(layer).__name__}: {OTHER_ADAPTERS}")
+        raise ValueError(f"{type(layer).__name__}: {_OTHER_ADAPTERS}")
     if layer.merged or layer.disable_adapters:
         return weight
     active = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
@@ -144,6 +144,6 @@ def _with_adapters(layer: Any, weight: Tensor) -> Tensor:
 
 
 def mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new tensor in a file of its own."""
+    """Return a new tensor that is stored in `file`."""
     size = torch.Size(shape).numel()
     return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
