@@ -37,9 +37,7 @@ from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens, real_tokens
 from lopt.engine.offload import Offload
-from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.reduction import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
-from lopt.instruments.memory import unwrap_optimizer
 from lopt.reliability.guards import Guard
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
@@ -48,7 +46,7 @@ from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
-from lopt.trainers.optimizer import add_heads, block_optimizer, clip
+from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer, clip
 from lopt.trainers.throughput import Throughput
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -136,7 +134,7 @@ class LoPTMixin(Trainer):
             checkpoint = self.checkpoints.find(resume_from_checkpoint)
             self.guard.start(checkpoint)
             self.stops.start(checkpoint)
-            self.settle_weights()  # a checkpoint is loaded into the weights in host memory
+            self.synchronize_weights()  # a checkpoint is loaded into the weights in host memory
             try:
                 return super().train(checkpoint, *args, **kwargs)
             except Stopped as stop:
@@ -150,7 +148,7 @@ class LoPTMixin(Trainer):
         place: dict[str, Any] = dict(trial=trial, ignore_keys_for_eval=None, start_time=start_time)
         self.stops.do_what_is_left(None, epoch=int(self.state.epoch or 0), **place)  # of the last step
         self.stops.begin_following(None)
-        self.settle_weights()  # the best checkpoint may be loaded
+        self.synchronize_weights()  # the best checkpoint may be loaded
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +207,7 @@ class LoPTMixin(Trainer):
 
     def bare_optimizer(self) -> Any:
         """Return the optimizer without accelerate's wrapper, which may skip steps."""
-        return unwrap_optimizer(self.optimizer, keep=BlockOptimizer)
+        return bare_optimizer(self.optimizer)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, which clips as the blocks need it and leaves offloaded weights in place."""
@@ -304,7 +302,7 @@ class LoPTMixin(Trainer):
         if not self.weights_offloaded:
             super()._move_model_to_device(model, device)
 
-    def settle_weights(self) -> None:
+    def synchronize_weights(self) -> None:
         """Wait until host memory holds the values of everything that is offloaded."""
         if self.offload is not None:
             self.offload.synchronize()
