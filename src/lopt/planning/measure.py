@@ -28,9 +28,10 @@ from lopt import compat
 from lopt.core.attach import attach
 from lopt.core.blocks import Block, Blocks
 from lopt.core.config import LoPTConfig
-from lopt.core.objective import NextToken, Rows
 from lopt.instruments.flops import FlopCounter
 from lopt.instruments.memory import MemoryTracker
+from lopt.losses import next_token
+from lopt.losses.next_token import NextToken
 from lopt.models.load import empty_model
 from lopt.planning.run import Run
 from lopt.planning.sizes import Method
@@ -143,15 +144,17 @@ def _fake_run(run: Run) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(compat.fake_tensors())
         stack.enter_context(compat.masks_by_shape(run.batch))
-        stack.enter_context(compat.replaced(Rows, followed=lambda rows: torch.arange(rows.ids.numel())))
-        stack.enter_context(compat.replaced(NextToken, _columns=_columns_of_many))
+        stack.enter_context(
+            compat.replaced(next_token, predicted_positions=lambda rows: torch.arange(rows.ids.numel()))
+        )
+        stack.enter_context(compat.replaced(NextToken, softmax_tokens=_columns_of_many))
         if run.device == "cuda":
             stack.enter_context(compat.fused_head_as_on_a_gpu(_product_in_place))
         yield
 
 
 def _columns_of_many(loss: Any, ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Stand in for `NextToken._columns`, for a micro-batch whose tokens are all different."""
+    """Stand in for `NextToken.softmax_tokens`, for a micro-batch whose tokens are all different."""
     weight = loss._lm_head.weight
     own = min(ids.numel(), len(weight))
     columns = own + (len(weight) - own) // max(1, len(weight) // loss.sample)

@@ -292,7 +292,7 @@ class LoPTMixin(Trainer):
             return super().compute_loss(model, *args, **kwargs)
 
     def _is_last_micro_batch(self) -> bool:
-        if self.block_major is not None and self.lopt.only is not None:
+        if self.block_major is not None and self.lopt.active_block is not None:
             return self.block_major.is_last_micro_batch()
         return self.accelerator.gradient_state.sync_gradients
 
