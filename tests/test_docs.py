@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import itertools
+import json
 import re
 import shlex
 import tomllib
@@ -145,6 +146,14 @@ def test_quoted_messages_are_in_the_source() -> None:
             if part not in sources and argument not in sources:
                 missing.append(part)
     assert not missing, f"no message of the source says {missing}"
+
+
+def test_the_notebook_has_outputs() -> None:
+    notebook = json.loads((ROOT / "examples/quickstart.ipynb").read_text("utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+    assert "stream" in kinds and "error" not in kinds
 
 
 @pytest.mark.slow
