@@ -23,7 +23,7 @@ MakeCallback = Callable[[Any], RetentionCallback]
 def check_retention(
     retention: RetentionArguments, config: LoPTConfig, args: TrainingArguments
 ) -> MakeCallback | None:
-    """Read texts and check benchmarks before any work; return what makes the callback, None if none is needed.
+    """Read texts and check benchmarks before any work; return the maker of the callback, None if not needed.
 
     Raises:
         ValueError: a text or a benchmark that does not exist, a value out of range, flags without effect.
