@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-cpu lint audit format clean help
+.PHONY: demo test test-slow test-cpu docs lint audit format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -13,11 +13,14 @@ help:  ## list the targets
 demo: $(STAMP)  ## set up, then post-train a real model by LoPT on this machine (about 12 minutes)
 	$(BIN)/lopt demo $(ARGS)
 
-test: $(STAMP) lint  ## set up, then lint, types and all tests (under 15 minutes on 2 cores)
+test: $(STAMP) lint docs  ## set up, then lint, types, docs and all tests (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes: real weights
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+docs: $(STAMP)  ## build the documentation into site/; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # Where numbers depend on kernels: a CPU without vector instructions, and two threads.
 NUMERIC := tests/core tests/engine tests/trainers tests/cli/test_sft.py tests/evaluation/drift \
@@ -49,4 +52,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -177,7 +177,7 @@ def test_the_loop_of_the_docs_runs() -> None:
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "BlockMajor" in block]
     model = tiny("llama")
     names = dict(
-        torch=torch, model=model, lopt=attach(model, LoPTConfig(num_blocks=2)), micro_batches=BATCHES
+        torch=torch, model=model, handle=attach(model, LoPTConfig(num_blocks=2)), micro_batches=BATCHES
     )
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     exec(code.replace('"cuda"', '"cpu"'), names)

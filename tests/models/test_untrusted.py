@@ -25,7 +25,7 @@ from lopt.evaluation.names import file_name, hashed_file_name
 from lopt.models.load import load_tokenizer
 from lopt.models.untrusted import UntrustedError
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "safetensors.md"
 CODE = """
 import pathlib
 pathlib.Path({marker!r}).touch()
@@ -251,7 +251,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(world: World, capsys: pytest.Cap
 
 
 def test_the_way_to_convert_works(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snippet = GUIDE.read_text(encoding="utf-8").split("## From .bin to safetensors")[1].split("```")[1]
+    snippet = PAGE.read_text(encoding="utf-8").split("```")[1]
     snippet = snippet.removeprefix("python")
     folder = Path(shutil.copytree(world.good, tmp_path / "old-model"))
     weights = load_file(folder / "model.safetensors")

@@ -182,7 +182,7 @@ def test_vllm_gets_the_models_own_weight_names(make, tmp_path: Path, monkeypatch
 
 def test_vllm_with_a_tied_head_is_refused(make, tmp_path: Path, tiny_folder: Path) -> None:
     tied = save_tiny(tmp_path / "tied", "llama-tied")
-    with pytest.raises(ValueError, match="--tied_embeddings freeze"):
+    with pytest.raises(ValueError, match="`tied_embeddings` freeze"):
         LoPTGRPOTrainer(
             LlamaForCausalLM.from_pretrained(tied),
             reward_funcs=length_reward,
@@ -196,7 +196,7 @@ def test_groups_that_do_not_fit(caplog: pytest.LogCaptureFixture, tmp_path: Path
     """Spread over micro-batches of one optimizer step where that is possible, refused where it is not."""
     flags = dict(output_dir=str(tmp_path), per_device_train_batch_size=2, num_generations=4)
     args = LoPTGRPOConfig(**flags, gradient_accumulation_steps=8, steps_per_generation=1)
-    assert args.steps_per_generation == 2 and "--steps_per_generation 1" in caplog.text
+    assert args.steps_per_generation == 2 and "`steps_per_generation` 1" in caplog.text
     for impossible in (
         dict(gradient_accumulation_steps=1, steps_per_generation=1),
         dict(gradient_accumulation_steps=3),

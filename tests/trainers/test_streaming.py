@@ -129,7 +129,7 @@ def test_a_malformed_row_stops_the_run_and_is_named(
         (("--max_steps", 2, "--held_out", 0.1), "--held_out 0.1 is a share"),
         (("--max_steps", 2, "--held_out", 48), "--held_out 48 takes all 48 rows"),
         (("--max_steps", 2, "--dataset_split", "train[:5]"), "--dataset_split train[:5]"),
-        (("--max_steps", 2, "--shuffle_buffer", 0), "--shuffle_buffer must be at least 1"),
+        (("--max_steps", 2, "--shuffle_buffer", 0), "--shuffle_buffer must be >= 1 (got 0)"),
     ],
 )
 def test_mistakes(

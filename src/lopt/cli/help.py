@@ -9,13 +9,11 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NamedTuple
 
 from lopt.cli.arguments import OWN, flags_of
-
-Sections = Iterable[tuple[str, Iterable["Line"]]]
 
 
 class Line(NamedTuple):
@@ -156,7 +154,7 @@ def _every_flag(command: str) -> Iterator[tuple[str, list[Line]]]:
         starts = {first: title for title, first in getattr(group, "groups", {}).items()}
         places = _documented(group) if not starts else {}
         for part in fields(group):
-            title = places.get(part.name) or starts.get(part.name) or title or "Method"
+            title = places.get(part.name) or starts.get(part.name) or title or "Method and memory"
             found.setdefault(title, []).append(_line(part))
         yield from found.items()
 
@@ -182,5 +180,5 @@ def _documented(config: type) -> dict[str, str]:
         for section, name in re.findall(r"^ {8}(?:> (?!\[)(.+)|(\w+) ?\()", base.__doc__ or "", re.MULTILINE):
             title = section.removeprefix("Parameters that control ") or title
             if name:
-                found.setdefault(name, f"{package}: {title or 'output'}")
+                found.setdefault(name, f"{package}: {title or 'general'}")
     return found

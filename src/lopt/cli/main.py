@@ -6,8 +6,10 @@ import os
 import pickle
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
+from lopt.cli.noise import quiet
 from lopt.reliability.stop import EXIT_STOPPED, Stopped
 from lopt.version import __version__
 
@@ -49,10 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: str, arguments: Sequence[str]) -> int:
     """Run `lopt.cli.<command>` and return the exit code; LOPT_DEBUG=1 shows where an error comes from."""
     try:
+        quiet()
         if not _show_help(command, arguments):
-            from lopt.cli.noise import quiet
-
-            quiet()
             import_module(f"lopt.cli.{command}").main(list(arguments))
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("LOPT_DEBUG"):
@@ -110,14 +110,16 @@ def _one_line(error: BaseException, command: str, arguments: Sequence[str]) -> s
     It may quote a command line, a model or a data set.
     """
     from lopt.cli.messages import with_flags
-    from lopt.cli.parsing import flag_types
     from lopt.reliability.secrets import known_secrets, redact
     from lopt.reports.page import clean
 
     message = " ".join(str(error).split())
     name = _full_name(command, arguments)
     if "`" in message and name != "data":
-        message = with_flags(message, flag_types(name))
+        with suppress(ImportError):  # the error may be that transformers or TRL cannot be imported
+            from lopt.cli.parsing import flag_types
+
+            message = with_flags(message, flag_types(name))
     return clean(redact(message, known_secrets(arguments)))
 
 

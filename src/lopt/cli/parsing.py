@@ -16,6 +16,7 @@ from transformers.hf_argparser import HfArgumentParser
 from yaml.constructor import ConstructorError
 
 from lopt.cli.arguments import flags_of
+from lopt.messages import error_text
 from lopt.reliability.secrets import known_secrets, redact
 
 
@@ -114,7 +115,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     # PyYAML itself raises the last three: for deep nesting, and for values that do not fit their tags.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
-        reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error)
+        reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else error_text(error)
         raise ValueError(f"--config {path} is not valid YAML: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold flags, one 'name: value' per line")

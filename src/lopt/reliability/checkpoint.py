@@ -13,7 +13,6 @@ take about as long as a disk needs to give them. Nothing to install, and `sha256
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lopt.files import fsync, write_text
+from lopt.files import fsync, read_json, write_json
 from lopt.instruments.memory import format_bytes
 from lopt.models.pickles import check_pickles
 
@@ -90,7 +89,7 @@ def seal(folder: Path) -> None:
     hashes = _hashes(folder, names)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": hashes[name]} for name in names}
     content = {"format": FORMAT, "piece_bytes": PIECE, "files": files}
-    write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+    write_json(folder / MANIFEST, content)
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -206,7 +205,7 @@ def damage(folder: str | Path) -> str | None:
             f"(`resume` {folder} takes it as it is)"
         )
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = read_json(folder / MANIFEST)
         piece, files = int(content["piece_bytes"]), content["files"]
         sizes = {name: int(entry["size"]) for name, entry in files.items()}
         expected = {name: list(entry["sha256"]) for name, entry in files.items()}
@@ -219,9 +218,11 @@ def damage(folder: str | Path) -> str | None:
         return f"its {MANIFEST} is of a newer version of lopt"
     present = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
     for name, size in sizes.items():
-        why = _wrong_size(present.get(name), size)
-        if why is not None:
-            return f"{name} {why}"
+        have = present.get(name)
+        if have is None:
+            return f"{name} is missing"
+        if have != size:
+            return f"{name} has {have:,} of {size:,} bytes" if have else f"{name} is empty"
     for name in sorted(present.keys() - sizes.keys()):
         return f"{name} is not in its {MANIFEST} (if you put it there, take it away)"
     try:
@@ -300,14 +301,6 @@ def find_checkpoint(folder: str, wanted: str) -> str:
 def _files(folder: Path) -> list[Path]:
     """Return all files but the manifest, sorted."""
     return sorted(p for p in folder.rglob("*") if not p.is_dir() and p != folder / MANIFEST)
-
-
-def _wrong_size(have: int | None, size: int) -> str | None:
-    if have is None:
-        return "is missing"
-    if have == size:
-        return None
-    return "is empty" if not have else f"has {have:,} of {size:,} bytes"
 
 
 def _hashes(folder: Path, names: Iterable[str], piece: int = PIECE) -> dict[str, list[str]]:

@@ -1,6 +1,6 @@
 """Divergence of earlier blocks: local losses that rise, heads that explain nothing, boundaries that collapse.
 
-Numbers go in, findings come out; docs/guide.md has the equations. The state is small and goes into
+Numbers go in, findings come out; docs/monitoring.md has the equations. The state is small and goes into
 checkpoints, so that a resumed run sees what the whole one would have seen.
 """
 

@@ -8,7 +8,6 @@ Guarding costs no synchronization of its own: the numbers are those that are log
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from transformers import Trainer
 
 from lopt.core.objective import token_spread, token_variance
 from lopt.data.batches import describe_rows, width
+from lopt.files import read_json
 from lopt.reliability.divergence import Divergence, DivergenceMonitor
 from lopt.reliability.machine_errors import (
     HOST_ADVICE,
@@ -208,10 +208,8 @@ class Guard:
             getattr(args, "divergence_factor", 3.0), getattr(args, "divergence_steps", 50)
         )
         note = Path(checkpoint or "") / NOTE
-        if checkpoint is not None and note.is_file():
-            state = json.loads(note.read_text(encoding="utf-8")).get(MONITOR)
-            if state is not None:
-                monitor.load(state)
+        if checkpoint is not None and note.is_file() and (state := read_json(note).get(MONITOR)):
+            monitor.load(state)
         return monitor
 
     @property

@@ -8,7 +8,6 @@ a step is noted in the checkpoint, and a resumed run evaluates first.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from lopt.compat import evaluate_and_save
+from lopt.files import read_json
 from lopt.reliability.checkpoint import step_of
 from lopt.reliability.saving import NOTE
 from lopt.reliability.stop import Stopped, at_once, hold, is_active, requested
@@ -102,7 +102,7 @@ class Stops:
             return f"with nothing new since {Path(checkpoint).name}: go on with `resume`"
         final = trainer.checkpoints.path(step)
         if self._following is not None or not trainer.checkpoints.is_proven(final):
-            trainer.settle_weights()
+            trainer.synchronize_weights()
             trainer.model.zero_grad()
             trainer.lopt.heads.zero_grad()
             assert self._state is not None
@@ -232,4 +232,4 @@ def left_to_do(checkpoint: str | None) -> str | None:
     path = Path(checkpoint or "") / NOTE
     if checkpoint is None or step_of(checkpoint) is None or not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8")).get(LEFT_TO_DO)
+    return read_json(path).get(LEFT_TO_DO)

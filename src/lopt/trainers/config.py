@@ -142,8 +142,8 @@ class LoPTGRPOConfig(_Defaults, GRPOConfig):
         for more in range(steps + 1, count + 1):
             if count % more == 0 and rows * more % group == 0:
                 logger.warning(
-                    "steps_per_generation %d gives %d completions at a time, not whole groups of "
-                    "num_generations %d: using %d, still within one optimizer step",
+                    "`steps_per_generation` %d gives %d completions at a time, not whole groups of "
+                    "`num_generations` %d: using %d, still within one optimizer step",
                     steps, rows * steps, group, more,
                 )  # fmt: skip
                 return more

@@ -136,7 +136,7 @@ class LoPTMixin(Trainer):
             checkpoint = self.checkpoints.find(resume_from_checkpoint)
             self.guard.start(checkpoint)
             self.stops.start(checkpoint)
-            self.settle_weights()  # a checkpoint is loaded into the weights in host memory
+            self.synchronize_weights()  # a checkpoint is loaded into the weights in host memory
             try:
                 return super().train(checkpoint, *args, **kwargs)
             except Stopped as stop:
@@ -150,7 +150,7 @@ class LoPTMixin(Trainer):
         place: dict[str, Any] = dict(trial=trial, ignore_keys_for_eval=None, start_time=start_time)
         self.stops.do_what_is_left(None, epoch=int(self.state.epoch or 0), **place)  # of the last step
         self.stops.begin_following(None)
-        self.settle_weights()  # the best checkpoint may be loaded
+        self.synchronize_weights()  # the best checkpoint may be loaded
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -304,7 +304,7 @@ class LoPTMixin(Trainer):
         if not self.weights_offloaded:
             super()._move_model_to_device(model, device)
 
-    def settle_weights(self) -> None:
+    def synchronize_weights(self) -> None:
         """Wait until host memory holds the values of everything that is offloaded."""
         if self.offload is not None:
             self.offload.synchronize()
