@@ -32,6 +32,7 @@ import random
 import time
 from contextlib import suppress
 from statistics import median
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 import cold_start
 import local_every
 from lopt import LoPT, LoPTConfig
-from lopt.core.attach import BoundaryReached
 from lopt.core.blocks import Block
+from lopt.core.boundaries import BoundaryReached
 from lopt.core.objective import ReconstructionHead, Rows, channel_rms, reconstruction_loss
 from lopt.engine.clipping import clip_gradients
 from small_model import keep
@@ -253,14 +254,14 @@ class Study:
             pairs = [(batch["states"][cuts[i + 1]], batch["states"][cuts[i]]) for i in handle.learning]
             return pairs, Rows(batch["attention_mask"], batch["input_ids"], None, batch["labels"])
 
-        handle._boundaries = boundaries
-        history = handle.warm_up_heads(self.seeded(seed))
+        with mock.patch("lopt.core.warmup.boundary_states", lambda handle, batch: boundaries(batch)):
+            history = handle.warm_up_heads(self.seeded(seed))
         return handle, [[round(x, 4) for x in row] for row in (history[0], history[-1])]
 
     def task_loss(self, model: nn.Module, batch: dict) -> Tensor:
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
         if getattr(model, "_lopt", None) is not None:
-            model._lopt._labels = batch["labels"]  # as a call of the whole model would
+            model._lopt._boundaries.labels = batch["labels"]  # as a call of the whole model would
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
         labels = batch["labels"][:, 1:]
         where = labels != -100

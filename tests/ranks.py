@@ -180,7 +180,7 @@ def guard(folder: Path, tokenizer: Any, sharded: bool) -> None:
         bad = RANK == RANKS - 1 and trainer.state.global_step == 2
         return output * float("nan") if bad else output
 
-    trainer.lopt.blocks.last_layer(trainer.lopt.blocks[-1]).register_forward_hook(spoil)
+    trainer.lopt.blocks.layers[-1].register_forward_hook(spoil)
     try:
         trainer.train()
     except NonFiniteError as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from lopt.cli.main import main
+from lopt.cli.messages import renamed, with_flags
 
 
 def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture) -> None:
@@ -12,3 +15,19 @@ def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     assert main(["fly"]) == 2 and "there is no command 'fly'" in capsys.readouterr().err
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("lopt ")
+
+
+def test_messages_name_the_flags_of_the_command() -> None:
+    message = "`num_blocks` must be >= 1 (got 0): `answer` is a column"
+    assert with_flags(message, {"num_blocks"}) == message.replace("`num_blocks`", "--num_blocks")
+    with pytest.raises(ValueError) as error, renamed(tasks="retention_tasks"):
+        raise ValueError("`tasks` must be one of x; see --other_tasks")
+    assert str(error.value) == "`retention_tasks` must be one of x; see --other_tasks"
+
+
+def test_an_error_without_its_libraries_is_still_a_line(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lopt.trainers.config", None)  # importing it is an ImportError
+    assert main(["sft", "--output_dir", "x"]) == 2
+    assert capsys.readouterr().err.startswith("lopt sft: error: ")

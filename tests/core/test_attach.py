@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -190,7 +192,7 @@ def test_each_blocks_graph_is_gone_before_the_next_one_starts() -> None:
     handle = attach(model, LoPTConfig(num_blocks=4))
     seen: list[bool] = []
     for block in handle.blocks[1:]:
-        layer = handle.blocks.first_layer(block)
+        layer = handle.blocks.layers[block.start]
         layer.register_forward_pre_hook(
             lambda m, args: seen.append(args[0].grad_fn is None and not args[0].requires_grad)
         )
@@ -247,6 +249,7 @@ def test_a_peft_model_trains_its_adapters_locally() -> None:
 def test_head_warm_up_learns_and_touches_nothing_else(aux_loss: str) -> None:
     model, batches = tiny("llama"), [batch_of([9, 5], seed=s) for s in range(3)]
     handle = attach(model, LoPTConfig(num_blocks=3, aux_loss=aux_loss))
+    model.enable_input_require_grads()  # as trainers do for gradient checkpointing
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     history = handle.warm_up_heads(batches, steps=40, learning_rate=1e-2)
@@ -308,7 +311,7 @@ def test_one_block_is_end_to_end() -> None:
 def test_mistakes_are_named() -> None:
     model = tiny("llama")
     attach(model)
-    with pytest.raises(ValueError, match="boundaries already"):
+    with pytest.raises(ValueError, match="attached already"):
         attach(model)
     model = tiny("llama")
     model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -346,7 +349,7 @@ def test_frozen_blocks_are_left_out(aux_loss: str) -> None:
     assert {g["block"] for g in groups} == {1, 2} and all(g["params"] for g in groups)
     handle.detach()
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match=r"--frozen_blocks 1 of 2 blocks .* --method frozen"):
+    with pytest.raises(ValueError, match=r"`frozen_blocks` must be <= 0 .* `method` frozen"):
         attach(tiny("llama"), LoPTConfig(num_blocks=2, frozen_blocks=1))
 
 
@@ -367,7 +370,7 @@ def test_next_token_learns_in_every_architecture_and_needs_tokens(architecture: 
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])  # all real tokens count again
     assert [x.item() for x in handle.local_losses()] == pytest.approx(whole)
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
-    with pytest.raises(ValueError, match=r"--aux_loss next_token .* --aux_loss recon"):
+    with pytest.raises(ValueError, match=r"`aux_loss` next_token .* `aux_loss` recon"):
         model(inputs_embeds=embeds, attention_mask=batch["attention_mask"])
 
 
@@ -442,3 +445,74 @@ def test_casts_of_weights_go_with_their_block() -> None:
             model(**batch_of([8, 8]))
     casts = sum(2 * p.numel() for p in handle.blocks.layers[0].parameters() if p.ndim > 1)
     assert live[-1] - live[1] < casts
+
+
+def test_local_gradients_of_a_forward_without_backward_are_not_stepped() -> None:
+    """Validation with gradients on: the next step raises, unless the gradients were cleared in between."""
+    model, batch = tiny("llama"), batch_of([6, 4])
+    handle = attach(model)
+    optimizer = torch.optim.SGD(handle.parameter_groups(learning_rate=0.1))
+    before = copy.deepcopy(model.state_dict())
+
+    def train() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    model(**batch)
+    with pytest.raises(ValueError, match=r"1 forward\(s\) .* torch.no_grad"):
+        train()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for set_to_none in (True, False):
+        optimizer.zero_grad(set_to_none)
+        train()
+        optimizer.zero_grad(set_to_none)
+        model(**batch)
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model(**batch)
+    train()
+
+
+def test_a_loss_of_two_forwards_and_accumulation_are_stepped() -> None:
+    model, handle_free = tiny("llama"), tiny("llama")
+    handle = attach(model)
+    optimizer = torch.optim.SGD(handle.parameter_groups(learning_rate=0.1))
+    (model(**batch_of([6, 4])).loss + model(**batch_of([5], seed=1)).loss).backward()
+    model(**batch_of([3], seed=2)).loss.backward()
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), handle_free.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_an_error_in_the_forward_leaves_no_state_and_no_step() -> None:
+    model, batch = tiny("llama"), batch_of([4])
+    handle = attach(model)
+    optimizer = torch.optim.SGD(handle.parameter_groups(learning_rate=0.1))
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("in the middle")
+
+    hook = handle.blocks.layers[-1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        model(**batch)
+    hook.remove()
+    assert handle._boundaries._forward is None and handle._boundaries.labels is None
+    with pytest.raises(ValueError, match="no backward"):
+        optimizer.step()
+    optimizer.zero_grad()
+    model(**batch).loss.backward()
+    optimizer.step()
+
+
+def test_a_dropped_model_is_freed_and_its_optimizer_hook_goes() -> None:
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    gc.collect()
+    before = len(_global_optimizer_pre_hooks)
+    model = tiny("llama")
+    attach(model)
+    assert len(_global_optimizer_pre_hooks) == before + 1
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and len(_global_optimizer_pre_hooks) == before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from torch import nn
 
 from conftest import tiny
 from lopt import LoPTConfig
@@ -22,9 +22,9 @@ def test_split_is_even_and_the_earlier_blocks_take_the_rest(layers: int, k: int,
 def test_explicit_boundaries() -> None:
     assert split(18, LoPTConfig(block_boundaries=[6, 7])) == [(0, 6), (6, 7), (7, 18)]
     assert split(18, LoPTConfig(method="e2e", num_blocks=4)) == [(0, 18)]
-    with pytest.raises(ValueError, match="--num_blocks 5 is more than the model's 4"):
+    with pytest.raises(ValueError, match=r"`num_blocks` must be <= 4, .* \(got 5\)"):
         split(4, LoPTConfig(num_blocks=5))
-    with pytest.raises(ValueError, match="--block_boundaries"):
+    with pytest.raises(ValueError, match="`block_boundaries` must be < 4"):
         split(4, LoPTConfig(block_boundaries=[2, 4]))
 
 
@@ -41,14 +41,17 @@ def test_owners(architecture: str) -> None:
     assert any("emb" in n or "wte" in n for n in first)
 
 
-def test_an_encoder_is_refused() -> None:
-    sizes = dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50
-    )
-    with pytest.raises(ValueError, match="add one line"):
-        Blocks(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), LoPTConfig())
-    t5 = T5ForConditionalGeneration(
-        T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=2, num_heads=2, vocab_size=50)
-    )
-    with pytest.raises(ValueError, match="not a decoder-only"):
-        Blocks(t5, LoPTConfig())
+def test_a_parameter_of_no_block_or_of_two_is_refused() -> None:
+    model = tiny("llama")
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"belong to no block, such as extra\.weight"):
+        Blocks(model, LoPTConfig())
+    Blocks(model, LoPTConfig(method="e2e"))
+    model = tiny("llama")
+    model.model.layers[3].mlp = model.model.layers[0].mlp
+    with pytest.raises(ValueError, match="shares weights between blocks"):
+        Blocks(model, LoPTConfig())
+    model = tiny("llama")
+    model.model.layers[1].input_layernorm = model.model.norm  # of the last block, in the first
+    with pytest.raises(ValueError, match="shares weights between blocks"):
+        Blocks(model, LoPTConfig())

@@ -1,4 +1,4 @@
-"""Every wrong value is named with its flag."""
+"""Every wrong value is named with its field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lopt import LoPTConfig
 
 
 @pytest.mark.parametrize(
-    ("flag", "values"),
+    ("name", "values"),
     [
         ("method", ["sgd"]),
         ("num_blocks", [0, -1]),
@@ -26,10 +26,10 @@ from lopt import LoPTConfig
         ("block_boundaries", [[0, 4], [6, 4], [4, 4], [-2]]),
     ],
 )
-def test_wrong_values_name_their_flag(flag: str, values: list) -> None:
+def test_wrong_values_name_their_field(name: str, values: list) -> None:
     for value in values:
-        with pytest.raises(ValueError, match=f"--{flag} "):
-            LoPTConfig(**{flag: value})
+        with pytest.raises(ValueError, match=f"`{name}` must be "):
+            LoPTConfig(**{name: value})
 
 
 def test_defaults_and_alias() -> None:
@@ -41,3 +41,17 @@ def test_defaults_and_alias() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.num_blocks = 3  # type: ignore[misc]
     assert all("help" in f.metadata for f in dataclasses.fields(LoPTConfig))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(method="frozen", frozen_blocks=1), "`frozen_blocks` needs `method` lopt"),
+        (dict(method="e2e", schedule="block_major"), "`schedule` block_major needs `method` lopt"),
+        (dict(schedule="block_major", clip="global"), "needs `clip` block"),
+        (dict(offload="block"), "`offload` block needs `schedule` block_major"),
+    ],
+)
+def test_settings_that_exclude_each_other(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoPTConfig(**settings)

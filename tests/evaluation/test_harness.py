@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from conftest import tiny
 from lopt import LoPTConfig, attach
-from lopt.models.load import load_model, load_tokenizer, shares_embeddings
+from lopt.architectures import shares_embeddings
+from lopt.models.load import load_model, load_tokenizer
 from small_model import byte_tokenizer
 
 pytest.importorskip("lm_eval")

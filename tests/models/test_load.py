@@ -6,16 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from conftest import batch_of, save_tiny, tiny
 from lopt import load_model, save_model
-from lopt.models.load import (
-    load_tokenizer,
-    retie_embeddings,
-    shares_embeddings,
-    untie_embeddings,
-)
+from lopt.architectures import untie_embeddings
+from lopt.models.load import load_tokenizer
 from lopt.models.names import resolve_model
 
 
@@ -28,22 +24,6 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert torch.equal(loaded(**batch_of([5])).logits, model.eval()(**batch_of([5])).logits)
     with pytest.raises(ValueError, match="holds a model already"):
         save_model(model, tmp_path / "new")
-
-
-@pytest.mark.parametrize("name", ["gemma3", "gpt2", "llama-tied"])
-def test_untie_and_retie(name: str, tmp_path: Path) -> None:
-    model, batch = tiny(name), batch_of([5, 3])
-    logits = model(**batch).logits
-    assert shares_embeddings(model)
-    untie_embeddings(model)
-    assert not shares_embeddings(model) and torch.equal(model(**batch).logits, logits)
-    assert retie_embeddings(model) and shares_embeddings(model) and model.config.tie_word_embeddings
-    untie_embeddings(model)
-    model.get_output_embeddings().weight.data[0] += 1
-    assert not retie_embeddings(model)  # they have gone different ways
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not shares_embeddings(again) and torch.equal(again(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, tiny_folder: Path) -> None:

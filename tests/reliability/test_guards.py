@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, TrainerCallback
 from conftest import tiny
 from lopt import LoPTConfig, LoPTSFTTrainer
 from lopt.cli.main import main
-from lopt.core.objective import reconstruction_loss, token_spread, token_variance
+from lopt.core.objective import reconstruction_loss
+from lopt.instruments.hidden_states import token_spread, token_variance
 from lopt.reliability.checkpoint import checkpoints, damage
 from lopt.reliability.divergence import DivergenceMonitor
 from lopt.reliability.machine_errors import is_out_of_memory, worker_error
@@ -81,7 +82,7 @@ def test_not_finite_stops_before_a_block_is_stepped(
     trainer = make(config=dict(num_blocks=3, schedule=schedule), save_strategy="steps", save_steps=2)
     trainer.model.train()
     block = 2 if kind == "loss" else 1
-    parameter = trainer.lopt.blocks.last_layer(trainer.lopt.blocks[block]).mlp.up_proj.weight
+    parameter = trainer.lopt.blocks.layers[trainer.lopt.blocks[block].stop - 1].mlp.up_proj.weight
     spoiled: list[dict[str, torch.Tensor]] = []
 
     def spoil() -> None:
@@ -245,7 +246,7 @@ def test_out_of_memory_in_training(
     trainer = make(config=dict(num_blocks=2, schedule=schedule), save_strategy="steps", save_steps=2)
     if schedule == "block_major":
         monkeypatch.setattr("lopt.reliability.advice.Planner", lambda *_: {}["unknown"])
-    layer = trainer.lopt.blocks.last_layer(trainer.lopt.blocks[1])
+    layer = trainer.lopt.blocks.layers[-1]
     trainer.add_callback(At("on_step_begin", 2, lambda: layer.register_forward_pre_hook(allocate) and None))
     with pytest.raises(OutOfMemory) as error:
         trainer.train()

@@ -26,28 +26,17 @@ def main(arguments: Sequence[str]) -> None:
         retention = check_retention(retention_args, config, args)
         checkpoint = prepare(model_args, run_args, config, args)
         rows = grpo_rows(model_args, data_args, task_args, args)
-        _of_reference(args, model_args)
+        _load_reference_alike(args, model_args)
         record = record_of("grpo", arguments)
         rewards = {"reward_funcs": rows.rewards}
         run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, record, retention, **rewards)
-
-
-def _of_reference(args: LoPTGRPOConfig, model_args: ModelArguments) -> None:
-    """What TRL loads the reference model with, if there is one: as the policy was loaded."""
-    if not args.beta and model_args.model_revision is None:
-        return
-    found: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": args.trust_remote_code}
-    if model_args.model_revision is not None:
-        found["revision"] = model_args.model_revision
-    given: Any = args.model_init_kwargs or {}  # a dict by now: TRL's config has parsed it
-    args.model_init_kwargs = {**given, **found}
 
 
 def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:
     """Check what the data flags and the trainer's say together.
 
     Raises:
-        ValueError: a sequence length, which GRPO has two of; evaluation batches without whole groups.
+        ValueError: A sequence length, of which GRPO has two; evaluation batches without whole groups.
     """
     if data_args.max_seq_length is not None:
         raise ValueError("--max_seq_length is for lopt sft: use --max_prompt_length, --max_completion_length")
@@ -61,3 +50,14 @@ def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:
             f"--held_out: {group} generations do not divide the {rows} rows of an evaluation batch: change "
             "--per_device_eval_batch_size or --num_generations_eval"
         )
+
+
+def _load_reference_alike(args: LoPTGRPOConfig, model_args: ModelArguments) -> None:
+    """Have TRL load the reference model, if there is one, as the policy was loaded."""
+    if not args.beta and model_args.model_revision is None:
+        return
+    found: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": args.trust_remote_code}
+    if model_args.model_revision is not None:
+        found["revision"] = model_args.model_revision
+    given: Any = args.model_init_kwargs or {}  # a dict by now: TRL's config has parsed it
+    args.model_init_kwargs = {**given, **found}

@@ -1,11 +1,11 @@
 """The block-major schedule: all micro-batches of an optimizer step pass through one block at a time.
 
-A block's gradient is final when its own backward is done, so block 1 can take all micro-batches, be
-clipped, stepped and put away, and only then block 2 comes, fed by the boundaries that were stashed.
+A block's gradient is final when its own backward is done. So block 1 can take all micro-batches, be clipped,
+stepped and offloaded, and only then block 2 begins, fed by the boundaries that were stashed.
 
-Each stage is a forward of the model as the caller makes it, of which one block runs: the layers of
-the blocks before it hand on what they are given, and its own input is taken from the stash. Masks,
-rotary embeddings and layer types stay the library's.
+Each pass is a forward of the model as the caller makes it, in which one block runs: the layers of the blocks
+before it return what they are given, and its own input is taken from the stash. Masks, rotary embeddings and
+layer types stay the library's.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt.core.attach import BoundaryReached, LoPT
-from lopt.core.blocks import Block, base_model
+from lopt.architectures import base_model
+from lopt.core.attach import LoPT
+from lopt.core.blocks import Block
+from lopt.core.boundaries import BoundaryReached
 from lopt.engine.offload import Offload
 from lopt.instruments.memory import host_tensor
 
@@ -26,16 +28,16 @@ from lopt.instruments.memory import host_tensor
 class BlockMajor:
     """Runs the blocks of an attached model one at a time.
 
-    For each block in order: `enter` it, let every micro-batch pass (`run_early`, and for the last block
+    For each block in order: `enter` it, run every micro-batch through it (`run_early`, and for the last block
     `last_block`), clip and step it, `leave` it; then `end_step`. docs/memory.md has a whole loop.
 
     Args:
-        lopt: the handle.
-        offload: moves what the block at work does not need to host memory.
+        lopt: The handle.
+        offload: Moves what the current block does not need to host memory; None moves nothing.
 
     Attributes:
-        stash: for each micro-batch the output (B, T, H) of the block it went through last; in host
-            memory if weights are.
+        stash: For each micro-batch the output (B, T, H) of the last block that it went through; in host
+            memory if weights are offloaded.
     """
 
     def __init__(self, lopt: LoPT, offload: Offload | None = None) -> None:
@@ -45,103 +47,108 @@ class BlockMajor:
         self._embedding: Any = base_model(lopt.model).get_input_embeddings()
         self._slot = 0
         self._tuples = False
+        layers = lopt.blocks.layers
         for block in lopt.blocks[1:]:
-            first = lopt.blocks.first_layer(block)
             # Ahead of the handle's own hook, which must see the real input.
-            hook = first.register_forward_pre_hook(self._feed(block), with_kwargs=True, prepend=True)
-            lopt.hooks.append(hook)
+            feed = layers[block.start].register_forward_pre_hook(
+                self._input_hook(block), with_kwargs=True, prepend=True
+            )
+            lopt.hooks.append(feed)
         for block in lopt.blocks[:-1]:
-            lopt.hooks.append(lopt.blocks.last_layer(block).register_forward_hook(self._keep(block)))
+            lopt.hooks.append(layers[block.stop - 1].register_forward_hook(self._output_hook(block)))
 
     def enter(self, block: Block) -> None:
-        """All micro-batches go through `block` next."""
+        """Prepare `block`: all micro-batches pass through it next."""
         if self._offload is not None:
             self._offload.enter(block.index, self._learns(block))
 
     def leave(self, block: Block) -> None:
-        """They have, and the block has been stepped, if it learns in this optimizer step."""
+        """Put `block` away, after its step if it learns in this optimizer step."""
         if self._offload is not None:
             self._offload.leave(block.index, self._learns(block))
 
     def end_step(self) -> None:
-        """The last block has been stepped: weights that travel are in host memory."""
+        """Finish the optimizer step, after the last block's; offloaded weights are in host memory then."""
         if self._offload is not None:
             self._offload.synchronize()
 
-    def _learns(self, block: Block) -> bool:
-        rests = not self._lopt.learns_locally or block.index not in self._lopt.learning
-        return not rests or block.index == len(self._lopt.blocks) - 1
-
     def run_early(self, block: Block, slot: int, forward: Callable[[], Any]) -> Tensor | None:
-        """Let micro-batch `slot` pass through an earlier block, with its local backward if it learns.
+        """Run micro-batch `slot` through an earlier block, with its local backward if it learns.
 
         Args:
-            forward: calls the model on the micro-batch; it is ended at the block's boundary.
+            block: An earlier block.
+            slot: Number of the micro-batch.
+            forward: Calls the model on the micro-batch; the call is ended at the block's boundary.
 
         Returns:
-            The local loss, detached, not weighted; None if the block does not learn.
+            The local loss, detached and not weighted; None if the block does not learn.
         """
         learns = self._learns(block)
-        with self._only(block, slot), torch.set_grad_enabled(learns), suppress(BoundaryReached):
+        with self._running(block, slot), torch.set_grad_enabled(learns), suppress(BoundaryReached):
             forward()
         return self._lopt.local_losses()[0] if learns else None
 
     @contextmanager
     def last_block(self, slot: int) -> Iterator[None]:
-        """Within, a forward of the model runs the last block alone on micro-batch `slot`."""
-        with self._only(self._lopt.blocks[-1], slot):
+        """Within, a forward of the model runs the last block alone, on micro-batch `slot`."""
+        with self._running(self._lopt.blocks[-1], slot):
             yield
         del self.stash[slot]
 
+    def _learns(self, block: Block) -> bool:
+        is_last = block.index == len(self._lopt.blocks) - 1
+        return is_last or (self._lopt.learns_locally and block.index in self._lopt.learning)
+
     @contextmanager
-    def _only(self, block: Block, slot: int) -> Iterator[None]:
-        self._slot, self._lopt.only = slot, block.index
-        stand_ins: dict[Any, Callable[..., Any]] = {
-            layer: self._hand_on for layer in self._lopt.blocks.layers[: block.start]
+    def _running(self, block: Block, slot: int) -> Iterator[None]:
+        """Within, a forward runs `block` alone: replaced `forward` methods skip what comes before it."""
+        self._slot, self._lopt.active_block = slot, block.index
+        replaced: dict[Any, Callable[..., Any]] = {
+            layer: self._skip_layer for layer in self._lopt.blocks.layers[: block.start]
         }
-        if stand_ins:
-            stand_ins[self._embedding] = self._no_embedding
-        own: dict[Any, Any] = {module: vars(module).get("forward") for module in stand_ins}
-        for module, forward in stand_ins.items():
+        if replaced:
+            replaced[self._embedding] = self._skip_embedding
+        own: dict[Any, Any] = {module: vars(module).get("forward") for module in replaced}
+        for module, forward in replaced.items():
             module.forward = forward
         try:
             yield
         finally:
-            self._lopt.only = None
+            self._lopt.active_block = None
             for module, forward in own.items():
                 del module.forward
                 if forward is not None:
                     module.forward = forward
 
-    def _no_embedding(self, input_ids: Tensor) -> Tensor:
-        """In place of an embedding that nobody reads: zeros (B, T, E)."""
+    def _skip_embedding(self, input_ids: Tensor) -> Tensor:
+        """Return zeros (B, T, E) in place of an embedding that no layer reads."""
         weight = self._embedding.weight
         return weight.new_zeros((*input_ids.shape, weight.shape[1]), device=input_ids.device)
 
-    def _hand_on(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _skip_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden_states,) if self._tuples else hidden_states
 
-    def _feed(self, block: Block) -> Callable[..., Any]:
-        def feed(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if self._lopt.only != block.index:
+    def _input_hook(self, block: Block) -> Callable[..., Any]:
+        def take_from_stash(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if self._lopt.active_block != block.index:
                 return None
             hidden = self.stash[self._slot]
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
-        return feed
+        return take_from_stash
 
-    def _keep(self, block: Block) -> Callable[..., None]:
-        def keep(module: Any, args: tuple, output: Any) -> None:
-            if self._lopt.only == block.index:
-                self._tuples = isinstance(output, tuple)  # block 1 comes first, before any layer hands on
+    def _output_hook(self, block: Block) -> Callable[..., None]:
+        def stash(module: Any, args: tuple, output: Any) -> None:
+            if self._lopt.active_block == block.index:
+                self._tuples = isinstance(output, tuple)  # block 1 comes first, before any layer is skipped
                 self.stash[self._slot] = output[0] if self._tuples else output
                 raise BoundaryReached
 
-        return keep
+        return stash
 
 
 class HostStash(dict[int, Tensor]):
-    """Boundaries in host memory: pinned and copied on the computation's own stream if that is a GPU's."""
+    """Boundaries in host memory; on a GPU pinned, and copied on the computation's own stream."""
 
     def __init__(self) -> None:
         super().__init__()

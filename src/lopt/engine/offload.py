@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lopt.architectures import base_model
 from lopt.core.attach import LoPT
-from lopt.core.blocks import base_model
 from lopt.engine.host_transfer import HostTransfer, TensorGroup
 from lopt.engine.optimizer import BlockOptimizer
 
@@ -94,7 +94,7 @@ class WeightsOffload:
         self._heads_offloaded = False
         for group in self._learning:
             transfer.store(group)
-        lopt.device = transfer.device
+        lopt.offload_device = transfer.device
         _move_rest(lopt.model, offloaded.keys(), transfer.device)
         lopt.hooks.append(blocks.decoder.register_forward_pre_hook(self._before_decoder))
         for layer in blocks.layers:
@@ -146,7 +146,7 @@ class WeightsOffload:
         self._all_fetched = False
 
     def _before_decoder(self, module: nn.Module, args: tuple) -> None:
-        if self._lopt.only is not None or self.fetch_all():
+        if self._lopt.active_block is not None or self.fetch_all():
             return
         if torch.is_grad_enabled():
             raise RuntimeError("the weights do not fit on the device together: run this without gradients")
@@ -154,11 +154,11 @@ class WeightsOffload:
             self._transfer.fetch(group)
 
     def _before_layer(self, layer: nn.Module, args: tuple) -> None:
-        if self._lopt.only is None and not self._all_fetched:
+        if self._lopt.active_block is None and not self._all_fetched:
             self._transfer.fetch(self._by_module[layer])
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        if self._lopt.only is None and not self._all_fetched:
+        if self._lopt.active_block is None and not self._all_fetched:
             self._transfer.release(self._by_module[layer], changed=False)
 
 

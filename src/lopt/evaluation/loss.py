@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt.core.blocks import compute_device
+from lopt.architectures import compute_device
 
 
 def completion_loss(

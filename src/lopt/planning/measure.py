@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,12 @@ from lopt import compat
 from lopt.core.attach import attach
 from lopt.core.blocks import Block, Blocks
 from lopt.core.config import LoPTConfig
-from lopt.core.objective import NextToken, Rows
 from lopt.instruments.flops import FlopCounter
 from lopt.instruments.memory import MemoryTracker
+from lopt.losses import next_token
+from lopt.losses.next_token import NextToken
 from lopt.models.load import empty_model
+from lopt.planning.run import Run
 from lopt.planning.sizes import Method
 
 # Layers that are measured in each place. A middle block's second layer stands for all but a block's first.
@@ -40,32 +42,6 @@ MEASURED: dict[Method, dict[str, int]] = {
     "lopt": {"first": 1, "middle": 2, "last": 2},
     "frozen": {"first": 1, "last": 2},
 }
-
-
-@dataclass(frozen=True)
-class Work:
-    """What runs in one micro-batch.
-
-    Attributes:
-        method: how the small model is cut.
-        batch, tokens: B rows of T tokens; of several, one is padded, which attention pays for.
-        dtype: of the weights.
-        autocast: whether forwards run under bfloat16 autocast.
-        checkpointing: non-reentrant activation checkpointing of every layer.
-        device: "cuda" or "cpu", whose LM heads differ.
-        resting: whether the first block does not learn (`frozen_blocks`).
-        aux_loss: what earlier blocks learn.
-    """
-
-    method: Method
-    batch: int
-    tokens: int
-    dtype: torch.dtype
-    autocast: bool
-    checkpointing: bool
-    device: str
-    resting: bool = False
-    aux_loss: Literal["recon", "next_token"] = "recon"
 
 
 @dataclass(frozen=True)
@@ -103,47 +79,49 @@ class Parts:
     layers: dict[str, int] = field(default_factory=dict)
 
 
-def measure(config: PreTrainedConfig, work: Work) -> Parts:
+def measure(run: Run, method: Method, checkpointing: bool) -> Parts:
     """Run two micro-batches of a small model of the real width.
+
+    Args:
+        run: its model, batch, number formats, device, and for lopt `frozen_blocks` and `aux_loss`.
+        method: how the small model is cut.
+        checkpointing: non-reentrant activation checkpointing of every layer.
 
     Raises:
         ValueError: the model does not run on fake tensors, for example because it asks for values.
     """
-    parts = Parts(layers=MEASURED[work.method])
+    parts = Parts(layers=MEASURED[method])
     *starts, depth = accumulate(parts.layers.values())
-    cut = LoPTConfig(
-        method=work.method,
-        block_boundaries=starts or None,
-        aux_loss=work.aux_loss,
-        frozen_blocks=int(work.resting),
-    )
+    cut = LoPTConfig(method=method, block_boundaries=starts or None)
+    if method == "lopt":
+        cut = cut.replace(aux_loss=run.aux_loss, frozen_blocks=min(run.frozen_blocks, 1))
     try:
-        with _fake_run(work):
+        with _fake_run(run):
             model = empty_model(
-                _shortened(config, depth), dtype=work.dtype, attn_implementation="sdpa"
+                _shortened(run.config, depth), dtype=run.dtype, attn_implementation="sdpa"
             ).train()
             add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
-            if work.checkpointing:
+            if checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False})
-            run = _Recorder(model, cut, work)
+            recorder = _Recorder(model, cut, run)
             for segments in (parts.fresh, parts.again):
-                run.micro_batch(segments)
-                _complete(segments, work)
-            parts.boundary, parts.casts = run.boundary, run.casts()
+                recorder.micro_batch(segments)
+                _complete(segments, cut)
+            parts.boundary, parts.casts = recorder.boundary, recorder.casts()
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"a {config.model_type} model cannot be planned, it does not run on fake tensors: {reason}"
+            f"a {run.config.model_type} model cannot be planned, it does not run on fake tensors: {reason}"
         ) from error
     return parts
 
 
-def _complete(segments: dict[tuple[str, str], Segment], work: Work) -> None:
+def _complete(segments: dict[tuple[str, str], Segment], cut: LoPTConfig) -> None:
     """Give every place the segments that were measured in another."""
-    if work.method == "frozen" or work.resting:  # such blocks keep nothing
+    if cut.method == "frozen" or cut.frozen_blocks:  # such blocks keep nothing
         for key in (("first", "forward"), ("resting", "forward0"), ("resting", "forward")):
             segments[key] = segments["first", "forward0"]
-    elif work.method == "lopt":
+    elif cut.method == "lopt":
         for what in ("forward", "backward"):
             segments["first", what] = segments["middle", what]
 
@@ -161,20 +139,22 @@ def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 @contextmanager
-def _fake_run(work: Work) -> Iterator[None]:
+def _fake_run(run: Run) -> Iterator[None]:
     """Within, tensors are fake, and what would look at their values is replaced."""
     with ExitStack() as stack:
         stack.enter_context(compat.fake_tensors())
-        stack.enter_context(compat.masks_by_shape(work.batch))
-        stack.enter_context(compat.replaced(Rows, followed=lambda rows: torch.arange(rows.ids.numel())))
-        stack.enter_context(compat.replaced(NextToken, _columns=_columns_of_many))
-        if work.device == "cuda":
+        stack.enter_context(compat.masks_by_shape(run.batch))
+        stack.enter_context(
+            compat.replaced(next_token, predicted_positions=lambda rows: torch.arange(rows.ids.numel()))
+        )
+        stack.enter_context(compat.replaced(NextToken, softmax_tokens=_columns_of_many))
+        if run.device == "cuda":
             stack.enter_context(compat.fused_head_as_on_a_gpu(_product_in_place))
         yield
 
 
 def _columns_of_many(loss: Any, ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Stand in for `NextToken._columns`, for a micro-batch whose tokens are all different."""
+    """Stand in for `NextToken.softmax_tokens`, for a micro-batch whose tokens are all different."""
     weight = loss._lm_head.weight
     own = min(ids.numel(), len(weight))
     columns = own + (len(weight) - own) // max(1, len(weight) // loss.sample)
@@ -190,8 +170,8 @@ def _product_in_place(total: Tensor, a: Tensor, b: Tensor) -> None:
 class _Recorder:
     """Hooks on a model's layers, between which live bytes and FLOPs are read."""
 
-    def __init__(self, model: Any, config: LoPTConfig, work: Work) -> None:
-        self.model, self.work = model, work
+    def __init__(self, model: Any, config: LoPTConfig, run: Run) -> None:
+        self.model, self.run = model, run
         self.blocks = Blocks(model, config)
         for block in self.blocks:
             for index in range(block.start, block.stop):
@@ -205,20 +185,20 @@ class _Recorder:
 
     def casts(self) -> int:
         """Return the bytes of the bfloat16 copies that autocast makes of a layer's float32 weights."""
-        if not self.work.autocast or self.work.dtype != torch.float32:
+        if not self.run.autocast or self.run.dtype != torch.float32:
             return 0
         linear = [m for m in self.blocks.layers[-1].modules() if isinstance(m, (nn.Linear, Conv1D))]
         return 2 * sum(p.numel() for m in linear for p in m.parameters())
 
     def micro_batch(self, segments: dict[tuple[str, str], Segment]) -> None:
         """Run forward and backward, and fill `segments`."""
-        work, self._segments = self.work, segments
-        ids, mask, labels = (torch.ones(work.batch, work.tokens, dtype=torch.long) for _ in range(3))
+        run, self._segments = self.run, segments
+        ids, mask, labels = (torch.ones(run.batch, run.tokens, dtype=torch.long) for _ in range(3))
         self._flops = FlopCounter()
         with MemoryTracker(self.model, self.lopt.heads) as self._tracker, self._flops:
             self._name = (self._place(0), "start")
             self._before, self._flops_before = self._tracker.current, 0
-            amp = torch.autocast("cpu", torch.bfloat16) if work.autocast else nullcontext()
+            amp = torch.autocast("cpu", torch.bfloat16) if run.autocast else nullcontext()
             with amp:
                 out = self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
             self._mark(self._place(len(self.blocks) - 1), "loss")

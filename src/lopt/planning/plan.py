@@ -13,11 +13,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
-from lopt.planning.measure import Parts, Segment, Work, measure
+from lopt.planning.measure import Parts, Segment, measure
 from lopt.planning.optimizer_step import OPTIMIZERS, follow_offload, parts_of, state_bytes, temporary_bytes
 from lopt.planning.run import Bytes, Run, Setting
-from lopt.planning.sizes import BlockSizes, Sizes
+from lopt.planning.sizes import BlockSizes, Method, Sizes
 from lopt.validation import check, check_choice
 
 RESERVE = 2**30
@@ -143,7 +144,7 @@ class Planner:
     def __init__(self, run: Run, other: Planner | None = None) -> None:
         check_choice("optim", run.optimizer, OPTIMIZERS)
         self.run = run
-        self._parts: dict[Work, Parts] = other._parts if other is not None else {}
+        self._parts: dict[tuple[Any, ...], Parts] = other._parts if other is not None else {}
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -200,15 +201,12 @@ class Planner:
 
     def _measured(self, setting: Setting) -> Parts:
         run = self.run
-        work = Work(
-            "e2e" if setting.num_blocks == 1 else setting.method,
-            run.batch, run.tokens, run.dtype, run.autocast, setting.checkpointing, run.device,
-        )  # fmt: skip
-        if work.method == "lopt":
-            work = replace(work, resting=run.frozen_blocks > 0, aux_loss=run.aux_loss)
-        if work not in self._parts:
-            self._parts[work] = measure(run.config, work)
-        return self._parts[work]
+        method: Method = "e2e" if setting.num_blocks == 1 else setting.method
+        key: tuple[Any, ...] = (method, setting.checkpointing, run.batch, run.tokens, run.dtype, run.autocast)
+        key += (run.device, *((run.frozen_blocks > 0, run.aux_loss) if method == "lopt" else ()))
+        if key not in self._parts:
+            self._parts[key] = measure(run, method, setting.checkpointing)
+        return self._parts[key]
 
     # -- micro-batches ---------------------------------------------------------------------------
 

@@ -113,7 +113,7 @@ class DivergenceMonitor:
 
         Args:
             unexplained: local loss / variance of what is to be reconstructed; empty for other local losses.
-            spread: `lopt.core.objective.token_spread` of the block's output.
+            spread: `lopt.instruments.hidden_states.token_spread` of the block's output.
         """
         self._last_boundary = step
         found = []

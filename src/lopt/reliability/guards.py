@@ -21,9 +21,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lopt.core.objective import token_spread, token_variance
 from lopt.data.batches import describe_rows, width
 from lopt.files import read_json
+from lopt.instruments.hidden_states import token_spread, token_variance
 from lopt.reliability.divergence import Divergence, DivergenceMonitor
 from lopt.reliability.machine_errors import (
     HOST_ADVICE,
@@ -225,7 +225,7 @@ class Guard:
         self._forget_step()
         self.phase = "step"
         due = self.monitor is not None and self.monitor.is_due(self._trainer.state.global_step)
-        self._trainer.lopt.look = self._measure if due else None
+        self._trainer.lopt.on_boundary = self._measure if due else None
 
     def _measure(self, block: int, hidden: Tensor, target: Tensor, mask: Tensor | None) -> None:
         """Measure at a boundary in the first micro-batch of a step; `log_losses` brings the numbers over."""
@@ -241,7 +241,7 @@ class Guard:
         Raises:
             DivergedError: it has, and `on_divergence` is "stop".
         """
-        self.phase, self._trainer.lopt.look = "between", None
+        self.phase, self._trainer.lopt.on_boundary = "between", None
         losses, boundaries = self._losses, self._boundaries
         self._forget_step()
         if self.monitor is None or not losses:
@@ -346,9 +346,11 @@ class Guard:
             return _PHASES.get(self.phase, f"the {self.phase}")
         trainer, lopt = self._trainer, self._trainer.lopt
         step = f"step {trainer.state.global_step + 1}"
-        block = "" if lopt.at is None else f", block {lopt.at + 1} of {len(lopt.blocks)}"
+        block = (
+            "" if lopt.current_block is None else f", block {lopt.current_block + 1} of {len(lopt.blocks)}"
+        )
         if self.phase == "optimizer":
-            return f"{step}, the optimizer's step" + (block if lopt.only is not None else "")
+            return f"{step}, the optimizer's step" + (block if lopt.active_block is not None else "")
         return f"{step}, batch {trainer.micro_batch} of {trainer.current_gradient_accumulation_steps}{block}"
 
 

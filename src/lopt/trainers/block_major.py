@@ -84,7 +84,7 @@ class BlockMajorSteps:
 
     def stage(self) -> AbstractContextManager[None]:
         """Return what a training forward runs in: the last block alone, if the earlier ones are done."""
-        early = self._trainer.lopt.only is not None
+        early = self._trainer.lopt.active_block is not None
         if early or not self._ready or not torch.is_grad_enabled():
             return nullcontext()
         return self._schedule.last_block(self._trainer.micro_batch - 1)

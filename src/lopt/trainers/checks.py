@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from lopt.core.blocks import base_model
+from lopt.architectures import base_model, shares_embeddings
 from lopt.core.config import LoPTConfig
-from lopt.models.load import shares_embeddings
 from lopt.validation import check, check_number
 
 

@@ -37,9 +37,7 @@ from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens, real_tokens
 from lopt.engine.offload import Offload
-from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.reduction import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
-from lopt.instruments.memory import unwrap_optimizer
 from lopt.reliability.guards import Guard
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
@@ -48,7 +46,7 @@ from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
-from lopt.trainers.optimizer import add_heads, block_optimizer, clip
+from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer, clip
 from lopt.trainers.throughput import Throughput
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -209,7 +207,7 @@ class LoPTMixin(Trainer):
 
     def bare_optimizer(self) -> Any:
         """Return the optimizer without accelerate's wrapper, which may skip steps."""
-        return unwrap_optimizer(self.optimizer, keep=BlockOptimizer)
+        return bare_optimizer(self.optimizer)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, which clips as the blocks need it and leaves offloaded weights in place."""
@@ -294,7 +292,7 @@ class LoPTMixin(Trainer):
             return super().compute_loss(model, *args, **kwargs)
 
     def _is_last_micro_batch(self) -> bool:
-        if self.block_major is not None and self.lopt.only is not None:
+        if self.block_major is not None and self.lopt.active_block is not None:
             return self.block_major.is_last_micro_batch()
         return self.accelerator.gradient_state.sync_gradients
 

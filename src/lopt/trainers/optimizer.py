@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lopt.engine.clipping import clip_block, clip_gradients
 from lopt.engine.optimizer import BlockOptimizer, Precision, state_bytes
-from lopt.instruments.memory import format_bytes, free_host_memory
+from lopt.instruments.memory import format_bytes, free_host_memory, unwrap_optimizer
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups], Optimizer]
@@ -41,6 +41,11 @@ def block_optimizer(trainer: Any) -> Optimizer:
     _check_host_memory([p for group in groups for p in group["params"]], make, precision)
     offload.optimizer = BlockOptimizer(groups, make, precision=precision, transfer=offload.transfer)
     return offload.optimizer
+
+
+def bare_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's wrapper: the one that steps by blocks, if there is one."""
+    return unwrap_optimizer(optimizer, keep=BlockOptimizer)
 
 
 def add_heads(trainer: Any) -> None:

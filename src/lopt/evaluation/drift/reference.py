@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt.core.blocks import Blocks, base_model, compute_device
+from lopt.architectures import base_model, compute_device
+from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.drift.states import (
     END_TO_END,
@@ -311,7 +312,7 @@ def _places(model: PreTrainedModel) -> Callable[[str], str]:
     """Return a function from a weight's name to "embedding", "layer i", "final norm" or "head"."""
     blocks = Blocks(model, END_TO_END)
     modules = [(m, f"layer {i}") for i, m in enumerate(blocks.layers)]
-    modules += [(m, "final norm") for m in blocks.tail()] + [(model.get_output_embeddings(), "head")]
+    modules += [(m, "final norm") for m in blocks.tail] + [(model.get_output_embeddings(), "head")]
     names = {id(module): name for name, module in model.named_modules()}
     prefixes = [(names[id(m)].replace(".base_layer", "") + ".", where) for m, where in modules]
 

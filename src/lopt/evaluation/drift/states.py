@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lopt.core.blocks import Blocks, base_model, compute_device
+from lopt.architectures import base_model, compute_device
+from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.loss import text_windows
 

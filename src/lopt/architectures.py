@@ -1,0 +1,136 @@
+"""Where the causal LMs of transformers keep their parts: the decoder, its layers, tied embeddings.
+
+Adding an unknown architecture is one line in `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a decoder keeps its layers and what comes after them.
+
+    Attributes:
+        layers: Name of the decoder's list of layers.
+        final: Names of the modules that the last layer's output passes through, in order. None: the modules
+            with parameters that the decoder defines after its layers.
+    """
+
+    layers: str = "layers"
+    final: tuple[str, ...] | None = None
+
+
+# Keyed by `config.model_type`. Models laid out like Llama need no line.
+LAYOUTS: dict[str, Layout] = {
+    "gpt2": Layout("h"),
+    "gptj": Layout("h"),
+    "gpt_neo": Layout("h"),
+    "gpt_bigcode": Layout("h"),
+    "bloom": Layout("h"),
+    "falcon": Layout("h"),
+    "opt": Layout("layers", ("final_layer_norm", "project_out")),
+}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder and its parts, in the order in which a hidden state passes through them.
+
+    Attributes:
+        module: The decoder itself.
+        front: Every part that feeds the first layer: token and position embeddings and their norms.
+        layers: The layers.
+        tail: What the last layer's output passes through: the final norm, and what follows it.
+    """
+
+    module: nn.Module
+    front: list[nn.Module]
+    layers: list[nn.Module]
+    tail: list[nn.Module]
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the causal LM itself, taken out of a PEFT wrapper if there is one.
+
+    Raises:
+        ValueError: `model` is not a model of transformers.
+    """
+    unwrap: Any = getattr(model, "get_base_model", None)
+    unwrapped = model if unwrap is None else unwrap()
+    if not isinstance(unwrapped, PreTrainedModel):
+        raise ValueError(
+            f"{type(unwrapped).__name__} is not a Hugging Face model: "
+            "pass what AutoModelForCausalLM.from_pretrained returns"
+        )
+    return unwrapped
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Return the device that `model` computes on; offloaded weights may be elsewhere."""
+    base: Any = base_model(model)
+    handle = getattr(base, "_lopt", None)
+    return base.device if handle is None else handle.device
+
+
+def find_decoder(model: PreTrainedModel) -> Decoder:
+    """Return the decoder of a causal LM.
+
+    Raises:
+        ValueError: The model is an encoder, has no LM head or an unknown layout.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise ValueError(f"{name} is not a decoder-only causal LM with a head: use a ...ForCausalLM model")
+    decoder = model.get_decoder()
+    layout = LAYOUTS.get(config.model_type, Layout())
+    layers = getattr(decoder, layout.layers, None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"{name} keeps its layers in an unknown place. If it is a decoder-only model, add one line: "
+            f"lopt.architectures.LAYOUTS['{config.model_type}'] = Layout(layers=...)"
+        )
+    parts = dict(decoder.named_children())
+    if layout.final is None:
+        after = list(parts)[list(parts).index(layout.layers) + 1 :]
+        tail = [parts[key] for key in after if any(True for _ in parts[key].parameters())]
+    else:
+        tail = [parts[key] for key in layout.final if parts.get(key) is not None]
+    front = [part for part in parts.values() if part is not layers and part not in tail]
+    return Decoder(decoder, front, list(layers), tail)
+
+
+def shares_embeddings(model: PreTrainedModel) -> bool:
+    """Return True if the LM head and the token embedding are one matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def untie_embeddings(model: PreTrainedModel) -> None:
+    """Give the LM head a copy of the embedding's matrix; the model is saved untied from then on."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+    _set_tying(model, False)
+
+
+def retie_embeddings(model: PreTrainedModel) -> bool:
+    """Tie head and embedding again if their values are still equal; return True if they were."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if not torch.equal(embedding.weight, head.weight):
+        return False
+    head.weight = embedding.weight
+    _set_tying(model, True)
+    return True
+
+
+def _set_tying(model: PreTrainedModel, tied: bool) -> None:
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = tied
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

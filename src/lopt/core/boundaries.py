@@ -1,0 +1,202 @@
+"""The boundaries of an attached model: hooks by which each block's backward runs inside the forward.
+
+- The decoder is entered: a `Forward` is made, which holds all state of this forward.
+- A block's first layer is entered: its input is kept.
+- A block's last layer is left: its local loss is computed, its backward run at once, which frees the block's
+  graph, and the detached hidden state handed to the next block.
+- The decoder is left, also by an error: the `Forward` is dropped.
+
+Where gradients are off (evaluation, generation, a reference's log-probabilities) the hooks do nothing.
+`torch.is_grad_enabled()` decides, not `module.training`: a plain loop that forgets `model.train()` would
+otherwise train end to end unnoticed. So a forward leaves local gradients before its task loss has a backward.
+Where that never comes (validation without `torch.no_grad()`, a skipped batch, an error) they must not be
+stepped: the optimizer's step raises, unless they were cleared, as by `optimizer.zero_grad()`.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from lopt.architectures import base_model
+from lopt.compat import capture_paused, uses_reentrant_checkpointing
+from lopt.core.blocks import Block
+from lopt.core.objective import Rows
+from lopt.core.routers import RouterLoss
+
+if TYPE_CHECKING:
+    from lopt.core.attach import LoPT
+
+
+class BoundaryReached(Exception):
+    """Ends a forward that has gone as far as it needs to; never leaves this package."""
+
+
+@dataclass
+class Forward:
+    """All state of one training forward.
+
+    Attributes:
+        learns: False if the earlier blocks run without gradients in this forward.
+        block_input: (B, T, H) input of the current block, until its local loss is computed.
+        losses: The local loss of each block (from 0) that has learned.
+        no_grad: To be closed before the last block: it turns gradients on again if they are off.
+    """
+
+    rows: Rows
+    routers: RouterLoss
+    learns: bool
+    block_input: Tensor | None = None
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    no_grad: ExitStack = field(default_factory=ExitStack)
+
+
+class Boundaries:
+    """The hooks of one attached model.
+
+    Attributes:
+        hooks: All of them, to be removed.
+        losses: The local losses of the last training forward, by block.
+        labels: (B, T) labels that the model was called with, during the call; None if there are none.
+    """
+
+    def __init__(self, handle: LoPT) -> None:
+        self._handle = handle
+        self._forward: Forward | None = None
+        self._unused: set[object] = set()  # one token per training forward whose loss had no backward
+        self.losses: dict[int, Tensor] = {}
+        self.labels: Tensor | None = None
+        blocks, model, decoder = handle.blocks, handle.model, handle.blocks.decoder
+        self.hooks: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
+            model.register_forward_hook(self._leave_model, always_call=True),
+            decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._leave_decoder, always_call=True),
+            self._watch_optimizers(),
+        ]
+        for block in blocks[:-1]:
+            enter = functools.partial(self._enter_block, block)
+            leave = functools.partial(self._leave_block, block)
+            self.hooks.append(blocks.layers[block.start].register_forward_pre_hook(enter, with_kwargs=True))
+            self.hooks.append(blocks.layers[block.stop - 1].register_forward_hook(leave))
+
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.labels = kwargs.get("labels")
+
+    def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.labels = None
+
+    def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        handle = self._handle
+        rows = Rows.from_call(args, kwargs, self.labels)
+        if handle.learns_locally:
+            handle.objective.check(rows)
+            if any(uses_reentrant_checkpointing(layer) for layer in handle.blocks.layers):
+                raise ValueError(
+                    "reentrant gradient checkpointing silently gives no gradient behind a boundary: "
+                    'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
+        if self._unused and not self._local_gradients():  # they were cleared
+            self._unused.clear()
+        config = base_model(handle.model).config.get_text_config()
+        routers = RouterLoss(config, len(handle.blocks.layers))
+        self._forward = Forward(rows, routers, handle.learns_locally)
+        if not handle.learns_locally:
+            self._forward.no_grad.enter_context(torch.no_grad())
+        self.losses = self._forward.losses
+        handle.current_block = handle.active_block or 0
+
+    def _leave_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        forward, self._forward = self._forward, None
+        if forward is None:
+            return
+        forward.no_grad.close()
+        if forward.losses and self._handle.active_block is None:
+            self._expect_backward(output)
+
+    def _enter_block(self, block: Block, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        forward = self._forward
+        if forward is not None and forward.learns and self._handle.active_block in (None, block.index):
+            forward.block_input = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    def _leave_block(self, block: Block, module: nn.Module, args: tuple, output: Any) -> Any:
+        forward, handle = self._forward, self._handle
+        if forward is None:
+            return None
+        if not forward.learns:
+            if block.index == len(handle.blocks) - 2:
+                forward.no_grad.close()  # the last block learns in every step
+            return None
+        if handle.active_block not in (None, block.index):
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if block.index in handle.learning:
+            self._learn(forward, block, hidden)
+        handle.current_block = block.index + 1
+        return (hidden.detach(), *output[1:]) if isinstance(output, tuple) else hidden.detach()
+
+    def _learn(self, forward: Forward, block: Block, hidden: Tensor) -> None:
+        """Compute the block's local loss and run its whole backward, after which its graph is gone."""
+        handle = self._handle
+        assert forward.block_input is not None
+        if handle.on_boundary is not None:
+            handle.on_boundary(block.index, hidden.detach(), forward.block_input, forward.rows.mask)
+        prediction = handle.heads[block.index](hidden)
+        loss = handle.objective.loss(prediction, hidden, forward.block_input, forward.rows)
+        forward.losses[block.index] = loss.detach()
+        objective = handle.config.lambda_aux / len(handle.learning) * loss
+        balance = forward.routers.take(forward.rows.mask)
+        if balance is not None:
+            objective = objective + balance
+        with capture_paused(), torch.autocast(hidden.device.type, enabled=False):
+            (handle.loss_scale * objective).backward()
+        forward.routers.release()
+        torch.clear_autocast_cache()  # or the casts of this block's weights would stay to the forward's end
+        forward.block_input = None
+        if handle.after_local_backward is not None:
+            handle.after_local_backward(block.index)
+
+    def _expect_backward(self, output: Any) -> None:
+        """Count this forward as unused until its loss has its backward."""
+        failed, token = output is None, object()
+        if failed or output[0].requires_grad:
+            self._unused.add(token)
+        if not failed and output[0].requires_grad:
+            output[0].register_hook(lambda gradient: self._unused.discard(token))
+
+    def _local_gradients(self) -> set[int]:
+        """Return the ids of the earlier blocks' parameters whose gradient is not zero."""
+        parameters = (p for index in self._handle.learning for p in self._handle.block_parameters(index))
+        return {id(p) for p in parameters if p.grad is not None and p.grad.any()}
+
+    def _watch_optimizers(self) -> RemovableHandle:
+        """Look at each optimizer before it steps; keep neither the handle nor its model alive for that."""
+        reference = weakref.ref(self)
+
+        def before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+            boundaries = reference()
+            if boundaries is not None and boundaries._unused:
+                boundaries._refuse_unused(optimizer)
+
+        hook = register_optimizer_step_pre_hook(before_step)
+        weakref.finalize(self, hook.remove)
+        return hook
+
+    def _refuse_unused(self, optimizer: Optimizer) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if stepped & self._local_gradients():
+            raise ValueError(
+                f"{len(self._unused)} forward(s) with gradients on had no backward of their loss, and this "
+                "step would use their local gradients: run validation under torch.no_grad(), and call "
+                "optimizer.zero_grad() after a forward whose loss is not used"
+            )

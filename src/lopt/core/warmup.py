@@ -1,0 +1,99 @@
+"""The head warm-up: random heads would send noise into pretrained blocks, so the heads learn first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lopt.core.boundaries import BoundaryReached
+from lopt.core.objective import Rows, channel_rms
+
+if TYPE_CHECKING:
+    from lopt.core.attach import LoPT
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+
+
+def warm_up_heads(
+    handle: LoPT,
+    batches: Iterable[Mapping[str, Any]],
+    steps: int,
+    learning_rate: float,
+    progress: Callable[[int, list[float]], None] | None,
+) -> list[list[float]]:
+    """Do what `LoPT.warm_up_heads` says.
+
+    Channels of a residual stream differ in scale by orders of magnitude, so a head predicts in units of each
+    channel's root mean square, which is multiplied into its last layer at the end.
+    """
+    optimizer = torch.optim.AdamW(handle.heads.parameters(), lr=learning_rate, weight_decay=0.0)
+    heads: list[Any] = [handle.heads[index] for index in handle.learning]
+    history: list[list[float]] = []
+    scales: list[Tensor] = []
+    for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - (step - 1) / steps)
+        states, rows = boundary_states(handle, batch)
+        scales = scales or [channel_rms(handle.objective.scale_like(*pair), rows.mask) for pair in states]
+        losses = [
+            handle.objective.loss(scale * head(block_output), block_output, block_input, rows)
+            for head, scale, (block_output, block_input) in zip(heads, scales, states, strict=True)
+        ]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append([loss.item() for loss in losses])
+        if progress is not None:
+            progress(step, history[-1])
+    if not history:
+        raise ValueError("warm_up_heads needs at least one batch: pass some training batches")
+    for head, scale in zip(heads, scales, strict=True):
+        head.scale_output(scale)
+    return history
+
+
+@torch.no_grad()
+def boundary_states(handle: LoPT, batch: Mapping[str, Any]) -> tuple[list[tuple[Tensor, Tensor]], Rows]:
+    """Return output and input (B, T, H) of every earlier block that learns, and the token rows of `batch`."""
+    model, blocks = handle.model, handle.blocks
+    sharded = isinstance(model, FSDPModule)
+    inputs = {k: v.to(handle.device) for k, v in batch.items() if k in _INPUTS and v is not None}
+    labels = batch.get("labels")
+    rows = Rows.from_call((), inputs, None if labels is None else labels.to(handle.device))
+    handle.objective.check(rows)
+    states: list[tuple[Tensor, Tensor]] = []
+    block_input: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # Detached, since `enable_input_require_grads` marks embeddings even where gradients are off.
+        block_input[:] = [(args[0] if args else kwargs["hidden_states"]).detach()]
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        states.append((hidden, block_input[0]))
+        block_input[:] = [hidden]
+        if len(states) == len(handle.learning) and not sharded:
+            raise BoundaryReached
+
+    learning = [blocks[index] for index in handle.learning]
+    hooks = [blocks.layers[learning[0].start].register_forward_pre_hook(enter, with_kwargs=True)]
+    hooks += [blocks.layers[block.stop - 1].register_forward_hook(leave) for block in learning]
+    training = model.training
+    model.eval()
+    try:
+        if sharded:  # FSDP2 must see its root enter and leave
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        else:
+            blocks.decoder(**inputs, use_cache=False)
+    except BoundaryReached:
+        pass
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return states, rows

@@ -1,0 +1,1 @@
+"""Local losses beside the published one, which is in `lopt.core.objective`."""
