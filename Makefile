@@ -30,10 +30,11 @@ test-cpu: $(STAMP)  ## the numeric tests with the least of this CPU's instructio
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(NUMERIC) $(ARGS)
 	LOPT_TEST_THREADS=2 $(BIN)/python -m pytest $(NUMERIC) $(ARGS)
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## ruff, mypy and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 audit: $(STAMP)  ## known vulnerabilities of the installed packages (needs the internet)
 	$(BIN)/python scripts/audit.py

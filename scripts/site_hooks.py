@@ -10,6 +10,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
+_CODE = re.compile(r"<code[^>]*>.*?</code>", re.DOTALL)
+_FLAG = re.compile(r"(?<![\w-])--[a-z]\w+")
 _FOREIGN = re.compile(
     r"""<(?:script|img|iframe|source)[^>]+src=["']?https?://|<link[^>]+rel=["']?stylesheet[^>]+https?://"""
 )
@@ -27,6 +29,16 @@ def on_files(files: Files, config: Any) -> Files:
         file.dest_uri = f"results/{path.name}"
         files.append(file)
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep a flag in running text on one line: browsers break it behind its dashes."""
+    parts = re.split(r"(<pre.*?</pre>)", html, flags=re.DOTALL)
+    for index in range(0, len(parts), 2):
+        parts[index] = _CODE.sub(
+            lambda code: _FLAG.sub(r'<span style="white-space: nowrap">\g<0></span>', code[0]), parts[index]
+        )
+    return "".join(parts)
 
 
 def on_post_build(config: Any) -> None:

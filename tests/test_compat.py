@@ -25,8 +25,6 @@ ALLOWED: dict[str, str] = {
     "_get_layout": "models/pickles.py: a name that pickles of checkpoints may hold, never called",
 }
 """Private names that may be used anywhere, each with a reason."""
-PENDING = ("core/",)
-"""Rooms whose names are yet to be routed."""
 
 
 @pytest.mark.parametrize("place", [*NAMES, *OVERRIDES])
@@ -85,7 +83,7 @@ def test_no_private_name_outside_compat() -> None:
     own, found = own_names(), []
     for name, tree in FILES.items():
         allowed = set(ALLOWED) | (PRIVATE_TO_TRAINERS if name.startswith("trainers/") else set())
-        if name != "compat.py" and not name.startswith(PENDING):
+        if name != "compat.py":
             found += [
                 f"{name}:{line} {used}" for line, used in foreign_names(tree, own) if used not in allowed
             ]

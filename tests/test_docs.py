@@ -135,7 +135,8 @@ def test_quoted_messages_are_in_the_source() -> None:
     """The first column of the tables of docs/troubleshooting.md; `…` stands for what varies."""
     sources = "\n".join(itertools.chain.from_iterable(map(messages, sorted((ROOT / "src").rglob("*.py")))))
     text = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
-    quoted = re.findall(r"^\| `` (.+?) `` \|", text, re.MULTILINE)
+    rows = re.findall(r"^\|(.*?)(?<!\\)\|", text, re.MULTILINE)
+    quoted = re.findall(r"`` (.+?) ``", "\n".join(rows))
     assert len(quoted) >= 30
     missing = []
     for message in quoted:
@@ -144,6 +145,18 @@ def test_quoted_messages_are_in_the_source() -> None:
             if part not in sources and argument not in sources:
                 missing.append(part)
     assert not missing, f"no message of the source says {missing}"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "examples/quickstart.ipynb", as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    said = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    assert "same logits: True" in said and "same answers: True" in said
 
 
 def test_the_rooms_of_the_readme() -> None:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lopt"
 FILES = sorted(SOURCE.rglob("*.py"))
-MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_FOLDERS = 400, 60, 2
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_CORE, MOST_FOLDERS = 400, 60, 900, 2
 
 
 def lines(path: Path) -> int:
@@ -39,6 +39,10 @@ def test_files_are_short_and_in_rooms() -> None:
 def test_functions_are_short() -> None:
     found = dict(pair for path in FILES for pair in functions(path))
     assert {name: n for name, n in found.items() if n > MOST_LINES_OF_A_FUNCTION} == {}
+
+
+def test_core_can_be_read_in_ten_minutes() -> None:
+    assert sum(lines(path) for path in (SOURCE / "core").rglob("*.py")) < MOST_LINES_OF_CORE
 
 
 def test_an_upward_import_is_found(tmp_path: Path) -> None:

@@ -141,8 +141,8 @@ def test_the_printed_command_runs(
 def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--model_name_or_path", folder, "--num_blocks", 3, "--max_length", 64, "--use_cpu")
     flags += ("--gradient_accumulation_steps", 1, "--calibrate")
-    travels = ("--schedule", "block_major", "--offload", "block", "--gradient_checkpointing", "true")
-    for more in ((), travels):
+    offloaded = ("--schedule", "block_major", "--offload", "block", "--gradient_checkpointing", "true")
+    for more in ((), offloaded):
         assert plan(*flags, *more) == 0
         out = capsys.readouterr().out
         total = next(line for line in out.splitlines() if line.strip().startswith("total"))

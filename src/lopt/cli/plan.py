@@ -82,9 +82,10 @@ def check_arguments(args: PlanArguments) -> int | None:
     names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
     LoPTConfig(**{name: getattr(args, name) for name in names})
     for name in ("json", "svg"):
-        path = Path(getattr(args, name) or "a file")
-        check(path.absolute().parent.is_dir(), name, path, "a file in a folder that exists: make it first")
-        check(not path.is_dir(), name, path, "a file, and this is a folder")
+        if (value := getattr(args, name)) is not None:
+            path = Path(value).absolute()
+            check(path.parent.is_dir(), name, value, "a file in a folder that exists: make it first")
+            check(not path.is_dir(), name, value, "a file, and this is a folder")
     return None if args.fit is None else size_in_bytes(args.fit)
 
 

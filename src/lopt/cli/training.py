@@ -111,7 +111,8 @@ def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrain
     )
     blocks = Blocks(model, config)
     if args.process_index == 0:
-        print(f"{model_args.model_name_or_path}: " + ", ".join(map(str, blocks)))
+        parts = (f"block {b.index + 1} (layers {b.start}-{b.stop - 1})" for b in blocks)
+        print(f"{model_args.model_name_or_path}: {', '.join(parts)}")
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -46,7 +47,7 @@ class Blocks(Sequence[Block]):
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self._blocks[index]
 
     def owner(self, parameter: nn.Parameter) -> int:

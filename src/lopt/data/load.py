@@ -122,7 +122,7 @@ def split_held_out(
 
 def _nothing_left(held_out: float, taken: str) -> ValueError:
     return ValueError(
-        f"`held_out` {held_out} takes {taken} rows and leaves none to train on: lower it or give more rows"
+        f"`held_out` {held_out:g} takes {taken} rows and leaves none to train on: lower it or give more rows"
     )
 
 
@@ -135,7 +135,7 @@ def check_held_out(held_out: float, streaming: bool) -> None:
         )
     if streaming and 0 < held_out < 1:
         raise ValueError(
-            f"`held_out` {held_out} is a share, and with `streaming` the number of rows is unknown: "
+            f"`held_out` {held_out:g} is a share, and with `streaming` the number of rows is unknown: "
             "give a whole number of rows"
         )
 
