@@ -264,5 +264,5 @@ def test_what_cannot_be_planned() -> None:
         llama().plan(Setting(offload="block"))
     with pytest.raises(ValueError, match=r"`schedule` must be eager unless `method`"):
         llama().plan(Setting("frozen", 2, "block_major"))
-    with pytest.raises(ValueError, match=r"--num_blocks 11"):
+    with pytest.raises(ValueError, match=r"`num_blocks` must be <= 10, .* \(got 11\)"):
         llama().plan(Setting(num_blocks=11))
