@@ -165,7 +165,7 @@ def test_shots_are_drawn_anew_for_every_run(model: PreTrainedModel, shared_data:
 def test_what_does_not_fit_is_said(shared_data: Path) -> None:
     tokenizer = byte_tokenizer()
     model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=400)
-    with pytest.raises(ValueError, match="ifeval lets a model write 1280 tokens and this one takes 400"):
+    with pytest.raises(ValueError, match="ifeval lets a model generate 1280 tokens, its context is 400"):
         evaluate(model, tokenizer, ["ifeval"], data_dir=shared_data, limit=1, progress=False)
     with pytest.warns(UserWarning, match=r"cut from the left: truthfulqa_mc1 \(\d+ of \d+\)"):
         evaluate(model, tokenizer, ["truthfulqa_mc1"], data_dir=shared_data, limit=1, progress=False)
@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_said(shared_data: Path) -> None:
         SimpleNamespace(batch_size=16, model=model, device="cuda:0"),
     )
     assert error == (
-        "mmlu does not fit into the memory of cuda:0: try --batch_size 4 (it was 16), --param_dtype "
+        "mmlu does not fit into the memory of cuda:0: try `batch_size` 4 (it was 16), `param_dtype` "
         "bfloat16, a device with more memory"
     )
     assert _out_of_memory(RuntimeError("a bug"), "mmlu", SimpleNamespace()) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -12,18 +11,11 @@ from typing import Any
 
 import pytest
 
-from evaluation.test_retention import made
-from lopt.evaluation.drift import Drift, LayerDrift
 from lopt.evaluation.statistics import Estimate
 from lopt.reports import plots
-from lopt.reports.compare import write_report
-from lopt.reports.demo import write_demo_report
-from lopt.reports.drift import drift_page
 from lopt.reports.page import page, paragraph, table
-from lopt.reports.retention import write_retention
-from lopt.reports.retention_curve import write_curves
+from report_pages import PAGES, Hurt, demo, evaluation, retention
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 HOSTILE = (
     "</title></svg></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><a href=javascript:x>"
     "<!-- ]]> &#60;b&#62; {{x}} $\\frac$ "
@@ -31,67 +23,12 @@ HOSTILE = (
 )
 LONG = HOSTILE + "<b onclick=x>" + "x" * 1_000_000
 FORBIDDEN = "\x00\x07\x1b\x9b\ud800\ufffe\u202e\u202a\u2066"
-Hurt = Callable[[str], str]
 
 
 def hurtful(name: str) -> str:
     return f"{name} {HOSTILE}"
 
 
-def demo(folder: Path, hurt: Hurt) -> Path:
-    found = json.loads((RESULTS / "demo.json").read_text())
-    for key in ("title", "model", "task", "device", "date", "method"):
-        found[key] = hurt(found[key])
-    found["blocks"] = [hurt(name) for name in found["blocks"]]
-    for key in ("settings", "versions", "memory"):
-        found[key] = {hurt(name): value for name, value in found[key].items()}
-    found["settings"] = {name: hurt(str(value)) for name, value in found["settings"].items()}
-    for sample in found["samples"]:
-        sample |= {name: hurt(value) for name, value in sample.items() if isinstance(value, str)}
-    return write_demo_report(found, folder)
-
-
-def compare(folder: Path, hurt: Hurt) -> Path:
-    text = (RESULTS / "compare_gsm8k.json").read_text()
-    found = json.loads(text)
-    names = [*found["arms"], *found["base"]["items"], found["setting"]["model"], found["cells"][0]["device"]]
-    for name in sorted(names, key=len, reverse=True):
-        text = text.replace(json.dumps(name), json.dumps(hurt(name)))
-    found = json.loads(text)
-    found["setting"] |= {hurt("a setting"): {hurt("inner"): [hurt("value")]}}
-    return write_report(found, folder)
-
-
-def evaluation(folder: Path, hurt: Hurt) -> Path:
-    tasks = {hurt("arc"): [1.0, 0.0] * 20, f"text:{hurt('notes')}": [1.0, 2.0] * 20}
-    tuned = {name: [0.0, 1.0, 1.0, 1.0] * 10 for name in tasks}
-    asked = [(hurt("Question?"), hurt(" no")), (hurt("Question?"), hurt(" yes"))]
-    answers = {"arguments": asked, "target": "1", "doc": {hurt("key"): hurt("value")}}
-    mine = {hurt("base"): made(tasks, **answers), hurt("mine"): made(tuned, **answers)}
-    mine[hurt("other")] = made(tuned, doc_hash="another", **answers)
-    write_retention(folder, hurt("base"), mine)
-    return folder / "report.html"
-
-
-def probe(folder: Path, hurt: Hurt) -> Path:
-    layers = [LayerDrift(hurt(f"layer {i}"), *(0.1 * i,) * 9) for i in range(4)]
-    weights = {name: 0.01 for name in (*(layer.name for layer in layers), "block 1", "all", hurt("head"))}
-    drifts = {hurt(name): Drift(layers, weights, [at], 1024) for at, name in enumerate(("a", "b"), start=1)}
-    path = folder / "report.html"
-    facts = {hurt("tokens"): hurt("1024")}
-    path.write_text(drift_page(drifts, hurt("base"), [hurt("notes")], facts), encoding="utf-8")
-    return path
-
-
-def retention(folder: Path, hurt: Hurt) -> Path:
-    loss, task = f"retention/{hurt('notes')}_loss", f"retention/{hurt('arc')}_acc"
-    rows = [{"step": i, loss: 2 + i / 9, "retention/change": i / 9, task: 0.5} for i in range(4)]
-    write_curves(rows, folder, stopped=hurt("stopped"))
-    ET.parse(folder / "retention.svg")
-    return folder / "retention.html"
-
-
-PAGES = [demo, compare, evaluation, probe, retention]
 # All elements that pages are made of, with their attributes.
 OURS = {
     "html": "lang", "meta": "charset content http-equiv name", "th": "class scope", "pre": "dir",

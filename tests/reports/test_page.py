@@ -31,7 +31,7 @@ def test_first_line_break_of_a_sample_is_kept() -> None:
 
 
 def test_the_drawing_of_the_method_is_well_formed() -> None:
-    drawing = Path(__file__).parents[2] / "docs" / "method.svg"
+    drawing = Path(__file__).parents[2] / "docs" / "assets" / "method.svg"
     root = ET.parse(drawing).getroot()
     assert (root.findtext("{*}title") or "").strip() and (root.findtext("{*}desc") or "").strip()
     assert "<script" not in drawing.read_text(encoding="utf-8")

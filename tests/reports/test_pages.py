@@ -12,15 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.test_retention import made
-from lopt.evaluation.drift import Drift, LayerDrift
-from lopt.reports.compare import write_report
-from lopt.reports.demo import write_demo_report
-from lopt.reports.drift import drift_page
-from lopt.reports.retention import write_retention
-from lopt.reports.retention_curve import write_curves
+from report_pages import PAGES
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (360, 1280)
 PAPER = 700  # A4 or letter at 96 dots an inch, less the margins; nothing scrolls there
@@ -42,43 +35,8 @@ document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(fra
 """
 
 
-def demo(folder: Path) -> Path:
-    return write_demo_report(json.loads((RESULTS / "demo.json").read_text()), folder)
-
-
-def compare(folder: Path) -> Path:
-    return write_report(json.loads((RESULTS / "compare_gsm8k.json").read_text()), folder)
-
-
-def evaluation(folder: Path) -> Path:
-    tasks = {f"a_task_with_a_rather_long_name_{i}": [1.0, 0.0] * 20 for i in range(12)}
-    tuned = {name: [0.0, 1.0, 1.0, 1.0] * 10 for name in tasks}
-    models = {"base": made(tasks), "a-model-with-a-name": made(tuned), "another": made(tasks)}
-    write_retention(folder, "base", models)
-    return folder / "report.html"
-
-
-def probe(folder: Path) -> Path:
-    layers = [LayerDrift(f"layer {i}", *(0.1 * i,) * 9) for i in range(30)]
-    weights = {name: 0.01 for name in ("embedding", *(f"layer {i}" for i in range(29)), "block 1", "block 2")}
-    weights |= {"final norm": 0.1, "head": 0.0, "all": 0.01, "norms and biases": 0.2}
-    drifts = {name: Drift(layers, weights, [15], 1024) for name in ("mine", "a-model-with-a-name")}
-    path = folder / "report.html"
-    path.write_text(drift_page(drifts, "base", ["notes", "other"], {"tokens": 1024, "base": "x" * 90}))
-    return path
-
-
-def retention(folder: Path) -> Path:
-    rows = [
-        {"step": i, "retention/notes_loss": 2 + i / 9, "retention/change": i / 9, "retention/arc_acc": 0.5}
-        for i in range(9)
-    ]
-    write_curves(rows, folder)
-    return folder / "retention.html"
-
-
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("make", [demo, compare, evaluation, probe, retention])
+@pytest.mark.parametrize("make", PAGES)
 def test_it_fits(make: Callable[[Path], Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     source = html.escape(make(tmp_path).read_text(encoding="utf-8"), quote=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainingArguments
@@ -15,32 +16,14 @@ from lopt.evaluation.retention_callback import RetentionCallback, check_whole_mo
 from lopt.evaluation.texts import read_texts
 from lopt.validation import check_number
 
-
-@dataclass(frozen=True)
-class Retention:
-    """Flags that were checked, and the texts that they name."""
-
-    args: RetentionArguments
-    texts: dict[str, str]
-
-    def callback(self, trainer: Any) -> RetentionCallback:
-        """Return the callback for `trainer`."""
-        return RetentionCallback(
-            trainer,
-            self.texts,
-            tokens=self.args.retention_tokens,
-            tasks=self.args.retention_tasks or (),
-            data_dir=self.args.retention_data_dir,
-            limit=self.args.retention_limit,
-            every=self.args.retention_every,
-            max_forgetting=self.args.max_forgetting,
-        )
+MakeCallback = Callable[[Any], RetentionCallback]
+"""From a trainer to its callback."""
 
 
 def check_retention(
     retention: RetentionArguments, config: LoPTConfig, args: TrainingArguments
-) -> Retention | None:
-    """Read texts and check benchmarks before any work; return None if nothing is to be measured.
+) -> MakeCallback | None:
+    """Read texts and check benchmarks before any work; return the maker of the callback, None if not needed.
 
     Raises:
         ValueError: a text or a benchmark that does not exist, a value out of range, flags without effect.
@@ -67,4 +50,13 @@ def check_retention(
         with renamed(tasks="retention_tasks", data_dir="retention_data_dir", texts="retention_text"):
             check_whole_model(config.offload == "block", args)
             check_tasks(r.retention_tasks, r.retention_data_dir)
-    return Retention(r, read_texts(r.retention_text or [], r.retention_tokens, "retention_text"))
+    return functools.partial(
+        RetentionCallback,
+        texts=read_texts(r.retention_text or [], r.retention_tokens, "retention_text"),
+        tokens=r.retention_tokens,
+        tasks=r.retention_tasks or (),
+        data_dir=r.retention_data_dir,
+        limit=r.retention_limit,
+        every=r.retention_every,
+        max_forgetting=r.max_forgetting,
+    )

@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments
 from lopt.cli.output import check_output, spare_model, start_anew
-from lopt.cli.retention import Retention
+from lopt.cli.retention import MakeCallback
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
@@ -133,7 +133,7 @@ def run(
     args: Any,
     checkpoint: str | None,
     record: Record,
-    retention: Retention | None = None,
+    retention: MakeCallback | None = None,
     **more: Any,
 ) -> None:
     """Load the model, train it on `rows`, evaluate on what was held out, save it.
@@ -142,7 +142,7 @@ def run(
         rows: `train`, `held_out` and `tokenizer`, from `lopt.cli.rows`.
         checkpoint: the one to resume from, if any.
         record: of the command, for the output folder.
-        retention: what is measured during training.
+        retention: makes the callback that measures retention during training.
         more: arguments of this trainer class.
     """
     name = str(model_args.model_name_or_path)
@@ -160,7 +160,7 @@ def run(
             peft_config=adapters,
             **more,
         )
-    callback = retention.callback(trainer) if retention is not None else None
+    callback = retention(trainer) if retention is not None else None
     if callback is not None:
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():

@@ -49,6 +49,7 @@ __all__ = [
     "cut_prompts",
     "evaluate",
     "run_task",
+    "run_tasks",
 ]
 
 CPU_TOKENS = 2048
@@ -85,17 +86,25 @@ def evaluate(
         ValueError: see `check_tasks`; a batch does not fit into memory.
     """
     loaded = load_tasks(tasks, data_dir, num_fewshot)
-    parts = {
-        name: run_task(
-            model, tokenizer, task, limit=limit, batch_size=batch_size, progress=progress, seed=seed,
-            apply_chat_template=apply_chat_template,
-        )
-        for name, task in loaded.tasks.items()
-    }  # fmt: skip
-    whole = combine(parts, loaded)
+    options: dict[str, Any] = {
+        "limit": limit,
+        "batch_size": batch_size,
+        "apply_chat_template": apply_chat_template,
+        "progress": progress,
+        "seed": seed,
+    }
+    whole = run_tasks(model, tokenizer, loaded, **options)
     if remark := cut_prompts(whole.results):
         warnings.warn(remark, stacklevel=2)
     return whole
+
+
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedTasks, **options: Any
+) -> Evaluation:
+    """Evaluate a model on all tasks of `loaded`; `options` are those of `run_task`."""
+    parts = {name: run_task(model, tokenizer, task, **options) for name, task in loaded.tasks.items()}
+    return combine(parts, loaded)
 
 
 def run_task(

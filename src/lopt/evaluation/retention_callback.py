@@ -171,17 +171,14 @@ class RetentionCallback(TrainerCallback):
     def _scores(self) -> dict[str, float]:
         if not self.tasks:
             return {}
-        from lopt.evaluation.harness import combine, load_tasks, run_task
+        from lopt.evaluation.harness import load_tasks, run_tasks
 
         self._loaded = self._loaded or load_tasks(self.tasks, self.data_dir)
-        trainer, parts = self.trainer, {}
+        trainer, options = self.trainer, {"limit": self.limit, "progress": False}
         with trainer.compute_loss_context_manager():
-            for name, task in self._loaded.tasks.items():
-                parts[name] = run_task(
-                    trainer.model, trainer.processing_class, task, limit=self.limit, progress=False
-                )
+            found = run_tasks(trainer.model, trainer.processing_class, self._loaded, **options)
         scores = {}
-        for name, outcome in combine(parts, self._loaded).outcomes().items():
+        for name, outcome in found.outcomes().items():
             key = f"{name}_{outcome.metric.split(',')[0]}"
             scores[key] = sum(outcome.values) / len(outcome.values)
             self._signs[key] = 1 if outcome.higher_is_better else -1

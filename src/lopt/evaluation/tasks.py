@@ -80,12 +80,8 @@ def load_tasks(
         ValueError: an unknown task; rows that are missing, cannot be read or reached or have other columns;
             shots that the task does not allow or that have no file to come from.
     """
-    names = [name for task in tasks for name in BENCHMARKS.get(task, (task,))]
-    _check_request(tasks, names, num_fewshot or {})
-    manager = _manager(tuple(names))
-    _check_known(names, manager)
-    if any(name.startswith("ifeval") for name in names):
-        need_punkt()
+    names, manager = _resolve(tasks, num_fewshot or {})
+    shots = {name: n for key, n in (num_fewshot or {}).items() for name in BENCHMARKS.get(key, (key,))}
     options: dict[str, Any] = {}
     if data_dir is not None:
         if not Path(data_dir).is_dir():
@@ -99,7 +95,7 @@ def load_tasks(
             part = _load(manager, name, options)
             loaded.tasks.update(part["tasks"])
             loaded.groups.update(part["groups"])
-            _set_shots(name, part["tasks"].values(), _shots(name, num_fewshot or {}))
+            _set_shots(name, part["tasks"].values(), shots.get(name))
     return loaded
 
 
@@ -113,14 +109,36 @@ def check_tasks(
     Raises:
         ValueError: see `load_tasks`.
     """
-    if data_dir is not None:
+    if data_dir is None:
+        _resolve(tasks, num_fewshot or {})
+    else:
         load_tasks(tasks, data_dir, num_fewshot)
-        return
+
+
+def _resolve(tasks: Sequence[str], num_fewshot: Mapping[str, int]) -> tuple[list[str], Any]:
+    """Return the harness's names of the tasks, and an index of tasks that has them all."""
+    if not tasks:
+        raise ValueError(f"`tasks` is empty: give some of {', '.join(BENCHMARKS)}")
     names = [name for task in tasks for name in BENCHMARKS.get(task, (task,))]
-    _check_request(tasks, names, num_fewshot or {})
-    _check_known(names, _manager(tuple(names)))
-    if "ifeval" in names:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"`tasks` names {', '.join(twice)} twice: leave one out")
+    for key, shots in num_fewshot.items():
+        if key not in tasks and key not in names:
+            raise ValueError(f"`num_fewshot` {key}={shots}: {key} is not among `tasks` ({', '.join(tasks)})")
+        check(shots >= 0, "num_fewshot", f"{key}={shots}", "0 or more shots")
+    manager = _manager(names)
+    for name in names:
+        if name not in manager.task_index:
+            close = difflib.get_close_matches(name, [*BENCHMARKS, *manager.all_tasks], n=3)
+            guess = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+            raise ValueError(
+                f"`tasks` {name} does not exist: use {', '.join(BENCHMARKS)}, or any of the "
+                f"{len(manager.all_tasks):,} names that `lm_eval ls tasks` prints.{guess}"
+            )
+    if any(name.startswith("ifeval") for name in names):
         need_punkt()
+    return names, manager
 
 
 def task_identity(task: Any) -> dict[str, Any]:
@@ -189,7 +207,7 @@ class LocalTask(ConfigurableTask):
         return None if split is not None and split not in self.dataset else super().fewshot_docs()
 
 
-def _manager(names: tuple[str, ...]) -> Any:
+def _manager(names: Sequence[str]) -> Any:
     """Return the harness's index of tasks; of its 14,000 only the folders of `BENCHMARKS` if they suffice."""
     root = Path(lm_eval.__file__).parent / "tasks"
     ours = TaskManager(include_defaults=False, include_path=[root / f for f in _FOLDERS_OF_TASKS])
@@ -214,13 +232,6 @@ def _load(manager: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]
     except (DatasetsError, OSError, RuntimeError) as error:
         raise ValueError(f"`tasks` {name} cannot be loaded: {error_text(error)}") from error
     return {"tasks": part["tasks"], "groups": part["groups"]}
-
-
-def _shots(name: str, num_fewshot: Mapping[str, int]) -> int | None:
-    for key, shots in num_fewshot.items():
-        if name in BENCHMARKS.get(key, (key,)):
-            return shots
-    return None
 
 
 def _shots_split(task: Any) -> str | None:
@@ -256,30 +267,6 @@ def _set_shots(name: str, tasks: Any, shots: int | None) -> None:
         if own is None and split == evaluated:
             raise ValueError(
                 f"`num_fewshot` {name}={count}: {task.config.task} has only its questions: leave it out"
-            )
-
-
-def _check_request(tasks: Sequence[str], names: Sequence[str], num_fewshot: Mapping[str, int]) -> None:
-    if not tasks:
-        raise ValueError(f"`tasks` is empty: give some of {', '.join(BENCHMARKS)}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"`tasks` names {', '.join(twice)} twice: leave one out")
-    for key, shots in num_fewshot.items():
-        if key not in tasks and key not in names:
-            raise ValueError(f"`num_fewshot` {key}={shots}: {key} is not among `tasks` ({', '.join(tasks)})")
-        check(shots >= 0, "num_fewshot", f"{key}={shots}", "0 or more shots")
-
-
-def _check_known(names: Sequence[str], manager: Any) -> None:
-    for name in names:
-        if name not in manager.task_index:
-            known = [*BENCHMARKS, *manager.all_tasks]
-            close = difflib.get_close_matches(name, known, n=3)
-            guess = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
-            raise ValueError(
-                f"`tasks` {name} does not exist: use {', '.join(BENCHMARKS)}, or any of the "
-                f"{len(manager.all_tasks):,} names that `lm_eval ls tasks` prints.{guess}"
             )
 
 

@@ -53,7 +53,7 @@ def test_what_only_lopt_can_is_left_out_elsewhere() -> None:
         (["magic"], (), "there is no method 'magic': use lopt, e2e, frozen, lora"),
         (["lopt:num_blocks"], (), "write each setting as name=value"),
         (["lopt:num_blocks=four"], (), "num_blocks must be a whole number (got four)"),
-        (["lopt:num_blocks=0"], (), "--num_blocks 0"),
+        (["lopt:num_blocks=0"], (), "`num_blocks` must be >= 1 (got 0)"),
         (["lopt:block_boundaries=6-12"], (), "joined by +"),
         (["lora:learning_rate=fast"], (), "must be a finite number"),
         (["lora:learning_rate=nan"], (), "must be a finite number"),

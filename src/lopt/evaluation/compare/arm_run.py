@@ -6,6 +6,7 @@ import copy
 import gc
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -94,10 +95,8 @@ def run_arm(setup: Setup, arm: Arm, seed: int, folder: Path, name: str) -> dict[
     flops = _Flops(setup.cycle)
     trainer.add_callback(flops)
     started = time.perf_counter()
-    try:
+    with flops.stack:  # an error in a step ends the counting too
         trainer.train()
-    finally:
-        flops.close()
     seconds = time.perf_counter() - started
     cost = _cost(trainer, flops) | {"train_seconds": seconds}
     adaptation = _held_out(trainer)
@@ -176,7 +175,7 @@ class _Flops(TrainerCallback):
         self.cycle = cycle
         self.counted: list[int] = []
         self.counter = FlopCounter()
-        self._active = False
+        self.stack = ExitStack()
 
     @property
     def mean(self) -> float:
@@ -184,16 +183,9 @@ class _Flops(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps - self.cycle:
-            self._active = True
-            self.counter.__enter__()
+            self.stack.enter_context(self.counter)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._active:
+        if state.global_step > state.max_steps - self.cycle:
             self.counted.append(state.global_step)
-        self.close()
-
-    def close(self) -> None:
-        """Stop counting, also where a step ended in an error."""
-        if self._active:
-            self._active = False
-            self.counter.__exit__(None, None, None)
+        self.stack.close()

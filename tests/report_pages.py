@@ -1,0 +1,77 @@
+"""One page of every kind from known data; `hurt` replaces every text in it that is not ours."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+from evaluation.test_retention import made
+from lopt.evaluation.drift import Drift, LayerDrift
+from lopt.reports.compare import write_report
+from lopt.reports.demo import write_demo_report
+from lopt.reports.drift import drift_page
+from lopt.reports.retention import write_retention
+from lopt.reports.retention_curve import write_curves
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+Hurt = Callable[[str], str]
+
+
+def demo(folder: Path, hurt: Hurt = str) -> Path:
+    found = json.loads((RESULTS / "demo.json").read_text())
+    for key in ("title", "model", "task", "device", "date", "method"):
+        found[key] = hurt(found[key])
+    found["blocks"] = [hurt(name) for name in found["blocks"]]
+    for key in ("settings", "versions", "memory"):
+        found[key] = {hurt(name): value for name, value in found[key].items()}
+    found["settings"] = {name: hurt(str(value)) for name, value in found["settings"].items()}
+    for sample in found["samples"]:
+        sample |= {name: hurt(value) for name, value in sample.items() if isinstance(value, str)}
+    return write_demo_report(found, folder)
+
+
+def compare(folder: Path, hurt: Hurt = str) -> Path:
+    text = (RESULTS / "compare_gsm8k.json").read_text()
+    found = json.loads(text)
+    names = [*found["arms"], *found["base"]["items"], found["setting"]["model"], found["cells"][0]["device"]]
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(json.dumps(name), json.dumps(hurt(name)))
+    found = json.loads(text)
+    found["setting"] |= {hurt("a setting"): {hurt("inner"): [hurt("value")]}}
+    return write_report(found, folder)
+
+
+def evaluation(folder: Path, hurt: Hurt = str) -> Path:
+    tasks = {hurt(f"a_task_with_a_rather_long_name_{i}"): [1.0, 0.0] * 20 for i in range(12)}
+    tasks[f"text:{hurt('notes')}"] = [1.0, 2.0] * 20
+    tuned = {name: [0.0, 1.0, 1.0, 1.0] * 10 for name in tasks}
+    asked = [(hurt("Question?"), hurt(" no")), (hurt("Question?"), hurt(" yes"))]
+    answers = {"arguments": asked, "target": "1", "doc": {hurt("key"): hurt("value")}}
+    models = {hurt("base"): made(tasks, **answers), hurt("a-model-with-a-name"): made(tuned, **answers)}
+    models[hurt("other")] = made(tuned, doc_hash="another", **answers)
+    write_retention(folder, hurt("base"), models)
+    return folder / "report.html"
+
+
+def probe(folder: Path, hurt: Hurt = str) -> Path:
+    layers = [LayerDrift(hurt(f"layer {i}"), *(0.1 * i,) * 9) for i in range(30)]
+    weights = {name: 0.01 for name in (*(layer.name for layer in layers), "block 1", "all", hurt("head"))}
+    names = ("mine", "a-model-with-a-name")
+    drifts = {hurt(name): Drift(layers, weights, [at], 1024) for at, name in enumerate(names, start=14)}
+    path = folder / "report.html"
+    facts = {hurt("tokens"): hurt("1024"), "base": "x" * 90}
+    path.write_text(drift_page(drifts, hurt("base"), [hurt("notes")], facts), encoding="utf-8")
+    return path
+
+
+def retention(folder: Path, hurt: Hurt = str) -> Path:
+    loss, task = f"retention/{hurt('notes')}_loss", f"retention/{hurt('arc')}_acc"
+    rows = [{"step": i, loss: 2 + i / 9, "retention/change": i / 9, task: 0.5} for i in range(9)]
+    write_curves(rows, folder, stopped=hurt("stopped"))
+    ET.parse(folder / "retention.svg")
+    return folder / "retention.html"
+
+
+PAGES = [demo, compare, evaluation, probe, retention]
