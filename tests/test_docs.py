@@ -13,7 +13,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
+import lopt
 from lopt.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,10 @@ def test_the_notebook_has_outputs() -> None:
     assert all(cell["execution_count"] for cell in code)
     kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
     assert "stream" in kinds and "error" not in kinds
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == lopt.__version__
 
 
 @pytest.mark.slow
