@@ -90,7 +90,7 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--lambda_aux -1", "--lambda_aux must be >= 0 (got -1.0)"),
     ("sft", "--lambda_aux nan", "--lambda_aux must be finite and >= 0 (got nan)"),
     ("sft", "--schedule block_major --clip global", "--schedule block_major needs --clip block (got global)"),
-    ("sft", "--schedule block_major --method e2e", "--schedule block_major needs --method lopt (got e2e): use eager"),
+    ("sft", "--schedule block_major --method e2e", "--schedule block_major needs --method lopt (got e2e)"),
     ("sft", "--offload block", "--offload block needs --schedule block_major: add it"),
     ("sft", "--schedule block_major --offload disk", "--offload: invalid choice: 'disk'"),
     ("sft", "--prefetch_gib -1", "--prefetch_gib must be >= 0 (got -1.0)"),
@@ -183,7 +183,7 @@ CASES: list[tuple[str, str, str]] = [
     # -- lopt compare
     ("compare", "--methods magic", "--methods magic: there is no method 'magic': use"),
     ("compare", "--methods lopt lopt", "twice: leave one of them out"),
-    ("compare", "--methods lopt:num_blocks=9", "--num_blocks must be <= 4, the model's number of layers (got 9)"),
+    ("compare", "--methods lopt:num_blocks=9", "--num_blocks must be <= 4, the model's number of layers"),
     ("compare", "--methods lopt:colour=red", "'colour' is no setting of lopt: use num_blocks"),
     ("compare", "--sweep lambda_aux", "write it as name=value,value"),
     ("compare", "--seeds 1 1", "--seeds 1 1: give one or more, each once"),
