@@ -231,6 +231,19 @@ def test_routers_are_balanced_by_their_own_block(name: str, checkpointing: bool)
     assert handle.local_losses()[0] > 0
 
 
+def test_a_frozen_block_adds_nothing_to_the_next_ones_balancing_loss() -> None:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    model, batch = tiny("mixtral"), batch_of([9, 5])
+    plain = copy.deepcopy(model)
+    attach(model, LoPTConfig(num_blocks=3, frozen_blocks=1, lambda_aux=0.0))
+    model(**batch)
+    logits = plain(**batch).router_logits[2:3]  # blocks of 2, 1 and 1 layers
+    (0.1 * 1 / 4 * load_balancing_loss_func(logits, 4, 2, batch["attention_mask"])).backward()
+    router = "model.layers.2.mlp.gate.weight"
+    torch.testing.assert_close(model.get_parameter(router).grad, plain.get_parameter(router).grad)
+
+
 def test_a_peft_model_trains_its_adapters_locally() -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("llama-tied"), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))

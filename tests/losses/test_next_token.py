@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from conftest import batch_of
-from lopt.core.objective import Rows
 from lopt.losses.next_token import NextToken, _CrossEntropy
+from lopt.losses.rows import Rows
 
 
 def lens(vocabulary: int = 97) -> tuple[NextToken, nn.Module, nn.Linear]:

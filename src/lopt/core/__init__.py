@@ -1,1 +1,1 @@
-"""The method: where gradients stop and what each block learns from."""
+"""The method. Read config, blocks, objective, boundaries, attach; then routers and warmup."""

@@ -40,11 +40,11 @@ class LoPT:
 
     Attributes:
         blocks: The `Blocks`, in order.
-        heads: One head per earlier block, in order, an identity for a frozen one; none unless method is lopt.
+        heads: One head per earlier block (`Identity` if it is frozen); empty unless `method` is lopt.
         learning: Indices (from 0) of the earlier blocks that learn.
-        objective: The local loss.
-        loss_scale: Factor on the local losses of the next forward. With gradient accumulation set it to what
-            scales the task loss, for example this micro-batch's share of the tokens.
+        local_loss: Computes ℓ_b (`lopt.core.objective`).
+        loss_scale: Factor on the local losses of the next forward. With gradient accumulation set it to the
+            factor on this micro-batch's task loss, for example its share of the tokens.
         learns_locally: False if earlier blocks run without gradients in the next forward, as between the
             steps of `config.local_every`, which trainers count.
         active_block: Index of the only block that the next forward is for (block-major); None for all.
@@ -53,8 +53,8 @@ class LoPT:
             the mask (B, T) or None, before its local loss is computed.
         after_local_backward: Called with the index of an earlier block when its gradients of this forward are
             complete.
-        offload_device: The device that the model computes on, if its weights are offloaded.
-        hooks: Every hook on the model's modules; `detach` removes them.
+        offload_device: Set by offloading: where the model computes while its weights are elsewhere.
+        hooks: Every hook that attaching made; `detach` removes them.
     """
 
     def __init__(self, model: nn.Module, config: LoPTConfig) -> None:
@@ -75,10 +75,11 @@ class LoPT:
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self._untied = self._separate_embeddings()
         self.heads = nn.ModuleList(self._new_head(b) for b in self.blocks[:-1] if config.is_local)
-        self.objective = AUX_LOSSES[config.aux_loss](self.blocks.tail, base.get_output_embeddings())
+        self.local_loss = AUX_LOSSES[config.aux_loss](self.blocks.tail, base.get_output_embeddings())
         self._boundaries = Boundaries(self) if len(self.heads) else None
         self.hooks: list[RemovableHandle] = [] if self._boundaries is None else self._boundaries.hooks
-        for block in self.blocks[:-1] if config.method == "frozen" else self.blocks[: config.frozen_blocks]:
+        frozen = len(self.blocks) - 1 if config.method == "frozen" else config.frozen_blocks
+        for block in self.blocks[:frozen]:
             for _, parameter in self.blocks.parameters(model, block.index):
                 parameter.requires_grad_(False)
         base._lopt = self
@@ -104,13 +105,16 @@ class LoPT:
     def parameter_groups(
         self, learning_rate: float, lr_k1: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Return optimizer groups: `learning_rate` for the last block, `lr_k1` or the config's for the rest.
+        """Return optimizer groups: `learning_rate` for the last block, `lr_k1` for all others.
+
+        `lr_k1` defaults to the config's, which defaults to a share of `learning_rate`.
 
         The last block comes first, so that what reads the rate of group 0 reads `learning_rate`; the groups
         of heads (`"heads": True`) come last. Weight decay is for matrices only.
         """
         config = self.config if lr_k1 is None else self.config.replace(lr_k1=lr_k1)
-        early, last = config.early_learning_rate(learning_rate), len(self.blocks) - 1
+        early = config.early_learning_rate(learning_rate)
+        last = len(self.blocks) - 1
         parts = [(b.index, False, self._own_parameters(b.index)) for b in reversed(self.blocks)]
         parts += [(index, True, list(head.parameters())) for index, head in enumerate(self.heads)]
         groups: list[dict[str, Any]] = []
@@ -119,8 +123,9 @@ class LoPT:
             matrices = [p for p in parameters if p.ndim >= 2]
             rest = [p for p in parameters if p.ndim < 2]
             for params, decay in ((matrices, weight_decay), (rest, 0.0)):
-                group = dict(params=params, weight_decay=decay, lr=rate, block=block, heads=heads)
-                groups += [group] if params else []
+                if params:
+                    group = dict(params=params, weight_decay=decay, lr=rate, block=block, heads=heads)
+                    groups.append(group)
         return groups
 
     def warm_up_heads(
@@ -138,7 +143,7 @@ class LoPT:
             batches: Model inputs (`input_ids` (B, T), `attention_mask` (B, T), ...; other keys but `labels`
                 are ignored), taken in turn and again from the first when they run out.
             steps: Default `config.head_warmup_steps`.
-            learning_rate: Peak of AdamW's, which falls linearly to 0; default `config.head_warmup_lr`.
+            learning_rate: AdamW's first rate, which falls linearly to 0; default `config.head_warmup_lr`.
             progress: Called after each step with its number (from 1) and the local losses.
 
         Returns:
@@ -171,11 +176,13 @@ class LoPT:
     def _separate_embeddings(self) -> bool:
         """Untie an embedding shared with the LM head, or freeze it; return True if it was untied."""
         model = base_model(self.model)
-        shared = shares_embeddings(model) and model.get_input_embeddings().weight.requires_grad
-        if shared and self.config.tied_embeddings == "freeze":
-            model.get_input_embeddings().weight.requires_grad_(False)
+        embedding = model.get_input_embeddings().weight
+        if not shares_embeddings(model) or not embedding.requires_grad:
             return False
-        if not shared or len(self.blocks) == 1:
+        if self.config.tied_embeddings == "freeze":
+            embedding.requires_grad_(False)
+            return False
+        if len(self.blocks) == 1:  # which owns both
             return False
         untie_embeddings(model)
         return True
@@ -183,6 +190,7 @@ class LoPT:
     def _new_head(self, block: Block) -> nn.Module:
         if block.index not in self.learning:
             return nn.Identity()
+        # Quantized weights are integers.
         weight = next(p for p in self.blocks.layers[block.stop - 1].parameters() if p.is_floating_point())
         size = base_model(self.model).config.get_text_config().hidden_size
         # Heads are small; in float32 they follow the small steps that bfloat16 would round away.

@@ -24,15 +24,15 @@ class Block:
 class Blocks(Sequence[Block]):
     """The blocks of one model, in order.
 
-    Block 1 owns all that feeds the first layer; block k owns the LM head and what comes before it.
+    The first block owns all that feeds the first layer; the last block owns the LM head and the final norm.
 
     Attributes:
         decoder: The decoder's module.
         layers: All of its layers.
-        tail: The modules between the last layer and the LM head.
+        tail: The modules between the last layer and the LM head: the final norm, and what follows it.
 
     Raises:
-        ValueError: The model cannot be cut as `config` says, or a parameter belongs to no block or to two.
+        ValueError: The model cannot be cut as `config` says, or a parameter has no block, or two.
     """
 
     def __init__(self, model: nn.Module, config: LoPTConfig) -> None:
@@ -62,18 +62,19 @@ class Blocks(Sequence[Block]):
                 yield name, parameter
 
     def _claims(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yield every module that holds parameters, after the index of its block."""
+        """Yield (block index, module) for every module that holds parameters."""
         yield from ((len(self) - 1, module) for module in (*self.tail, self._base.get_output_embeddings()))
-        # After the head: a matrix that the head shares with the embedding belongs to block 1.
+        # After the head, so that a matrix which they share belongs to the first block: see `_owners`.
         yield from ((0, module) for module in (*self._front, self._base.get_input_embeddings()))
         yield from ((b.index, layer) for b in self for layer in self.layers[b.start : b.stop])
 
     def _owners(self) -> dict[int, int]:
-        """Map id(parameter) to block index."""
+        """Map id(parameter) to block index; the last claim counts."""
         return {id(p): index for index, module in self._claims() for p in module.parameters()}
 
     def _check_owners(self, model: nn.Module) -> None:
-        name, owners = type(self._base).__name__, dict[int, int]()
+        name = type(self._base).__name__
+        owners: dict[int, int] = {}
         head = {id(parameter) for parameter in self._base.get_output_embeddings().parameters()}
         for index, module in self._claims():
             for parameter in module.parameters():
@@ -88,7 +89,7 @@ class Blocks(Sequence[Block]):
 
 
 def split(num_layers: int, config: LoPTConfig) -> list[tuple[int, int]]:
-    """Return contiguous (start, stop) spans of layers, as even as possible, earlier blocks taking the rest.
+    """Return contiguous (start, stop) spans of layers, as even as possible, the longer ones first.
 
     Raises:
         ValueError: The model has too few layers, or no earlier block is left to learn.
@@ -106,10 +107,11 @@ def split(num_layers: int, config: LoPTConfig) -> list[tuple[int, int]]:
         raise ValueError(
             f"`block_boundaries` must be < {num_layers}, the model's number of layers (got {starts})"
         )
-    frozen, most = config.frozen_blocks, max(0, len(starts) - 1)
-    if config.is_local and frozen > most:
+    max_frozen = max(0, len(starts) - 1)  # of the earlier blocks at least one learns
+    if config.is_local and config.frozen_blocks > max_frozen:
+        given = f"{config.frozen_blocks} of {len(starts) + 1} blocks"
         raise ValueError(
-            f"`frozen_blocks` must be <= {most} (got {frozen} of {len(starts) + 1} blocks), or no earlier "
-            "block learns: lower it, or use `method` frozen"
+            f"`frozen_blocks` must be <= {max_frozen} (got {given}), or no earlier block learns: lower it, "
+            "or use `method` frozen"
         )
     return list(zip([0, *starts], [*starts, num_layers], strict=True))

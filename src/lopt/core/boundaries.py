@@ -8,9 +8,11 @@
 
 Where gradients are off (evaluation, generation, a reference's log-probabilities) the hooks do nothing.
 `torch.is_grad_enabled()` decides, not `module.training`: a plain loop that forgets `model.train()` would
-otherwise train end to end unnoticed. So a forward leaves local gradients before its task loss has a backward.
-Where that never comes (validation without `torch.no_grad()`, a skipped batch, an error) they must not be
-stepped: the optimizer's step raises, unless they were cleared, as by `optimizer.zero_grad()`.
+otherwise train end to end unnoticed.
+
+Local gradients thus exist as soon as a forward ends, before the task loss has its backward. If that backward
+never runs (validation without `torch.no_grad()`, a skipped batch, an error), an optimizer's step would apply
+local gradients alone. The step raises instead, unless the gradients were cleared in between.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from torch.utils.hooks import RemovableHandle
 from lopt.architectures import base_model
 from lopt.compat import capture_paused, uses_reentrant_checkpointing
 from lopt.core.blocks import Block
-from lopt.core.objective import Rows
 from lopt.core.routers import RouterLoss
+from lopt.losses.rows import Rows
 
 if TYPE_CHECKING:
     from lopt.core.attach import LoPT
@@ -48,7 +50,7 @@ class Forward:
         learns: False if the earlier blocks run without gradients in this forward.
         block_input: (B, T, H) input of the current block, until its local loss is computed.
         losses: The local loss of each block (from 0) that has learned.
-        no_grad: To be closed before the last block: it turns gradients on again if they are off.
+        no_grad: Open while earlier blocks run without gradients; closed at the last boundary.
     """
 
     rows: Rows
@@ -63,7 +65,7 @@ class Boundaries:
     """The hooks of one attached model.
 
     Attributes:
-        hooks: All of them, to be removed.
+        hooks: All of them, and one on every optimizer of the process; to be removed.
         losses: The local losses of the last training forward, by block.
         labels: (B, T) labels that the model was called with, during the call; None if there are none.
     """
@@ -100,14 +102,14 @@ class Boundaries:
         handle = self._handle
         rows = Rows.from_call(args, kwargs, self.labels)
         if handle.learns_locally:
-            handle.objective.check(rows)
+            handle.local_loss.check(rows)
             if any(uses_reentrant_checkpointing(layer) for layer in handle.blocks.layers):
                 raise ValueError(
                     "reentrant gradient checkpointing silently gives no gradient behind a boundary: "
                     'use gradient_checkpointing_kwargs={"use_reentrant": False}'
                 )
-        if self._unused and not self._local_gradients():  # they were cleared
-            self._unused.clear()
+        if self._unused and not self._local_gradients():
+            self._unused.clear()  # the user has cleared the local gradients
         config = base_model(handle.model).config.get_text_config()
         routers = RouterLoss(config, len(handle.blocks.layers))
         self._forward = Forward(rows, routers, handle.learns_locally)
@@ -134,14 +136,16 @@ class Boundaries:
         if forward is None:
             return None
         if not forward.learns:
-            if block.index == len(handle.blocks) - 2:
-                forward.no_grad.close()  # the last block learns in every step
+            if block.index == len(handle.blocks) - 2:  # the last boundary: the last block always learns
+                forward.no_grad.close()
             return None
         if handle.active_block not in (None, block.index):
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         if block.index in handle.learning:
             self._learn(forward, block, hidden)
+        else:
+            forward.routers.release()
         handle.current_block = block.index + 1
         return (hidden.detach(), *output[1:]) if isinstance(output, tuple) else hidden.detach()
 
@@ -152,14 +156,15 @@ class Boundaries:
         if handle.on_boundary is not None:
             handle.on_boundary(block.index, hidden.detach(), forward.block_input, forward.rows.mask)
         prediction = handle.heads[block.index](hidden)
-        loss = handle.objective.loss(prediction, hidden, forward.block_input, forward.rows)
+        loss = handle.local_loss.loss(prediction, hidden, forward.block_input, forward.rows)
         forward.losses[block.index] = loss.detach()
-        objective = handle.config.lambda_aux / len(handle.learning) * loss
+        weighted = handle.config.lambda_aux / len(handle.learning) * loss
         balance = forward.routers.take(forward.rows.mask)
         if balance is not None:
-            objective = objective + balance
+            weighted = weighted + balance
+        # Recomputed layers must not be captured a second time, and a backward runs outside autocast.
         with capture_paused(), torch.autocast(hidden.device.type, enabled=False):
-            (handle.loss_scale * objective).backward()
+            (handle.loss_scale * weighted).backward()
         forward.routers.release()
         torch.clear_autocast_cache()  # or the casts of this block's weights would stay to the forward's end
         forward.block_input = None
@@ -167,11 +172,12 @@ class Boundaries:
             handle.after_local_backward(block.index)
 
     def _expect_backward(self, output: Any) -> None:
-        """Count this forward as unused until its loss has its backward."""
-        failed, token = output is None, object()
-        if failed or output[0].requires_grad:
-            self._unused.add(token)
-        if not failed and output[0].requires_grad:
+        """Count this forward as unused until its loss has its backward, which after an error never comes."""
+        if output is not None and not output[0].requires_grad:
+            return
+        token = object()
+        self._unused.add(token)
+        if output is not None:
             output[0].register_hook(lambda gradient: self._unused.discard(token))
 
     def _local_gradients(self) -> set[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+import itertools
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lopt.options import documented
@@ -10,12 +12,12 @@ from lopt.validation import check, check_choice, check_number
 
 METHODS = ("lopt", "e2e", "frozen", "lora")
 METHOD_ALIASES = {"ll": "lopt"}
-# An early block without a task gradient moves as fast as its learning rate lets it, because Adam is blind to
-# the size of the gradient. A tenth is what keeps a pretrained block intact (docs, "The method").
+# Adam ignores the size of a gradient, so even a weak local loss moves a block at its full learning rate. A
+# tenth keeps a pretrained block intact (docs/method.md).
 LR_K1_RATIO = {"recon": 0.1, "next_token": 1.0}
 _CHOICES: dict[str, Any] = {
     "method": [*METHODS, *METHOD_ALIASES],
-    "aux_loss": LR_K1_RATIO,
+    "aux_loss": tuple(LR_K1_RATIO),
     "schedule": ("eager", "block_major"),
     "offload": ("none", "optimizer", "block"),
     "tied_embeddings": ("untie", "freeze"),
@@ -39,9 +41,9 @@ class LoPTConfig:
             'next_token' predicts the next token, its head being a lens on the LM head, which suits blocks
             near the top, as with `num_blocks` 4 and `frozen_blocks` 2.
         frozen_blocks: How many blocks, from the first on, do not learn at all: they need no activations,
-            gradients or optimizer state. Useful with `aux_loss` next_token, of which low blocks learn little.
+            gradients or optimizer state. Useful with `aux_loss` next_token, which teaches low blocks little.
         lambda_aux: λ, the weight of the mean local loss beside the task loss.
-        lr_k1: Learning rate of every block but the last, the embedding and the heads. Default: a tenth of
+        lr_k1: Learning rate of blocks 1 to k−1, the embedding and the heads. Default: a tenth of
             `learning_rate`, or the same with `aux_loss` next_token (the published recipe uses the same).
         schedule: 'eager': each micro-batch runs through all blocks. 'block_major': all micro-batches of an
             optimizer step run through one block, which is stepped before the next one begins.
@@ -51,7 +53,7 @@ class LoPTConfig:
             current block. A larger value hides more of the copying.
         local_every: Earlier blocks learn on every N-th optimizer step and run without gradients on the
             others, which makes those faster. 1 is the published recipe.
-        head_warmup_steps: Steps in which the reconstruction heads alone learn, before the first optimizer
+        head_warmup_steps: Steps in which the heads alone learn, before the first optimizer
             step. 0 is the published start.
         head_warmup_lr: Learning rate of the head warm-up.
         tied_embeddings: How an embedding shared with the LM head is treated: 'untie' trains two copies,
@@ -83,12 +85,14 @@ class LoPTConfig:
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        for name in ("num_blocks", "local_every", *_AT_LEAST_0):
-            check_number(name, getattr(self, name), minimum=0 if name in _AT_LEAST_0 else 1)
+        for name in ("num_blocks", "local_every"):
+            check_number(name, getattr(self, name), minimum=1)
+        for name in _AT_LEAST_0:
+            check_number(name, getattr(self, name), minimum=0)
         if self.block_boundaries is not None:
             starts = list(self.block_boundaries)
             object.__setattr__(self, "block_boundaries", starts)
-            rising = all(a < b for a, b in zip([0, *starts], starts, strict=False))
+            rising = all(a < b for a, b in itertools.pairwise([0, *starts]))
             check(rising, "block_boundaries", starts, "increasing layer numbers from 1 on, for example 6 12")
         if self.frozen_blocks and not self.is_local:
             raise ValueError(f"`frozen_blocks` needs `method` lopt (got {self.method}): leave it out")
@@ -118,4 +122,4 @@ class LoPTConfig:
 
     def replace(self, **changes: Any) -> LoPTConfig:
         """Return a copy with some fields changed, validated again."""
-        return replace(self, **changes)
+        return dataclasses.replace(self, **changes)

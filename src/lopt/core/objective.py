@@ -5,8 +5,7 @@ Shapes: B batch, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from lopt.losses.next_token import NextToken
+from lopt.losses.rows import Rows
 
 
 class ReconstructionHead(nn.Module):
@@ -69,55 +69,23 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor | None)
     return error.square().sum() / (mask.bool().sum().clamp(min=1) * error.shape[-1])
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The token rows of one forward, as far as local losses need them.
-
-    Attributes:
-        mask: (B, T), true or 1 at real tokens; None if every token is real.
-        ids: (B, T) token ids; None if the model is given embeddings.
-        positions: (B or 1, T) position ids, which restart where a packed row begins; None if not given.
-        labels: (B, T), -100 where a token is not trained on; None if the model is given none.
-    """
-
-    mask: Tensor | None
-    ids: Tensor | None = None
-    positions: Tensor | None = None
-    labels: Tensor | None = None
-
-    @classmethod
-    def from_call(cls, args: tuple, kwargs: Mapping[str, Any], labels: Tensor | None) -> Rows:
-        """Make them from the arguments of a call of the decoder.
-
-        Raises:
-            ValueError: The attention mask does not say which tokens are real.
-        """
-        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        inputs = kwargs.get("inputs_embeds") if ids is None else ids
-        if mask is not None and inputs is not None:
-            if not isinstance(mask, Tensor) or mask.ndim != 2:
-                raise ValueError(
-                    "local losses need the 2-D attention mask (batch, tokens) that says which tokens are "
-                    "real: pass that one to the model"
-                )
-            mask = mask[:, -inputs.shape[1] :]
-        return cls(None if inputs is None else mask, ids, kwargs.get("position_ids"), labels)
-
-
 class Reconstruction:
     """The published local loss: a block learns to reconstruct its input, `mean (g_b(h_b) − sg(h_{b−1}))²`.
 
-    Other local losses (`lopt.losses`) have the same methods.
+    `sg` stops the gradient. Other local losses (`lopt.losses`) have the same methods.
     """
 
     def __init__(self, tail: Sequence[nn.Module], lm_head: nn.Module) -> None:
-        """Make the loss for a model whose decoder ends in the modules `tail`, before `lm_head`."""
+        """Make the loss for a model whose decoder ends in the modules `tail`, before `lm_head`.
+
+        Other losses need these; this one does not.
+        """
 
     def check(self, rows: Rows) -> None:
         """Raise a ValueError if `rows` lack what the loss needs."""
 
-    def scale_like(self, block_output: Tensor, block_input: Tensor) -> Tensor:
-        """Return the hidden state (B, T, H) in whose channels' units a head predicts in its warm-up."""
+    def prediction_scale(self, block_output: Tensor, block_input: Tensor) -> Tensor:
+        """Return the state (B, T, H) whose channels' RMS is the unit of a head's output in the warm-up."""
         return block_input
 
     def loss(self, prediction: Tensor, block_output: Tensor, block_input: Tensor, rows: Rows) -> Tensor:

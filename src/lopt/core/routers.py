@@ -2,8 +2,8 @@
 
 transformers makes one loss of all routers' logits at the end of the forward, when an earlier block's graph
 is gone. So its share is taken at its boundary: `coefficient · (routers in the block / layers of the model) ·
-load balancing over the block`, which keeps the pressure on each router what it is end to end. The last
-block's share stays the model's own loss, in which the earlier logits are constants.
+load balancing over the block`, so that each router is balanced as strongly as end to end. The last block's
+share stays the model's own loss, in which the earlier logits are constants.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lopt.core.boundaries import BoundaryReached
-from lopt.core.objective import Rows, channel_rms
+from lopt.core.objective import channel_rms
+from lopt.losses.rows import Rows
 
 if TYPE_CHECKING:
     from lopt.core.attach import LoPT
@@ -26,10 +27,10 @@ def warm_up_heads(
     learning_rate: float,
     progress: Callable[[int, list[float]], None] | None,
 ) -> list[list[float]]:
-    """Do what `LoPT.warm_up_heads` says.
+    """Train the heads for `steps` steps while the blocks stay as they are; return every step's losses.
 
     Channels of a residual stream differ in scale by orders of magnitude, so a head predicts in units of each
-    channel's root mean square, which is multiplied into its last layer at the end.
+    channel's root mean square over the first batch, which is multiplied into its last layer at the end.
     """
     optimizer = torch.optim.AdamW(handle.heads.parameters(), lr=learning_rate, weight_decay=0.0)
     heads: list[Any] = [handle.heads[index] for index in handle.learning]
@@ -39,9 +40,11 @@ def warm_up_heads(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - (step - 1) / steps)
         states, rows = boundary_states(handle, batch)
-        scales = scales or [channel_rms(handle.objective.scale_like(*pair), rows.mask) for pair in states]
+        scales = scales or [
+            channel_rms(handle.local_loss.prediction_scale(*pair), rows.mask) for pair in states
+        ]
         losses = [
-            handle.objective.loss(scale * head(block_output), block_output, block_input, rows)
+            handle.local_loss.loss(scale * head(block_output), block_output, block_input, rows)
             for head, scale, (block_output, block_input) in zip(heads, scales, states, strict=True)
         ]
         torch.stack(losses).sum().backward()
@@ -65,19 +68,21 @@ def boundary_states(handle: LoPT, batch: Mapping[str, Any]) -> tuple[list[tuple[
     inputs = {k: v.to(handle.device) for k, v in batch.items() if k in _INPUTS and v is not None}
     labels = batch.get("labels")
     rows = Rows.from_call((), inputs, None if labels is None else labels.to(handle.device))
-    handle.objective.check(rows)
+    handle.local_loss.check(rows)
     states: list[tuple[Tensor, Tensor]] = []
-    block_input: list[Tensor] = []
+    block_input: Tensor
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # Detached, since `enable_input_require_grads` marks embeddings even where gradients are off.
-        block_input[:] = [(args[0] if args else kwargs["hidden_states"]).detach()]
+        nonlocal block_input
+        block_input = (args[0] if args else kwargs["hidden_states"]).detach()
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal block_input
         hidden = output[0] if isinstance(output, tuple) else output
-        states.append((hidden, block_input[0]))
-        block_input[:] = [hidden]
-        if len(states) == len(handle.learning) and not sharded:
+        states.append((hidden, block_input))
+        block_input = hidden  # the learning blocks are contiguous: it is the next one's input
+        if len(states) == len(handle.learning) and not sharded:  # FSDP2 must see its root enter and leave
             raise BoundaryReached
 
     learning = [blocks[index] for index in handle.learning]
@@ -86,7 +91,7 @@ def boundary_states(handle: LoPT, batch: Mapping[str, Any]) -> tuple[list[tuple[
     training = model.training
     model.eval()
     try:
-        if sharded:  # FSDP2 must see its root enter and leave
+        if sharded:
             model(**inputs, use_cache=False, logits_to_keep=1)
         else:
             blocks.decoder(**inputs, use_cache=False)

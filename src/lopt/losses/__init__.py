@@ -1,1 +1,1 @@
-"""Local losses beside the published one, which is in `lopt.core.objective`."""
+"""Local losses beside the published one (`lopt.core.objective`), and the rows they read."""

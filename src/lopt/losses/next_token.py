@@ -9,27 +9,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-
-class TokenRows(Protocol):
-    """What the loss reads of `lopt.core.objective.Rows`."""
-
-    @property
-    def mask(self) -> Tensor | None: ...
-    @property
-    def ids(self) -> Tensor | None: ...
-    @property
-    def positions(self) -> Tensor | None: ...
-    @property
-    def labels(self) -> Tensor | None: ...
+from lopt.losses.rows import Rows
 
 
-def predicted_positions(rows: TokenRows) -> Tensor:
+def predicted_positions(rows: Rows) -> Tensor:
     """Return (N,), the positions in the flattened (B, T) whose next token is to be predicted."""
     assert rows.ids is not None
     real = torch.ones_like(rows.ids, dtype=torch.bool) if rows.mask is None else rows.mask.bool()
@@ -57,7 +46,7 @@ class NextToken:
         self._tail = [_constant(module) for module in tail]
         self._lm_head = lm_head
 
-    def check(self, rows: TokenRows) -> None:
+    def check(self, rows: Rows) -> None:
         """Raise a ValueError if `rows` have no token ids."""
         if rows.ids is None:
             raise ValueError(
@@ -65,11 +54,11 @@ class NextToken:
                 "of inputs_embeds, or use `aux_loss` recon"
             )
 
-    def scale_like(self, block_output: Tensor, block_input: Tensor) -> Tensor:
-        """Return the hidden state (B, T, H) in whose channels' units a head predicts in its warm-up."""
+    def prediction_scale(self, block_output: Tensor, block_input: Tensor) -> Tensor:
+        """Return the state (B, T, H) whose channels' RMS is the unit of a head's output in the warm-up."""
         return block_output
 
-    def loss(self, prediction: Tensor, block_output: Tensor, block_input: Tensor, rows: TokenRows) -> Tensor:
+    def loss(self, prediction: Tensor, block_output: Tensor, block_input: Tensor, rows: Rows) -> Tensor:
         """Return ℓ_b from the head's prediction and the block's output and input, all (B, T, H)."""
         assert rows.ids is not None
         places = predicted_positions(rows)
