@@ -12,8 +12,8 @@ from lopt.evaluation.drift import Drift, LayerDrift
 from lopt.reports.compare import write_report
 from lopt.reports.demo import write_demo_report
 from lopt.reports.drift import drift_page
-from lopt.reports.retention import write_retention
-from lopt.reports.retention_curve import write_curves
+from lopt.reports.eval import write_retention
+from lopt.reports.retention import write_curves
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 Hurt = Callable[[str], str]

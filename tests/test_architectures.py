@@ -1,14 +1,11 @@
-"""Where decoders keep their parts, and embeddings that are tied to the LM head."""
+"""Where decoders keep their parts."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
     T5Config,
@@ -16,7 +13,7 @@ from transformers import (
 )
 
 from conftest import batch_of, tiny
-from lopt.architectures import find_decoder, retie_embeddings, shares_embeddings, untie_embeddings
+from lopt.architectures import find_decoder
 
 
 def test_a_decoder_is_its_parts_in_their_order(architecture: str) -> None:
@@ -35,22 +32,6 @@ def test_a_decoder_is_its_parts_in_their_order(architecture: str) -> None:
     assert decoder.tail and all(order.index(module) > last for module in decoder.tail)
     before = [m for m in with_parameters if m not in decoder.tail and not isinstance(m, nn.ModuleList)]
     assert before and all(order.index(module) < first for module in before)
-
-
-@pytest.mark.parametrize("name", ["gemma3", "gpt2", "llama-tied"])
-def test_untie_and_retie(name: str, tmp_path: Path) -> None:
-    model, batch = tiny(name), batch_of([5, 3])
-    logits = model(**batch).logits
-    assert shares_embeddings(model)
-    untie_embeddings(model)
-    assert not shares_embeddings(model) and torch.equal(model(**batch).logits, logits)
-    assert retie_embeddings(model) and shares_embeddings(model) and model.config.tie_word_embeddings
-    untie_embeddings(model)
-    model.get_output_embeddings().weight.data[0] += 1
-    assert not retie_embeddings(model)  # they have gone different ways
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not shares_embeddings(again) and torch.equal(again(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_an_encoder_is_refused() -> None:

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lopt.cli.arguments import EvalArguments
 from lopt.cli.eval import check, labels
+from lopt.cli.flags import EvalArguments
 from lopt.cli.main import main
 from lopt.evaluation import run
 from lopt.evaluation.store import read_results

@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 
 from lopt.cli import help as help_module
-from lopt.cli.arguments import OWN
+from lopt.cli.flags import OWN
 from lopt.cli.help import COMMON
 from lopt.cli.main import COMMANDS, main
 from lopt.cli.parsing import settings
@@ -73,15 +73,14 @@ def test_the_documentation_of_trl_names_its_sections() -> None:
 
 def test_names_in_the_help_are_those_of_the_library() -> None:
     """`arguments` writes them out, because importing the library's would take seconds."""
-    from lopt.cli import arguments
     from lopt.data.procedural import TASKS
     from lopt.models.packaged import PACKAGED_MODEL
     from lopt.models.shapes import SHAPES
     from lopt.planning.optimizer_step import OPTIMIZERS
     from lopt.planning.plan import BANDWIDTH, TFLOPS
 
-    assert ", ".join(OPTIMIZERS) == arguments.OPTIMIZERS
-    plan, demo = arguments.PlanArguments(), arguments.DemoArguments()
+    assert ", ".join(OPTIMIZERS) == flags.OPTIMIZERS
+    plan, demo = flags.PlanArguments(), flags.DemoArguments()
     assert (plan.bandwidth, plan.tflops) == (BANDWIDTH, TFLOPS)
     assert demo.model == PACKAGED_MODEL and demo.task in TASKS
     texts = {field.name: field.metadata["help"] for field in fields(plan)}

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from lopt.cli.flag_names import renamed, with_flags
 from lopt.cli.main import main
-from lopt.cli.messages import renamed, with_flags
 
 
 def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture) -> None:

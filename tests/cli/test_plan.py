@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lopt.cli.arguments import PlanArguments
+from lopt.cli.flags import PlanArguments
 from lopt.cli.main import main
 from lopt.cli.plan import command, size_in_bytes
 from lopt.models.shapes import model_config

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from conftest import tiny
 from lopt import LoPTConfig, attach
-from lopt.architectures import shares_embeddings
 from lopt.models.load import load_model, load_tokenizer
+from lopt.tied_embeddings import shares_embeddings
 from small_model import byte_tokenizer
 
 pytest.importorskip("lm_eval")

@@ -10,7 +10,7 @@ import pytest
 
 from lopt.evaluation.outcomes import Evaluation
 from lopt.evaluation.retention import compare, examples
-from lopt.reports.retention import results_table, verdict, write_retention
+from lopt.reports.eval import results_table, verdict, write_retention
 from lopt.reports.text import columns
 from pages import HOSTILE
 

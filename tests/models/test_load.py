@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from conftest import batch_of, save_tiny, tiny
 from lopt import load_model, save_model
-from lopt.architectures import untie_embeddings
 from lopt.models.load import load_tokenizer
 from lopt.models.names import resolve_model
+from lopt.tied_embeddings import untie_embeddings
 
 
 def test_save_and_load(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopt.cli.arguments import CompareArguments, DataArguments, ModelArguments
+from lopt.cli.flags import CompareArguments, DataArguments, ModelArguments
 from lopt.cli.output import spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of

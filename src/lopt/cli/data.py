@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lopt.cli.messages import with_flags
+from lopt.cli.flag_names import with_flags
 from lopt.cli.parsing import parse
 from lopt.messages import error_text
 from lopt.validation import check_number

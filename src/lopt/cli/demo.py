@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.cli.messages import renamed
+from lopt.cli.flag_names import renamed
 from lopt.cli.output import check_report, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.cli.arguments import BENCHMARKS, EvalArguments
+from lopt.cli.flags import BENCHMARKS, EvalArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.evaluation.names import model_labels
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     from lopt.evaluation.outcomes import cut_prompts
     from lopt.evaluation.run import EvaluationRun
     from lopt.evaluation.text import TextTask
-    from lopt.reports.retention import results_table, write_retention
+    from lopt.reports.eval import results_table, write_retention
 
     folder = Path(args.output_dir)
     loading = Loading(args.param_dtype, args.model_revision, args.attn_implementation, args.trust_remote_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lopt.cli.arguments import DataArguments, ModelArguments
+from lopt.cli.flags import DataArguments, ModelArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.cli.retention import check_retention

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NamedTuple
 
-from lopt.cli.arguments import OWN, flags_of
+from lopt.cli.flags import OWN, flags_of
 
 
 class Line(NamedTuple):

@@ -109,7 +109,7 @@ def _one_line(error: BaseException, command: str, arguments: Sequence[str]) -> s
 
     It may quote a command line, a model or a data set.
     """
-    from lopt.cli.messages import with_flags
+    from lopt.cli.flag_names import with_flags
     from lopt.reliability.secrets import known_secrets, redact
     from lopt.reports.page import clean
 

@@ -15,7 +15,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 from yaml.constructor import ConstructorError
 
-from lopt.cli.arguments import flags_of
+from lopt.cli.flags import flags_of
 from lopt.messages import error_text
 from lopt.reliability.secrets import known_secrets, redact
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lopt.cli.arguments import PlanArguments
+from lopt.cli.flags import PlanArguments
 from lopt.cli.parsing import parse
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text

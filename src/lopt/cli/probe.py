@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
-from lopt.cli.arguments import ProbeArguments
 from lopt.cli.eval import labels
+from lopt.cli.flags import ProbeArguments
 from lopt.cli.output import check_report
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from lopt.cli.arguments import RetentionArguments
-from lopt.cli.messages import renamed
+from lopt.cli.flag_names import renamed
+from lopt.cli.flags import RetentionArguments
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.retention_callback import RetentionCallback, check_whole_model
 from lopt.evaluation.texts import read_texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lopt.cli.arguments import DataArguments, ModelArguments, TaskArguments
+from lopt.cli.flags import DataArguments, ModelArguments, TaskArguments
 from lopt.data.formats import format_rows
 from lopt.data.load import check_held_out, load_rows, split_held_out
 from lopt.data.procedural import TASKS

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
-from lopt.cli.arguments import DataArguments, ModelArguments, RunArguments
+from lopt.cli.flags import DataArguments, ModelArguments, RunArguments
 from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.retention import MakeCallback
 from lopt.core.blocks import Blocks, split
@@ -27,7 +27,7 @@ from lopt.reliability.machine_errors import memory_errors_explained
 from lopt.reliability.record import Record, data_facts
 from lopt.reliability.saving import on_first_rank
 from lopt.reliability.stop import Stopped
-from lopt.reports.retention_curve import write_curves
+from lopt.reports.retention import write_curves
 from lopt.trainers.checks import check_numbers, check_routers, check_settings
 from lopt.trainers.lora import lora_config
 

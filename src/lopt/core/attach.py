@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lopt.architectures import base_model, retie_embeddings, shares_embeddings, untie_embeddings
+from lopt.architectures import base_model
 from lopt.core.blocks import Block, Blocks
 from lopt.core.boundaries import Boundaries
 from lopt.core.config import LoPTConfig
 from lopt.core.objective import AUX_LOSSES, ReconstructionHead
 from lopt.core.warmup import warm_up_heads
+from lopt.tied_embeddings import retie_embeddings, shares_embeddings, untie_embeddings
 
 
 def attach(model: nn.Module, config: LoPTConfig | None = None) -> LoPT:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lopt.architectures import shares_embeddings
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.core.objective import ReconstructionHead
 from lopt.models.load import empty_model
+from lopt.tied_embeddings import shares_embeddings
 
 Method = Literal["lopt", "frozen", "e2e"]
 

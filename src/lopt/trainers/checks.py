@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from lopt.architectures import base_model, shares_embeddings
+from lopt.architectures import base_model
 from lopt.core.config import LoPTConfig
+from lopt.tied_embeddings import shares_embeddings
 from lopt.validation import check, check_number
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lopt.cli.messages import renamed, with_flags
+from lopt.cli.flag_names import renamed, with_flags
 
 
 def test_only_flags_that_the_command_has_are_written_as_such() -> None:
