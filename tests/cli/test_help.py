@@ -72,7 +72,8 @@ def test_the_documentation_of_trl_names_its_sections() -> None:
 
 
 def test_names_in_the_help_are_those_of_the_library() -> None:
-    """`arguments` writes them out, because importing the library's would take seconds."""
+    """`flags` writes them out, because importing the library's would take seconds."""
+    from lopt.cli import flags
     from lopt.data.procedural import TASKS
     from lopt.models.packaged import PACKAGED_MODEL
     from lopt.models.shapes import SHAPES
