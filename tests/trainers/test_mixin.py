@@ -102,7 +102,7 @@ def test_the_first_run_of_random_numbers_is_the_trainers(make_trainer) -> None:
 
 
 def test_mistakes(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="--num_blocks 9"):
+    with pytest.raises(ValueError, match="`num_blocks` must be <= 4"):
         make_trainer(config=LoPTConfig(num_blocks=9))
     with pytest.raises(ValueError, match="use_reentrant"):
         make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
