@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from lopt.cli.flag_names import renamed, with_flags
+from lopt.cli.flag_names import flags_in_logs, renamed, with_flags
 
 
 def test_only_flags_that_the_command_has_are_written_as_such() -> None:
@@ -21,3 +23,11 @@ def test_an_argument_with_another_flag() -> None:
         raise TypeError("`tasks`")
     with renamed(tasks="retention_tasks"):
         pass
+
+
+def test_log_messages_of_the_library_name_flags(caplog: pytest.LogCaptureFixture) -> None:
+    with flags_in_logs(lambda: {"lr_k1"}):
+        logging.getLogger("lopt.reliability.guards").warning("try a lower `%s` for `%s`", "lr_k1", "other")
+        logging.getLogger("elsewhere").warning("`lr_k1`")
+    logging.getLogger("lopt.reliability.guards").warning("`lr_k1`")
+    assert caplog.messages == ["try a lower --lr_k1 for `other`", "`lr_k1`", "`lr_k1`"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from importlib import import_module
 
+from lopt.cli.flag_names import flags_in_logs, with_flags
 from lopt.cli.noise import quiet
 from lopt.reliability.stop import EXIT_STOPPED, Stopped
 from lopt.version import __version__
@@ -53,7 +54,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     try:
         quiet()
         if not _show_help(command, arguments):
-            import_module(f"lopt.cli.{command}").main(list(arguments))
+            with flags_in_logs(lambda: _flags(command, arguments)):
+                import_module(f"lopt.cli.{command}").main(list(arguments))
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("LOPT_DEBUG"):
             raise
@@ -109,18 +111,24 @@ def _one_line(error: BaseException, command: str, arguments: Sequence[str]) -> s
 
     It may quote a command line, a model or a data set.
     """
-    from lopt.cli.flag_names import with_flags
     from lopt.reliability.secrets import known_secrets, redact
     from lopt.reports.page import clean
 
     message = " ".join(str(error).split())
+    if "`" in message:
+        message = with_flags(message, _flags(command, arguments))
+    return clean(redact(message, known_secrets(arguments)))
+
+
+def _flags(command: str, arguments: Sequence[str]) -> Collection[str]:
+    """Return the names of the command's flags; none if the libraries that define them cannot be imported."""
     name = _full_name(command, arguments)
-    if "`" in message and name != "data":
-        with suppress(ImportError):  # the error may be that transformers or TRL cannot be imported
+    with suppress(ImportError):
+        if name != "data":
             from lopt.cli.parsing import flag_types
 
-            message = with_flags(message, flag_types(name))
-    return clean(redact(message, known_secrets(arguments)))
+            return flag_types(name)
+    return ()
 
 
 def _culprit(error: Exception) -> str | None:
