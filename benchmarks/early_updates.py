@@ -43,7 +43,7 @@ import cold_start
 import local_every
 from lopt import LoPT, LoPTConfig
 from lopt.core.blocks import Block
-from lopt.core.boundaries import BoundaryReached
+from lopt.core.boundaries import BoundaryReached, Forward
 from lopt.core.objective import ReconstructionHead, channel_rms, reconstruction_loss
 from lopt.engine.clipping import clip_gradients
 from lopt.losses.rows import Rows
@@ -123,7 +123,11 @@ class Studied(LoPT):
                 nn.ModuleDict({kind: ReconstructionHead(size) for kind in self.kinds})
                 for _ in self.blocks[:-1]
             )
-            self._freeze(b for b in self.blocks[:-1] if b.index not in self.only_blocks)
+            for block in self.blocks[:-1]:
+                if block.index not in self.only_blocks:
+                    for _, parameter in self.blocks.parameters(model, block.index):
+                        parameter.requires_grad_(False)
+            self._boundaries._learn = self._learn
         self.units = [dict.fromkeys(self.kinds, torch.ones(size)) for _ in self.heads]
 
     def target(self, kind: str, index: int, own: Tensor) -> Tensor:
@@ -155,12 +159,12 @@ class Studied(LoPT):
             return self.tokens.loss(lens[::2], wanted[::2], teacher, others=512)
         return self.tokens.loss(lens, wanted)
 
-    def _learn(self, block: Block, hidden: Tensor) -> None:
+    def _learn(self, forward: Forward, block: Block, hidden: Tensor) -> None:
         if block.index in self.only_blocks:
-            assert self._target is not None
-            losses = [self.term(kind, block.index, hidden, self._target) for kind in self.kinds]
+            assert forward.block_input is not None
+            losses = [self.term(kind, block.index, hidden, forward.block_input) for kind in self.kinds]
             loss = torch.stack(losses).sum()
-            self._losses[block.index] = loss.detach()
+            forward.losses[block.index] = loss.detach()
             (self.config.lambda_aux / len(self.heads) * loss).backward()
         if self.gauging and block.index == len(self.heads) - 1:
             raise BoundaryReached

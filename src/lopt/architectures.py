@@ -17,14 +17,18 @@ from transformers import PreTrainedModel
 class Layout:
     """Where a decoder keeps its layers and what comes after them.
 
+    Every other module of the decoder feeds the first layer.
+
     Attributes:
         layers: Name of the decoder's list of layers.
-        final: Names of the modules that the last layer's output passes through, in order. None: the modules
-            with parameters that the decoder defines after its layers.
+        final: Names that the modules which the last layer's output passes through may have, in order.
     """
 
     layers: str = "layers"
-    final: tuple[str, ...] | None = None
+    final: tuple[str, ...] = (
+        *("norm", "norm_f", "ln_f", "final_norm", "final_layernorm", "final_layer_norm", "layer_norm"),
+        *("embedding_norm", "project_out"),  # LFM 2; OPT
+    )
 
 
 # Keyed by `config.model_type`. Models laid out like Llama need no line.
@@ -35,7 +39,6 @@ LAYOUTS: dict[str, Layout] = {
     "gpt_bigcode": Layout("h"),
     "bloom": Layout("h"),
     "falcon": Layout("h"),
-    "opt": Layout("layers", ("final_layer_norm", "project_out")),
 }
 
 
@@ -97,10 +100,6 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
             f"lopt.architectures.LAYOUTS['{config.model_type}'] = Layout(layers=...)"
         )
     parts = dict(decoder.named_children())
-    if layout.final is None:
-        after = list(parts)[list(parts).index(layout.layers) + 1 :]
-        tail = [parts[key] for key in after if any(True for _ in parts[key].parameters())]
-    else:
-        tail = [parts[key] for key in layout.final if parts.get(key) is not None]
+    tail = [parts[key] for key in layout.final if parts.get(key) is not None]
     front = [part for part in parts.values() if part is not layers and part not in tail]
     return Decoder(decoder, front, list(layers), tail)

@@ -15,6 +15,25 @@ def shares_embeddings(model: PreTrainedModel) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
+def separate_embeddings(model: PreTrainedModel, how: str, num_blocks: int) -> bool:
+    """Untie or freeze an embedding that is shared with the LM head; return True if it was untied.
+
+    Args:
+        model: The causal LM.
+        how: "untie" gives the head a copy, "freeze" keeps the one matrix and does not train it.
+        num_blocks: With one block, which owns both, a matrix that is trained stays shared.
+    """
+    embedding = model.get_input_embeddings().weight
+    if not shares_embeddings(model) or not embedding.requires_grad:
+        return False
+    if how == "freeze":
+        embedding.requires_grad_(False)
+    elif num_blocks > 1:
+        untie_embeddings(model)
+        return True
+    return False
+
+
 def untie_embeddings(model: PreTrainedModel) -> None:
     """Give the LM head a copy of the embedding's matrix; the model is saved untied from then on."""
     head = model.get_output_embeddings()

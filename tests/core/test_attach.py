@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -517,15 +518,54 @@ def test_an_error_in_the_forward_leaves_no_state_and_no_step() -> None:
     optimizer.step()
 
 
-def test_a_dropped_model_is_freed_and_its_optimizer_hook_goes() -> None:
-    from torch.optim.optimizer import _global_optimizer_pre_hooks
+def test_ctrl_c_in_a_forward_leaves_no_state_and_no_step() -> None:
+    model, batch = tiny("llama"), batch_of([4])
+    handle = attach(model)
+    optimizer = torch.optim.SGD(handle.parameter_groups(learning_rate=0.1))
 
-    gc.collect()
-    before = len(_global_optimizer_pre_hooks)
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = handle.blocks.layers[-1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    hook.remove()
+    with torch.no_grad():
+        model(**batch)
+    model(**batch).loss.backward()
+    with pytest.raises(ValueError, match="no backward"):
+        optimizer.step()
+
+
+def test_the_backward_of_any_loss_behind_the_last_boundary_counts() -> None:
+    model, batch = tiny("llama"), batch_of([4])
+    handle = attach(model)
+    optimizer = torch.optim.SGD(handle.parameter_groups(learning_rate=0.1))
+    model(**batch, output_hidden_states=True).hidden_states[-2].sum().backward()
+    optimizer.step()
+
+
+def test_a_warm_up_after_a_cleared_forward() -> None:
+    model, batch = tiny("llama"), batch_of([4])
+    handle = attach(model)
+    optimizer = torch.optim.SGD(handle.parameter_groups(learning_rate=0.1))
+    model(**batch)
+    optimizer.zero_grad()
+    assert len(handle.warm_up_heads([batch], steps=2)) == 2
+
+
+def test_an_attached_model_can_be_copied_and_pickled() -> None:
+    model, batch = tiny("llama"), batch_of([4])
+    attach(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied(**batch).loss.backward()
+        assert torch.equal(copied(**batch).logits, model(**batch).logits)
+
+
+def test_a_dropped_model_is_freed() -> None:
     model = tiny("llama")
     attach(model)
-    assert len(_global_optimizer_pre_hooks) == before + 1
     gone = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None and len(_global_optimizer_pre_hooks) == before
+    assert gone() is None

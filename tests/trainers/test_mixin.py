@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -117,3 +118,43 @@ def test_a_bare_folder_name_works_as_in_trl(make_trainer, tmp_path: Path) -> Non
     trainer = make_trainer(str(folder), model_init_kwargs={"dtype": "float32"})
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_of_offloaded_models_only_the_trained_one_keeps_its_place(
+    make_trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a reference model is moved there; the policy's weights stay in host memory."""
+    placed: list[tuple[torch.nn.Module, bool | None]] = []
+    prepare = Accelerator.prepare_model
+
+    def record(self, model, device_placement=None, evaluation_mode=False):
+        placed.append((model, device_placement))
+        return prepare(self, model, device_placement, evaluation_mode)
+
+    monkeypatch.setattr(Accelerator, "prepare_model", record)
+    trainer = make_trainer(config=LoPTConfig(schedule="block_major", offload="block", head_warmup_steps=2))
+    reference = torch.nn.Linear(2, 2)
+    trainer.accelerator.prepare_model(reference, evaluation_mode=True)
+    trainer.train()
+    assert placed[0] == (reference, None)
+    assert [place for model, place in placed if model is trainer.model] == [False]
+
+
+@pytest.mark.parametrize("head_warmup_steps", [0, 2])
+def test_a_batch_size_is_found_after_an_error(make_trainer, head_warmup_steps: int) -> None:
+    """The gradients of the batch that did not fit are not stepped, and do not end the run."""
+    trainer = make_trainer(
+        config=LoPTConfig(head_warmup_steps=head_warmup_steps),
+        auto_find_batch_size=True,
+        per_device_train_batch_size=4,
+        max_steps=2,
+    )
+    layer = trainer.lopt.blocks.layers[-1]
+
+    def fail(module, args, output) -> None:
+        if len(output) > 2:
+            raise RuntimeError("CUDA out of memory.")
+
+    layer.register_forward_hook(fail)
+    trainer.train()
+    assert trainer.state.global_step == 2

@@ -16,7 +16,7 @@ from lopt.core.boundaries import Boundaries
 from lopt.core.config import LoPTConfig
 from lopt.core.objective import AUX_LOSSES, ReconstructionHead
 from lopt.core.warmup import warm_up_heads
-from lopt.tied_embeddings import retie_embeddings, shares_embeddings, untie_embeddings
+from lopt.tied_embeddings import retie_embeddings, separate_embeddings
 
 
 def attach(model: nn.Module, config: LoPTConfig | None = None) -> LoPT:
@@ -74,7 +74,7 @@ class LoPT:
         self.after_local_backward: Callable[[int], None] | None = None
         self.offload_device: torch.device | None = None
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._untied = self._separate_embeddings()
+        self._untied = separate_embeddings(base, config.tied_embeddings, len(self.blocks))
         self.heads = nn.ModuleList(self._new_head(b) for b in self.blocks[:-1] if config.is_local)
         self.local_loss = AUX_LOSSES[config.aux_loss](self.blocks.tail, base.get_output_embeddings())
         self._boundaries = Boundaries(self) if len(self.heads) else None
@@ -155,7 +155,10 @@ class LoPT:
         """
         steps = self.config.head_warmup_steps if steps is None else steps
         rate = self.config.head_warmup_lr if learning_rate is None else learning_rate
-        return warm_up_heads(self, batches, steps, rate, progress) if len(self.heads) and steps else []
+        if self._boundaries is None or not steps:
+            return []
+        self._boundaries.forget_cleared_gradients()
+        return warm_up_heads(self, batches, steps, rate, progress)
 
     def detach(self) -> nn.Module:
         """Remove every boundary and return the plain model.
@@ -173,20 +176,6 @@ class LoPT:
             parameter.requires_grad_(self._trainable.get(name, True))
         base._lopt = None
         return self.model
-
-    def _separate_embeddings(self) -> bool:
-        """Untie an embedding shared with the LM head, or freeze it; return True if it was untied."""
-        model = base_model(self.model)
-        embedding = model.get_input_embeddings().weight
-        if not shares_embeddings(model) or not embedding.requires_grad:
-            return False
-        if self.config.tied_embeddings == "freeze":
-            embedding.requires_grad_(False)
-            return False
-        if len(self.blocks) == 1:  # which owns both
-            return False
-        untie_embeddings(model)
-        return True
 
     def _new_head(self, block: Block) -> nn.Module:
         if block.index not in self.learning:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -51,6 +52,8 @@ class Forward:
         block_input: (B, T, H) input of the current block, until its local loss is computed.
         losses: The local loss of each block (from 0) that has learned.
         no_grad: Open while earlier blocks run without gradients; closed at the last boundary.
+        token: Stands for this forward among those whose loss has had no backward.
+        is_watched: True if that backward will be noticed.
     """
 
     rows: Rows
@@ -59,13 +62,15 @@ class Forward:
     block_input: Tensor | None = None
     losses: dict[int, Tensor] = field(default_factory=dict)
     no_grad: ExitStack = field(default_factory=ExitStack)
+    token: object = field(default_factory=object)
+    is_watched: bool = False
 
 
 class Boundaries:
     """The hooks of one attached model.
 
     Attributes:
-        hooks: All of them, and one on every optimizer of the process; to be removed.
+        hooks: All of them, to be removed.
         losses: The local losses of the last training forward, by block.
         labels: (B, T) labels that the model was called with, during the call; None if there are none.
     """
@@ -73,7 +78,7 @@ class Boundaries:
     def __init__(self, handle: LoPT) -> None:
         self._handle = handle
         self._forward: Forward | None = None
-        self._unused: set[object] = set()  # one token per training forward whose loss had no backward
+        self._unused: set[object] = set()  # tokens of training forwards whose loss had no backward
         self.losses: dict[int, Tensor] = {}
         self.labels: Tensor | None = None
         blocks, model, decoder = handle.blocks, handle.model, handle.blocks.decoder
@@ -82,8 +87,9 @@ class Boundaries:
             model.register_forward_hook(self._leave_model, always_call=True),
             decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._leave_decoder, always_call=True),
-            self._watch_optimizers(),
+            handle.blocks.layers[handle.blocks[-1].start].register_forward_hook(self._enter_last_block),
         ]
+        _ATTACHED.add(self)
         for block in blocks[:-1]:
             enter = functools.partial(self._enter_block, block)
             leave = functools.partial(self._leave_block, block)
@@ -97,6 +103,7 @@ class Boundaries:
         self.labels = None
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._leave_decoder(module, args, None)  # a forward that Ctrl-C has ended, after which no hook ran
         if not torch.is_grad_enabled():
             return
         handle = self._handle
@@ -108,8 +115,7 @@ class Boundaries:
                     "reentrant gradient checkpointing silently gives no gradient behind a boundary: "
                     'use gradient_checkpointing_kwargs={"use_reentrant": False}'
                 )
-        if self._unused and not self._local_gradients():
-            self._unused.clear()  # the user has cleared the local gradients
+        self.forget_cleared_gradients()
         config = base_model(handle.model).config.get_text_config()
         routers = RouterLoss(config, len(handle.blocks.layers))
         self._forward = Forward(rows, routers, handle.learns_locally)
@@ -123,8 +129,11 @@ class Boundaries:
         if forward is None:
             return
         forward.no_grad.close()
-        if forward.losses and self._handle.active_block is None:
-            self._expect_backward(output)
+        if output is not None:
+            self._watch(forward, output if isinstance(output, Tensor) else output[0])
+        is_counted = output is None or forward.is_watched  # an error, or a backward that will be noticed
+        if forward.losses and self._handle.active_block is None and is_counted:
+            self._unused.add(forward.token)
 
     def _enter_block(self, block: Block, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         forward = self._forward
@@ -171,38 +180,46 @@ class Boundaries:
         if handle.after_local_backward is not None:
             handle.after_local_backward(block.index)
 
-    def _expect_backward(self, output: Any) -> None:
-        """Count this forward as unused until its loss has its backward, which after an error never comes."""
-        if output is not None and not output[0].requires_grad:
-            return
-        token = object()
-        self._unused.add(token)
-        if output is not None:
-            output[0].register_hook(lambda gradient: self._unused.discard(token))
+    def _enter_last_block(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._forward is not None:  # a loss on hidden states inside the last block passes here as well
+            self._watch(self._forward, output[0] if isinstance(output, tuple) else output)
+
+    def _watch(self, forward: Forward, hidden: Tensor) -> None:
+        """Notice the backward of this forward's loss when it passes `hidden`."""
+        if forward.losses and hidden.requires_grad:
+            forward.is_watched = True
+            hidden.register_hook(lambda gradient, token=forward.token: self._unused.discard(token))
+
+    def forget_cleared_gradients(self) -> None:
+        """Forget forwards without a backward if their local gradients were cleared."""
+        if self._unused and not self._local_gradients():
+            self._unused.clear()
 
     def _local_gradients(self) -> set[int]:
-        """Return the ids of the earlier blocks' parameters whose gradient is not zero."""
+        """Return the ids of the earlier blocks' parameters that have a gradient, not all of it zero."""
         parameters = (p for index in self._handle.learning for p in self._handle.block_parameters(index))
-        return {id(p) for p in parameters if p.grad is not None and p.grad.any()}
+        given = ((id(p), p.grad) for p in parameters if p.grad is not None)
+        # Ranks see different parts of a sharded gradient, so its values do not decide.
+        return {key for key, gradient in given if isinstance(gradient, DTensor) or gradient.any()}
 
-    def _watch_optimizers(self) -> RemovableHandle:
-        """Look at each optimizer before it steps; keep neither the handle nor its model alive for that."""
-        reference = weakref.ref(self)
-
-        def before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-            boundaries = reference()
-            if boundaries is not None and boundaries._unused:
-                boundaries._refuse_unused(optimizer)
-
-        hook = register_optimizer_step_pre_hook(before_step)
-        weakref.finalize(self, hook.remove)
-        return hook
-
-    def _refuse_unused(self, optimizer: Optimizer) -> None:
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if stepped & self._local_gradients():
+    def check_step(self, optimizer: Optimizer) -> None:
+        """Raise a ValueError if `optimizer` would step local gradients whose forward had no backward."""
+        if not self._unused:
+            return
+        if self._local_gradients() & {id(p) for group in optimizer.param_groups for p in group["params"]}:
             raise ValueError(
                 f"{len(self._unused)} forward(s) with gradients on had no backward of their loss, and this "
                 "step would use their local gradients: run validation under torch.no_grad(), and call "
                 "optimizer.zero_grad() after a forward whose loss is not used"
             )
+
+
+_ATTACHED: weakref.WeakSet[Boundaries] = weakref.WeakSet()
+
+
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    for boundaries in list(_ATTACHED):
+        boundaries.check_step(optimizer)
+
+
+register_optimizer_step_pre_hook(_before_step)  # of every optimizer in the process

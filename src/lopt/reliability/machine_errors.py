@@ -109,6 +109,8 @@ def ignore_children() -> Callable[[], object]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return lambda: None
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if handler is None:  # it was not installed from Python and cannot be put back
+        return lambda: None
     return lambda: signal.signal(signal.SIGCHLD, handler)
 
 

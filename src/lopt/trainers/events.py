@@ -20,6 +20,7 @@ class LoopEvents(TrainerCallback):
         """Warm up the heads; a resumed run has warm ones."""
         self._trainer.stops.begin_training()
         lopt: LoPT = self._trainer.lopt
+        lopt.heads.zero_grad()  # the gradients of a batch that did not fit (`auto_find_batch_size`)
         if lopt.heads and lopt.config.head_warmup_steps and state.global_step == 0:
             warm_up_heads(self._trainer)
 

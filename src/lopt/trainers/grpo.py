@@ -60,10 +60,6 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     # Rollouts may serve several optimizer steps (`num_iterations`, `steps_per_generation`): those that are
     # not used up belong to a checkpoint.
 
-    def rollouts(self) -> list[Any]:
-        """Return the micro-batches of the current generation batch."""
-        return self._buffered_inputs or []
-
     def rollout_state(self) -> Any:
         """Return the number of micro-batches so far, and the rollouts."""
         return self._step, self._buffered_inputs
@@ -71,10 +67,6 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     def set_rollout_state(self, state: Any) -> None:
         """Restore what `rollout_state` returned."""
         self._step, self._buffered_inputs = state
-
-    def skip_micro_batches(self, count: int) -> None:
-        """Move on by `count` micro-batches in the rollouts, or back if it is negative."""
-        self._step += count
 
     def save_own_state(self, folder: Path) -> None:
         """Write heads and unused rollouts into a checkpoint."""

@@ -42,11 +42,12 @@ from lopt.reliability.guards import Guard
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
+from lopt.trainers.accelerator import adapt_accelerator
 from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
-from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer, clip
+from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer
 from lopt.trainers.throughput import Throughput
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -212,10 +213,7 @@ class LoPTMixin(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, which clips as the blocks need it and leaves offloaded weights in place."""
         super().create_accelerator_and_postprocess()
-        accelerator: Any = self.accelerator
-        accelerator.device_placement &= not self.weights_offloaded
-        # With this Trainer clips and, by an infinite `max_norm`, takes the norm.
-        accelerator.clip_grad_norm_ = lambda parameters, max_norm, norm_type=2: clip(self, max_norm)
+        adapt_accelerator(self)
 
     # -- one optimizer step --------------------------------------------------------------------------
 
@@ -310,8 +308,8 @@ class LoPTMixin(Trainer):
     # -- rollouts, which some trainers keep over several steps ---------------------------------------
 
     def rollouts(self) -> list[Any]:
-        """Return the micro-batches that were generated and are not used up; none in a trainer without any."""
-        return []
+        """Return the micro-batches of the current generation batch; none in a trainer that generates none."""
+        return getattr(self, "_buffered_inputs", None) or []
 
     def rollout_state(self) -> Any:
         """Return where the trainer is in its rollouts, and those; None in a trainer without any."""
@@ -322,6 +320,8 @@ class LoPTMixin(Trainer):
 
     def skip_micro_batches(self, count: int) -> None:
         """Move on by `count` micro-batches in the rollouts, or back if it is negative."""
+        if hasattr(self, "_step"):  # TRL's on-policy trainers find their rollouts by it
+            self._step += count
 
     # -- heads ---------------------------------------------------------------------------------------
 
