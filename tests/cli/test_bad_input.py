@@ -278,7 +278,7 @@ CASES: list[tuple[str, str, str]] = [
     ("demo", "--steps 0", "--steps must be >= 1 (got 0)"),
     ("demo", "--num_blocks 9", "--num_blocks must be <= 4, the model's number of layers (got 9)"),
     ("demo", "--learning_rate nan", "--learning_rate must be finite and > 0 (got nan)"),
-    ("demo", "--output_dir done", "--output_dir done holds a report already: replace it with"),
+    ("demo", "--output_dir done", "--output_dir done holds a run already: start anew with"),
     ("demo", "--output_dir model --overwrite_output_dir", "would write over the model it starts from"),
 ]  # fmt: skip
 # Found when weights are read, or when rows are tokenized; not before.

@@ -13,6 +13,7 @@ def test_only_flags_that_the_command_has_are_written_as_such() -> None:
     message = "`num_blocks` must be >= 1 (got 0); column `answer` of `num_blocks`"
     expected = "--num_blocks must be >= 1 (got 0); column `answer` of --num_blocks"
     assert with_flags(message, {"num_blocks", "seed"}) == expected
+    assert with_flags("give `revision`", {"seed"}, others={"revision"}) == "give revision"
 
 
 def test_an_argument_with_another_flag() -> None:
@@ -26,7 +27,7 @@ def test_an_argument_with_another_flag() -> None:
 
 
 def test_log_messages_of_the_library_name_flags(caplog: pytest.LogCaptureFixture) -> None:
-    with flags_in_logs(lambda: {"lr_k1"}):
+    with flags_in_logs(lambda message: with_flags(message, {"lr_k1"})):
         logging.getLogger("lopt.reliability.guards").warning("try a lower `%s` for `%s`", "lr_k1", "other")
         logging.getLogger("elsewhere").warning("`lr_k1`")
     logging.getLogger("lopt.reliability.guards").warning("`lr_k1`")

@@ -95,3 +95,9 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch) -> None
 def test_the_resume_flag(flags: list[str], value: str | None) -> None:
     _, _, run, *_ = parse("sft", ["--output_dir", "x", *flags])
     assert run.resume == value
+
+
+def test_a_command_that_cannot_resume_spares_a_run_and_does_not_offer_to(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match="holds a run already: start anew"):
+        check_output(str(tmp_path), resume=None, overwrite=False, resumable=False)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lopt.cli.flag_names import renamed
 from lopt.cli.flags import CompareArguments, DataArguments, ModelArguments
 from lopt.cli.output import spare_model
 from lopt.cli.parsing import parse
@@ -100,7 +101,8 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
     if tasks:
         from lopt.evaluation.harness import check_tasks
 
-        check_tasks(tasks, compare.data_dir)
+        with renamed(tasks="retention_tasks"):
+            check_tasks(tasks, compare.data_dir)
 
 
 def _folder(args: LoPTSFTConfig) -> Path:

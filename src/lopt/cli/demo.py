@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lopt.cli.flag_names import renamed
-from lopt.cli.output import check_report, spare_model
+from lopt.cli.output import check_output, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.core.config import LoPTConfig
 from lopt.data.procedural import TASKS
 from lopt.models.load import resolve_model
 from lopt.validation import check_choice, check_number
-
-# A folder that holds any of these is that of another demo or of a training run.
-RESULTS = ("results.json", "config.json", "trainer_state.json", "adapter_config.json")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,7 +32,8 @@ def main(arguments: Sequence[str]) -> None:
     from lopt.cli.training import check_cut  # after the checks: this import takes seconds
 
     with renamed(model_name_or_path="model"):
-        check_report(args.output_dir, RESULTS, overwrite=args.overwrite_output_dir)
+        overwrite = args.overwrite_output_dir
+        check_output(args.output_dir, resume=None, overwrite=overwrite, resumable=False)
         model = resolve_model(args.model)
         spare_model(args.output_dir, model, ("checkpoint-*", "model"))
         check_cut(model, [config])
@@ -45,7 +43,8 @@ def main(arguments: Sequence[str]) -> None:
 
     record_of("demo", arguments).write(folder)
     names = ("model", "task", "steps", "batch_size", "learning_rate", "held_out", "seed", "trust_remote_code")
-    results = Demo(config=config, **{name: getattr(args, name) for name in names}).run(folder)
+    with renamed(model_name_or_path="model"):
+        results = Demo(config=config, **{name: getattr(args, name) for name in names}).run(folder)
     report = write_demo_report(results, folder)
     print(summary(results))
     print(f"\nReport: {report}\nFigures: {folder / 'results.json'}\nModel: {folder / 'model'}")

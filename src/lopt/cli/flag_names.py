@@ -9,20 +9,30 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def with_flags(message: str, flags: Collection[str]) -> str:
-    """Return the message with `name` written as --name wherever `flags` has that name."""
-    return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in flags else name[0], message)
+def with_flags(message: str, flags: Collection[str], others: Collection[str] = ()) -> str:
+    """Return the message as the user of a command with the flags `flags` reads it.
+
+    A `name` in backticks is written as --name if it is one of `flags`, and without backticks if it is one of
+    `others`: a flag that only other commands have.
+    """
+
+    def shown(name: re.Match[str]) -> str:
+        if name[1] in flags:
+            return f"--{name[1]}"
+        return name[1] if name[1] in others else name[0]
+
+    return re.sub(r"`(\w+)`", shown, message)
 
 
 @contextmanager
-def flags_in_logs(flags: Callable[[], Collection[str]]) -> Iterator[None]:
-    """Within, what the library logs names flags as well; `flags` is called when a message needs it."""
+def flags_in_logs(in_flags: Callable[[str], str]) -> Iterator[None]:
+    """Within, messages that the library logs pass through `in_flags`."""
     make_record = logging.getLogRecordFactory()
 
     def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        if record.name.startswith("lopt.") and "`" in (message := record.getMessage()):
-            record.msg, record.args = with_flags(message, flags()), ()
+        if record.name.startswith("lopt."):
+            record.msg, record.args = in_flags(record.getMessage()), ()
         return record
 
     logging.setLogRecordFactory(make)

@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from importlib import import_module
 
 from lopt.cli.flag_names import flags_in_logs, with_flags
@@ -54,7 +55,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     try:
         quiet()
         if not _show_help(command, arguments):
-            with flags_in_logs(lambda: _flags(command, arguments)):
+            with flags_in_logs(lambda message: _in_flags(message, command, arguments)):
                 import_module(f"lopt.cli.{command}").main(list(arguments))
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("LOPT_DEBUG"):
@@ -115,20 +116,25 @@ def _one_line(error: BaseException, command: str, arguments: Sequence[str]) -> s
     from lopt.reports.page import clean
 
     message = " ".join(str(error).split())
-    if "`" in message:
-        message = with_flags(message, _flags(command, arguments))
-    return clean(redact(message, known_secrets(arguments)))
+    return clean(redact(_in_flags(message, command, arguments), known_secrets(arguments)))
 
 
-def _flags(command: str, arguments: Sequence[str]) -> Collection[str]:
-    """Return the names of the command's flags; none if the libraries that define them cannot be imported."""
+def _in_flags(message: str, command: str, arguments: Sequence[str]) -> str:
+    """Return a message of the library with the command's flags in place of arguments."""
+    if "`" not in message:
+        return message
+    from lopt.cli.flags import OWN
+
     name = _full_name(command, arguments)
-    with suppress(ImportError):
+    flags: Collection[str] = ()
+    with suppress(ImportError):  # the error may be that transformers or TRL cannot be imported
         if name != "data":
             from lopt.cli.parsing import flag_types
 
-            return flag_types(name)
-    return ()
+            flags = flag_types(name)
+    return with_flags(
+        message, flags, {field.name for groups in OWN.values() for g in groups for field in fields(g)}
+    )
 
 
 def _culprit(error: Exception) -> str | None:

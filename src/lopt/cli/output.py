@@ -13,11 +13,14 @@ from lopt.reliability.checkpoint import WRITING, checkpoints, find_checkpoint
 _SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json", "results.json")
 
 
-def check_output(output_dir: str, *, resume: str | None, overwrite: bool) -> str | None:
+def check_output(
+    output_dir: str, *, resume: str | None, overwrite: bool, resumable: bool = True
+) -> str | None:
     """Check `output_dir` before any work, without changing it; return the checkpoint to resume, if any.
 
     Args:
         resume: `auto` for the newest whole checkpoint, or a checkpoint.
+        resumable: False for a command that cannot resume, which the message then does not offer.
 
     Raises:
         ValueError: It is not a writable folder, holds a run, or has no whole checkpoint to resume.
@@ -29,9 +32,10 @@ def check_output(output_dir: str, *, resume: str | None, overwrite: bool) -> str
     if resume:
         return find_checkpoint(str(folder), resume)
     if not overwrite and (checkpoints(folder) or any((folder / name).exists() for name in _SIGNS_OF_A_RUN)):
+        resuming = "go on with --resume, " if resumable else ""
         raise ValueError(
-            f"--output_dir {folder} holds a run already: go on with --resume, start anew with "
-            "--overwrite_output_dir, or choose another folder"
+            f"--output_dir {folder} holds a run already: {resuming}start anew with --overwrite_output_dir, "
+            "or choose another folder"
         )
     return None
 

@@ -91,14 +91,13 @@ def flag_types(command: str) -> dict[str, Any]:
 def _words(command: str, arguments: Sequence[str]) -> tuple[_Parser, list[str]]:
     """Return a parser and the words that it is to read: those of the YAML file first, so that flags win."""
     first = _Parser([], add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    config, words = first.parse_known_args(list(arguments))
+    first.add_argument("--config", type=Path, action="append", default=[])
+    given, words = first.parse_known_args(list(arguments))
+    if len(given.config) > 1:
+        raise ValueError("--config is given twice: put all flags into one file")
     parser = _Parser(flags_of(command), prog=f"lopt {command}")
-    if config.config is not None:
-        words = (
-            _words_of(_read_yaml(config.config), f"--config {config.config}", parser, flag_types(command))
-            + words
-        )
+    for path in given.config:
+        words = _words_of(_read_yaml(path), f"--config {path}", parser, flag_types(command)) + words
     return parser, words
 
 
