@@ -78,10 +78,10 @@ def line_plot(
         axes.grid(axis="y", color=_INK, alpha=0.14, lw=0.7)
         lines = list(axes.lines)
         axes.margins(y=0.16 if marks else None)  # room for the labels
-        for place, label in (marks or {}).items():
-            axes.axvline(place, color=_INK, alpha=0.45, lw=0.9, linestyle=(0, (2, 2)))
+        for position, label in (marks or {}).items():
+            axes.axvline(position, color=_INK, alpha=0.45, lw=0.9, linestyle=(0, (2, 2)))
             axes.annotate(
-                _short(label, 40), (place, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
+                _short(label, 40), (position, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
                 textcoords="offset points", va="top", fontsize=9.5, alpha=0.8,
             )  # fmt: skip
         _label(fig, axes, y_label, lines, series)
