@@ -110,7 +110,7 @@ def assert_moved_alike(
     start: Mapping[str, torch.Tensor],
     one: Mapping[str, torch.Tensor],
     other: Mapping[str, torch.Tensor],
-    share: float = 0.01,
+    share: float = 1e-3,
 ) -> None:
     """Assert that two runs from `start` end at the same weights, up to a share of how far they moved.
 

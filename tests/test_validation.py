@@ -33,6 +33,12 @@ def test_numbers_within_bounds(value: float | None, bounds: dict[str, float]) ->
         (0, dict(above=0), "`x` must be > 0 (got 0)"),
         (1, dict(below=1), "`x` must be < 1 (got 1)"),
         (2, dict(minimum=0, maximum=1), "`x` must be >= 0 and <= 1 (got 2)"),
+        (
+            0,
+            dict(minimum=1_234_567, maximum=2**64 - 1),
+            "`x` must be >= 1234567 and <= 18446744073709551615 (got 0)",
+        ),
+        (9, dict(minimum=1e-5, maximum=1.0), "`x` must be >= 1e-05 and <= 1 (got 9)"),
         (math.nan, dict(minimum=0), "`x` must be finite and >= 0 (got nan)"),
         (math.inf, {}, "`x` must be finite (got inf)"),
     ],

@@ -48,12 +48,20 @@ class ChildProcess:
         cpu_seconds: Limit of its processor time.
         orphan_seconds: Time after which an answer in progress ends the child by itself. It matters only if
             this process has been killed and cannot end the child any more.
+        quiet: Discard what the child writes to its standard error.
     """
 
     def __init__(
-        self, script: Path, *, memory_bytes: int, cpu_seconds: int | None = None, orphan_seconds: int
+        self,
+        script: Path,
+        *,
+        memory_bytes: int,
+        cpu_seconds: int | None = None,
+        orphan_seconds: int,
+        quiet: bool = False,
     ) -> None:
         self.script = script
+        self._quiet = quiet
         self._limits = (memory_bytes, cpu_seconds or 0, orphan_seconds)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
@@ -87,16 +95,19 @@ class ChildProcess:
         # -P: the script's folder must not hide other modules by files of the same name.
         command = [sys.executable, "-P", __file__, str(self.script), *map(str, self._limits)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="ascii"
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if self._quiet else None,
+            text=True,
+            encoding="ascii",
         )
         self._owner = os.getpid()
         try:
             self._exchange("", START_SECONDS)
         except (TimeoutError, ChildEndedError) as error:
-            raise RuntimeError(
-                f"the process for {self.script.name} did not start within {START_SECONDS:.0f} s: "
-                "see its error above"
-            ) from error
+            problem = f"the process for {self.script.name} did not start within {START_SECONDS:.0f} s"
+            raise RuntimeError(problem if self._quiet else f"{problem}: see its error above") from error
 
     def _exchange(self, line: str, seconds: float) -> str:
         """Write `line` and return the line that comes back; kill the process if none comes."""

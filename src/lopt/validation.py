@@ -31,9 +31,14 @@ def check_number(
         (below, "<", lambda bound: value < bound),
     ]
     given = [(bound, sign, holds) for bound, sign, holds in bounds if bound is not None]
-    rule = " and ".join(f"{sign} {bound:g}" for bound, sign, _ in given)
+    rule = " and ".join(f"{sign} {number_text(bound)}" for bound, sign, _ in given)
     kept = math.isfinite(value) and all(holds(bound) for bound, _, holds in given)
     check(kept, name, value, rule if math.isfinite(value) else f"finite and {rule}".removesuffix(" and "))
+
+
+def number_text(value: float) -> str:
+    """Return a number for a message: 1234567 rather than 1.23457e+06, and 1 for 1.0."""
+    return str(value) if isinstance(value, int) else f"{value:.15g}"
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

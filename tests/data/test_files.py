@@ -88,6 +88,15 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path, name, content, expected):
     assert message.startswith("`train_file`") and name in message and expected in message
 
 
+def test_an_integer_too_long_for_python_is_valid_json(tmp_path):
+    long = '{"question": "' + "[" * 600 + '", "n": ' + "9" * 5000 + "}"
+    assert load_rows(write(tmp_path / "a.jsonl", long + "\n"))["question"][:] == ["[" * 600]
+    message = error_of(train_file=write(tmp_path / "b.jsonl", f'{long}\n{{"a": \n'))
+    assert "b.jsonl is broken: line 2 is not valid JSON" in message
+    message = error_of(train_file=write(tmp_path / "c.json", f"[{long},\n3 4]"))
+    assert "c.json is broken: line 2 is not valid JSON" in message
+
+
 def test_bad_paths(tmp_path, monkeypatch):
     assert "does not exist" in error_of(train_file=tmp_path / "none.jsonl")
     assert "is a folder" in error_of(train_file=tmp_path)
@@ -122,6 +131,8 @@ def test_held_out_rows_are_no_training_rows():
     for wrong in (20, 0.99, -1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="`held_out`"):
             split_held_out(rows, wrong)
+    with pytest.raises(ValueError, match=r"^`held_out` 1234567 takes 1234567 of 20 rows"):
+        split_held_out(rows, 1_234_567.0)
 
 
 def test_a_stream_has_the_order_of_its_seed(tmp_path):

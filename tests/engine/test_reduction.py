@@ -25,7 +25,7 @@ def launch(folder: Path, ranks: int, mode: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
         [*torchrun, str(WORKER), str(folder), mode, *CASES, *(DDP_ONLY if mode == "ddp" else []), "resume"],
-        env=environment, capture_output=True, text=True, timeout=3600,
+        env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-6000:]
 

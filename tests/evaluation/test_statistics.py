@@ -32,9 +32,17 @@ def test_wilson_interval(correct: int, total: int, low: float, high: float) -> N
     assert wilson_interval(correct, total) == pytest.approx((low, high), abs=2e-5)
 
 
-@pytest.mark.parametrize(("correct", "total"), [(1, 0), (0, 0), (3, 2), (-1, 5)])
-def test_wilson_interval_refuses(correct: int, total: int) -> None:
-    with pytest.raises(ValueError, match="must be"):
+@pytest.mark.parametrize(
+    ("correct", "total", "message"),
+    [
+        (1, 0, "`total` must be >= 1"),
+        (0, 0, "`total` must be >= 1"),
+        (3, 2, "`correct` must be between 0 and 2"),
+        (-1, 5, "`correct` must be between 0 and 5"),
+    ],
+)
+def test_wilson_interval_refuses(correct: int, total: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         wilson_interval(correct, total)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from lopt.models import chat_template
-from lopt.models.chat_template import _problem
+from lopt.models.chat_template import _problem, check_chat_template
+from lopt.models.pickles import UntrustedError
 
 HONEST = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
@@ -26,6 +30,22 @@ HOSTILE = {
 @pytest.mark.parametrize("template", HONEST)
 def test_honest(template: str) -> None:
     assert _problem(template, '{"eos_token": "<eos>"}') is None
+
+
+def test_a_process_that_ends_writes_nothing_to_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(chat_template, "__file__", str(tmp_path / "chat_template.py"))
+    script = tmp_path / "chat_template_process.py"
+    script.write_text("def answer(question):\n    raise ValueError('a traceback')\n")
+    assert _problem("{{ 'ends' }}", "{}") == "fails in a way that no template should"
+    script.write_text("raise ImportError('a traceback')\n")
+    tokenizer = SimpleNamespace(chat_template="{{ 'does not start' }}", special_tokens_map={})
+    with pytest.raises(
+        UntrustedError, match=r"of m cannot be checked \(.* did not start within 120 s\) for a"
+    ):
+        check_chat_template("m", tokenizer)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("template", HOSTILE)

@@ -162,7 +162,11 @@ MODELS = {
     "pickle": (pickled, "pytorch_model.bin, a pickle", WITHOUT_WEIGHTS),
     "shards elsewhere": (shards_elsewhere, "'../good/model.safetensors'", WITHOUT_WEIGHTS),
     "link": (link, "tokenizer_config.json is a link out of that folder", ()),
-    "kernel": (kernel, "someone/fast-attention in its config.json, code from the hub", WITHOUT_WEIGHTS),
+    "kernel": (
+        kernel,
+        "attn_implementation sdpa, or someone/fast-attention if you trust it",
+        WITHOUT_WEIGHTS,
+    ),
 }
 
 
@@ -182,6 +186,12 @@ def test_every_command_refuses(
         assert code == 2 and "error: " in error and message in error, (name, error)
         assert not world.marker.exists(), name
     assert not list((world.root / "out").rglob("*.safetensors"))
+
+
+def test_the_library_names_the_argument_that_replaces_a_kernel(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with pytest.raises(UntrustedError, match="give `attn_implementation` sdpa, or someone/fast-attention if"):
+        load_model(str(kernel(world)))
 
 
 def test_the_flag_is_what_runs_code(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

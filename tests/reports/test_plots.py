@@ -79,6 +79,21 @@ def test_hostile_plot_texts_stay_text() -> None:
     }  # fmt: skip
 
 
+def test_default_text_alternatives_name_places_and_measures() -> None:
+    series = {"lopt": [(1, 6.283), (40, 5.1)]}
+    root = ET.fromstring(_line(series, alt=""))
+    assert root.get("aria-label") == "Loss: lopt from 6.28 at step 1 to 5.1 at step 40."
+    root = ET.fromstring(_line({"lopt": [(0, 0.0), (4, 0.25)]}, "Distance", alt="", place="after layer"))
+    assert root.get("aria-label") == "Distance: lopt from 0 after layer 0 to 0.25 after layer 4."
+    points = {"e2e": (Estimate(6.283, 6, 7), Estimate(-0.01, -0.02, 0))}
+    labels = {
+        "x_label": "task loss, nats (lower is better)",
+        "y_label": "change of scores (higher is better)",
+    }
+    root = ET.fromstring(plots.scatter_plot(points, title="Both", **labels))
+    assert root.get("aria-label") == "Both: e2e task loss 6.283, change of scores -0.01."
+
+
 def test_plots_are_the_same_bytes_and_ids_do_not_collide(monkeypatch: pytest.MonkeyPatch) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     first = _line()

@@ -159,7 +159,7 @@ def _json_file_problem(path: Path) -> str | None:
         return _NO_ROWS
     if text.lstrip().startswith("["):
         try:
-            return None if json.loads(text) else _NO_ROWS
+            return None if _parse_json(text) else _NO_ROWS
         except json.JSONDecodeError as error:
             return f"is broken: line {error.lineno} is not valid JSON ({error.msg})"
         except RecursionError:
@@ -174,9 +174,14 @@ def _json_file_problem(path: Path) -> str | None:
 def _json_problem(line: str) -> str | None:
     """Return why a line is not one row of JSON, or None."""
     try:
-        row = json.loads(line)
+        row = _parse_json(line)
     except json.JSONDecodeError as error:
         return f"is not valid JSON ({error.msg})"
     except RecursionError:
         return _TOO_DEEP
     return None if isinstance(row, dict) else "is not a JSON object such as {'prompt': ...}"
+
+
+def _parse_json(text: str) -> object:
+    # Integers stay text: `int` refuses those of more than 4,300 digits, which are valid JSON.
+    return json.loads(text, parse_int=str)

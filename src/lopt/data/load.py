@@ -14,7 +14,7 @@ from lopt.data.files import Paths, load_files
 from lopt.data.hub import load_hub
 from lopt.data.presets import PRESETS, SHUFFLE_BUFFER, Preset, check_columns, show_licence
 from lopt.data.rows import column_names
-from lopt.validation import check_choice, check_number
+from lopt.validation import check_choice, check_number, number_text
 
 
 def load_rows(
@@ -122,7 +122,8 @@ def split_held_out(
 
 def _nothing_left(held_out: float, taken: str) -> ValueError:
     return ValueError(
-        f"`held_out` {held_out:g} takes {taken} rows and leaves none to train on: lower it or give more rows"
+        f"`held_out` {number_text(held_out)} takes {taken} rows and leaves none to train on: "
+        "lower it or give more rows"
     )
 
 

@@ -28,7 +28,7 @@ def check_chat_template(name: str, tokenizer: Any) -> None:
 
     Raises:
         UntrustedError: a template needs more time or memory or makes more text than it should, or was stopped
-            by the sandbox.
+            by the sandbox; or the process that checks it does not start.
     """
     found = tokenizer.chat_template
     for template in found.values() if isinstance(found, dict) else [found]:
@@ -55,6 +55,7 @@ def _problem(template: str, variables: str) -> str | None:
         memory_bytes=MEMORY_BYTES,
         cpu_seconds=CPU_SECONDS,
         orphan_seconds=WALL_SECONDS,
+        quiet=True,  # a template that fails is reported in one line
     )
     try:
         reply = child.ask({"template": template, "variables": json.loads(variables)}, WALL_SECONDS)
@@ -64,6 +65,8 @@ def _problem(template: str, variables: str) -> str | None:
         if error.returncode < 0:
             return f"does not come to an end within {CPU_SECONDS} s"
         return "fails in a way that no template should"
+    except (RuntimeError, OSError) as error:
+        return f"cannot be checked ({error})"
     finally:
         child.stop()
     if reply == "memory":

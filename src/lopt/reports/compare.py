@@ -283,6 +283,7 @@ def _drift(results: Results) -> str:
         series,
         title="Relative distance of hidden states to the base model's",
         x_label="after layer (0: the embedding)",
+        place="after layer",
         y_label="relative L2 distance, mean over seeds",
         marks=dict.fromkeys(sorted(starts), ""),
     )

@@ -106,10 +106,13 @@ def _by_depth(drifts: Mapping[str, Drift]) -> str:
         (measured(lambda s: s.mean_tuned) | base, "Mean of hidden states", ""),
     ]
     marks, caption = _marks(drifts)
-    return figures(
-        figure(line_plot(series, title=title, x_label="layers passed", y_label=label, marks=marks), caption)
-        for series, title, label in plots
-    )
+
+    def plot(series: Mapping[str, Points], title: str, label: str) -> str:
+        return line_plot(
+            series, title=title, x_label="layers passed", place="after layer", y_label=label, marks=marks
+        )
+
+    return figures(figure(plot(*arguments), caption) for arguments in plots)
 
 
 def _marks(drifts: Mapping[str, Drift]) -> tuple[dict[float, str], str]:

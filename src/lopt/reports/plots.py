@@ -24,6 +24,7 @@ from typing import Any
 
 from lopt.evaluation.statistics import Estimate
 from lopt.reports.page import clean
+from lopt.validation import number_text
 
 Points = Sequence[tuple[float, float]]
 
@@ -47,6 +48,7 @@ def line_plot(
     alt: str = "",
     log_y: bool = False,
     marks: Mapping[float, str] | None = None,
+    place: str = "",
 ) -> str:
     """Draw lines over a common x axis.
 
@@ -54,10 +56,15 @@ def line_plot(
         series: (x, y) points by name. Points that cannot be drawn (not finite, or not positive on a
             logarithmic axis) are left out.
         marks: labels by their place on the x axis, each beside a thin vertical line: boundaries, say.
+        place: what precedes an x value in the default text alternative. Default: "at" and `x_label`.
     """
+    place = place or f"at {x_label}"
     ends = [(name, *points[0], *points[-1]) for name, points in series.items() if points]
-    ranges = (f"{n} from {y:.3g} at {x:g} to {v:.3g} at {u:g}" for n, x, y, u, v in ends)
-    alt = alt or _alt(f"{title}, {x_label}", ranges)
+    ranges = (
+        f"{n} from {y:.3g} {place} {number_text(x)} to {v:.3g} {place} {number_text(u)}"
+        for n, x, y, u, v in ends
+    )
+    alt = alt or _alt(title, ranges)
     with _canvas(title, alt, 3.1, series) as (fig, axes):
         for i, points in enumerate(series.values()):
             shown = [p for p in points if all(map(math.isfinite, p)) and (p[1] > 0 or not log_y)]
@@ -71,10 +78,10 @@ def line_plot(
         axes.grid(axis="y", color=_INK, alpha=0.14, lw=0.7)
         lines = list(axes.lines)
         axes.margins(y=0.16 if marks else None)  # room for the labels
-        for place, label in (marks or {}).items():
-            axes.axvline(place, color=_INK, alpha=0.45, lw=0.9, linestyle=(0, (2, 2)))
+        for position, label in (marks or {}).items():
+            axes.axvline(position, color=_INK, alpha=0.45, lw=0.9, linestyle=(0, (2, 2)))
             axes.annotate(
-                _short(label, 40), (place, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
+                _short(label, 40), (position, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
                 textcoords="offset points", va="top", fontsize=9.5, alpha=0.8,
             )  # fmt: skip
         _label(fig, axes, y_label, lines, series)
@@ -168,8 +175,10 @@ def scatter_plot(
     Args:
         points: (x, y) by name; what is not finite is left out.
     """
-    values = (f"{n} {x.value:.3g} and {y.value:.3g}" for n, (x, y) in points.items())
-    alt = alt or _alt(f"{title}, {x_label} and {y_label}", values)
+    # Without units and explanations, which follow the name of a measure.
+    across, up = (re.split("[,(]", label)[0].strip() for label in (x_label, y_label))
+    values = (f"{n} {across} {x.value:.4g}, {up} {y.value:.4g}" for n, (x, y) in points.items())
+    alt = alt or _alt(title, values)
     with _canvas(title, alt, 3.0, points) as (fig, axes):
         handles = []
         for i, (x, y) in enumerate(points.values()):
