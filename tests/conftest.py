@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from transformers import (
     FalconConfig,
     Gemma3TextConfig,
@@ -121,6 +122,12 @@ def assert_moved_alike(
     for name, end in one.items():
         moved = (end - start[name]).norm()
         assert (other[name] - end).norm() <= share * moved, (name, float((other[name] - end).norm() / moved))
+
+
+@pytest.fixture(autouse=True)
+def optimizers_step() -> None:
+    """accelerate keeps per process whether its optimizers step; an interrupted training leaves that off."""
+    GradientState()._set_sync_gradients(True)
 
 
 @pytest.fixture(params=sorted(CONFIGS))

@@ -246,7 +246,7 @@ def test_rows_that_are_too_long_are_counted(sft: Run, sums_file: Path, tmp_path:
     for name, packing in (("long", "false"), ("packed", "true")):
         caplog.clear()
         sft(name, "--train_file", str(mixed), "--max_seq_length", "100", "--packing", packing)
-        assert "2 of 50 train rows are left out: their prompt alone reaches `max_length` 100" in caplog.text
+        assert "2 of 50 train rows are left out: their prompt alone reaches --max_length 100" in caplog.text
 
 
 def test_a_run_that_explodes_stops_and_names_the_step(
