@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NamedTuple
 
+from lopt.cli.flag_names import with_flags
 from lopt.cli.flags import OWN, flags_of
 
 
@@ -124,10 +125,11 @@ def help_page(command: str, what: str, *, every: bool) -> str:
         every: Show every flag with its whole text, which imports TRL for the commands that train.
     """
     common = command in COMMON and not every
-    sections = COMMON[command].items() if common else _every_flag(command)
+    sections = list(COMMON[command].items() if common else _every_flag(command))
+    names = {flag.name for _, flags in sections for flag in flags}
     lines = [f"usage: lopt {command} [--flag value ...]", "", f"{what[0].upper()}{what[1:]}."]
     for title, flags in sections:
-        lines += ["", title, *(line for flag in flags for line in _wrapped(flag))]
+        lines += ["", title, *(with_flags(line, names) for flag in flags for line in _wrapped(flag))]
     lines += ["", "A flag is shown with its default; for true or false, the flag alone means true."]
     lines += ["--config FILE.yaml takes flags from a file; those on the command line win."]
     if common:

@@ -208,9 +208,9 @@ class Boundaries:
             return
         if self._local_gradients() & {id(p) for group in optimizer.param_groups for p in group["params"]}:
             raise ValueError(
-                f"{len(self._unused)} forward(s) with gradients on had no backward of their loss, and this "
-                "step would use their local gradients: run validation under torch.no_grad(), and call "
-                "optimizer.zero_grad() after a forward whose loss is not used"
+                f"{len(self._unused)} of the forwards with gradients on had no backward of its loss, and "
+                "this step would use the gradients of its local losses: run validation under "
+                "torch.no_grad(), or call optimizer.zero_grad() after a forward whose loss is not used"
             )
 
 
