@@ -103,6 +103,7 @@ class Checkpoints:
             finally:
                 self.staged = None
             self._name_best(staged, final)
+            trainer.accelerator.wait_for_everyone()  # no rank flushes a folder that another one still changes
             flush(staged)  # by each rank: another machine's cache may hold what it wrote
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
