@@ -1,6 +1,6 @@
 """Values of JSON in a data set: kept as the text of the file, and read from it when a row is used.
 
-Arrow has one type for a column, and `datasets` guesses it from the beginning of a file. A cell of this kind
+Arrow has one type for a column, and `datasets` guesses it from the beginning of a file. Such a cell
 is JSON text of its own instead, so that rows need not be alike: no key is filled up with None, no text becomes
 a date or a number, and no digit is lost.
 """
