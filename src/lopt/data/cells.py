@@ -1,8 +1,8 @@
 """Values of JSON in a data set: kept as the text of the file, and read from it when a row is used.
 
-Arrow has one type for a column, and `datasets` guesses it from the beginning of a file. Such a cell
-is JSON text of its own instead, so that rows need not be alike: no key is filled up with None, no text becomes
-a date or a number, and no digit is lost.
+Arrow has one type for a column, and `datasets` guesses it from the beginning of a file. Such a cell is JSON
+text of its own instead, so that rows need not be alike: no key is filled up with None, no text becomes a date
+or a number, and no digit is lost.
 """
 
 from __future__ import annotations
