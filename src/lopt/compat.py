@@ -93,6 +93,10 @@ NAMES: dict[str, str] = {
         "Hash of a data set's rows. Without it results made from other rows of the same number are not "
         "told apart."
     ),
+    "datasets.formatting:_register_formatter": (
+        "Gives a format a name. A data set with a named format keeps the columns that a map reads as they "
+        "are; without it their types are guessed anew, which fails for tool calls with other arguments."
+    ),
     # -- lm-eval ---------------------------------------------------------------------------------------------
     "lm_eval.tasks._factory:TaskFactory": (
         "Lays options over every task of a group; the public `TaskManager.load` does so for single tasks "
@@ -130,6 +134,13 @@ OVERRIDES: dict[str, str] = {
     "trl:GRPOTrainer._buffered_inputs": "The rollouts, which belong to a checkpoint (read and written).",
 }
 """Private methods that lopt's trainers override, and private members of TRL's that they use."""
+
+
+def register_plain_format(name: str) -> None:
+    """Give the format of plain Python values, which has none, a name."""
+    from datasets.formatting import PythonFormatter, _register_formatter
+
+    _register_formatter(PythonFormatter, name)
 
 
 @contextmanager
