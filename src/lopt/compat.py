@@ -84,6 +84,11 @@ NAMES: dict[str, str] = {
         "Keeps earlier blocks out of DDP, whose reducer starts to listen after their backward is over. "
         "Without it DDP waits for gradients that never come."
     ),
+    "torch.distributed.fsdp:FSDPModule._get_fsdp_state": (
+        "With its `_state_ctx.iter_forward_root`, the module that a running forward of FSDP2 began with. A "
+        "backward inside the forward ends it, and without putting it back every later layer counts as a "
+        "forward of its own, whose weights are not gathered ahead."
+    ),
     "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._try_get_data": (
         "The method in which the training process waits for a worker. Without it a worker that dies while "
         "it hands over a batch is reported as a lost connection."
@@ -341,6 +346,15 @@ def leave_out_of_ddp(model: Any, names: list[str]) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def keep_fsdp_root(model: Any) -> None:
+    """Let the running forward of `model` go on after a backward inside it, if FSDP2 shards the model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        state = model._get_fsdp_state()
+        state._state_ctx.iter_forward_root = state
 
 
 def while_waiting_for_a_worker(error: BaseException) -> bool:

@@ -32,9 +32,9 @@ def separate_embeddings(model: PreTrainedModel, how: str, num_blocks: int) -> bo
 
 
 def will_untie(model: PreTrainedModel, how: str, num_blocks: int) -> bool:
-    """Return True if `separate_embeddings` would give the LM head a copy; one that is not trained has none."""
-    trained = model.get_input_embeddings().weight.requires_grad
-    return how == "untie" and num_blocks > 1 and trained and shares_embeddings(model)
+    """Return True if `separate_embeddings` would give the LM head a copy: if the embedding is trained."""
+    embedding: Any = model.get_input_embeddings()
+    return how == "untie" and num_blocks > 1 and shares_embeddings(model) and embedding.weight.requires_grad
 
 
 def untie_embeddings(model: PreTrainedModel) -> None:

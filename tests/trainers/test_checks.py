@@ -68,10 +68,10 @@ ROWS = Dataset.from_list([{"prompt": "Question ", "chosen": "yes", "rejected": "
 
 def test_what_a_models_name_says_is_checked_before_it_is_loaded(shape_only: str, tmp_path: Path) -> None:
     grpo = LoPTGRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, use_vllm=True)
-    with pytest.raises(ValueError, match="`use_vllm`.*: add `tied_embeddings` freeze"):
+    with pytest.raises(ValueError, match=r"`use_vllm`.*: add `tied_embeddings` freeze"):
         LoPTGRPOTrainer(shape_only, reward_funcs=len, args=grpo, train_dataset=ROWS)
     dpo = DPOConfig(output_dir=str(tmp_path), sync_ref_model=True, bf16=False)
-    with pytest.raises(ValueError, match="`sync_ref_model`.*: add `tied_embeddings` freeze"):
+    with pytest.raises(ValueError, match=r"`sync_ref_model`.*: add `tied_embeddings` freeze"):
         LoPTDPOTrainer(shape_only, args=dpo, train_dataset=ROWS)
     sft = LoPTSFTConfig(output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="`num_blocks` must be <= 4"):
@@ -110,7 +110,7 @@ def test_several_gpus_in_one_process(
     check_settings(args, LoPTConfig(method="lora"), model)
 
 
-def test_precision_that_fsdp2_does_not_keep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_precision_and_weights_under_fsdp2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     model = tiny("llama").bfloat16()
@@ -125,3 +125,5 @@ def test_precision_that_fsdp2_does_not_keep(monkeypatch: pytest.MonkeyPatch, tmp
             check_settings(args, config, tiny("llama"))
             args = LoPTSFTConfig(output_dir=str(tmp_path), master_weights=masters, bf16=True, use_cpu=True)
             check_settings(args, config, model)
+    with pytest.raises(ValueError, match="this process has no weights"):
+        check_settings(LoPTSFTConfig(output_dir=str(tmp_path)), LoPTConfig(), tiny("llama").to("meta"))

@@ -60,7 +60,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"each would train alone (world size {args.world_size}). On CPUs add `use_cpu`"
         )
     _check_gpus(args, config, model)
-    _check_precision(args, model)
+    _check_sharded(args, model)
     if not config.is_cut:
         return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
@@ -102,9 +102,7 @@ def check_before(args: TrainingArguments | None, config: LoPTConfig, model: Any,
     if isinstance(model, str) and args is not None:
         options: dict[str, Any] = dict(getattr(args, "model_init_kwargs", None) or {})
         trusted = options.get("trust_remote_code", getattr(args, "trust_remote_code", False))
-        known = AutoConfig.from_pretrained(
-            model, revision=options.get("revision"), trust_remote_code=trusted
-        )
+        known = AutoConfig.from_pretrained(model, revision=options.get("revision"), trust_remote_code=trusted)
         split(known.get_text_config().num_hidden_layers, config)
     if args is not None:
         # Beside adapters the embedding does not learn, so it is not untied.
@@ -125,25 +123,29 @@ def _check_gpus(args: TrainingArguments, config: LoPTConfig, model: Any) -> None
         script = Path(sys.argv[0]).name
         command = script if script.endswith(".py") else " ".join(["--no-python", script, *sys.argv[1:2]])
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, whose copies of the model would share one set of "
-            f"boundaries: start one process per GPU (torchrun --nproc_per_node {args.n_gpu} {command} ...), or "
-            "make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
+            f"{args.n_gpu} GPUs are visible to one process, which trains on one: start one process per GPU "
+            f"(torchrun --nproc_per_node {args.n_gpu} {command} ...), or make one GPU visible "
+            "(CUDA_VISIBLE_DEVICES=0)"
         )
 
 
-def _check_precision(args: TrainingArguments, model: Any) -> None:
-    """Refuse what FSDP2's own optimizer, whose parameters accelerate replaces, would not obey."""
+def _check_sharded(args: TrainingArguments, model: Any) -> None:
+    """Refuse what an optimizer under FSDP2, whose parameters accelerate replaces, would not do."""
     if fsdp_version(args) is None:
         return
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    if any(p.is_meta for p in parameters):  # accelerate tells parameters apart by their addresses
+        raise ValueError(
+            "FSDP2: this process has no weights (meta device), and its part of them would not be trained: "
+            "load the model in every process, as from_pretrained does, also with "
+            "fsdp_cpu_ram_efficient_loading"
+        )
     state = getattr(args, "state_dtype", "float32")
     if state != "float32":
         raise ValueError(f"`state_dtype` {state} does not go with FSDP2: leave it out, or use DDP")
     if args.mixed_precision != "no":  # accelerate makes the weights that are trained float32
         return
-    narrow = isinstance(model, nn.Module) and any(
-        p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
-    )
-    if narrow:
+    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in parameters):
         raise ValueError(
             "FSDP2 would round every step of weights in bfloat16 to the nearest, which loses small ones: add "
             "`bf16`, by which it keeps them in float32, or load them in float32, or use DDP"
