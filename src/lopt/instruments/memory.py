@@ -211,13 +211,6 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def processes_here() -> int:
-    """Return how many processes of this run share the machine's memory, by what their launcher says."""
-    from accelerate.utils import get_cpu_distributed_information
-
-    return max(1, get_cpu_distributed_information().local_world_size)
-
-
 def used_memory(device: torch.device) -> int:
     """Return the bytes that this process has in use on `device`; on a CPU all that it has in memory."""
     if device.type == "cuda":

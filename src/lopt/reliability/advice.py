@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
 from lopt.core.config import LoPTConfig
-from lopt.instruments.memory import format_bytes, free_memory, processes_here, used_memory
+from lopt.instruments.memory import format_bytes, free_memory, used_memory
 from lopt.planning.plan import BANDWIDTH, RESERVE, TFLOPS, Plan, Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, search
+from lopt.reliability.ranks import processes_here
 
 GENERAL = (
     "a smaller `per_device_train_batch_size` with more `gradient_accumulation_steps`, a smaller "

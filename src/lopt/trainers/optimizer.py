@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from lopt.engine.clipping import clip_block, clip_gradients
 from lopt.engine.optimizer import BlockOptimizer, Precision, state_bytes
-from lopt.instruments.memory import HOST, format_bytes, free_memory, processes_here, unwrap_optimizer
+from lopt.instruments.memory import HOST, format_bytes, free_memory, unwrap_optimizer
+from lopt.reliability.ranks import processes_here
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups], Optimizer]
