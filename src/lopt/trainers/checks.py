@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from lopt.architectures import base_model
 from lopt.core.config import LoPTConfig
+from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import shares_embeddings
 from lopt.validation import check, check_number
 
@@ -47,6 +48,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
     Raises:
         ValueError: reentrant checkpointing, DeepSpeed, FSDP 1, vLLM with an untied embedding; block-major
             with FSDP, a gradient scaler or routers; offloaded weights with several processes or vLLM.
+        ImportError: FSDP2 with an accelerate that is too old for it.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
@@ -54,6 +56,8 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"the launcher started {launched} processes, which do not find each other: "
             f"each would train alone (world size {args.world_size}). On CPUs add `use_cpu`"
         )
+    if fsdp_version(args) == 2:
+        check_installed(OLDEST_FOR_FSDP2, "FSDP2")
     if not config.is_cut:
         return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
