@@ -44,6 +44,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	grep -v '^torch==' constraints-oldest.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH)
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[test]'
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt --no-deps llama-index-core
 	@touch $@
 
 lint: $(STAMP)  ## ruff, mypy and the import contract
