@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lopt.cli.flags import PlanArguments
 from lopt.cli.main import main
 from lopt.cli.plan import command, size_in_bytes
+from lopt.cli.report_flags import PlanArguments
 from lopt.models.shapes import model_config
 from lopt.planning.plan import RESERVE, Planner
 from lopt.planning.run import Run, Setting

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lopt.cli.flags import PlanArguments
 from lopt.cli.parsing import parse
+from lopt.cli.report_flags import PlanArguments
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
 from lopt.instruments.memory import MemoryPeak, format_bytes
