@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.compat import replaced
 from lopt.evaluation.retention_callback import RetentionCallback
+from lopt.reliability import saving
+from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped, obeying
 from lopt.trainers import NonFiniteError
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
@@ -96,7 +100,7 @@ def lfm2(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoP
     return sft(folder, config, tokenizer, sharded, model="lfm2")
 
 
-def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTGRPOTrainer:
+def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool, **changes: Any) -> LoPTGRPOTrainer:
     rows = [{"prompt": f"Question {i}: "} for i in range(12)]
 
     def text(i: int, prompt: str) -> str:
@@ -109,8 +113,10 @@ def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoP
         rollout_func=fixed_rollouts(tokenizer, text),
         args=LoPTGRPOConfig(
             **settings(
-                folder, sharded, per_device_train_batch_size=4 // RANKS, gradient_accumulation_steps=2,
-                num_generations=4, steps_per_generation=1, loss_type="grpo", beta=0.0,
+                folder, sharded, **dict(
+                    per_device_train_batch_size=4 // RANKS, gradient_accumulation_steps=2, num_generations=4,
+                    steps_per_generation=1, loss_type="grpo", beta=0.0,
+                ) | changes,
             )
         ),
         lopt_config=config,
@@ -202,6 +208,50 @@ def guard(folder: Path, tokenizer: Any, sharded: bool) -> None:
         raise AssertionError("nobody stopped")
 
 
+def checkpoints(folder: Path, tokenizer: Any) -> None:
+    """Offloaded state of Adam and unused rollouts are resumed bit for bit; no rank flushes before all wrote.
+
+    Optimizer state is never read onto the device as a whole.
+    """
+    loaded: list[tuple[str, Any]] = []
+    load, name_best, saving_flush = torch.load, Checkpoints._name_best, saving.flush
+
+    def spying(path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded.append((Path(path).name, kwargs.get("map_location")))
+        return load(path, *args, **kwargs)
+
+    def slow(self: Checkpoints, staged: Path, final: Path) -> None:
+        name_best(self, staged, final)
+        if RANK == 0:  # the others are ready
+            time.sleep(0.1)
+            (staged.parent / "written").touch()
+
+    def flush(folder: Path) -> None:
+        assert (folder.parent / "written").exists(), "rank 0 is still writing"
+        saving_flush(folder)
+
+    changes = dict(save_strategy="steps", save_steps=1, max_steps=3, optim="adamw_torch", save_total_limit=9)
+    rollouts = dict(num_iterations=2, steps_per_generation=2)
+    for make, method, more in ((sft, "staged3", {}), (grpo, "lopt2", rollouts)):
+        ends, place = [], folder / f"checkpoints-{method}"
+        for checkpoint in (None, str(place / "checkpoint-1")):
+            AcceleratorState._reset_state(reset_partial_state=False)
+            trainer = make(place, config_of(method), tokenizer, False, **changes | more)
+            with (
+                replaced(torch, load=spying),
+                replaced(Checkpoints, _name_best=slow),
+                replaced(saving, flush=flush),
+            ):
+                trainer.train(resume_from_checkpoint=checkpoint)
+            ends.append(weights_of(trainer))
+        for name, value in ends[0].items():
+            assert torch.equal(value, ends[1][name]), (method, name)
+        unused = sorted(path.name for path in (place / "checkpoint-1").glob("rollouts_*"))
+        assert unused == ([f"rollouts_{rank}.pt" for rank in range(RANKS)] if make is grpo else []), unused
+    assert loaded.count(("optimizer.pt", "cpu")) == 2, loaded
+    assert torch.device("cpu", 0) not in [where for _, where in loaded]
+
+
 def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
     """Whole weights of model and heads."""
     whole = {
@@ -233,6 +283,8 @@ def main() -> None:
         if case == "resume":
             resume(Path(folder), tokenizer, mode == "fsdp2")
             guard(Path(folder), tokenizer, mode == "fsdp2")
+            if mode == "ddp" and RANKS > 1:
+                checkpoints(Path(folder), tokenizer)
             (Path(folder) / f"resume.{mode}").touch()
             continue
         name, method = case.split("-")

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lopt.cli.eval import check, labels
-from lopt.cli.flags import EvalArguments
 from lopt.cli.main import main
+from lopt.cli.report_flags import EvalArguments
 from lopt.evaluation import run
 from lopt.evaluation.store import read_results
 

@@ -73,7 +73,7 @@ def test_the_documentation_of_trl_names_its_sections() -> None:
 
 def test_names_in_the_help_are_those_of_the_library() -> None:
     """`flags` writes them out, because importing the library's would take seconds."""
-    from lopt.cli import flags
+    from lopt.cli import report_flags as flags
     from lopt.data.procedural import TASKS
     from lopt.models.packaged import PACKAGED_MODEL
     from lopt.models.shapes import SHAPES

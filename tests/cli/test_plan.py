@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lopt.cli.flags import PlanArguments
 from lopt.cli.main import main
 from lopt.cli.plan import command, size_in_bytes
+from lopt.cli.report_flags import PlanArguments
 from lopt.models.shapes import model_config
 from lopt.planning.plan import RESERVE, Planner
 from lopt.planning.run import Run, Setting
@@ -147,7 +147,7 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
         out = capsys.readouterr().out
         total = next(line for line in out.splitlines() if line.strip().startswith("total"))
         assert abs(float(total.partition("(")[2].partition("%")[0])) < 5
-    monkeypatch.setattr("lopt.cli.plan.machine_memory", lambda device: 10**6)
+    monkeypatch.setattr("lopt.cli.plan.free_memory", lambda device: 10**6)
     assert plan(*flags) == 2
     assert "--calibrate would run k=3" in capsys.readouterr().err
 

@@ -63,7 +63,7 @@ def test_two_ranks_are_one(outcomes: Path, case: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_resume_is_bit_for_bit(outcomes: Path, mode: str) -> None:
-    """Compared by the ranks themselves, see `ranks.resume`."""
+    """Compared by the ranks themselves, see `ranks.resume` and `ranks.checkpoints`."""
     assert (outcomes / f"resume.{mode}").is_file()
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopt.cli.flag_names import renamed
-from lopt.cli.flags import CompareArguments, DataArguments, ModelArguments
+from lopt.cli.flags import DataArguments, ModelArguments
 from lopt.cli.output import spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
+from lopt.cli.report_flags import CompareArguments
 from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
 from lopt.cli.training import check_cut

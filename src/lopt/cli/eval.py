@@ -7,9 +7,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.cli.flags import BENCHMARKS, EvalArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
+from lopt.cli.report_flags import BENCHMARKS, EvalArguments
 from lopt.evaluation.names import model_labels
 from lopt.models.load import DTYPES, resolve_model
 from lopt.validation import check as check_value

@@ -6,10 +6,10 @@ import importlib.util
 from collections.abc import Sequence
 
 from lopt.cli.eval import labels
-from lopt.cli.flags import ProbeArguments
 from lopt.cli.output import check_report
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
+from lopt.cli.report_flags import ProbeArguments
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.texts import read_texts
 from lopt.files import write_json, write_text
