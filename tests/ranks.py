@@ -95,17 +95,23 @@ def settings(folder: Path, sharded: bool, **changes: Any) -> dict[str, Any]:
 
 
 def sft(
-    folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool, rows: int = 11, **changes: Any
+    folder: Path,
+    config: LoPTConfig,
+    tokenizer: Any,
+    sharded: bool,
+    rows: int = 11,
+    model: str = "llama-tied",
+    **changes: Any,
 ) -> LoPTSFTTrainer:
     """11 rows in batches of 4: the last batch of an epoch has 3, so rank 0 gets 2 and rank 1 gets 1."""
     data = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(rows)]
     sizes = dict(per_device_train_batch_size=4 // RANKS)
-    model = tiny("llama-tied", vocab_size=260, max_position_embeddings=256)
+    made = tiny(model, vocab_size=260, max_position_embeddings=256)
     if "LOPT_TEST_LAUNCHER" in os.environ and RANK:
-        for parameter in model.parameters():
+        for parameter in made.parameters():
             parameter.data.zero_()  # rank 0's weights count
     return LoPTSFTTrainer(
-        model,
+        made,
         args=LoPTSFTConfig(**settings(folder, sharded, **sizes | changes)),
         lopt_config=config,
         train_dataset=Dataset.from_list(data),
@@ -116,6 +122,11 @@ def sft(
 def sft_empty(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTSFTTrainer:
     """As `sft`, with accumulation, and in the last batch nothing is left for rank 1."""
     return sft(folder, config, tokenizer, sharded, rows=10, gradient_accumulation_steps=2)
+
+
+def lfm2(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTSFTTrainer:
+    """As `sft`, with a model whose final norm has a name of its own."""
+    return sft(folder, config, tokenizer, sharded, model="lfm2")
 
 
 def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool, **changes: Any) -> LoPTGRPOTrainer:
@@ -143,7 +154,7 @@ def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool, **chan
     )  # fmt: skip
 
 
-MAKE = {"sft": sft, "sft_empty": sft_empty, "grpo": grpo}
+MAKE = {"sft": sft, "sft_empty": sft_empty, "grpo": grpo, "lfm2": lfm2}
 
 
 def resume(folder: Path, tokenizer: Any, sharded: bool) -> dict[str, torch.Tensor]:

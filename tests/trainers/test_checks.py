@@ -29,6 +29,10 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs FSDP2"):
         check_settings(args, LoPTConfig())
     monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr("lopt.trainers.checks.OLDEST_FOR_FSDP2", {"accelerate": "99"})
+    with pytest.raises(ImportError, match="FSDP2 needs accelerate >= 99"):
+        check_settings(args, LoPTConfig(method="e2e"))
+    monkeypatch.setattr("lopt.trainers.checks.OLDEST_FOR_FSDP2", {})
     check_settings(args, LoPTConfig())
     with pytest.raises(ValueError, match="`aux_loss` recon"):
         check_settings(args, LoPTConfig(aux_loss="next_token"))

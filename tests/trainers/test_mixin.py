@@ -109,6 +109,7 @@ def test_mistakes(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
         make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr("lopt.trainers.checks.OLDEST_FOR_FSDP2", {})
     with pytest.raises(ValueError, match="FSDP needs GPUs"):
         make_trainer()
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, TrainingArguments
 from lopt.architectures import base_model
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
+from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import will_untie
 from lopt.validation import check, check_number
 
@@ -52,6 +53,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         ValueError: several GPUs in one process, reentrant checkpointing, DeepSpeed, FSDP 1, vLLM or a synced
             reference model with an embedding that is untied; block-major with FSDP, a gradient scaler or
             routers; offloaded weights with several processes or vLLM; precision that FSDP2 does not keep.
+        ImportError: FSDP2 with an accelerate that is too old for it.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
@@ -59,6 +61,8 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"the launcher started {launched} processes, which do not find each other: "
             f"each would train alone (world size {args.world_size}). On CPUs add `use_cpu`"
         )
+    if fsdp_version(args) == 2:
+        check_installed(OLDEST_FOR_FSDP2, "FSDP2")
     _check_gpus(args, config, model)
     _check_sharded(args, model)
     if not config.is_cut:
