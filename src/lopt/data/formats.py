@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lopt.data.cells import JsonCell
 from lopt.data.chat import Chat
-from lopt.data.columns import FOR_TEMPLATE, infer_format, needed_columns
+from lopt.data.columns import FOR_TEMPLATE, Format, infer_format, needed_columns
 from lopt.data.examples import Examples, is_rendered
 from lopt.data.notes import Notes
 from lopt.data.rows import SOURCE, column_names, convert_rows
@@ -48,20 +48,11 @@ def format_rows(
     names = column_names(rows)
     used, fmt = needed_columns(names), infer_format(names)
     chat = Chat(tokenizer) if tokenizer.chat_template else None
-    if assistant_only and chat is None:
-        raise ValueError(
-            "`assistant_only_loss` needs a tokenizer with a chat template: drop it or name a chat model"
-        )
-    if assistant_only and fmt.kind == "text":
-        raise ValueError("`assistant_only_loss` needs messages or prompts, not `text` rows: drop it")
     streamed = isinstance(rows, IterableDataset)
     notes = Notes(streamed)
     rendered = is_rendered(next(iter(rows), {}), fmt, chat)
-    if rendered and assistant_only:
-        raise ValueError(
-            f"`assistant_only_loss` needs messages, and `{fmt.columns[0]}` is rendered by the chat template "
-            "already: drop it, or give `messages`"
-        )
+    if assistant_only:
+        _check_turns(fmt, chat, rendered)
     keep = assistant_only and fmt.kind == "messages"
     extra = tuple(name for name in FOR_TEMPLATE if name in fmt.optional and name in names)
     convert = Examples(fmt, chat, notes, extra, keep_messages=keep, rendered=rendered)
@@ -81,6 +72,21 @@ def format_rows(
     if isinstance(made, Dataset) and keep and not convert.some_are_not_trained:
         made = made.remove_columns("trained")
     return made
+
+
+def _check_turns(fmt: Format, chat: Chat | None, rendered: bool) -> None:
+    """Raise a ValueError if there are no turns to tell an assistant's from others."""
+    if chat is None:
+        raise ValueError(
+            "`assistant_only_loss` needs a tokenizer with a chat template: drop it or name a chat model"
+        )
+    if fmt.kind == "text":
+        raise ValueError("`assistant_only_loss` needs messages or prompts, not `text` rows: drop it")
+    if rendered:
+        raise ValueError(
+            f"`assistant_only_loss` needs messages, and `{fmt.columns[0]}` is rendered by the chat template "
+            "already: drop it, or give `messages`"
+        )
 
 
 def _features(convert: Examples) -> Features:
