@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from conftest import tiny
 from lopt import LoPTConfig, LoPTSFTTrainer
+from lopt.engine.optimizer import MASTER
 from lopt.trainers import optimizer as module
 from lopt.trainers.config import LoPTSFTConfig
 
@@ -22,7 +24,7 @@ SETTINGS: dict[str, Any] = dict(max_steps=2, disable_tqdm=True, report_to="none"
 
 @pytest.fixture
 def trainer(tiny_folder: Path, tmp_path: Path):
-    def make(config: LoPTConfig | None = None, **flags: Any) -> LoPTSFTTrainer:
+    def make(config: LoPTConfig | None = None, peft: Any = None, **flags: Any) -> LoPTSFTTrainer:
         return LoPTSFTTrainer(
             tiny("llama", vocab_size=260),
             args=LoPTSFTConfig(
@@ -31,6 +33,7 @@ def trainer(tiny_folder: Path, tmp_path: Path):
             lopt_config=config or LoPTConfig(head_warmup_steps=1),
             train_dataset=Dataset.from_list(ROWS),
             processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+            peft_config=peft,
         )
 
     return make
@@ -70,26 +73,31 @@ def test_small_steps_move_bfloat16_weights_by_every_method(trainer, method: str)
             assert (share == 0) if not parameter.requires_grad else 0.001 < share < 0.3, (name, share)
 
 
+def test_adapters_keep_the_precision_that_was_asked_for(trainer) -> None:
+    adapters = LoraConfig(target_modules="all-linear")
+    made = trainer(LoPTConfig(method="lora"), adapters, master_weights=True, state_dtype="bfloat16")
+    for parameter in made.model.parameters():
+        if parameter.requires_grad:  # as QLoRA's are in TRL
+            parameter.data = parameter.data.bfloat16()
+    made.train()
+    for state in made.bare_optimizer().state.values():
+        assert state["exp_avg"].dtype == torch.bfloat16 and state[MASTER].dtype == torch.float32
+
+
 def test_too_little_host_memory_is_said_before_the_first_step(trainer, monkeypatch) -> None:
-    monkeypatch.setattr(module, "free_host_memory", lambda: 100_000)
+    monkeypatch.setattr(module, "free_memory", lambda device: 100_000)
     config = LoPTConfig(schedule="block_major", offload="optimizer", head_warmup_steps=1)
     with pytest.raises(ValueError, match=r"`offload` keeps .* KiB of optimizer state .* 97.7 KiB are free"):
         trainer(config).train()
     trainer(config, optim="SGD").train()  # has no state
 
 
-def test_free_host_memory_is_the_control_groups_if_less(monkeypatch, tmp_path: Path) -> None:
-    files = {"/sys/fs/cgroup/memory.max": "5000", "/sys/fs/cgroup/memory.current": "2000"}
-    real = open
-
-    def fake(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(path) in files:
-            made = tmp_path / Path(path).name
-            made.write_text(files[str(path)])
-            return real(made)
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr("builtins.open", fake)
-    assert module.free_host_memory() == 3000
-    files["/sys/fs/cgroup/memory.max"] = "max"
-    assert module.free_host_memory() > 10**6
+def test_every_process_of_the_machine_needs_host_memory(trainer, monkeypatch) -> None:
+    config = LoPTConfig(schedule="block_major", offload="optimizer", head_warmup_steps=1)
+    made = trainer(config, optim="AdamW")
+    parameters = sum(p.numel() for p in [*made.model.parameters(), *made.lopt.heads.parameters()])
+    monkeypatch.setattr(module, "free_memory", lambda device: 8 * parameters)  # Adam's, of one process
+    made.create_optimizer()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"\(3 processes keep .* KiB each\), of which .* fewer processes on"):
+        module.block_optimizer(made)
