@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+
 def write_text(path: Path, text: str) -> None:
     """Write `path` whole or not at all, as UTF-8 with Unix line ends; when it returns, the disk has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
