@@ -84,6 +84,10 @@ NAMES: dict[str, str] = {
         "Keeps earlier blocks out of DDP, whose reducer starts to listen after their backward is over. "
         "Without it DDP waits for gradients that never come."
     ),
+    "torch.distributed.distributed_c10d:_get_default_store": (
+        "The store by which ranks found each other. Without it they wait for a long write in a collective, "
+        "which ends in a timeout."
+    ),
     "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._try_get_data": (
         "The method in which the training process waits for a worker. Without it a worker that dies while "
         "it hands over a batch is reported as a lost connection."
@@ -155,6 +159,13 @@ def captured_outputs() -> dict[str, list[Any]]:
     from transformers.utils.output_capturing import _active_collector
 
     return _active_collector.get() or {}
+
+
+def process_store() -> Any:
+    """Return the store of the default process group."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 @contextmanager
