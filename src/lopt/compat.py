@@ -17,6 +17,13 @@ from traceback import walk_tb
 from typing import Any
 
 
+def register_plain_format(name: str) -> None:
+    """Give the format of plain Python values, which has none, a name."""
+    from datasets.formatting import PythonFormatter, _register_formatter
+
+    _register_formatter(PythonFormatter, name)
+
+
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
     """Set attributes of `owner`, a module or class, inside; an error puts the former values back too."""
@@ -285,6 +292,13 @@ def cpu_attention_operators() -> tuple[Any, Any]:
 
     name = "_scaled_dot_product_flash_attention_for_cpu"
     return getattr(torch.ops.aten, name), getattr(torch.ops.aten, f"{name}_backward")
+
+
+def process_store() -> Any:
+    """Return the store of the default process group."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def leave_out_of_ddp(model: Any, names: list[str]) -> None:
