@@ -46,6 +46,14 @@ NAMES: dict[str, str] = {
     ),
     "trl.kernels.chunked_logprob:_backward_tile": "The same for its backward.",
     "trl.kernels.chunked_logprob:_addmm_fp32": "The same for its sum of products.",
+    "trl.generation.vllm_generation:VLLMGeneration": (
+        "Public. Its module makes vLLM's engine by the name `LLM`, without a number format, and keeps it as "
+        "`llm`. Without them vLLM holds float32 weights in bfloat16, and a run ends in a traceback."
+    ),
+    "trl.generation.vllm_generation:VLLMGeneration._iter_named_params": (
+        "Yields the weights that vLLM is sent. Without it the rounding of adapters, added and subtracted at "
+        "every step, stays in the frozen weights."
+    ),
     # -- torch -----------------------------------------------------------------------------------------------
     "torch.utils._python_dispatch:TorchDispatchMode": (
         "Sees every operator. Without it neither live bytes nor FLOPs can be counted."
@@ -75,6 +83,10 @@ NAMES: dict[str, str] = {
         "With its `_state_ctx.iter_forward_root`, the module that a running forward of FSDP2 began with. A "
         "backward inside the forward ends it, and without putting it back every later layer counts as a "
         "forward of its own, whose weights are not gathered ahead."
+    ),
+    "torch.distributed.distributed_c10d:_get_default_store": (
+        "The store by which ranks found each other. Without it they wait for a long write in a collective, "
+        "which ends in a timeout."
     ),
     "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._try_get_data": (
         "The method in which the training process waits for a worker. Without it a worker that dies while "
