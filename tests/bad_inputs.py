@@ -107,6 +107,7 @@ def build(folder: Path) -> None:
     Dataset.from_list([{"question": "a", "answer": "b"}] * 50).to_parquet(folder / "truncated.parquet")
     (folder / "truncated.parquet").write_bytes((folder / "truncated.parquet").read_bytes()[:-100])
     os.mkfifo(folder / "pipe.jsonl")
+    (folder / "dangling").symlink_to("nowhere")
     build_models(folder)
 
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from lopt.architectures import base_model
 from lopt.core.config import LoPTConfig
 from lopt.tied_embeddings import shares_embeddings
+from lopt.trainers.inherited import check_inherited
 from lopt.validation import check, check_number
 
 
@@ -45,8 +46,9 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         model: checked as well if it is loaded already (not a name).
 
     Raises:
-        ValueError: reentrant checkpointing, DeepSpeed, FSDP 1, vLLM with an untied embedding; block-major
-            with FSDP, a gradient scaler or routers; offloaded weights with several processes or vLLM.
+        ValueError: arguments of transformers and TRL that cannot be obeyed; reentrant checkpointing,
+            DeepSpeed, FSDP 1, vLLM with an untied embedding; block-major with FSDP, a gradient scaler or
+            routers; offloaded weights with several processes or vLLM.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
@@ -54,6 +56,12 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"the launcher started {launched} processes, which do not find each other: "
             f"each would train alone (world size {args.world_size}). On CPUs add `use_cpu`"
         )
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise ValueError(
+            f"`method` {config.method} does not run on DeepSpeed, whose engine runs one backward per step: "
+            "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
+        )
+    check_inherited(args, config)
     if not config.is_cut:
         return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
@@ -61,11 +69,6 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         raise ValueError(
             "`gradient_checkpointing_kwargs` with use_reentrant=true gives no gradient behind a boundary: "
             "leave it out or set it to false"
-        )
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        raise ValueError(
-            f"`method` {config.method} does not run on DeepSpeed, whose engine runs one backward per step: "
-            "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
         )
     if fsdp_version(args) == 1:
         raise ValueError(
