@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -74,6 +75,9 @@ CONFIGS = {
     "phi": lambda: PhiConfig(**SHAPE),
     "falcon": lambda: FalconConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0
+    ),
+    "lfm2": lambda: Lfm2Config(
+        **SHAPE, layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False
     ),
     "mixtral": lambda: MixtralConfig(**SHAPE, **EXPERTS, num_local_experts=4),
     "qwen3_moe": lambda: Qwen3MoeConfig(

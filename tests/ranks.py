@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.compat import replaced
 from lopt.evaluation.retention_callback import RetentionCallback
+from lopt.reliability import saving
+from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped, obeying
 from lopt.trainers import NonFiniteError
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
@@ -66,13 +70,19 @@ def settings(folder: Path, sharded: bool, **changes: Any) -> dict[str, Any]:
 
 
 def sft(
-    folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool, rows: int = 11, **changes: Any
+    folder: Path,
+    config: LoPTConfig,
+    tokenizer: Any,
+    sharded: bool,
+    rows: int = 11,
+    model: str = "llama-tied",
+    **changes: Any,
 ) -> LoPTSFTTrainer:
     """11 rows in batches of 4: the last batch of an epoch has 3, so rank 0 gets 2 and rank 1 gets 1."""
     data = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(rows)]
     sizes = dict(per_device_train_batch_size=4 // RANKS)
     return LoPTSFTTrainer(
-        tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
+        tiny(model, vocab_size=260, max_position_embeddings=256),
         args=LoPTSFTConfig(**settings(folder, sharded, **sizes | changes)),
         lopt_config=config,
         train_dataset=Dataset.from_list(data),
@@ -85,7 +95,12 @@ def sft_empty(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -
     return sft(folder, config, tokenizer, sharded, rows=10, gradient_accumulation_steps=2)
 
 
-def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTGRPOTrainer:
+def lfm2(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoPTSFTTrainer:
+    """As `sft`, with a model whose final norm has a name of its own."""
+    return sft(folder, config, tokenizer, sharded, model="lfm2")
+
+
+def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool, **changes: Any) -> LoPTGRPOTrainer:
     rows = [{"prompt": f"Question {i}: "} for i in range(12)]
 
     def text(i: int, prompt: str) -> str:
@@ -98,8 +113,10 @@ def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoP
         rollout_func=fixed_rollouts(tokenizer, text),
         args=LoPTGRPOConfig(
             **settings(
-                folder, sharded, per_device_train_batch_size=4 // RANKS, gradient_accumulation_steps=2,
-                num_generations=4, steps_per_generation=1, loss_type="grpo", beta=0.0,
+                folder, sharded, **dict(
+                    per_device_train_batch_size=4 // RANKS, gradient_accumulation_steps=2, num_generations=4,
+                    steps_per_generation=1, loss_type="grpo", beta=0.0,
+                ) | changes,
             )
         ),
         lopt_config=config,
@@ -108,7 +125,7 @@ def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool) -> LoP
     )  # fmt: skip
 
 
-MAKE = {"sft": sft, "sft_empty": sft_empty, "grpo": grpo}
+MAKE = {"sft": sft, "sft_empty": sft_empty, "grpo": grpo, "lfm2": lfm2}
 
 
 def resume(folder: Path, tokenizer: Any, sharded: bool) -> None:
@@ -191,6 +208,50 @@ def guard(folder: Path, tokenizer: Any, sharded: bool) -> None:
         raise AssertionError("nobody stopped")
 
 
+def checkpoints(folder: Path, tokenizer: Any) -> None:
+    """Offloaded state of Adam and unused rollouts are resumed bit for bit; no rank flushes before all wrote.
+
+    Optimizer state is never read onto the device as a whole.
+    """
+    loaded: list[tuple[str, Any]] = []
+    load, name_best, saving_flush = torch.load, Checkpoints._name_best, saving.flush
+
+    def spying(path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded.append((Path(path).name, kwargs.get("map_location")))
+        return load(path, *args, **kwargs)
+
+    def slow(self: Checkpoints, staged: Path, final: Path) -> None:
+        name_best(self, staged, final)
+        if RANK == 0:  # the others are ready
+            time.sleep(0.1)
+            (staged.parent / "written").touch()
+
+    def flush(folder: Path) -> None:
+        assert (folder.parent / "written").exists(), "rank 0 is still writing"
+        saving_flush(folder)
+
+    changes = dict(save_strategy="steps", save_steps=1, max_steps=3, optim="adamw_torch", save_total_limit=9)
+    rollouts = dict(num_iterations=2, steps_per_generation=2)
+    for make, method, more in ((sft, "staged3", {}), (grpo, "lopt2", rollouts)):
+        ends, place = [], folder / f"checkpoints-{method}"
+        for checkpoint in (None, str(place / "checkpoint-1")):
+            AcceleratorState._reset_state(reset_partial_state=False)
+            trainer = make(place, config_of(method), tokenizer, False, **changes | more)
+            with (
+                replaced(torch, load=spying),
+                replaced(Checkpoints, _name_best=slow),
+                replaced(saving, flush=flush),
+            ):
+                trainer.train(resume_from_checkpoint=checkpoint)
+            ends.append(weights_of(trainer))
+        for name, value in ends[0].items():
+            assert torch.equal(value, ends[1][name]), (method, name)
+        unused = sorted(path.name for path in (place / "checkpoint-1").glob("rollouts_*"))
+        assert unused == ([f"rollouts_{rank}.pt" for rank in range(RANKS)] if make is grpo else []), unused
+    assert loaded.count(("optimizer.pt", "cpu")) == 2, loaded
+    assert torch.device("cpu", 0) not in [where for _, where in loaded]
+
+
 def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
     """Whole weights of model and heads."""
     whole = {
@@ -222,6 +283,8 @@ def main() -> None:
         if case == "resume":
             resume(Path(folder), tokenizer, mode == "fsdp2")
             guard(Path(folder), tokenizer, mode == "fsdp2")
+            if mode == "ddp" and RANKS > 1:
+                checkpoints(Path(folder), tokenizer)
             (Path(folder) / f"resume.{mode}").touch()
             continue
         name, method = case.split("-")

@@ -13,7 +13,10 @@ from transformers import (
 )
 
 from conftest import batch_of, tiny
+from lopt import LoPTConfig
 from lopt.architectures import find_decoder
+from lopt.core.blocks import Blocks
+from tiny_models import small_config, small_configs
 
 
 def test_a_decoder_is_its_parts_in_their_order(architecture: str) -> None:
@@ -45,3 +48,61 @@ def test_an_encoder_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="not a decoder-only"):
         find_decoder(t5)
+
+
+def decoder_names(model: nn.Module) -> list[str]:
+    """The names of a decoder's tail, as its own children are called."""
+    decoder = find_decoder(model)
+    names = {module: name for name, module in decoder.module.named_modules()}
+    return [names[module] for module in decoder.tail]
+
+
+def test_every_causal_lm_of_transformers_has_its_tail_in_the_last_block_or_is_refused() -> None:
+    """On the meta device; scripts/model_table.py trains them all."""
+    tails: dict[str, list[str]] = {}
+    refused: dict[str, str] = {}
+    for config_class, model_class in small_configs():
+        try:
+            with torch.device("meta"):
+                model = model_class(small_config(config_class))
+        except Exception:  # what cannot be built so small is not looked at
+            continue
+        try:
+            tails[config_class.model_type] = decoder_names(model)
+            blocks = Blocks(model, LoPTConfig(num_blocks=2))
+        except ValueError as error:
+            refused[config_class.model_type] = str(error)
+            continue
+        owned = [name for b in blocks for name, _ in blocks.parameters(model, b.index)]
+        assert sorted(owned) == sorted(name for name, _ in model.named_parameters()), model_class
+        assert all(blocks.owner(p) == 1 for module in blocks.tail for p in module.parameters()), model_class
+    assert len(tails) > 100
+    for name, tail in {
+        "biogpt": ["layer_norm"], "falcon_h1": ["final_layernorm"], "gpt_neox_japanese": ["final_layer_norm"],
+        "jamba": ["final_layernorm"], "lfm2": ["embedding_norm"], "nemotron_h": ["norm_f"],
+        "persimmon": ["final_layernorm"], "recurrent_gemma": ["final_norm"], "xglm": ["layer_norm"],
+        "nanochat": ["norm"], "rwkv": ["ln_out"], "mpt": ["norm_f"],
+    }.items():  # fmt: skip
+        assert tails[name] == tail, name
+    assert {name: reason for name, reason in refused.items() if "\n" in reason} == {}
+    for name in ("bert", "roberta", "xlm", "hrm_text", "zaya", "gemma3n_text", "deepseek_v4"):
+        assert name in refused
+
+
+def test_layers_that_run_twice_and_parts_that_never_run_are_refused() -> None:
+    model = tiny("llama")
+    layers = model.model.layers
+    model.model.extra = nn.Linear(2, 2)
+    assert model.model.extra not in find_decoder(model).front
+    with pytest.raises(ValueError, match=r"belong to no block, such as model\.extra\.weight"):
+        Blocks(model, LoPTConfig())
+    del model.model.extra
+    hook = layers[1].register_forward_hook(lambda module, args, output: layers[0](output))
+    with pytest.raises(ValueError, match="does not run each of its layers once, in order"):
+        find_decoder(model)
+    hook.remove()
+    model.train().model.embed_tokens.eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    find_decoder(model)
+    assert modes == [m.training for m in model.modules()] and torch.equal(state, torch.get_rng_state())
+    assert not any("forward" in vars(layer) or layer._forward_pre_hooks for layer in layers)

@@ -1,45 +1,25 @@
-"""Where the causal LMs of transformers keep their parts: the decoder, its layers, what surrounds them.
+"""Where a causal LM keeps its parts: the decoder, its layers, what surrounds them.
 
-Adding an unknown architecture is one line in `LAYOUTS`.
+No names of modules are known here: a decoder's layers are the one list of modules that it has, and what feeds
+the first layer and what follows the last one shows when it runs.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lopt.compat import masks_by_shape
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a decoder keeps its layers and what comes after them.
-
-    Every other module of the decoder feeds the first layer.
-
-    Attributes:
-        layers: Name of the decoder's list of layers.
-        final: Names that the modules which the last layer's output passes through may have, in order.
-    """
-
-    layers: str = "layers"
-    final: tuple[str, ...] = (
-        *("norm", "norm_f", "ln_f", "final_norm", "final_layernorm", "final_layer_norm", "layer_norm"),
-        *("embedding_norm", "project_out"),  # LFM 2; OPT
-    )
-
-
-# Keyed by `config.model_type`. Models laid out like Llama need no line.
-LAYOUTS: dict[str, Layout] = {
-    "gpt2": Layout("h"),
-    "gptj": Layout("h"),
-    "gpt_neo": Layout("h"),
-    "gpt_bigcode": Layout("h"),
-    "bloom": Layout("h"),
-    "falcon": Layout("h"),
-}
+LAYERS: dict[str, str] = {}
+"""Name of a decoder's list of layers, by `config.model_type`, where it has several lists of modules."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +28,10 @@ class Decoder:
 
     Attributes:
         module: The decoder itself.
-        front: Every part that feeds the first layer: token and position embeddings and their norms.
+        front: Every part that runs before the first layer: token and position embeddings and their norms.
         layers: The layers.
-        tail: What the last layer's output passes through: the final norm, and what follows it.
+        tail: What runs after the last layer: the final norm, and what follows it. A part that runs at another
+            time, or never, is in neither.
     """
 
     module: nn.Module
@@ -82,24 +63,175 @@ def compute_device(model: nn.Module) -> torch.device:
     return base.device if handle is None else handle.device
 
 
-def find_decoder(model: PreTrainedModel) -> Decoder:
+def find_decoder(model: PreTrainedModel, is_local: bool = False) -> Decoder:
     """Return the decoder of a causal LM.
 
+    Args:
+        model: It may be on the meta device.
+        is_local: Refuse as well what local losses cannot work with.
+
     Raises:
-        ValueError: The model is an encoder, has no LM head or an unknown layout.
+        ValueError: The model is an encoder, has no LM head or an unknown layout, or its decoder does not run
+            its layers once each, in order, on token ids alone. With `is_local`, its layers are given more
+            than one hidden state with a gradient, through which a later block's would reach an earlier one.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise ValueError(f"{name} is not a decoder-only causal LM with a head: use a ...ForCausalLM model")
-    decoder = model.get_decoder()
-    layout = LAYOUTS.get(config.model_type, Layout())
-    layers = getattr(decoder, layout.layers, None)
-    if not isinstance(layers, nn.ModuleList):
+    # Some models give another module as their decoder, so others are looked at as well.
+    for decoder in (model.get_decoder(), model.base_model, *model.children()):
+        layers = _layers(decoder, config)
+        if layers is not None:
+            break
+    else:
         raise ValueError(
             f"{name} keeps its layers in an unknown place. If it is a decoder-only model, add one line: "
-            f"lopt.architectures.LAYOUTS['{config.model_type}'] = Layout(layers=...)"
+            f"lopt.architectures.LAYERS['{config.model_type}'] = \"name of the decoder's list of layers\""
         )
-    parts = dict(decoder.named_children())
-    tail = [parts[key] for key in layout.final if parts.get(key) is not None]
-    front = [part for part in parts.values() if part is not layers and part not in tail]
-    return Decoder(decoder, front, list(layers), tail)
+    order, inputs = _run(decoder, layers, name, is_local)
+    if is_local:
+        _check_inputs(name, config, inputs)
+    first, last = order.index(layers[0]), order.index(layers[-1])
+    front: list[nn.Module] = []
+    tail: list[tuple[int, nn.Module]] = []
+    for part in _parts(decoder, layers):
+        inside, weightless = set(part.modules()), next(part.parameters(), None) is None
+        times = [time for time, module in enumerate(order) if module in inside]
+        if times and times[-1] > last and (times[0] > last or weightless):
+            tail.append((times[-1], part))
+        elif (times and times[-1] < first) or weightless:
+            front.append(part)
+    return Decoder(decoder, front, layers, [part for _, part in sorted(tail, key=lambda pair: pair[0])])
+
+
+def _layers(decoder: nn.Module, config: Any) -> list[nn.Module] | None:
+    """Return the layers of a decoder: its one list of modules, or the one as long as its config says."""
+    lists = {n: list(m) for n, m in decoder.named_children() if isinstance(m, nn.ModuleList) and len(m)}
+    named = LAYERS.get(config.model_type)
+    if named is not None:
+        return lists.get(named)
+    if len(lists) > 1:
+        lists = {n: m for n, m in lists.items() if len(m) == config.num_hidden_layers}
+    return next(iter(lists.values())) if len(lists) == 1 else None
+
+
+def _parts(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[nn.Module]:
+    """Yield what a decoder is made of but its layers; of mere containers what they hold."""
+    for child in decoder.children():
+        held = list(child.children()) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
+        yield from (part for part in held if part not in layers)
+
+
+def _run(
+    decoder: nn.Module, layers: list[nn.Module], name: str, gradients: bool
+) -> tuple[list[nn.Module], list[list[Any]]]:
+    """Return a decoder's modules in the order in which a forward calls them, and what each layer is given.
+
+    The forward is the decoder's own, on two tokens, with layers that return what they are given. So it costs
+    next to nothing, runs on the meta device as well, and changes no weight and no random state. Of the layers
+    there are no insides.
+
+    Raises:
+        ValueError: It fails, or does not call each layer once, in order.
+    """
+    watched = {module: None for part in _parts(decoder, layers) for module in part.modules()}
+    watched |= dict.fromkeys(layers)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(decoder.parameters()).device)
+    # On the meta device some decoders look at a mask's values, and others, without one, at those of the ids.
+    calls_with = (dict(input_ids=ids), dict(input_ids=ids, attention_mask=torch.ones_like(ids)))
+    reason = ""
+    for given, form in itertools.product(calls_with, _OUTPUTS):
+        calls: list[nn.Module] = []
+        inputs: list[list[Any]] = []
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            stack.enter_context(masks_by_shape(1))  # the masks' values, which no layer reads, are not on meta
+            stack.enter_context(_evaluating(decoder))
+            for module in watched:
+                hook = module.register_forward_pre_hook(_recorder(calls))
+                stack.callback(hook.remove)
+            for layer in layers:
+                stack.enter_context(_passing_through(layer, form, inputs))
+            try:
+                decoder(**given, use_cache=False)
+            except (
+                Exception
+            ) as error:  # of any kind: it is the model's own code on an input it may not expect
+                reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
+                continue
+        if [module for module in calls if module in layers] != layers:
+            reason = "it does not run each of its layers once, in order"
+        elif len({hidden.shape for hidden, *_ in inputs}) == 1:  # or this is not what its layers return
+            return calls, inputs
+    raise ValueError(f"{name} is not a plain stack of layers over token ids, and cannot be cut: {reason}")
+
+
+# What a layer may return: a hidden state, alone or at the head of a tuple.
+_OUTPUTS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),
+    lambda hidden: (hidden, None, None),
+)
+
+
+def _recorder(calls: list[nn.Module]) -> Callable[[nn.Module, tuple], None]:
+    return lambda module, args: calls.append(module)
+
+
+@contextmanager
+def _passing_through(
+    layer: nn.Module, form: Callable[[Tensor], Any], inputs: list[list[Any]]
+) -> Iterator[None]:
+    """Within, `layer` returns the hidden state that it is given, as `form` does; what it is given is kept."""
+    own = vars(layer).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        inputs.append([hidden, *args[1:], *kwargs.values()])
+        return form(hidden)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
+
+
+def _check_inputs(name: str, config: Any, inputs: list[list[Any]]) -> None:
+    """Raise a ValueError if a layer is given more than one hidden state that earlier blocks have made.
+
+    Args:
+        inputs: What each layer is given, its hidden state first.
+    """
+    reason = ""
+    if inputs[0][0].ndim != 3:
+        reason = "hand on several hidden states per token, and a local loss compares one"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        reason = "use keys and values of earlier ones, through which gradients would cross a boundary"
+    elif any(_carries_gradient(others) for _, *others in inputs):
+        reason = "read the embedding as well, through which gradients would cross a boundary"
+    if reason:
+        raise ValueError(f"{name} cannot be cut: its layers {reason}. Use `method` frozen, e2e or lora")
+
+
+def _carries_gradient(given: Any) -> bool:
+    if isinstance(given, Tensor):
+        return given.requires_grad
+    if isinstance(given, dict):
+        given = list(given.values())
+    return isinstance(given, list | tuple) and any(_carries_gradient(part) for part in given)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Within, `module` and all in it are in eval mode."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training

@@ -104,7 +104,9 @@ NAMES: dict[str, str] = {
 OVERRIDES: dict[str, str] = {
     # -- transformers ----------------------------------------------------------------------------------------
     "transformers:Trainer._get_output_dir": "Checkpoints are written in a folder beside their place first.",
-    "transformers:Trainer._load_optimizer_and_scheduler": "Heads and rollouts are resumed as well.",
+    "transformers:Trainer._load_optimizer_and_scheduler": (
+        "Heads and rollouts are resumed as well; optimizer state never passes through the GPU as a whole."
+    ),
     "transformers:Trainer._load_rng_state": "A resumed run first evaluates, if that was left to do.",
     "transformers:Trainer._finalize_training": (
         "The same after the last step; offloaded weights are written back."

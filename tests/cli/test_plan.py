@@ -147,7 +147,7 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
         out = capsys.readouterr().out
         total = next(line for line in out.splitlines() if line.strip().startswith("total"))
         assert abs(float(total.partition("(")[2].partition("%")[0])) < 5
-    monkeypatch.setattr("lopt.cli.plan.machine_memory", lambda device: 10**6)
+    monkeypatch.setattr("lopt.cli.plan.free_memory", lambda device: 10**6)
     assert plan(*flags) == 2
     assert "--calibrate would run k=3" in capsys.readouterr().err
 

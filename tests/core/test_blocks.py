@@ -36,7 +36,9 @@ def test_owners(architecture: str) -> None:
     assert first.isdisjoint(last) and len(first | last) == len(list(model.parameters()))
     outside = {n for n in first | last if not any(f".{i}." in n for i in range(4))}
     for name in outside:
-        is_final = any(word in name for word in ("lm_head", "embed_out", "final", "ln_f", "model.norm"))
+        is_final = any(
+            word in name for word in ("lm_head", "embed_out", "final", "ln_f", "model.norm", "embedding_norm")
+        )
         assert (name in last) == is_final, name
     assert any("emb" in n or "wte" in n for n in first)
 

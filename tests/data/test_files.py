@@ -41,7 +41,7 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
     write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
     write(tmp_path / "a.csv", "question,answer\n" + "".join(f"q{i},{i}\n" for i in range(20)))
     Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
-    for suffix in files.BUILDERS:
+    for suffix in files.KINDS:
         assert load_rows(tmp_path / f"a{suffix}").to_list() == ROWS, suffix
     assert load_rows(write(tmp_path / "b [1]*.JSONL", jsonl(ROWS))).to_list() == ROWS
     twice = load_rows([tmp_path / "a.jsonl", tmp_path / "a.json"])
@@ -78,7 +78,8 @@ def test_max_samples_is_a_seeded_random_subset(tmp_path):
         ("a.jsonl", b"3\n4\n", "line 1 is not a JSON object"),
         ("a.jsonl", b'{"a": "x"}\n{"a": "\xe9"}\n', "not UTF-8 (line 2)"),
         ("a.csv", b"a,b\n\xff,1\n", "not UTF-8 (line 2)"),
-        ("a.csv", b'a,b\n1,2\n3,"x\n', "row 2"),
+        ("a.csv", b'a,b\n1,2\n3,"x\n', "line 3 is no CSV"),
+        ("a.csv", b"a,b\n1,2,3\n", "line 2 has 3 cells, the header 2"),
         ("a.parquet", b"junk", "cannot load"),
         ("a.txt", b"hello", ".json, .jsonl, .parquet, .csv"),
     ],
@@ -93,7 +94,7 @@ def test_an_integer_too_long_for_python_is_valid_json(tmp_path):
     assert load_rows(write(tmp_path / "a.jsonl", long + "\n"))["question"][:] == ["[" * 600]
     message = error_of(train_file=write(tmp_path / "b.jsonl", f'{long}\n{{"a": \n'))
     assert "b.jsonl is broken: line 2 is not valid JSON" in message
-    message = error_of(train_file=write(tmp_path / "c.json", f"[{long},\n3 4]"))
+    message = error_of(train_file=write(tmp_path / "c.json", f'[{long},\n{{"a" 4}}]'))
     assert "c.json is broken: line 2 is not valid JSON" in message
 
 
@@ -162,8 +163,8 @@ def test_a_stream_has_the_order_of_its_seed(tmp_path):
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b" \n\n", "no rows"),
         ("a.csv", b"question,answer\n", "no rows"),
-        ("a.jsonl", b'{"a": \n', "cannot read"),
-        ("a.parquet", b"junk", "cannot read"),
+        ("a.jsonl", b'{"a": \n', "line 1 is not valid JSON (Expecting value, column 6)"),
+        ("a.parquet", b"junk", "cannot load"),
     ],
 )
 def test_a_bad_file_is_refused_before_its_stream_is_used(tmp_path, name, content, expected):

@@ -77,6 +77,7 @@ def test_precedence_of_columns():
         ({"query": "q", "response": "r"}, "Question: q\nAnswer:", " r", "q"),
         ({"question": "q", "answer": 2}, "Question: q\nAnswer:", " 2", "q"),
         ({"problem": "q", "solution": 2.5}, "Question: q\nAnswer:", " 2.5", "q"),
+        ({"query": "q", "response": True}, "Question: q\nAnswer:", " true", "q"),
         (
             {"instruction": "do", "input": "", "output": "o", "text": "not this"},
             "Below is an instruction that describes a task. Write a response that appropriately "
@@ -151,7 +152,6 @@ def test_rows_without_a_completion_are_dropped_with_a_warning(caplog):
         ({"question": None, "answer": "a"}, "`question`, must be text, not NoneType"),
         ({"question": 3, "answer": "a"}, "`question`, must be text, not int"),
         ({"question": "q", "answer": ["a"]}, "`answer`, must be text or a number, not list"),
-        ({"question": "q", "answer": True}, "`answer`, must be text or a number, not bool"),
         ({"messages": []}, "`messages`, must be a non-empty list"),
         ({"messages": "Hi"}, "`messages`, must be a non-empty list"),
         ({"messages": [{"from": "user", "value": "Hi"}]}, "without a role"),

@@ -16,10 +16,10 @@ class Owner:
 
     def __init__(self, *sizes: int, value: float = 1.0) -> None:
         self.tensors = [torch.full((size // 4,), value) for size in sizes]
-        self.group = TensorGroup(lambda: list(self.tensors), self.put)
+        self.group = TensorGroup(lambda: dict(enumerate(self.tensors)), self.put)
 
-    def put(self, tensors: list[torch.Tensor]) -> None:
-        self.tensors = list(tensors)
+    def put(self, tensors: dict[int, torch.Tensor]) -> None:
+        self.tensors = [tensors.get(number, old) for number, old in enumerate(self.tensors)]
 
 
 def owners(transfer: HostTransfer, *sizes: int) -> list[Owner]:
@@ -101,6 +101,23 @@ def test_state_made_on_the_device_gets_a_place_when_it_first_leaves() -> None:
     owner.tensors = [torch.full((8,), 3.0)]
     transfer.store(owner.group)
     assert in_host_memory(owner.tensors[0]) and owner.tensors[0].eq(3).all() and owner.group.nbytes == 32
+
+
+def test_what_appears_or_grows_on_the_device_gets_a_place_and_the_rest_keeps_its_own() -> None:
+    transfer = HostTransfer(torch.device("cpu"), KIB)
+    owner = Owner(64, 128)
+    transfer.store(owner.group)
+    kept, grown = owner.tensors
+    transfer.fetch(owner.group)
+    owner.tensors[0] += 1
+    owner.tensors[1] = torch.full((64,), 5.0)
+    owner.tensors.append(torch.full((8,), 6.0))
+    transfer.release(owner.group)
+    assert owner.tensors[0] is kept and kept.eq(2).all()
+    assert [t.unique().item() for t in owner.tensors[1:]] == [5, 6] and owner.tensors[1] is not grown
+    assert all(map(in_host_memory, owner.tensors)) and owner.group.nbytes == 64 + 256 + 32
+    transfer.fetch(owner.group)
+    assert [t.unique().item() for t in owner.tensors] == [2, 5, 6]
 
 
 def test_quantized_state_moves_in_its_parts() -> None:

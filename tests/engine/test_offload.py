@@ -145,7 +145,7 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(monkeypatch) -> N
     with torch.no_grad():
         expected = loop.model(**BATCHES[0]).logits
     loop.offload.synchronize()
-    monkeypatch.setattr("lopt.engine.offload.free_device_memory", lambda device: 0)
+    monkeypatch.setattr("lopt.engine.offload.free_memory", lambda device: 0)
     most = []
     for layer in loop.handle.blocks.layers:
         layer.register_forward_hook(lambda *_: most.append(len(loop.on_device())))

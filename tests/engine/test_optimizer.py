@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
 from lopt.engine.clipping import clip_gradients
+from lopt.engine.host_transfer import HostTransfer
 from lopt.engine.optimizer import BlockOptimizer, Precision, split_into_parts, state_bytes
 from lopt.engine.rounding import round_stochastically
-from lopt.instruments.memory import peak_memory
+from lopt.instruments.memory import in_host_memory, peak_memory
 
 
 @pytest.mark.parametrize("clip", ["global", "block"])
@@ -71,6 +73,32 @@ def test_step_by_parts_is_the_optimizers_own(name: str, part_bytes: int) -> None
             optimizer.zero_grad()
     for (parameter_name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), parameter_name
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad", "SGD"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_may_appear_in_any_step(name: str, dtype: torch.dtype) -> None:
+    """A parameter's first gradient may come late: an expert nobody asked, an embedding that was frozen."""
+    ends, options = [], OPTIMIZERS[name]
+    for transfer in (None, HostTransfer(torch.device("cpu"), 2**20)):
+        parameters = [nn.Parameter(torch.linspace(-1, 1, 6).add(n).to(dtype)) for n in range(3)]
+        face = BlockOptimizer(
+            [{"params": parameters}],
+            make(name, **options),
+            precision=Precision(masters=True, state_dtype=torch.bfloat16),
+            transfer=transfer,
+        )
+        assert len(face.parts) == 1
+        for step, learning in enumerate([[1], [1, 2], [0, 2], [2], [0, 1, 2]]):
+            for number in learning:
+                parameters[number].grad = torch.full_like(parameters[number], step + number - 1.5)
+            face.step()
+            face.zero_grad()
+        tensors = [v for s in face.state.values() for v in s.values() if v.ndim]
+        assert transfer is None or all(map(in_host_memory, tensors))
+        ends.append([*parameters, *tensors])
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_parts_are_bounded_and_within_a_block() -> None:

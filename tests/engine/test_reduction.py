@@ -15,7 +15,12 @@ from transformers import AutoTokenizer
 
 CASES = [f"{t}-{m}" for t in ("sft", "sft_empty", "grpo") for m in ("lopt2", "lopt4", "e2e")]
 # Block-major and the next-token loss are not for FSDP2.
-DDP_ONLY = [*(f"{t}-staged3" for t in ("sft", "sft_empty", "grpo")), "sft-next3", "sft_empty-next3"]
+DDP_ONLY = [
+    *(f"{t}-staged3" for t in ("sft", "sft_empty", "grpo")),
+    "sft-next3",
+    "sft_empty-next3",
+    "lfm2-lopt2",
+]
 WORKER = Path(__file__).parents[1] / "ranks.py"
 
 
@@ -58,7 +63,7 @@ def test_two_ranks_are_one(outcomes: Path, case: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_resume_is_bit_for_bit(outcomes: Path, mode: str) -> None:
-    """Compared by the ranks themselves, see `ranks.resume`."""
+    """Compared by the ranks themselves, see `ranks.resume` and `ranks.checkpoints`."""
     assert (outcomes / f"resume.{mode}").is_file()
 
 

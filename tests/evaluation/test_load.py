@@ -30,12 +30,12 @@ def test_an_adapter_is_evaluated_in_its_base(tiny_folder: Path, tmp_path: Path) 
 def test_a_model_that_does_not_fit(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = AutoModelForCausalLM.from_pretrained(tiny_folder).num_parameters()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(load, "free_host_memory", lambda: 3 * count)
+    monkeypatch.setattr(load, "free_memory", lambda device: 3 * count)
     with pytest.raises(
         ValueError, match=r"float32 and .* are free: `param_dtype` bfloat16 needs \d+\.\d KiB"
     ):
         Loading().model(str(tiny_folder))
     assert Loading("bfloat16").model(str(tiny_folder)).dtype == torch.bfloat16
-    monkeypatch.setattr(load, "free_host_memory", lambda: count)
+    monkeypatch.setattr(load, "free_memory", lambda device: count)
     with pytest.raises(ValueError, match="use a smaller model"):
         Loading("bfloat16").model(str(tiny_folder))

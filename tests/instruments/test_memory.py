@@ -1,6 +1,8 @@
 """Every expected number below is a count by hand; none allows a tolerance."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lopt.instruments.memory import MemoryPeak, MemoryTracker, format_bytes, peak_memory
+from lopt.instruments.memory import (
+    HOST,
+    MemoryPeak,
+    MemoryTracker,
+    format_bytes,
+    free_memory,
+    peak_memory,
+)
 
 N = 1000
 S = 4 * N  # bytes of one activation in the chains below
@@ -243,3 +252,20 @@ def test_sparse_and_wrapped_tensors_count_their_parts() -> None:
 )
 def test_format_bytes(n: int, text: str) -> None:
     assert format_bytes(n) == text
+
+
+def test_free_memory_is_the_control_groups_if_less(monkeypatch, tmp_path: Path) -> None:
+    files = {"/sys/fs/cgroup/memory.max": "5000", "/sys/fs/cgroup/memory.current": "2000"}
+    real = open
+
+    def fake(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path) in files:
+            made = tmp_path / Path(path).name
+            made.write_text(files[str(path)])
+            return real(made)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", fake)
+    assert free_memory(HOST) == 3000
+    files["/sys/fs/cgroup/memory.max"] = "max"
+    assert free_memory(HOST) > 10**6

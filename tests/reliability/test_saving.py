@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from conftest import tiny
 from lopt import LoPTConfig, LoPTSFTTrainer
 from lopt.reliability import checkpoint
-from lopt.reliability.checkpoint import CheckpointError, checkpoints, damage
+from lopt.reliability.checkpoint import MANIFEST, CheckpointError, checkpoints, damage
 from lopt.trainers.config import LoPTSFTConfig
 
 Make = Callable[..., LoPTSFTTrainer]
@@ -135,3 +135,27 @@ def test_a_model_is_whole_or_absent(make: Make, tmp_path: Path, monkeypatch) -> 
     with pytest.raises(CheckpointError, match="No space left on device"):
         trainer.save_model()
     assert (out / "model.safetensors").read_bytes() == before and (out / "config.json").is_file()
+
+
+def test_free_space_is_compared_with_the_bytes_that_are_written(make: Make, tmp_path: Path) -> None:
+    """8-bit state takes a byte and a bit per value, though it passes for float32."""
+    pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):
+        trainer = make(optim="adamw_torch_8bit", max_steps=1)
+        trainer.model.resize_token_embeddings(4096)  # torchao leaves small tensors in float32
+        trainer.train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    names = ("model.safetensors", "optimizer.pt", "reconstruction_heads.safetensors")
+    written = sum((folder / name).stat().st_size for name in names)
+    assert trainer.checkpoints._bytes() == pytest.approx(written, rel=0.05)
+    state = [v for s in trainer.bare_optimizer().state.values() for v in s.values()]
+    assert written < sum(v.numel() * v.element_size() for v in state)
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_resumed(make: Make, tmp_path: Path) -> None:
+    make(max_steps=1).train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    for name in ("optimizer.pt", MANIFEST):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"has no optimizer\.pt, so `save_only_model` wrote it"):
+        make(max_steps=2).train(resume_from_checkpoint=str(folder))

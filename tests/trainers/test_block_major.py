@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from trl import DPOConfig
 
 from conftest import fixed_rollouts, tiny
 from lopt import LoPTConfig, LoPTDPOTrainer, LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.engine import pinned
+from lopt.engine.host_transfer import HostTransfer
 from lopt.instruments.memory import in_host_memory
 from lopt.trainers import NonFiniteError
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
@@ -182,6 +185,38 @@ def test_the_best_checkpoint_comes_back(run) -> None:
         for offload in ("none", "block")
     ]
     same(*ends, tolerance=0.0)
+
+
+def test_two_trainers_in_one_process(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside each other, after each other on one model, and gone: pinned memory goes with its owners."""
+    pages: dict[int, int] = {}
+    monkeypatch.setattr(pinned, "_register", lambda address, nbytes: pages.update({address: nbytes}) or 0)
+    monkeypatch.setattr(pinned, "_unregister", lambda address, nbytes: pages.pop(address))
+    make = HostTransfer.__init__
+
+    def pinning(self: HostTransfer, *args: Any) -> None:
+        make(self, *args)
+        self._pinned = pinned.PinnedMemory()
+
+    monkeypatch.setattr(HostTransfer, "__init__", pinning)
+    flags: dict[str, Any] = dict(config={"offload": "block"}, optim="adamw_torch_fused", max_steps=3)
+    ends = [run("block_major", 2, **flags)]
+    ends.append(run("block_major", 2, **flags))
+    pinned_bytes = sum(pages.values())
+    for _, _, trainer in ends:
+        trainer.train()  # anew, from where it is
+    same(state(ends[0][2]), state(ends[1][2]), tolerance=0.0)
+    assert sum(pages.values()) == pinned_bytes > 0
+    first = ends.pop(0)[2]
+    again = LoPTSFTTrainer(
+        first.lopt.detach(), args=first.args, lopt_config=first.lopt.config,
+        processing_class=first.processing_class, train_dataset=Dataset.from_list(ROWS),
+    )  # fmt: skip
+    again.train()
+    del first, again, trainer
+    ends.clear()
+    gc.collect()
+    assert not pages
 
 
 def test_each_block_is_stepped_once_and_with_its_own_gradient_only(run, monkeypatch) -> None:

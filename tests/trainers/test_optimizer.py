@@ -71,25 +71,19 @@ def test_small_steps_move_bfloat16_weights_by_every_method(trainer, method: str)
 
 
 def test_too_little_host_memory_is_said_before_the_first_step(trainer, monkeypatch) -> None:
-    monkeypatch.setattr(module, "free_host_memory", lambda: 100_000)
+    monkeypatch.setattr(module, "free_memory", lambda device: 100_000)
     config = LoPTConfig(schedule="block_major", offload="optimizer", head_warmup_steps=1)
     with pytest.raises(ValueError, match=r"`offload` keeps .* KiB of optimizer state .* 97.7 KiB are free"):
         trainer(config).train()
     trainer(config, optim="SGD").train()  # has no state
 
 
-def test_free_host_memory_is_the_control_groups_if_less(monkeypatch, tmp_path: Path) -> None:
-    files = {"/sys/fs/cgroup/memory.max": "5000", "/sys/fs/cgroup/memory.current": "2000"}
-    real = open
-
-    def fake(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(path) in files:
-            made = tmp_path / Path(path).name
-            made.write_text(files[str(path)])
-            return real(made)
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr("builtins.open", fake)
-    assert module.free_host_memory() == 3000
-    files["/sys/fs/cgroup/memory.max"] = "max"
-    assert module.free_host_memory() > 10**6
+def test_every_process_of_the_machine_needs_host_memory(trainer, monkeypatch) -> None:
+    config = LoPTConfig(schedule="block_major", offload="optimizer", head_warmup_steps=1)
+    made = trainer(config, optim="AdamW")
+    parameters = sum(p.numel() for p in [*made.model.parameters(), *made.lopt.heads.parameters()])
+    monkeypatch.setattr(module, "free_memory", lambda device: 8 * parameters)  # Adam's, of one process
+    made.create_optimizer()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"\(3 processes keep .* KiB each\), of which .* fewer processes on"):
+        module.block_optimizer(made)

@@ -15,9 +15,9 @@ from lopt.cli.parsing import parse
 from lopt.cli.report_flags import PlanArguments
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
-from lopt.instruments.memory import MemoryPeak, format_bytes
+from lopt.instruments.memory import MemoryPeak, format_bytes, free_memory
 from lopt.models.shapes import SHAPES, model_config
-from lopt.planning.calibrate import calibrate, machine_memory
+from lopt.planning.calibrate import calibrate
 from lopt.planning.plan import Plan, Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, candidates, search
@@ -192,7 +192,7 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
     from lopt.trainers import LoPTSFTTrainer
     from lopt.trainers.config import LoPTSFTConfig
 
-    plan, have = planner.plan(setting), machine_memory(planner.run.device)
+    plan, have = planner.plan(setting), free_memory(torch.device(planner.run.device))
     if plan.total > have:
         raise ValueError(
             f"`calibrate` would run {setting} on this machine, which needs {format_bytes(plan.total)} of "

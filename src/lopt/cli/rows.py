@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lopt.cli.flags import DataArguments, ModelArguments, TaskArguments
-from lopt.data.formats import format_rows
+from lopt.data.files import Choose
+from lopt.data.formats import format_rows, needed_columns
 from lopt.data.load import check_held_out, load_rows, split_held_out
 from lopt.data.procedural import TASKS
 from lopt.data.question_tasks import QUESTION_TASKS
@@ -42,7 +43,7 @@ class GRPORows(NamedTuple):
 
 def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
     """Return rows and tokenizer of an SFT run; rows are read first, since they fail first."""
-    rows = _read_rows(data_args, args.seed)
+    rows = _read_rows(data_args, args.seed, needed_columns)
     read = None if data_args.streaming else len(rows)
     tokenizer = _tokenizer(model_args, args)
     rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
@@ -113,7 +114,7 @@ def check_task(task_args: TaskArguments, data_args: DataArguments) -> None:
     data_args.dataset_preset = task  # `--task gsm8k` names the rows as well
 
 
-def _read_rows(data_args: DataArguments, seed: int) -> Any:
+def _read_rows(data_args: DataArguments, seed: int, choose: Choose | None = None) -> Any:
     """Return the rows that the flags name, as they are in the source: a `Dataset` or a stream."""
     return load_rows(
         train_file=data_args.train_file,
@@ -126,6 +127,7 @@ def _read_rows(data_args: DataArguments, seed: int) -> Any:
         dataset_preset=data_args.dataset_preset,
         streaming=data_args.streaming,
         shuffle_buffer=data_args.shuffle_buffer,
+        choose=choose,
     )
 
 

@@ -37,7 +37,7 @@ class Blocks(Sequence[Block]):
 
     def __init__(self, model: nn.Module, config: LoPTConfig) -> None:
         self._base = base_model(model)
-        found = find_decoder(self._base)
+        found = find_decoder(self._base, config.is_local)
         self.decoder, self.layers = found.module, found.layers
         self.tail, self._front = found.tail, found.front
         spans = split(len(self.layers), config)

@@ -110,6 +110,20 @@ def infer_format(column_names: Iterable[str]) -> Format:
     )
 
 
+def needed_columns(found: list[str]) -> list[str]:
+    """Return the columns that examples are made of; say which of those found are left out.
+
+    Raises:
+        ValueError: they fit no format.
+    """
+    fmt = infer_format(found)
+    needed = [*fmt.columns, *fmt.optional]
+    others = [name for name in found if name not in needed]
+    if others:
+        logger.warning("left out the columns %s: %s rows do not need them", ", ".join(others), fmt.name)
+    return needed
+
+
 def format_rows(
     rows: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -135,7 +149,7 @@ def format_rows(
             row left; `assistant_only` without a chat template or on `text` rows.
     """
     names = column_names(rows)
-    fmt = infer_format(names)
+    used, fmt = needed_columns(names), infer_format(names)
     chat = bool(tokenizer.chat_template)
     if assistant_only and not chat:
         raise ValueError(
@@ -150,9 +164,8 @@ def format_rows(
         features = Features({"messages": MESSAGES})
     else:
         features = Features(dict.fromkeys(("prompt", "completion"), MESSAGES if chat else Value("string")))
-    used = [name for name in names if name in fmt.columns + fmt.optional]
     convert = partial(_example, fmt=fmt, chat=chat, keep_messages=keep_messages)
-    made = convert_rows(rows, used, convert, features, "Formatting rows")
+    made = convert_rows(rows, used, convert, features, "Formatting rows", named=used)
     if isinstance(made, IterableDataset):
         empty, where = next(iter(made), None) is None, "every row of the stream"
     else:

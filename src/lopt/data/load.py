@@ -8,9 +8,11 @@ through a buffer of rows that are drawn from at random with the seed, always in 
 
 from __future__ import annotations
 
+from functools import partial
+
 from datasets import Dataset, IterableDataset
 
-from lopt.data.files import Paths, load_files
+from lopt.data.files import Choose, Paths, load_files
 from lopt.data.hub import load_hub
 from lopt.data.presets import PRESETS, SHUFFLE_BUFFER, Preset, check_columns, show_licence
 from lopt.data.rows import column_names
@@ -29,12 +31,13 @@ def load_rows(
     dataset_preset: str | None = None,
     streaming: bool = False,
     shuffle_buffer: int = SHUFFLE_BUFFER,
+    choose: Choose | None = None,
 ) -> Dataset | IterableDataset:
     """Load training rows from `train_file`, from `dataset_name` or from what `dataset_preset` stands for.
 
     Args:
-        train_file: A path, or several paths of one file type, read as one data set in that order. CSV cells
-            are kept as text, so "007" and "NA" stay what the file says.
+        train_file: A path, or several paths of one file type, read as one data set in that order. No type
+            is guessed: text stays text ("007", "NA" and dates), numbers of JSON keep their digits.
         dataset_name: Name of a data set on the Hub.
         dataset_config: Configuration of that data set, if it has several.
         dataset_split: Split to load; a slice such as `train[:10%]` works too. Local files are `train`.
@@ -46,6 +49,7 @@ def load_rows(
             preset's columns and no others.
         streaming: Return a stream in an order that the seed gives rather than a `Dataset`.
         shuffle_buffer: Rows in the buffer that a stream is drawn from (>= 1).
+        choose: From the columns of local files to those that are read; all by default. A preset has its own.
 
     Raises:
         ValueError: not exactly one source; a file that is missing, unreadable, broken, empty, of an unknown
@@ -58,18 +62,25 @@ def load_rows(
     if streaming and "[" in dataset_split:
         raise ValueError(f"`dataset_split` {dataset_split}: a stream cannot be sliced: use `max_samples`")
     if train_file is not None:
-        rows = load_files(train_file, dataset_split, streaming)
+        if preset is not None:
+            choose = partial(_of_preset, preset)
+        rows = load_files(train_file, dataset_split, streaming, choose)
     else:
         name, config, source = str(dataset_name), dataset_config, "`dataset_name`"
         if preset is not None:
             name, config, source = preset.hub_id, preset.config, f"`dataset_preset` {preset.name}"
         rows = load_hub(name, config, dataset_split, dataset_revision, streaming=streaming, source=source)
     if preset is not None:
-        where = "`train_file`" if train_file is not None else f"{preset.hub_id} on the Hub"
-        check_columns(preset, column_names(rows), where)
+        if train_file is None:
+            check_columns(preset, column_names(rows), f"{preset.hub_id} on the Hub")
         show_licence(preset)
         rows = rows.select_columns(list(preset.columns))
     return _draw(rows, max_samples, seed, shuffle_buffer)
+
+
+def _of_preset(preset: Preset, found: list[str]) -> list[str]:
+    check_columns(preset, found, "`train_file`")
+    return list(preset.columns)
 
 
 def _draw(

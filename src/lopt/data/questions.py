@@ -24,6 +24,7 @@ from lopt.data.question_tasks import QUESTION_TASKS, QuestionTask
 from lopt.data.rows import (
     MESSAGES,
     SOURCE,
+    TIMES,
     Example,
     answer_text,
     as_messages,
@@ -97,17 +98,14 @@ def question_rows(
     kept = _kept_columns(rows.column_names, question, known)
     chat = bool(tokenizer.chat_template)
     answer = {"answer": Value("string")} if known else {}
-    features = Features(
-        {
-            "prompt": MESSAGES if chat else Value("string"),
-            **answer,
-            **{name: rows.features[name] for name in kept},
-        }
-    )
+    kept_features = {name: _kept_feature(rows.features[name]) for name in kept}
+    features = Features({"prompt": MESSAGES if chat else Value("string"), **answer, **kept_features})
     convert = partial(_example, task=known, question=question, instruction=instruction, chat=chat)
-    made = convert_rows(rows, rows.column_names, convert, features, "Reading questions")
+    made = convert_rows(
+        rows, rows.column_names, convert, features, "Questions", [question, *(known.answers if known else ())]
+    )
     assert isinstance(made, Dataset)
-    if known and len(made) == 0:
+    if known and not len(made):
         raise ValueError(
             f"`task` {task}: none of the {len(rows)} rows has an answer: it expects {known.expected}"
         )
@@ -145,11 +143,18 @@ def _kept_columns(columns: list[str], question: str, known: QuestionTask | None)
     return [name for name in columns if name not in made and name not in reserved]
 
 
+def _kept_feature(feature: Any) -> Any:
+    """Return the feature of a column that rewards get: times are text, all else is unchanged."""
+    times = ("timestamp", "date", "time", "duration")
+    return Value("string") if str(getattr(feature, "dtype", "")).startswith(times) else feature
+
+
 def _example(
     row: dict[str, Any], task: QuestionTask | None, question: str, instruction: str, chat: bool
 ) -> Example | None:
     """Return the example of a row, or None if the task finds no answer in it."""
-    made = {**row, "prompt": _prompt(row, question, instruction, chat)}
+    made = {name: str(value) if isinstance(value, TIMES) else value for name, value in row.items()}
+    made["prompt"] = _prompt(row, question, instruction, chat)
     if task is None:
         return made
     for column, find in task.answers.items():

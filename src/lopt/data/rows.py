@@ -6,11 +6,14 @@ one column name the column; `convert_rows` adds the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 
+from lopt.data.cells import JsonFloat, encoded
 from lopt.data.templates import Message, message
 
 SOURCE = "`train_file`/`dataset_name`"
@@ -18,6 +21,9 @@ SOURCE = "`train_file`/`dataset_name`"
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 """Type of a column that holds conversations."""
+
+TIMES = date | time | timedelta
+"""Types of Parquet for which the model sees text; a datetime is a date."""
 
 Example = dict[str, Any]
 Convert = Callable[[dict[str, Any]], Example | None]
@@ -35,10 +41,15 @@ def convert_rows(
     convert: Convert,
     features: Features,
     description: str,
+    named: Collection[str] = (),
 ) -> Dataset | IterableDataset:
     """Return the examples that `convert` makes of the `columns` of `rows`, with the columns `features`.
 
     A stream is converted when its rows are needed.
+
+    Args:
+        columns: Those that `convert` is given, where there are such.
+        named: Columns whose classes, which Arrow has as numbers, are given to it by name.
 
     Raises:
         ValueError: from `convert`, with the row's number (from 0). The number is a row's place in the data
@@ -46,10 +57,13 @@ def convert_rows(
             quotes the beginning of the row.
     """
     streamed = isinstance(rows, IterableDataset)
+    columns = [name for name in columns if name in column_names(rows)]
+    found = rows.features or {}
+    classes = {name: found[name] for name in named if isinstance(found.get(name), ClassLabel)}
     options: dict[str, Any] = dict(
         batched=True,
         with_indices=True,
-        fn_kwargs={"convert": convert, "names": list(features), "quote": streamed},
+        fn_kwargs={"convert": convert, "features": features, "classes": classes, "streamed": streamed},
         remove_columns=columns,
         features=features,  # not inferred: a batch with every row dropped would give columns of type null
     )
@@ -60,19 +74,28 @@ def convert_rows(
 
 
 def _convert_batch(
-    batch: Mapping[str, list[Any]], indices: list[int], *, convert: Convert, names: list[str], quote: bool
+    batch: Mapping[str, list[Any]],
+    indices: list[int],
+    *,
+    convert: Convert,
+    features: Features,
+    classes: Mapping[str, ClassLabel],
+    streamed: bool,
 ) -> dict[str, list[Any]]:
-    made: dict[str, list[Any]] = {name: [] for name in names}
+    made: dict[str, list[Any]] = {name: [] for name in features}
     for position, index in enumerate(indices):
         row = {name: values[position] for name, values in batch.items()}
+        row |= {name: kind.int2str(row[name]) for name, kind in classes.items() if row[name] is not None}
         try:
             example = convert(row)
         except ValueError as error:
-            quoted = f"; in the order of the stream, it starts with {repr(row)[:100]}" if quote else ""
+            quoted = f"; in the order of the stream, it starts with {repr(row)[:100]}" if streamed else ""
             raise ValueError(f"{SOURCE}: row {index} (from 0), {error}{quoted}") from error
         if example is not None:
-            for name in names:
-                made[name].append(example[name])
+            # The rows of a stream stay as they are.
+            written = example if streamed else encoded(example, features)
+            for name, values in made.items():
+                values.append(written[name])
     return made
 
 
@@ -117,7 +140,9 @@ def last_assistant(messages: list[Message], column: str) -> int:
 
 
 def prompt_text(value: Any, column: str) -> str:
-    """Return `value`, which must be text that is not blank."""
+    """Return `value`, which must be text that is not blank, or a time."""
+    if isinstance(value, TIMES):
+        return str(value)
     if not isinstance(value, str):
         raise column_error(column, f"must be text, not {type(value).__name__}")
     if not value.strip():
@@ -126,16 +151,22 @@ def prompt_text(value: Any, column: str) -> str:
 
 
 def answer_text(value: Any, column: str) -> str:
-    """Return `value` as text: None as "", a number as it is written (2.0, as Arrow may store 2, as "2").
+    """Return `value` as text: what a JSON file has, None as "", times as in 2024-05-01 10:00:00.
+
+    A float of Arrow is written without a decimal point if it is whole, since Arrow may store 2 as 2.0.
 
     Raises:
-        ValueError: `value` is neither of these and not text.
+        ValueError: `value` is none of these.
     """
     if value is None:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, JsonFloat):
+        return value.text
+    if not isinstance(value, int | float | Decimal | TIMES):
         raise column_error(column, f"must be text or a number, not {type(value).__name__}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)

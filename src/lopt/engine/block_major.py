@@ -46,7 +46,7 @@ class BlockMajor:
         self._offload = offload
         self._embedding: Any = base_model(lopt.model).get_input_embeddings()
         self._slot = 0
-        self._tuples = False
+        self._beside: tuple[None, ...] | None = None  # what layers return beside a hidden state, if tuples
         layers = lopt.blocks.layers
         for block in lopt.blocks[1:]:
             # Ahead of the handle's own hook, which must see the real input.
@@ -126,7 +126,7 @@ class BlockMajor:
         return weight.new_zeros((*input_ids.shape, weight.shape[1]), device=input_ids.device)
 
     def _skip_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states,) if self._tuples else hidden_states
+        return hidden_states if self._beside is None else (hidden_states, *self._beside)
 
     def _input_hook(self, block: Block) -> Callable[..., Any]:
         def take_from_stash(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -140,8 +140,10 @@ class BlockMajor:
     def _output_hook(self, block: Block) -> Callable[..., None]:
         def stash(module: Any, args: tuple, output: Any) -> None:
             if self._lopt.active_block == block.index:
-                self._tuples = isinstance(output, tuple)  # block 1 comes first, before any layer is skipped
-                self.stash[self._slot] = output[0] if self._tuples else output
+                in_tuple = isinstance(output, tuple)
+                # Block 1 comes first, before any layer is skipped.
+                self._beside = (None,) * (len(output) - 1) if in_tuple else None
+                self.stash[self._slot] = output[0] if in_tuple else output
                 raise BoundaryReached
 
         return stash

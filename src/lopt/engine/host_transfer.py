@@ -11,7 +11,6 @@ On a CPU the same code runs; every copy is real and done at once, in order.
 
 from __future__ import annotations
 
-import mmap
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,46 +19,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.engine.pinned import PinnedMemory
 from lopt.instruments.memory import dense_parts, host_tensor
+
+Tensors = dict[Any, Tensor]
+"""Tensors by what their owner calls them."""
 
 
 class TensorGroup:
-    """Tensors that move together.
+    """Tensors that move together; their owner may get more of them, or others, while they are on the device.
 
     Args:
-        get: returns the tensors where their owner holds them now, always in the same order.
+        get: returns the tensors where their owner holds them now.
         put: hands the owner other tensors of the same shapes in their place.
 
     Attributes:
         host: their places in host memory; None until they have been there once.
     """
 
-    def __init__(self, get: Callable[[], list[Tensor]], put: Callable[[list[Tensor]], None]) -> None:
+    def __init__(self, get: Callable[[], Tensors], put: Callable[[Tensors], None]) -> None:
         self.get = get
         self.put = put
-        self.host: list[Tensor] | None = None
+        self.host: Tensors | None = None
 
     @classmethod
     def of_parameters(cls, parameters: Iterable[Tensor]) -> TensorGroup:
         """Return the group of the values (`.data`) of `parameters`."""
         parameters = list(parameters)
 
-        def put(tensors: list[Tensor]) -> None:
-            for parameter, tensor in zip(parameters, tensors, strict=True):
+        def put(tensors: Tensors) -> None:
+            for parameter, tensor in tensors.items():
                 parameter.data = tensor
 
-        return cls(lambda: [parameter.data for parameter in parameters], put)
+        return cls(lambda: {parameter: parameter.data for parameter in parameters}, put)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors; 0 if they have never been in host memory."""
-        return sum(part.nbytes for tensor in self.host or () for part in dense_parts(tensor))
+        host = {} if self.host is None else self.host
+        return sum(part.nbytes for tensor in host.values() for part in dense_parts(tensor))
 
 
 @dataclass
 class _Outgoing:
     group: TensorGroup
-    tensors: list[Tensor]  # on the device, held until they have been copied
+    tensors: Tensors  # on the device, held until they have been copied
     copied: torch.cuda.Event
 
 
@@ -77,24 +81,26 @@ class HostTransfer:
         self.budget = budget
         self._on_gpu = device.type == "cuda"
         self._upcoming: deque[TensorGroup] = deque()
-        self._prefetched: dict[TensorGroup, tuple[list[Tensor], torch.cuda.Event | None]] = {}
+        self._prefetched: dict[TensorGroup, tuple[Tensors, torch.cuda.Event | None]] = {}
         self._in_use: set[TensorGroup] = set()
         self._outgoing: deque[_Outgoing] = deque()
         self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if self._on_gpu else None
-        self._pinned: list[Tensor] = []
+        self._pinned = PinnedMemory() if self._on_gpu else None
 
     def store(self, group: TensorGroup) -> None:
         """Put the tensors that the owner of `group` has now into host memory; older copies are dropped."""
         self.synchronize()
         self._in_use.discard(group)
-        host: list[Tensor] = []
+        group.host = None
         tensors = group.get()
-        for position, tensor in enumerate(tensors):  # one by one, so that memory is not held twice
-            host.append(self._host_like(tensor))
-            _copy(host[-1:], [tensor])
-            tensors[position] = host[-1]
-            group.put(tensors)
-        group.host = host or None
+        for name in tensors:  # one by one, so that memory is not held twice
+            host = self._host_like(tensors[name])
+            _copy({name: host}, tensors)
+            tensors[name] = host
+            group.put({name: host})
+        group.host = tensors or None
+        if self._streams is not None:
+            torch.cuda.current_stream(self.device).synchronize()
 
     def prefetch(self, groups: Iterable[TensorGroup]) -> None:
         """Announce what will be fetched next, in this order; copies begin as far as the budget allows."""
@@ -120,8 +126,12 @@ class HostTransfer:
         if group.host is not None and group not in self._in_use:
             return
         tensors = group.get()
-        if group.host is None:  # made on the device: it gets a place in host memory now
-            group.host = [self._host_like(tensor) for tensor in tensors]
+        places = group.host or {}
+        # What was made on the device gets a place in host memory now.
+        group.host = {
+            name: places[name] if _fits(tensor, places.get(name)) else self._host_like(tensor)
+            for name, tensor in tensors.items()
+        }
         self._in_use.discard(group)
         if changed:
             self._copy_out(group, tensors)
@@ -138,11 +148,10 @@ class HostTransfer:
         self._upcoming.clear()
 
     def close(self) -> None:
-        """Unpin the host memory; its values stay."""
+        """Unpin all host memory now, not when its owners let go of it; its values stay there."""
         self.synchronize()
-        for tensor in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-        self._pinned.clear()
+        if self._pinned is not None:
+            self._pinned.close()
 
     @property
     def bytes_in_flight(self) -> int:
@@ -153,7 +162,10 @@ class HostTransfer:
 
     def _copy_in(self, group: TensorGroup) -> None:
         assert group.host is not None
-        tensors = [_map_dense(host, lambda t: torch.empty_like(t, device=self.device)) for host in group.host]
+        tensors = {
+            name: _map_dense(host, lambda t: torch.empty_like(t, device=self.device))
+            for name, host in group.host.items()
+        }
         if self._streams is None:
             _copy(tensors, group.host)
             self._prefetched[group] = (tensors, None)
@@ -167,7 +179,7 @@ class HostTransfer:
             _copy(tensors, group.host)
         self._prefetched[group] = (tensors, stream.record_event())
 
-    def _copy_out(self, group: TensorGroup, tensors: list[Tensor]) -> None:
+    def _copy_out(self, group: TensorGroup, tensors: Tensors) -> None:
         assert group.host is not None
         if self._streams is None:
             _copy(group.host, tensors)
@@ -202,21 +214,10 @@ class HostTransfer:
         return _map_dense(tensor, self._dense_host_like)
 
     def _dense_host_like(self, tensor: Tensor) -> Tensor:
-        if not self._on_gpu or not tensor.numel():
-            layout = torch.contiguous_format
-            return host_tensor(lambda: torch.empty_like(tensor, device="cpu", memory_format=layout))
-        # Pages of its own: PyTorch's pinned allocator rounds up to a power of two, and two tensors
-        # that share a page cannot both be pinned.
-        pages = mmap.mmap(-1, tensor.nbytes)
-        flat = host_tensor(lambda: torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()))
-        error = torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)
-        if int(error):
-            raise ValueError(
-                f"`offload`: the driver refuses to pin {flat.nbytes} bytes of host memory ({error}): "
-                "raise the limit on locked memory (ulimit -l)"
-            )
-        self._pinned.append(flat)
-        return flat.view(tensor.shape)
+        if self._pinned is not None and tensor.numel():
+            return self._pinned.empty_like(tensor)
+        layout = torch.contiguous_format
+        return host_tensor(lambda: torch.empty_like(tensor, device="cpu", memory_format=layout))
 
 
 def _map_dense(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -229,8 +230,14 @@ def _map_dense(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     return kind.__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
 
 
+def _fits(tensor: Tensor, place: Tensor | None) -> bool:
+    """Return whether `tensor` can be copied into `place` as it is."""
+    kinds = type(tensor), tensor.shape, tensor.dtype
+    return place is not None and kinds == (type(place), place.shape, place.dtype)
+
+
 @torch.no_grad()
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        for there, here in zip(dense_parts(target), dense_parts(source), strict=True):
+def _copy(targets: Tensors, sources: Tensors) -> None:
+    for name, target in targets.items():
+        for there, here in zip(dense_parts(target), dense_parts(sources[name]), strict=True):
             there.copy_(here, non_blocking=True)

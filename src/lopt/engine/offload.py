@@ -11,6 +11,7 @@ from lopt.architectures import base_model
 from lopt.core.attach import LoPT
 from lopt.engine.host_transfer import HostTransfer, TensorGroup
 from lopt.engine.optimizer import BlockOptimizer
+from lopt.instruments.memory import free_memory
 
 
 class Offload:
@@ -51,6 +52,14 @@ class Offload:
             self.weights.leave(len(self.weights.blocks) - 1, changed=True)
             self.weights.release_all()
         self.transfer.synchronize()
+
+    def close(self) -> None:
+        """Unpin host memory, which otherwise happens when nobody uses model and optimizer any more.
+
+        All values stay in host memory.
+        """
+        self.synchronize()
+        self.transfer.close()
 
 
 class WeightsOffload:
@@ -133,7 +142,7 @@ class WeightsOffload:
 
     def fetch_all(self) -> bool:
         """Fetch all weights if the device has room for them; returns whether they are there."""
-        if not self._all_fetched and self.nbytes < free_device_memory(self._transfer.device):
+        if not self._all_fetched and self.nbytes < 0.9 * free_memory(self._transfer.device):
             for group in self._learning:
                 self._transfer.fetch(group)
             self._all_fetched = True
@@ -160,15 +169,6 @@ class WeightsOffload:
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
         if self._lopt.active_block is None and not self._all_fetched:
             self._transfer.release(self._by_module[layer], changed=False)
-
-
-def free_device_memory(device: torch.device) -> float:
-    """Return nine tenths of the bytes that can still be allocated on a GPU; infinity for a CPU."""
-    if device.type != "cuda":
-        return float("inf")
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return 0.9 * (free + cached)
 
 
 def _move_rest(model: nn.Module, offloaded: Any, device: torch.device) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lopt.engine.host_transfer import HostTransfer, TensorGroup
+from lopt.engine.host_transfer import HostTransfer, TensorGroup, Tensors
 from lopt.engine.rounding import round_stochastically
 from lopt.instruments.memory import dense_parts
 
@@ -131,19 +131,21 @@ class BlockOptimizer(Optimizer):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; state goes straight to where it is kept, in its own dtype."""
+        """Load a copy of what `state_dict` returned; state goes straight to its place, in its own dtype."""
         small: dict[int, dict[str, Any]] = {}
         large: list[tuple[int, str, Tensor]] = []
         for number, entries in state_dict["state"].items():
-            small[number] = {key: value for key, value in entries.items() if not _has_dimensions(value)}
+            rest = {key: value for key, value in entries.items() if not _has_dimensions(value)}
+            small[number] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in rest.items()}
             large += [(number, key, value) for key, value in entries.items() if _has_dimensions(value)]
         self.optimizer.load_state_dict(state_dict | {"state": small})
         _copy_settings(self.optimizer.param_groups, self.param_groups)
         self.state = self.optimizer.state
         proxies = list(self._proxies.values())
         for number, key, value in large:
-            place = proxies[number].device if self._transfer is None else "cpu"
-            self.state[proxies[number]][key] = value.to(place, copy=True)
+            if self._transfer is None:  # else it is copied when it is stored
+                value = value.to(proxies[number].device, copy=True)
+            self.state[proxies[number]][key] = value
         self._store_state()
 
     def _store_state(self) -> None:
@@ -234,11 +236,11 @@ class BlockOptimizer(Optimizer):
         proxies = [[self._proxies[p] for p in group["params"] if p in wanted] for group in self.param_groups]
         index = next(i for i, group in enumerate(proxies) if group)
 
-        def get() -> list[Tensor]:
-            return [value for _, _, value in self._state_tensors(proxies)]
+        def get() -> Tensors:
+            return {(proxy, key): value for proxy, key, value in self._state_tensors(proxies)}
 
-        def put(tensors: list[Tensor]) -> None:
-            for (proxy, key, _), tensor in zip(self._state_tensors(proxies), tensors, strict=True):
+        def put(tensors: Tensors) -> None:
+            for (proxy, key), tensor in tensors.items():
                 self.state[proxy][key] = tensor
 
         return _Part(members, proxies, self.param_groups[index].get("block", 0), TensorGroup(get, put))
@@ -294,7 +296,8 @@ def state_bytes(
     with torch.compiler.set_stance("force_eager"):  # torchao's optimizers compile their step
         optimizer.step()
     (group,) = optimizer.state_groups(0)
-    return sum(t.nbytes for tensor in group.get() for t in dense_parts(tensor)) / parameter.numel()
+    tensors = group.get().values()
+    return sum(part.nbytes for tensor in tensors for part in dense_parts(tensor)) / parameter.numel()
 
 
 def _copy_settings(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ from lopt.evaluation.tasks import (
     quiet_harness,
     random_state_kept,
 )
-from lopt.instruments.memory import free_host_memory
+from lopt.instruments.memory import HOST, free_memory
 
 try:
     from lm_eval import evaluator
@@ -194,7 +194,7 @@ class _LiveModel(HFLM):
         if longest > most // 2:  # characters are a rough guide only
             longest = self._longest(texts, most)
         if self.budget:
-            room = free_host_memory() // 2 // bytes_per_token
+            room = free_memory(HOST) // 2 // bytes_per_token
             self.batch_size_per_gpu = max(1, min(64, min(CPU_TOKENS, room) // longest))
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 

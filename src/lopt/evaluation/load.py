@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.files import read_json
-from lopt.instruments.memory import format_bytes, free_host_memory
+from lopt.instruments.memory import HOST, format_bytes, free_memory
 from lopt.models.load import empty_model, load_model, load_tokenizer, read_config, resolve_model
 from lopt.models.untrusted import UntrustedError, check_folder
 
@@ -80,9 +80,9 @@ class Loading:
         count = sum(parameter.numel() for parameter in shape.parameters())
         own = getattr(config, "dtype", None) or torch.float32
         dtype = own if self.param_dtype == "auto" else getattr(torch, self.param_dtype)
-        need, free, where = count * dtype.itemsize, free_host_memory(), "host memory"
-        if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < free:
-            free, where = torch.cuda.mem_get_info()[0], "GPU memory"
+        need, free, where = count * dtype.itemsize, free_memory(HOST), "host memory"
+        if torch.cuda.is_available() and (on_gpu := free_memory(torch.device("cuda"))) < free:
+            free, where = on_gpu, "GPU memory"
         if need <= free:
             return
         fix = "use a smaller model"

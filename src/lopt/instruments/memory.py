@@ -191,8 +191,17 @@ def in_host_memory(tensor: Tensor) -> bool:
     return all(part.untyped_storage() in _host_storages for part in dense_parts(tensor))
 
 
-def free_host_memory() -> int:
-    """Return the bytes that this process may still use: the machine's, or its control group's if less."""
+HOST = torch.device("cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process can still allocate on `device`.
+
+    On a CPU those of the machine, or of its control group if less; several processes share them.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     free = psutil.virtual_memory().available
     try:
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
@@ -200,6 +209,13 @@ def free_host_memory() -> int:
     except (OSError, ValueError):  # no control group, or no limit ("max")
         pass
     return free
+
+
+def used_memory(device: torch.device) -> int:
+    """Return the bytes that this process has in use on `device`; on a CPU all that it has in memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def format_bytes(n: int) -> str:

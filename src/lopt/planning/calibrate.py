@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from lopt.core.config import LoPTConfig
-from lopt.instruments.memory import MemoryPeak, MemoryTracker, free_host_memory
+from lopt.instruments.memory import MemoryPeak, MemoryTracker
 from lopt.models.load import empty_model
 from lopt.planning.run import Run, Setting
 
@@ -54,13 +54,6 @@ def calibrate(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return second_step.peak
-
-
-def machine_memory(device: str) -> int:
-    """Return the bytes of memory that this machine's device has left."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return free_host_memory()
 
 
 def _settings(run: Run, setting: Setting) -> dict[str, Any]:

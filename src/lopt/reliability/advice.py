@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
 from lopt.core.config import LoPTConfig
-from lopt.instruments.memory import format_bytes, free_host_memory
+from lopt.instruments.memory import format_bytes, free_memory, used_memory
 from lopt.planning.plan import BANDWIDTH, RESERVE, TFLOPS, Plan, Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, search
+from lopt.reliability.ranks import processes_here
 
 GENERAL = (
     "a smaller `per_device_train_batch_size` with more `gradient_accumulation_steps`, a smaller "
@@ -60,7 +60,11 @@ def _proposals(attempt: Attempt) -> list[str]:
     planner = Planner(_run(attempt, attempt.args.per_device_train_batch_size))
     reserve = RESERVE if attempt.device.type == "cuda" else 0
     # A plan is not exact, and this run did not fit, whatever it says.
-    limit = min(_room(attempt.device), int(0.9 * planner.plan(now).total) + reserve)
+    free = free_memory(attempt.device)
+    if attempt.device.type == "cpu":
+        free //= processes_here()
+    room = free + used_memory(attempt.device)
+    limit = min(room, int(0.9 * planner.plan(now).total) + reserve)
     found: list[str] = []
     batch = attempt.args.per_device_train_batch_size
     while batch > 1 and not found:
@@ -81,13 +85,6 @@ def _proposals(attempt: Attempt) -> list[str]:
     except ValueError:  # nothing fits
         return found
     return [*found, _sentence(_changed(best, now), best)]
-
-
-def _room(device: torch.device) -> int:
-    """Return the bytes of `device` that this process has or could have."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return free_host_memory() + psutil.Process().memory_info().rss
 
 
 def _sentence(arguments: Mapping[str, object], plan: Plan, why: str = "") -> str:

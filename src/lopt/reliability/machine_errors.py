@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from lopt.compat import while_waiting_for_a_worker
-from lopt.instruments.memory import dense_parts, format_bytes, free_host_memory
+from lopt.instruments.memory import dense_parts, format_bytes, free_memory, used_memory
 
 if TYPE_CHECKING:
     from lopt.reliability.advice import Attempt
@@ -133,12 +132,11 @@ def memory_in_use(device: torch.device, model: Any = None, optimizer: Any = None
             "optimizer state": [t for state in states for t in state.values() if isinstance(t, Tensor)],
         }
         parts = {name: held_bytes(tensors, device) for name, tensors in found.items()}
+    used = used_memory(device)
     if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-        used, owner = torch.cuda.memory_allocated(device), f"the GPU has {format_bytes(total)}"
+        owner = f"the GPU has {format_bytes(torch.cuda.mem_get_info(device)[1])}"
     else:
-        free, used = free_host_memory(), psutil.Process().memory_info().rss
-        owner = f"the machine has {format_bytes(free + used)} for this process"
+        owner = f"the machine has {format_bytes(free_memory(device) + used)} for this process"
     if parts:
         parts["activations and libraries"] = max(0, used - sum(parts.values()))
     shares = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)

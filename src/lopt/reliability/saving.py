@@ -17,8 +17,10 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lopt.files import write_text
+from lopt.instruments.memory import dense_parts
 from lopt.reliability.checkpoint import (
     WRITING,
     CheckpointError,
@@ -141,7 +143,7 @@ class Checkpoints:
         optimizer = trainer.bare_optimizer()
         if optimizer is not None and not trainer.args.save_only_model:
             tensors += [t for state in optimizer.state.values() for t in state.values()]
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        return sum(_whole_bytes(t) for t in tensors if isinstance(t, Tensor))
 
     @contextmanager
     def _disk_errors(self, final: Path) -> Iterator[None]:
@@ -198,6 +200,14 @@ class Checkpoints:
         found = on_first_rank(self._trainer.args, lambda: find_checkpoint(folder, name))
         self.proven.add(str(found))
         return found
+
+
+def _whole_bytes(tensor: Tensor) -> int:
+    """Return the bytes that `tensor` takes in a file; of a sharded one those of all shards."""
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        return _whole_bytes(local) * tensor.numel() // max(local.numel(), 1)
+    return sum(part.nbytes for part in dense_parts(tensor))
 
 
 def on_first_rank(args: Any, function: Callable[[], str | None]) -> str | None:

@@ -76,11 +76,23 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
             torch.save(self.rollout_state(), folder / self._rollouts_name)
 
     def load_own_state(self, folder: Path) -> None:
-        """Read what `save_own_state` wrote."""
+        """Read what `save_own_state` wrote.
+
+        Raises:
+            ValueError: another number of processes wrote it.
+        """
         super().load_own_state(folder)
-        path = folder / self._rollouts_name
-        if path.is_file():
-            self.set_rollout_state(torch.load(path, weights_only=True, map_location=self.args.device))
+        written = len(list(folder.glob("rollouts_*.pt")))
+        if written not in (0, self.args.world_size):
+            raise ValueError(
+                f"{folder} holds unused rollouts of {written} processes: resume it with so many "
+                f"(these are {self.args.world_size}), or from another checkpoint"
+            )
+        if written:
+            # torch cannot restore to a CPU with a number, which `args.device` is with several processes.
+            device = "cpu" if self.args.device.type == "cpu" else self.args.device
+            path = folder / self._rollouts_name
+            self.set_rollout_state(torch.load(path, weights_only=True, map_location=device))
 
     @property
     def _rollouts_name(self) -> str:

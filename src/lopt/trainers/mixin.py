@@ -37,7 +37,7 @@ from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens, real_tokens
 from lopt.engine.offload import Offload
-from lopt.engine.reduction import GradientReduction, heads_apart, load_heads_optimizer, save_heads_optimizer
+from lopt.engine.reduction import GradientReduction
 from lopt.reliability.guards import Guard
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
@@ -48,6 +48,7 @@ from lopt.trainers.checks import check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
 from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer
+from lopt.trainers.optimizer_state import load_optimizer, save_optimizer
 from lopt.trainers.throughput import Throughput
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -356,7 +357,9 @@ class LoPTMixin(Trainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
         if plugin is None or _internal_call or "FULL" in str(plugin.state_dict_type):
             return super().save_model(output_dir, _internal_call)
-        self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        whole = self.accelerator.get_state_dict(self.model)  # by all ranks
+        if self.args.should_save:
+            self._save(output_dir, whole)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder, write = Path(output_dir or str(self.args.output_dir)), super()._save
@@ -369,8 +372,6 @@ class LoPTMixin(Trainer):
         """Write into a checkpoint what transformers does not know of."""
         if self.lopt.heads and self.args.should_save:
             save_heads(self.lopt, folder)
-            if self.is_fsdp_enabled:
-                save_heads_optimizer(self.bare_optimizer(), folder)
 
     def load_own_state(self, folder: Path) -> None:
         """Read what `save_own_state` wrote."""
@@ -379,16 +380,12 @@ class LoPTMixin(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self.save_own_state(Path(output_dir))
-        with heads_apart(self.bare_optimizer()) if self.is_fsdp_enabled else nullcontext():
-            super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer(self, Path(output_dir), super()._save_optimizer_and_scheduler)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.load_own_state(Path(checkpoint))
-        with heads_apart(self.bare_optimizer()) if self.is_fsdp_enabled else nullcontext():
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.lopt.heads and self.is_fsdp_enabled:
-            load_heads_optimizer(self.bare_optimizer(), checkpoint)
+            load_optimizer(self, Path(checkpoint), super()._load_optimizer_and_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if not self.stops.restore_random_state():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 
 from lopt.engine.clipping import clip_block, clip_gradients
 from lopt.engine.optimizer import BlockOptimizer, Precision, state_bytes
-from lopt.instruments.memory import format_bytes, free_host_memory, unwrap_optimizer
+from lopt.instruments.memory import HOST, format_bytes, free_memory, unwrap_optimizer
+from lopt.reliability.ranks import processes_here
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups], Optimizer]
@@ -136,11 +138,16 @@ def _check_host_memory(parameters: list[Tensor], make: Make, precision: Precisio
     counts: Counter[torch.dtype] = Counter()
     for parameter in parameters:
         counts[parameter.dtype] += parameter.numel()
-    need = sum(state_bytes(make, precision, dtype) * count for dtype, count in counts.items())
-    have = free_host_memory()
-    if need > have:
+    each = int(sum(state_bytes(make, precision, dtype) * count for dtype, count in counts.items()))
+    processes = processes_here()
+    if processes * each > free_memory(HOST):
+        gc.collect()  # a trainer that nobody uses any more holds its state until then
+    have = free_memory(HOST)
+    if processes * each > have:
+        shares = f" ({processes} processes keep {format_bytes(each)} each)" if processes > 1 else ""
+        fewer = "fewer processes on this machine, " if processes > 1 else ""
         raise ValueError(
-            f"`offload` keeps {format_bytes(int(need))} of optimizer state in host memory, of which "
-            f"{format_bytes(have)} are free: use `state_dtype` bfloat16, `optim` adamw_torch_8bit, or a "
-            "machine with more memory"
+            f"`offload` keeps {format_bytes(processes * each)} of optimizer state in host memory{shares}, of "
+            f"which {format_bytes(have)} are free: use `state_dtype` bfloat16, `optim` adamw_torch_8bit, "
+            f"{fewer}or a machine with more memory"
         )

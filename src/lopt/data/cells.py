@@ -1,0 +1,85 @@
+"""Values of JSON in a data set: kept as the text of the file, and read from it when a row is used.
+
+Arrow has one type for a column, and `datasets` guesses it from the beginning of a file. Such a cell is JSON
+text of its own instead, so that rows need not be alike: no key is filled up with None, no text becomes a date
+or a number, and no digit is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from datasets import Features, Value
+from datasets.features.features import register_feature
+
+
+class JsonFloat(float):
+    """A float that knows how the file writes it; `text` is for example "1.50"."""
+
+    text: str
+
+    def __new__(cls, text: str) -> JsonFloat:
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+    def __reduce__(self) -> tuple[type[JsonFloat], tuple[str]]:
+        return JsonFloat, (self.text,)
+
+
+def parse_int(text: str) -> int | str:
+    """Return the integer; its text if it has more digits than Python takes."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+DECODER: dict[str, Any] = {"parse_float": JsonFloat, "parse_constant": JsonFloat, "parse_int": parse_int}
+"""Arguments for a JSON decoder that keeps what the file says of numbers."""
+
+
+@dataclass
+class JsonCell:
+    """A feature of `datasets` for any value of JSON, stored as its text."""
+
+    dtype: ClassVar[str] = "string"
+    pa_type: ClassVar[Any] = pa.string()
+    id: str | None = field(default=None, repr=False)
+    _type: str = field(default="JsonCell", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        """Return the type of the column in Arrow."""
+        return self.pa_type
+
+    def encode_example(self, value: Any) -> str | None:
+        """Return the text of a value, None for null."""
+        if value is None:
+            return None
+        return value.text if isinstance(value, JsonFloat) else json.dumps(value, ensure_ascii=False)
+
+    def decode_example(self, text: str | None, token_per_repo_id: Any = None) -> Any:
+        """Return the value of a text."""
+        return None if text is None else json.loads(text, **DECODER)
+
+
+with warnings.catch_warnings():  # the function is called experimental
+    warnings.simplefilter("ignore")
+    register_feature(JsonCell, "JsonCell")
+
+
+def feature_of(only_text: bool) -> Value | JsonCell:
+    """Return the feature of a column of a JSON file."""
+    return Value("string") if only_text else JsonCell()
+
+
+def encoded(example: dict[str, Any], features: Features) -> dict[str, Any]:
+    """Return the example as `Dataset.map` wants it, which does not encode itself."""
+    return {
+        name: feature.encode_example(example[name]) if isinstance(feature, JsonCell) else example[name]
+        for name, feature in features.items()
+    }

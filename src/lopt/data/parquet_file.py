@@ -1,0 +1,72 @@
+"""Read rows from Parquet files by `datasets`: the types are the file's own."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, concatenate_datasets, load_dataset
+
+from lopt.data.json_file import BrokenFileError
+
+
+def parquet_columns(paths: Sequence[Path]) -> list[str]:
+    """Return the columns of all files, in the order of their appearance.
+
+    Raises:
+        BrokenFileError: no Parquet, or no row in any of the files.
+    """
+    rows, found = 0, dict[str, None]()
+    for path in paths:
+        try:
+            with path.open("rb") as handle:
+                file = pq.ParquetFile(handle)
+                rows += file.metadata.num_rows
+                found |= dict.fromkeys(file.schema_arrow.names)
+        except (pa.ArrowException, OSError) as error:
+            raise BrokenFileError(f"cannot load {path}: {error}: write it anew as Parquet") from error
+        if "::" in str(path):
+            raise BrokenFileError(f"{path} has :: in its path, a sign of its own for `datasets`: rename it")
+    return list(found) if rows else []
+
+
+def parquet_rows(paths: Sequence[Path], columns: Sequence[str], streaming: bool) -> Any:
+    """Return the rows of the files in their order, with those of `columns` that there are.
+
+    Raises:
+        BrokenFileError: a column has other types in other files.
+        DatasetsError, ValueError: from `datasets`.
+    """
+    # One without rows is an error to `datasets`.
+    paths = [path for path in paths if pq.read_metadata(path.open("rb")).num_rows]
+    schemas = [_features(path, columns) for path in paths]
+    if all(schema == schemas[0] for schema in schemas):
+        return _load(paths, schemas[0], streaming)
+    types: dict[str, tuple[Any, Path]] = {}
+    for path, schema in zip(paths, schemas, strict=True):
+        for name, feature in schema.items():
+            other, where = types.setdefault(name, (feature, path))
+            if other != feature:
+                raise BrokenFileError(
+                    f"column `{name}` is {other.dtype} in {where.name} and {feature.dtype} in {path.name}: "
+                    "write it with one type"
+                )
+    parts = [_load([path], schema, streaming) for path, schema in zip(paths, schemas, strict=True)]
+    return concatenate_datasets(parts)
+
+
+def _features(path: Path, columns: Sequence[str]) -> Features:
+    with path.open("rb") as handle:
+        found = Features.from_arrow_schema(pq.read_schema(handle))
+    return Features({name: found[name] for name in found if name in columns})
+
+
+def _load(paths: Sequence[Path], features: Features, streaming: bool) -> Any:
+    # `datasets` takes each name for a pattern, in which [1] and * have a meaning.
+    files = {"train": [glob.escape(str(path)) for path in paths]}
+    options = {"streaming": True} if streaming else {}
+    return load_dataset("parquet", data_files=files, split="train", columns=list(features), **options)

@@ -1,0 +1,56 @@
+"""Optimizer and schedule in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from lopt.engine.optimizer import BlockOptimizer
+from lopt.engine.reduction import heads_apart, load_heads_optimizer, save_heads_optimizer
+
+
+def save_optimizer(trainer: Any, folder: Path, write: Callable[[str], None]) -> None:
+    """Write optimizer and schedule into a checkpoint.
+
+    Args:
+        write: transformers' own code, which writes into the folder it is given.
+    """
+    if not trainer.is_fsdp_enabled:
+        return write(str(folder))
+    if trainer.lopt.heads and trainer.args.should_save:
+        save_heads_optimizer(trainer.bare_optimizer(), folder)
+    with heads_apart(trainer.bare_optimizer()):
+        write(str(folder))
+
+
+def load_optimizer(trainer: Any, folder: Path, read: Callable[[str], None]) -> None:
+    """Read what `save_optimizer` wrote.
+
+    The state stays in the file, mapped into memory, until each tensor is copied to where it is kept; with
+    several processes transformers would put the whole file on every GPU first.
+
+    Args:
+        read: transformers' own code, which reads the folder it is given.
+
+    Raises:
+        ValueError: the checkpoint has no optimizer.
+    """
+    if trainer.is_fsdp_enabled:
+        with heads_apart(trainer.bare_optimizer()):
+            read(str(folder))
+        if trainer.lopt.heads:
+            load_heads_optimizer(trainer.bare_optimizer(), folder)
+    elif isinstance(trainer.bare_optimizer(), BlockOptimizer) and not trainer.is_deepspeed_enabled:
+        for owner, name in ((trainer.optimizer, OPTIMIZER_NAME), (trainer.lr_scheduler, SCHEDULER_NAME)):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder} has no {name}, so `save_only_model` wrote it and no run can go on from it: "
+                    "leave `resume` out, and start from it as `model_name_or_path`"
+                )
+            owner.load_state_dict(torch.load(folder / name, map_location="cpu", mmap=True, weights_only=True))
+    else:
+        read(str(folder))
