@@ -66,7 +66,7 @@ class LoopEvents(TrainerCallback):
 
 def _check_batches(loader: Any, args: Any) -> None:
     """Refuse to train on no batch, which Trainer reports as success after 0 steps."""
-    if isinstance(loader, Sized) and not len(loader):
+    if isinstance(getattr(loader, "dataset", None), Sized) and not len(loader):  # a stream has no length
         rows = args.per_device_train_batch_size * args.world_size
         raise ValueError(
             f"the training rows make no batch of {rows}, and an incomplete one is dropped: leave out "
