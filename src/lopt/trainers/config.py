@@ -98,7 +98,7 @@ class _Defaults(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # Pinned pages serve copies to a GPU; without one torch only warns about them.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        if self.activation_checkpointing is None:  # the new name of the same flag
+        if getattr(self, "activation_checkpointing", False) is None:  # the flag's new name, since 5.23
             self.activation_checkpointing = self.gradient_checkpointing
         own = str(self.optim) if is_torch_optimizer(self.optim) else None
         if own is not None:

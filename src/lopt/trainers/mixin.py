@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from lopt.compat import labelled_positions_only
 from lopt.core.attach import LoPT, attach
-from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens, real_tokens
 from lopt.engine.offload import Offload
@@ -44,7 +43,7 @@ from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
 from lopt.trainers.accelerator import adapt_accelerator
 from lopt.trainers.block_major import BlockMajorSteps
-from lopt.trainers.checks import check_settings, fsdp_version
+from lopt.trainers.checks import check_before, check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
 from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer
@@ -82,13 +81,10 @@ class LoPTMixin(Trainer):
     def __init__(self, model: Any, *args: Any, lopt_config: LoPTConfig | None = None, **kwargs: Any) -> None:
         config = lopt_config or LoPTConfig()
         # Before the trainer spends time on data:
-        settings = args[0] if args else kwargs.get("args")
-        if settings is not None:
-            check_settings(settings, config, model)
-        if isinstance(model, nn.Module):
-            Blocks(model, config)
+        check_before(args[0] if args else kwargs.get("args"), config, model, kwargs.get("peft_config"))
         self.weights_offloaded = config.offload == "block"
         super().__init__(model, *args, **kwargs)
+        check_settings(self.args, config, self.model)  # again: it may have been a name, or without adapters
         if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
             raise ValueError("FSDP needs GPUs, on CPUs accelerate would run DDP: leave FSDP out")
         with torch.random.fork_rng():  # heads start the same, whatever ran before
@@ -197,7 +193,7 @@ class LoPTMixin(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, over the handle's parameter groups."""
-        if self.optimizer is None and self.lopt.config.method != "lora":
+        if self.optimizer is None:
             self.optimizer = block_optimizer(self)
         return super().create_optimizer(model)
 
