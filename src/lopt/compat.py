@@ -17,6 +17,13 @@ from traceback import walk_tb
 from typing import Any
 
 
+def register_plain_format(name: str) -> None:
+    """Give the format of plain Python values, which has none, a name."""
+    from datasets.formatting import PythonFormatter, _register_formatter
+
+    _register_formatter(PythonFormatter, name)
+
+
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
     """Set attributes of `owner`, a module or class, inside; an error puts the former values back too."""

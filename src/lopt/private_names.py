@@ -85,6 +85,10 @@ NAMES: dict[str, str] = {
         "Hash of a data set's rows. Without it results made from other rows of the same number are not "
         "told apart."
     ),
+    "datasets.formatting:_register_formatter": (
+        "Gives a format a name. A data set with a named format keeps the columns that a map reads as they "
+        "are; without it their types are guessed anew, which fails for tool calls with other arguments."
+    ),
     # -- lm-eval ---------------------------------------------------------------------------------------------
     "lm_eval.tasks._factory:TaskFactory": (
         "Lays options over every task of a group; the public `TaskManager.load` does so for single tasks "
@@ -116,6 +120,7 @@ OVERRIDES: dict[str, str] = {
     "transformers:Trainer._save_optimizer_and_scheduler": "Heads and rollouts are saved as well.",
     # -- trl -------------------------------------------------------------------------------------------------
     "trl:SFTTrainer._prepare_dataset": "Rows without a trainable token are counted, reported and left out.",
+    "trl:DPOTrainer._prepare_dataset": "What the chat template leaves out of the rows is counted.",
     "trl:GRPOTrainer._generate_and_score_completions": (
         "Offloaded weights come in; stops are obeyed around rollouts."
     ),

@@ -129,7 +129,7 @@ def help_page(command: str, what: str, *, every: bool) -> str:
     names = {flag.name for _, flags in sections for flag in flags}
     lines = [f"usage: lopt {command} [--flag value ...]", "", f"{what[0].upper()}{what[1:]}."]
     for title, flags in sections:
-        flags = [flag._replace(default=flag.default.replace("COMMAND", command)) for flag in flags]
+        flags = [Line(name, default.replace("COMMAND", command), text) for name, default, text in flags]
         lines += ["", title, *(with_flags(line, names) for flag in flags for line in _wrapped(flag))]
     lines += ["", "A flag is shown with its default; for true or false, the flag alone means true."]
     lines += ["--config FILE.yaml takes flags from a file; those on the command line win."]
