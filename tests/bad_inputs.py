@@ -67,11 +67,11 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
     "ragged.csv": ("question,answer\na,b\nc,d,e\n", "ragged.csv"),
     "truncated.parquet": (b"", "truncated.parquet"),
     "silent.jsonl": (talk(("user", "Hi")), "no assistant message (roles: user)"),
-    "sharegpt.jsonl": (talk(("human", "Hi"), ("gpt", "Hello")), "(roles: human, gpt)"),
+    "roles.jsonl": (talk(("narrator", "Hi"), ("oracle", "Hello")), "(roles: narrator, oracle)"),
     "first.jsonl": (talk(("assistant", "Hello")), "has no message before its assistant message"),
     "roleless.jsonl": ('{"messages": [{"from": "user", "value": "Hi"}]}\n', "without a role: give {role,"),
     "spoken.jsonl": ('{"messages": "Hi"}\n', "must be a non-empty list of {role, content} messages"),
-    "parts.jsonl": (talk(("user", ["Hi"]), ("assistant", "x")), "has a user message whose content is not"),
+    "parts.jsonl": (talk(("user", [{"type": "image"}]), ("assistant", "x")), "has a user message whose content is not"),
     "mute.jsonl": (talk(("user", ""), ("assistant", "x")), "has an empty user message: fill it or remove"),
 }  # fmt: skip
 FILES: dict[str, str | bytes] = {
