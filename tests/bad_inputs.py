@@ -71,7 +71,7 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
     "first.jsonl": (talk(("assistant", "Hello")), "has no message before its assistant message"),
     "roleless.jsonl": ('{"messages": [{"from": "user", "value": "Hi"}]}\n', "without a role: give {role,"),
     "spoken.jsonl": ('{"messages": "Hi"}\n', "must be a non-empty list of {role, content} messages"),
-    "parts.jsonl": (talk(("user", [{"type": "image"}]), ("assistant", "x")), "has a user message whose content is not"),
+    "parts.jsonl": (talk(("user", [{}]), ("assistant", "x")), "has a user message whose content is not"),
     "mute.jsonl": (talk(("user", ""), ("assistant", "x")), "has an empty user message: fill it or remove"),
 }  # fmt: skip
 FILES: dict[str, str | bytes] = {
