@@ -269,6 +269,13 @@ def cpu_attention_operators() -> tuple[Any, Any]:
     return getattr(torch.ops.aten, name), getattr(torch.ops.aten, f"{name}_backward")
 
 
+def process_store() -> Any:
+    """Return the store of the default process group."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
 def leave_out_of_ddp(model: Any, names: list[str]) -> None:
     """Keep parameters out of the `DistributedDataParallel` that will wrap `model`.
 

@@ -76,6 +76,10 @@ NAMES: dict[str, str] = {
         "backward inside the forward ends it, and without putting it back every later layer counts as a "
         "forward of its own, whose weights are not gathered ahead."
     ),
+    "torch.distributed.distributed_c10d:_get_default_store": (
+        "The store by which ranks found each other. Without it they wait for a long write in a collective, "
+        "which ends in a timeout."
+    ),
     "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._try_get_data": (
         "The method in which the training process waits for a worker. Without it a worker that dies while "
         "it hands over a batch is reported as a lost connection."

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig, SFTConfig
 
+from lopt.reliability.manifest import VERIFY
 from lopt.reliability.secrets import redacted
 from lopt.trainers.optimizer import is_torch_optimizer, torch_options
 from lopt.validation import check_choice, check_number
@@ -42,6 +43,13 @@ class _Defaults(TrainingArguments):
     )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "How many checkpoints to keep; the oldest go first."}
+    )
+    checkpoint_verify: Literal["none", "size", "hash"] = field(
+        default="hash",
+        metadata={
+            "help": "What is compared before a checkpoint replaces older ones, and by --resume: 'hash' reads "
+            "every byte from the disk, once each time; 'size' compares sizes; 'none' nothing."
+        },
     )
     optim: str = field(
         default="adamw_torch_fused",
@@ -80,6 +88,7 @@ class _Defaults(TrainingArguments):
         check_choice("on_divergence", self.on_divergence, ("warn", "stop", "ignore"))
         check_number("divergence_factor", self.divergence_factor, above=1)
         check_number("divergence_steps", self.divergence_steps, minimum=1)
+        check_choice("checkpoint_verify", self.checkpoint_verify, VERIFY)
         check_choice("state_dtype", self.state_dtype, ("float32", "bfloat16"))
         check_choice("include_num_input_tokens_seen", self.include_num_input_tokens_seen,
                      ("all", "non_padding", "no", True, False))  # fmt: skip

@@ -38,6 +38,7 @@ from lopt.data.batches import padded_tokens, real_tokens
 from lopt.engine.offload import Offload
 from lopt.engine.reduction import GradientReduction
 from lopt.reliability.guards import Guard
+from lopt.reliability.ranks import together
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
@@ -352,7 +353,8 @@ class LoPTMixin(Trainer):
         """Save the model; a sharded one (FSDP2) is gathered, whatever form its checkpoints have."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
         if plugin is None or _internal_call or "FULL" in str(plugin.state_dict_type):
-            return super().save_model(output_dir, _internal_call)
+            save = functools.partial(super().save_model, output_dir, _internal_call)
+            return save() if self.checkpoints.staged is None else together(save)
         whole = self.accelerator.get_state_dict(self.model)  # by all ranks
         if self.args.should_save:
             self._save(output_dir, whole)
