@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-cpu docs lint audit format clean help
+.PHONY: demo test test-slow test-cpu test-oldest docs lint audit format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -30,10 +30,27 @@ test-cpu: $(STAMP)  ## the numeric tests with the least of this CPU's instructio
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(NUMERIC) $(ARGS)
 	LOPT_TEST_THREADS=2 $(BIN)/python -m pytest $(NUMERIC) $(ARGS)
 
+# The oldest releases that pip may choose, in an environment of their own. PyPI's torch 2.11 for Linux is a CUDA
+# build of several GB: OLDEST_TORCH=2.13.0 takes another release.
+OLDEST := .venv-oldest
+OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
+test-oldest: $(OLDEST)/.installed  ## core, trainer and command-line tests with the lower bounds of pyproject.toml
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/core tests/engine tests/trainers tests/cli \
+		$(addprefix tests/test_,api.py compat.py requirements.py) $(ARGS)
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	grep -v '^torch==' constraints-oldest.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH)
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[test]'
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt --no-deps llama-index-core
+	@touch $@
+
 lint: $(STAMP)  ## ruff, mypy and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 & windows=$$!; $(BIN)/mypy && wait $$windows
 	$(BIN)/lint-imports
 
 audit: $(STAMP)  ## known vulnerabilities of the installed packages (needs the internet)
@@ -53,4 +70,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) site .pytest_cache .mypy_cache .ruff_cache

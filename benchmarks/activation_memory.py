@@ -22,6 +22,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from lopt import LoPTConfig, attach
+from lopt.compat import checkpoint_activations
 from lopt.instruments.memory import peak_memory
 from small_model import flags, keep
 
@@ -58,7 +59,7 @@ def activations(
         model = Qwen2ForCausalLM(Qwen2Config(**shape, attn_implementation="sdpa")).train()
         add_fused_lm_head(model)
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         handle = attach(model, config)
         for parameter in [*model.parameters(), *handle.heads.parameters()]:
             parameter.grad = torch.zeros_like(parameter)

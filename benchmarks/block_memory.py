@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from lopt import LoPTConfig, attach
+from lopt.compat import checkpoint_activations
 from lopt.engine.block_major import BlockMajor
 from lopt.engine.clipping import clip_block, clip_gradients
 from lopt.engine.offload import Offload
@@ -57,7 +58,7 @@ class Loop:
             ).train()
         add_fused_lm_head(self.model)
         if s["checkpointing"]:
-            self.model.activation_checkpointing_enable()
+            checkpoint_activations(self.model)
         method = LoPTConfig(
             method=s["method"], num_blocks=s["k"], schedule=s["schedule"], offload=s["offload"]
         )

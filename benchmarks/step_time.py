@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopt import LoPTConfig, attach
+from lopt.compat import checkpoint_activations
 from lopt.engine.block_major import BlockMajor
 from lopt.engine.clipping import clip_block, clip_gradients
 from lopt.engine.offload import Offload
@@ -44,7 +45,7 @@ def make_step(vocabulary: int, config: LoPTConfig, args: argparse.Namespace, che
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=vocabulary)).to(args.device).train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     handle = attach(model, config)
     optimizer = torch.optim.AdamW(handle.parameter_groups(1e-4), fused=True)
     ids = torch.randint(0, vocabulary, (args.batch, args.tokens), device=args.device)

@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,19 @@ from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
+# What `accelerate config` writes for FSDP2 if all questions are answered by Enter: what its launcher sets
+LAUNCHER = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+}
 FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
+FSDP["state_dict_type"] = "FULL_STATE_DICT"
 
 
 def allow_fsdp_on_cpu() -> None:
@@ -53,6 +67,16 @@ def allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
+@contextmanager
+def launcher_defaults() -> Iterator[None]:
+    """Within, the process counts as launched with accelerate's default config for FSDP2."""
+    before = dict(os.environ)
+    os.environ.update(LAUNCHER | {"LOPT_TEST_LAUNCHER": "1"})
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def settings(folder: Path, sharded: bool, **changes: Any) -> dict[str, Any]:
     common = dict(
         output_dir=str(folder),
@@ -66,7 +90,8 @@ def settings(folder: Path, sharded: bool, **changes: Any) -> dict[str, Any]:
         use_cpu=True,
         report_to="none",
     )
-    return common | ({"fsdp": True, "fsdp_config": FSDP} if sharded and RANKS > 1 else {}) | changes
+    own = sharded and RANKS > 1 and "LOPT_TEST_LAUNCHER" not in os.environ
+    return common | ({"fsdp": True, "fsdp_config": FSDP} if own else {}) | changes
 
 
 def sft(
@@ -81,8 +106,12 @@ def sft(
     """11 rows in batches of 4: the last batch of an epoch has 3, so rank 0 gets 2 and rank 1 gets 1."""
     data = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(rows)]
     sizes = dict(per_device_train_batch_size=4 // RANKS)
+    made = tiny(model, vocab_size=260, max_position_embeddings=256)
+    if "LOPT_TEST_LAUNCHER" in os.environ and RANK:
+        for parameter in made.parameters():
+            parameter.data.zero_()  # rank 0's weights count
     return LoPTSFTTrainer(
-        tiny(model, vocab_size=260, max_position_embeddings=256),
+        made,
         args=LoPTSFTConfig(**settings(folder, sharded, **sizes | changes)),
         lopt_config=config,
         train_dataset=Dataset.from_list(data),
@@ -128,14 +157,15 @@ def grpo(folder: Path, config: LoPTConfig, tokenizer: Any, sharded: bool, **chan
 MAKE = {"sft": sft, "sft_empty": sft_empty, "grpo": grpo, "lfm2": lfm2}
 
 
-def resume(folder: Path, tokenizer: Any, sharded: bool) -> None:
-    """A run that goes on from its checkpoint at step 2 ends where the whole run ended, bit for bit.
+def resume(folder: Path, tokenizer: Any, sharded: bool) -> dict[str, torch.Tensor]:
+    """A run that goes on from its checkpoint at step 2 ends where the whole run ended, bit for bit: returned.
 
     Both watch retention, whose start is that of the whole run and whose values all ranks share.
     """
     ends, curves = [], []
     for checkpoint in (None, str(folder / "resume" / "checkpoint-2")):
-        changes = dict(save_strategy="steps", save_steps=2, max_steps=4, optim="adamw_torch")
+        changes: dict[str, Any] = dict(save_strategy="steps", save_steps=2, max_steps=4)
+        changes |= dict(optim="adamw_torch_fused", lr_scheduler_type="linear")
         config = LoPTConfig(num_blocks=2, head_warmup_steps=3)
         trainer = sft(
             folder / "resume", config, tokenizer, sharded, rows=24, per_device_train_batch_size=8, **changes
@@ -148,7 +178,7 @@ def resume(folder: Path, tokenizer: Any, sharded: bool) -> None:
     assert len(curves[0][0]) == 5 and curves[0] == curves[1] == [curves[0][0]] * RANKS
     for name, value in ends[0].items():
         assert torch.equal(value, ends[1][name]), name
-    stop(folder, tokenizer, sharded, ends[0])
+    return ends[0]
 
 
 class SignalToTheLast(TrainerCallback):
@@ -161,7 +191,8 @@ class SignalToTheLast(TrainerCallback):
 
 def stop(folder: Path, tokenizer: Any, sharded: bool, end: dict[str, torch.Tensor]) -> None:
     """All ranks stop when one is told to; resumed, the end is the same, and the saved model is that one."""
-    place, changes = folder / f"stop-{RANKS}-{sharded}", dict(max_steps=4, optim="adamw_torch")
+    place, changes = folder / f"stop-{RANKS}-{sharded}", dict[str, Any](max_steps=4)
+    changes |= dict(optim="adamw_torch_fused", lr_scheduler_type="linear")
     for first in (True, False):
         AcceleratorState._reset_state(reset_partial_state=False)
         config = LoPTConfig(num_blocks=2, head_warmup_steps=3)
@@ -208,13 +239,47 @@ def guard(folder: Path, tokenizer: Any, sharded: bool) -> None:
         raise AssertionError("nobody stopped")
 
 
-def checkpoints(folder: Path, tokenizer: Any) -> None:
-    """Offloaded state of Adam and unused rollouts are resumed bit for bit; no rank flushes before all wrote.
+def one_root_and_clipped(folder: Path, tokenizer: Any) -> None:
+    """A training forward of FSDP2 stays one, and every block's gradient is clipped, its head's included.
 
-    Optimizer state is never read onto the device as a whole.
+    Where the local backward ends the forward, each layer behind it begins one and gathers no weights ahead.
+    """
+    AcceleratorState._reset_state(reset_partial_state=False)
+    config = LoPTConfig(num_blocks=3, head_warmup_steps=3)
+    trainer = sft(folder / "root", config, tokenizer, True, max_steps=1, max_grad_norm=1e-3)
+    norms: list[float] = []
+
+    def measure(*_: Any) -> None:
+        for block in trainer.lopt.blocks:
+            gradients = [p.grad for p in trainer.lopt.block_parameters(block.index) if p.grad is not None]
+            whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+            norms.append(float(torch.cat([g.flatten() for g in whole]).norm()))
+
+    step = trainer.training_step
+    profiles = []
+
+    def profiled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.profiler.profile() as profile:
+            loss = step(*args, **kwargs)
+        profiles.append([event.name for event in profile.events()])
+        return loss
+
+    trainer.training_step = profiled
+    trainer.create_optimizer().register_step_pre_hook(measure)
+    trainer.train()
+    (names,) = profiles
+    assert names.count("FSDP::root_pre_forward") == 1
+    assert len(norms) == 3 and all(abs(norm / 1e-3 - 1) < 0.01 for norm in norms), norms
+
+
+def checkpoints(folder: Path, tokenizer: Any) -> None:
+    """Offloaded state of Adam and unused rollouts are resumed bit for bit.
+
+    Optimizer state is never read onto the device as a whole. No rank flushes before all have written, and
+    none waits for that in a collective, which would end in a timeout.
     """
     loaded: list[tuple[str, Any]] = []
-    load, name_best, saving_flush = torch.load, Checkpoints._name_best, saving.flush
+    load, settle, save, name_best = torch.load, saving.settle, Checkpoints.save, Checkpoints._name_best
 
     def spying(path: Any, *args: Any, **kwargs: Any) -> Any:
         loaded.append((Path(path).name, kwargs.get("map_location")))
@@ -226,9 +291,16 @@ def checkpoints(folder: Path, tokenizer: Any) -> None:
             time.sleep(0.1)
             (staged.parent / "written").touch()
 
-    def flush(folder: Path) -> None:
-        assert (folder.parent / "written").exists(), "rank 0 is still writing"
-        saving_flush(folder)
+    def settled(staged: Path, *args: Any) -> Any:
+        assert (staged.parent / "written").exists(), "rank 0 is still writing"
+        return settle(staged, *args)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective over the writing of a checkpoint")
+
+    def without_barriers(self: Checkpoints, *args: Any) -> None:
+        with replaced(torch.distributed, barrier=refuse):
+            save(self, *args)
 
     changes = dict(save_strategy="steps", save_steps=1, max_steps=3, optim="adamw_torch", save_total_limit=9)
     rollouts = dict(num_iterations=2, steps_per_generation=2)
@@ -239,8 +311,8 @@ def checkpoints(folder: Path, tokenizer: Any) -> None:
             trainer = make(place, config_of(method), tokenizer, False, **changes | more)
             with (
                 replaced(torch, load=spying),
-                replaced(Checkpoints, _name_best=slow),
-                replaced(saving, flush=flush),
+                replaced(Checkpoints, _name_best=slow, save=without_barriers),
+                replaced(saving, settle=settled),
             ):
                 trainer.train(resume_from_checkpoint=checkpoint)
             ends.append(weights_of(trainer))
@@ -281,15 +353,20 @@ def main() -> None:
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
         if case == "resume":
-            resume(Path(folder), tokenizer, mode == "fsdp2")
+            with launcher_defaults() if mode == "fsdp2" else nullcontext():
+                end = resume(Path(folder), tokenizer, mode == "fsdp2")
+            stop(Path(folder), tokenizer, mode == "fsdp2", end)
+            if mode == "fsdp2":
+                one_root_and_clipped(Path(folder), tokenizer)
             guard(Path(folder), tokenizer, mode == "fsdp2")
             if mode == "ddp" and RANKS > 1:
                 checkpoints(Path(folder), tokenizer)
             (Path(folder) / f"resume.{mode}").touch()
             continue
-        name, method = case.split("-")
-        trainer = MAKE[name](Path(folder) / "run", config_of(method), tokenizer, mode == "fsdp2")
-        trainer.train()
+        name, method = case.removesuffix(".launcher").split("-")
+        with launcher_defaults() if case.endswith(".launcher") else nullcontext():
+            trainer = MAKE[name](Path(folder) / "run", config_of(method), tokenizer, mode == "fsdp2")
+            trainer.train()
         sharded = [isinstance(p, DTensor) for p in trainer.model.parameters()]
         assert all(sharded) if mode == "fsdp2" and RANKS > 1 else not any(sharded)
         whole = weights_of(trainer)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import lopt
-from lopt.compat import NAMES, OVERRIDES, labelled_positions_only, replaced
+from lopt.compat import labelled_positions_only, replaced
+from lopt.private_names import NAMES, OVERRIDES
 
 SOURCE = Path(lopt.__file__).parent
 FILES = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")}

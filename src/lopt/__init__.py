@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lopt.requirements import check_installed
 from lopt.version import __version__
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def __getattr__(name: str) -> Any:
     """Import the module that defines `name`: `lopt --help` needs no torch, a plain PyTorch loop no TRL."""
     if name not in _HOMES:
         raise AttributeError(f"module 'lopt' has no attribute {name!r}")
+    check_installed()
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -1,9 +1,7 @@
-"""Every private or version-dependent name of the libraries underneath that lopt uses.
+"""Work with private and version-dependent names of the libraries underneath.
 
-`NAMES` lists them: what each is used for and what breaks without it. All were read in torch 2.13,
-transformers 5.23, trl 1.16, accelerate 1.15, datasets 5.2 and lm-eval 0.4.13; tests/test_compat.py looks each
-of them up in the installed versions, and finds private names used anywhere else in the package. The functions
-below are the only code that touches them, except for methods that lopt's trainers override (`OVERRIDES`).
+The functions here are the only code that touches them, except for methods that lopt's trainers override.
+`lopt.private_names` lists them all.
 
 Importing this module imports none of these libraries: the imports stand inside the functions, so that `core`
 and `engine` can use it without TRL.
@@ -12,126 +10,18 @@ and `engine` can use it without TRL.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from traceback import walk_tb
 from typing import Any
 
-NAMES: dict[str, str] = {
-    # -- transformers ----------------------------------------------------------------------------------------
-    "transformers.utils.output_capturing:_active_collector": (
-        "Where a running forward keeps the router logits it has captured so far. Without it a mixture of "
-        "experts has no load balancing in its earlier blocks, and a recomputed layer is captured twice."
-    ),
-    "transformers.modeling_layers:GradientCheckpointingLayer.gradient_checkpointing": (
-        "With `_gradient_checkpointing_func`, which `gradient_checkpointing_enable` sets on every layer: "
-        "how the layer is recomputed. Without it reentrant checkpointing is not refused and gives no "
-        "gradient behind a boundary."
-    ),
-    "transformers.masking_utils:find_packed_sequence_indices": (
-        "Looks into position ids for packed rows. It cannot run on fake tensors, so nothing can be planned."
-    ),
-    "transformers.masking_utils:_ignore_causal_mask_sdpa": (
-        "Looks into the mask to see whether it can be left out. It cannot run on fake tensors, so nothing "
-        "can be planned."
-    ),
-    "transformers:PreTrainedConfig._attn_implementation": (
-        "The attention kernel that a config names. Without it a model could make transformers run code "
-        "from the hub."
-    ),
-    "transformers:PreTrainedConfig._experts_implementation": (
-        "The same for the kernel of a mixture of experts."
-    ),
-    "transformers:Trainer._maybe_log_save_evaluate": (
-        "Evaluates, saves and keeps the best metric after a step. Without it a run that was stopped "
-        "during an evaluation cannot make up for it when it is resumed."
-    ),
-    "transformers:Trainer._tr_loss": "The sum of losses that it averages into the next log.",
-    # -- trl -------------------------------------------------------------------------------------------------
-    "trl.trainer.utils:_use_triton": (
-        "Decides whether the fused LM head scores labelled positions only. Without it a CPU scores every "
-        "position: 10.3 s instead of 3.6 s for 480 tokens of the packaged model, of which 220 have a "
-        "label."
-    ),
-    "trl.kernels.chunked_logprob:_forward_tile": (
-        "The fused LM head in plain torch, see `fused_head_as_on_a_gpu`."
-    ),
-    "trl.kernels.chunked_logprob:_backward_tile": "The same for its backward.",
-    "trl.kernels.chunked_logprob:_addmm_fp32": "The same for its sum of products.",
-    # -- torch -----------------------------------------------------------------------------------------------
-    "torch.utils._python_dispatch:TorchDispatchMode": (
-        "Sees every operator. Without it neither live bytes nor FLOPs can be counted."
-    ),
-    "torch._subclasses.fake_tensor:FakeTensorMode": (
-        "Tensors with shapes and no memory. Without them nothing can be planned."
-    ),
-    "torch:Tensor._post_accumulate_grad_hooks": (
-        "The order of these hooks. Without it a gradient that an optimizer uses up in one of them counts as "
-        "an activation."
-    ),
-    "torch:UntypedStorage.resize_": (
-        "Public, but replaced while live bytes are counted: FSDP frees weights by it, and no operator shows "
-        "it. Without that, what FSDP has freed counts until its tensor is used again."
-    ),
-    "torch:Tensor._indices": "With `_values`, the parts of a sparse gradient. It counts by them.",
-    "torch:Tensor._values": "See `_indices`.",
-    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": (
-        "Attention on a CPU. Without its name it counts no FLOPs."
-    ),
-    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "The same for its backward.",
-    "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
-        "Keeps earlier blocks out of DDP, whose reducer starts to listen after their backward is over. "
-        "Without it DDP waits for gradients that never come."
-    ),
-    "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._try_get_data": (
-        "The method in which the training process waits for a worker. Without it a worker that dies while "
-        "it hands over a batch is reported as a lost connection."
-    ),
-    # -- datasets --------------------------------------------------------------------------------------------
-    "datasets:Dataset._fingerprint": (
-        "Hash of a data set's rows. Without it results made from other rows of the same number are not "
-        "told apart."
-    ),
-    # -- lm-eval ---------------------------------------------------------------------------------------------
-    "lm_eval.tasks._factory:TaskFactory": (
-        "Lays options over every task of a group; the public `TaskManager.load` does so for single tasks "
-        "only. Without it MMLU cannot be read from local files."
-    ),
-}
-"""Place of a name -> what it is for, and what breaks without it."""
 
-OVERRIDES: dict[str, str] = {
-    # -- transformers ----------------------------------------------------------------------------------------
-    "transformers:Trainer._get_output_dir": "Checkpoints are written in a folder beside their place first.",
-    "transformers:Trainer._load_optimizer_and_scheduler": (
-        "Heads and rollouts are resumed as well; optimizer state never passes through the GPU as a whole."
-    ),
-    "transformers:Trainer._load_rng_state": "A resumed run first evaluates, if that was left to do.",
-    "transformers:Trainer._finalize_training": (
-        "The same after the last step; offloaded weights are written back."
-    ),
-    "transformers:Trainer._move_model_to_device": "Offloaded weights stay in host memory.",
-    "transformers:Trainer._prepare_inputs": (
-        "The scale of the local losses; block-major prepares inputs once."
-    ),
-    "transformers:Trainer._push_from_checkpoint": "A checkpoint is pushed when it is known to be whole.",
-    "transformers:Trainer._run_epoch": "Where stops begin to be noted instead of raised.",
-    "transformers:Trainer._save": (
-        "The output folder never holds half a model; arguments are JSON, not a pickle."
-    ),
-    "transformers:Trainer._save_checkpoint": "A checkpoint is whole or absent.",
-    "transformers:Trainer._save_optimizer_and_scheduler": "Heads and rollouts are saved as well.",
-    # -- trl -------------------------------------------------------------------------------------------------
-    "trl:SFTTrainer._prepare_dataset": "Rows without a trainable token are counted, reported and left out.",
-    "trl:GRPOTrainer._generate_and_score_completions": (
-        "Offloaded weights come in; stops are obeyed around rollouts."
-    ),
-    "trl:GRPOTrainer._tokenize_prompts": "Prompts for the head warm-up, tokenized as for rollouts (called).",
-    "trl:GRPOTrainer._step": "Number of the micro-batch, by which it finds its rollouts (read and written).",
-    "trl:GRPOTrainer._buffered_inputs": "The rollouts, which belong to a checkpoint (read and written).",
-}
-"""Private methods that lopt's trainers override, and private members of TRL's that they use."""
+def register_plain_format(name: str) -> None:
+    """Give the format of plain Python values, which has none, a name."""
+    from datasets.formatting import PythonFormatter, _register_formatter
+
+    _register_formatter(PythonFormatter, name)
 
 
 @contextmanager
@@ -169,12 +59,57 @@ def capture_paused() -> Iterator[None]:
         _active_collector.reset(token)
 
 
-def uses_reentrant_checkpointing(layer: Any) -> bool:
-    """Return whether a training forward of `layer` is recomputed by reentrant gradient checkpointing."""
-    function = getattr(layer, "_gradient_checkpointing_func", None)
-    if not getattr(layer, "gradient_checkpointing", False) or not layer.training:
-        return False
-    return isinstance(function, functools.partial) and bool(function.keywords.get("use_reentrant"))
+def recompute_forward_only(modules: Iterable[Any]) -> None:
+    """Let activation checkpointing recompute the modules' `forward` alone, without their hooks.
+
+    transformers does so since 5.23. Before, and in models that checkpoint in their decoder's loop, a layer's
+    call is recomputed: a boundary would learn a second time in the backward. Repeated calls change nothing.
+
+    Args:
+        modules: the decoder and its layers, with or without checkpointing.
+
+    Raises:
+        ValueError: a training forward would be recomputed by reentrant checkpointing.
+    """
+    for module in modules:
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is None or not getattr(module, "gradient_checkpointing", False) or not module.training:
+            continue
+        if isinstance(function, functools.partial) and function.func is _checkpointed:
+            continue
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
+            raise ValueError(
+                "reentrant gradient checkpointing silently gives no gradient behind a boundary: "
+                'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        module._gradient_checkpointing_func = functools.partial(_checkpointed, function)
+
+
+def _checkpointed(checkpoint: Callable[..., Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `call(*args)` under `checkpoint`; of a module's own call, only the forward inside it."""
+    method = call.func if isinstance(call, functools.partial) else call
+    layer: Any = getattr(method, "__self__", None)
+    if not hasattr(layer, "forward") or method.__name__ == "forward":
+        return checkpoint(call, *args, **kwargs)
+    own, forward = vars(layer).get("forward"), layer.forward
+
+    def checkpointed_forward(*inputs: Any, **named: Any) -> Any:
+        return checkpoint(functools.partial(forward, **named), *inputs)
+
+    layer.forward = checkpointed_forward
+    try:
+        return call(*args, **kwargs)
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute the model's layers in the backward, without reentrance and without their hooks."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # the name since 5.23
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    recompute_forward_only(model.modules())
 
 
 def kernel_names(config: Any) -> dict[str, Any]:
@@ -334,6 +269,13 @@ def cpu_attention_operators() -> tuple[Any, Any]:
     return getattr(torch.ops.aten, name), getattr(torch.ops.aten, f"{name}_backward")
 
 
+def process_store() -> Any:
+    """Return the store of the default process group."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
 def leave_out_of_ddp(model: Any, names: list[str]) -> None:
     """Keep parameters out of the `DistributedDataParallel` that will wrap `model`.
 
@@ -343,6 +285,15 @@ def leave_out_of_ddp(model: Any, names: list[str]) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def keep_fsdp_root(model: Any) -> None:
+    """Let the running forward of `model` go on after a backward inside it, if FSDP2 shards the model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        state = model._get_fsdp_state()
+        state._state_ctx.iter_forward_root = state
 
 
 def while_waiting_for_a_worker(error: BaseException) -> bool:

@@ -23,15 +23,18 @@ def separate_embeddings(model: PreTrainedModel, how: str, num_blocks: int) -> bo
         how: "untie" gives the head a copy, "freeze" keeps the one matrix and does not train it.
         num_blocks: With one block, which owns both, a matrix that is trained stays shared.
     """
-    embedding = model.get_input_embeddings().weight
-    if not shares_embeddings(model) or not embedding.requires_grad:
-        return False
-    if how == "freeze":
-        embedding.requires_grad_(False)
-    elif num_blocks > 1:
+    if will_untie(model, how, num_blocks):
         untie_embeddings(model)
         return True
+    if how == "freeze" and shares_embeddings(model):
+        model.get_input_embeddings().weight.requires_grad_(False)
     return False
+
+
+def will_untie(model: PreTrainedModel, how: str, num_blocks: int) -> bool:
+    """Return True if `separate_embeddings` would give the LM head a copy: if the embedding is trained."""
+    embedding: Any = model.get_input_embeddings()
+    return how == "untie" and num_blocks > 1 and shares_embeddings(model) and embedding.weight.requires_grad
 
 
 def untie_embeddings(model: PreTrainedModel) -> None:

@@ -101,6 +101,7 @@ def test_fsdp2_is_what_the_trainers_accept(monkeypatch: pytest.MonkeyPatch, tmp_
     content = yaml.safe_load((FOLDER / "fsdp2.yaml").read_text())
     assert content["distributed_type"] == "FSDP" and content["fsdp_config"]["fsdp_version"] == 2
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr("lopt.trainers.checks.OLDEST_FOR_FSDP2", {})
     monkeypatch.setenv("FSDP_VERSION", str(content["fsdp_config"]["fsdp_version"]))
     check_settings(args, LoPTConfig())
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
 
 import pytest
 import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from conftest import batch_of, tiny
-from lopt import attach
+from lopt import LoPTConfig, attach
 
 
 def test_local_gradients_of_a_forward_without_backward_are_not_stepped() -> None:
@@ -122,3 +124,32 @@ def test_a_dropped_model_is_freed() -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_a_recomputed_layer_runs_its_hooks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers before 5.23, and models from the hub, checkpoint a layer's call instead of its forward."""
+
+    def checkpointed_call(layer, *args, **kwargs):
+        call = functools.partial(super(MixtralDecoderLayer, layer).__call__, **kwargs)
+        if layer.gradient_checkpointing and layer.training:
+            return layer._gradient_checkpointing_func(call, *args)
+        return call(*args)
+
+    batch, gradients, entered = batch_of([6, 4]), [], []
+    for checkpointing in (False, True):
+        model = tiny("mixtral")
+        attach(model, LoPTConfig(num_blocks=3))
+        for index, layer in enumerate(model.model.layers):
+            layer.register_forward_pre_hook(lambda *_, index=index: entered.append(index))
+        if checkpointing:
+            plain = getattr(MixtralDecoderLayer.forward, "__wrapped__", MixtralDecoderLayer.forward)
+            monkeypatch.setattr(MixtralDecoderLayer, "forward", plain)
+            monkeypatch.setattr(MixtralDecoderLayer, "__call__", checkpointed_call)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for _ in range(2):
+            model(**batch).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert entered == [0, 1, 2, 3] * 4
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
+    assert not any("forward" in vars(layer) for layer in model.model.layers)

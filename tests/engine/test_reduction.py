@@ -8,10 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoTokenizer
+
+from lopt.engine.reduction import load_heads_optimizer, save_heads_optimizer
 
 CASES = [f"{t}-{m}" for t in ("sft", "sft_empty", "grpo") for m in ("lopt2", "lopt4", "e2e")]
 # Block-major and the next-token loss are not for FSDP2.
@@ -21,6 +26,9 @@ DDP_ONLY = [
     "sft_empty-next3",
     "lfm2-lopt2",
 ]
+# As accelerate's launcher starts FSDP2 by default, with the weights of rank 0 alone.
+OWN = {"ddp": DDP_ONLY, "fsdp2": ["sft-lopt2.launcher"]}
+MODES = ["ddp", "fsdp2"] if Version(accelerate.__version__) >= Version("1.15") else ["ddp"]
 WORKER = Path(__file__).parents[1] / "ranks.py"
 
 
@@ -29,7 +37,7 @@ def launch(folder: Path, ranks: int, mode: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
-        [*torchrun, str(WORKER), str(folder), mode, *CASES, *(DDP_ONLY if mode == "ddp" else []), "resume"],
+        [*torchrun, str(WORKER), str(folder), mode, *CASES, *OWN[mode], "resume"],
         env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-6000:]
@@ -41,15 +49,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Pat
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder / "tokenizer")
     launch(folder, 1, "ddp")
     launch(folder, 2, "ddp")
-    launch(folder, 2, "fsdp2")
+    if "fsdp2" in MODES:
+        launch(folder, 2, "fsdp2")
     return folder
 
 
-@pytest.mark.parametrize(
-    ("case", "mode"), [*((c, m) for m in ("ddp", "fsdp2") for c in CASES), *((c, "ddp") for c in DDP_ONLY)]
-)
+@pytest.mark.parametrize(("case", "mode"), [(case, mode) for mode in MODES for case in (*CASES, *OWN[mode])])
 def test_two_ranks_are_one(outcomes: Path, case: str, mode: str) -> None:
-    one, two = outcomes / f"{case}.ddp.1", outcomes / f"{case}.{mode}.2"
+    one, two = outcomes / f"{case.removesuffix('.launcher')}.ddp.1", outcomes / f"{case}.{mode}.2"
     weights, others = load_file(f"{one}.safetensors"), load_file(f"{two}.safetensors")
     assert weights.keys() == others.keys()
     for name, value in weights.items():
@@ -61,10 +68,38 @@ def test_two_ranks_are_one(outcomes: Path, case: str, mode: str) -> None:
         assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", MODES)
 def test_resume_is_bit_for_bit(outcomes: Path, mode: str) -> None:
-    """Compared by the ranks themselves, see `ranks.resume` and `ranks.checkpoints`."""
+    """Compared by the ranks themselves: `resume`, `checkpoints`, `one_root_and_clipped` in `ranks.py`."""
     assert (outcomes / f"resume.{mode}").is_file()
+
+
+def test_the_state_of_heads_is_loaded_where_the_optimizer_keeps_it(tmp_path: Path) -> None:
+    """A fused or capturable AdamW reads its step counter there; the rate is that of the checkpoint."""
+
+    def make(device: str) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [nn.Parameter(torch.ones(3, 2, device=device))], "heads": heads}
+            for heads in (False, True)
+        ]
+        return torch.optim.AdamW(groups, lr=0.5, capturable=device == "meta", foreach=False)
+
+    first, second = make("cpu"), make("meta")
+    for group in first.param_groups:
+        group["params"][0].grad = torch.ones(3, 2)
+    first.step()
+    first.param_groups[1]["lr"] = 0.1 / 3
+    save_heads_optimizer(first, tmp_path)
+    load_heads_optimizer(second, tmp_path)
+    body, heads = second.param_groups
+    assert body["lr"] == 0.5 and body["params"][0] not in second.state
+    assert heads["lr"] == 0.1 / 3 and heads["capturable"]
+    assert {key: value.device.type for key, value in second.state[heads["params"][0]].items()} == {
+        "step": "meta", "exp_avg": "meta", "exp_avg_sq": "meta",
+    }  # fmt: skip
+    assert first.state.keys() == {group["params"][0] for group in first.param_groups}
+    load_heads_optimizer(first, tmp_path)
+    assert first.state[first.param_groups[1]["params"][0]]["step"] == 1
 
 
 def test_the_runs_moved_the_weights(outcomes: Path) -> None:

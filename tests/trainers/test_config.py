@@ -13,6 +13,7 @@ def test_defaults(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         config = LoPTSFTConfig(output_dir=str(tmp_path), use_cpu=True)
         asked = LoPTSFTConfig(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing=True)
-    assert not config.gradient_checkpointing and not config.activation_checkpointing
-    assert asked.gradient_checkpointing and asked.activation_checkpointing
+    assert not config.gradient_checkpointing and asked.gradient_checkpointing
+    if hasattr(config, "activation_checkpointing"):  # the flag's new name, since transformers 5.23
+        assert not config.activation_checkpointing and asked.activation_checkpointing
     assert config.learning_rate == 2e-5 and config.save_total_limit == 2

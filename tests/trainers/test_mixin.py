@@ -109,6 +109,7 @@ def test_mistakes(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
         make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr("lopt.trainers.checks.OLDEST_FOR_FSDP2", {})
     with pytest.raises(ValueError, match="FSDP needs GPUs"):
         make_trainer()
 
@@ -158,3 +159,16 @@ def test_a_batch_size_is_found_after_an_error(make_trainer, head_warmup_steps: i
     layer.register_forward_hook(fail)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_the_head_warm_up_runs_in_the_precision_of_training(make_trainer) -> None:
+    """Attention kernels that know bfloat16 alone would fail on what float32 weights make."""
+    trainer = make_trainer(bf16=True, max_steps=1)
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def record(module, args, output) -> None:
+        seen.setdefault(trainer.guard.phase, set()).add(output.dtype)
+
+    trainer.lopt.blocks.layers[0].self_attn.v_proj.register_forward_hook(record)
+    trainer.train()
+    assert seen == {"head warm-up": {torch.bfloat16}, "step": {torch.bfloat16}}

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from conftest import tiny
 from lopt import LoPTConfig, LoPTSFTTrainer
+from lopt.engine.optimizer import MASTER
 from lopt.trainers import optimizer as module
 from lopt.trainers.config import LoPTSFTConfig
 
@@ -22,7 +24,7 @@ SETTINGS: dict[str, Any] = dict(max_steps=2, disable_tqdm=True, report_to="none"
 
 @pytest.fixture
 def trainer(tiny_folder: Path, tmp_path: Path):
-    def make(config: LoPTConfig | None = None, **flags: Any) -> LoPTSFTTrainer:
+    def make(config: LoPTConfig | None = None, peft: Any = None, **flags: Any) -> LoPTSFTTrainer:
         return LoPTSFTTrainer(
             tiny("llama", vocab_size=260),
             args=LoPTSFTConfig(
@@ -31,6 +33,7 @@ def trainer(tiny_folder: Path, tmp_path: Path):
             lopt_config=config or LoPTConfig(head_warmup_steps=1),
             train_dataset=Dataset.from_list(ROWS),
             processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+            peft_config=peft,
         )
 
     return make
@@ -68,6 +71,17 @@ def test_small_steps_move_bfloat16_weights_by_every_method(trainer, method: str)
         if parameter.ndim == 2 and "embed" not in name:
             share = (parameter != before[name]).float().mean().item()
             assert (share == 0) if not parameter.requires_grad else 0.001 < share < 0.3, (name, share)
+
+
+def test_adapters_keep_the_precision_that_was_asked_for(trainer) -> None:
+    adapters = LoraConfig(target_modules="all-linear")
+    made = trainer(LoPTConfig(method="lora"), adapters, master_weights=True, state_dtype="bfloat16")
+    for parameter in made.model.parameters():
+        if parameter.requires_grad:  # as QLoRA's are in TRL
+            parameter.data = parameter.data.bfloat16()
+    made.train()
+    for state in made.bare_optimizer().state.values():
+        assert state["exp_avg"].dtype == torch.bfloat16 and state[MASTER].dtype == torch.float32
 
 
 def test_too_little_host_memory_is_said_before_the_first_step(trainer, monkeypatch) -> None:

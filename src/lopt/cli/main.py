@@ -13,6 +13,7 @@ from importlib import import_module
 from lopt.cli.flag_names import flags_in_logs, with_flags
 from lopt.cli.noise import quiet
 from lopt.reliability.stop import EXIT_STOPPED, Stopped
+from lopt.requirements import check_installed
 from lopt.version import __version__
 
 # Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
@@ -55,6 +56,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     try:
         quiet()
         if not _show_help(command, arguments):
+            check_installed()
             with flags_in_logs(lambda message: _in_flags(message, command, arguments)):
                 import_module(f"lopt.cli.{command}").main(list(arguments))
     except (ValueError, ImportError, OSError) as error:

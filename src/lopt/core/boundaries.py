@@ -30,7 +30,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lopt.architectures import base_model
-from lopt.compat import capture_paused, uses_reentrant_checkpointing
+from lopt.compat import capture_paused, recompute_forward_only
 from lopt.core.blocks import Block
 from lopt.core.routers import RouterLoss
 from lopt.losses.rows import Rows
@@ -108,13 +108,9 @@ class Boundaries:
             return
         handle = self._handle
         rows = Rows.from_call(args, kwargs, self.labels)
+        recompute_forward_only([module, *handle.blocks.layers])
         if handle.learns_locally:
             handle.local_loss.check(rows)
-            if any(uses_reentrant_checkpointing(layer) for layer in handle.blocks.layers):
-                raise ValueError(
-                    "reentrant gradient checkpointing silently gives no gradient behind a boundary: "
-                    'use gradient_checkpointing_kwargs={"use_reentrant": False}'
-                )
         self.forget_cleared_gradients()
         config = base_model(handle.model).config.get_text_config()
         routers = RouterLoss(config, len(handle.blocks.layers))

@@ -34,23 +34,24 @@ def warm_up_heads(
     """
     optimizer = torch.optim.AdamW(handle.heads.parameters(), lr=learning_rate, weight_decay=0.0)
     heads: list[Any] = [handle.heads[index] for index in handle.learning]
+    aux = handle.local_loss
     history: list[list[float]] = []
     scales: list[Tensor] = []
     for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), start=1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - (step - 1) / steps)
         states, rows = boundary_states(handle, batch)
-        scales = scales or [
-            channel_rms(handle.local_loss.prediction_scale(*pair), rows.mask) for pair in states
-        ]
-        losses = [
-            handle.local_loss.loss(scale * head(block_output), block_output, block_input, rows)
-            for head, scale, (block_output, block_input) in zip(heads, scales, states, strict=True)
-        ]
-        torch.stack(losses).sum().backward()
+        # Autocast is for the blocks: it would keep casts of heads as they were, and float16 lose gradients.
+        with torch.autocast(handle.device.type, enabled=False):
+            scales = scales or [channel_rms(aux.prediction_scale(*pair), rows.mask) for pair in states]
+            losses = [
+                aux.loss(scale * head(block_output), block_output, block_input, rows)
+                for head, scale, (block_output, block_input) in zip(heads, scales, states, strict=True)
+            ]
+            torch.stack(losses).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        history.append([loss.item() for loss in losses])
+        history.append(torch.stack(losses).tolist())
         if progress is not None:
             progress(step, history[-1])
     if not history:

@@ -18,6 +18,7 @@ In a plain PyTorch script:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -62,6 +63,7 @@ class GradientReduction:
             dist.broadcast(parameter.data, src=0)
 
     def _start(self, block: int) -> None:
+        compat.keep_fsdp_root(self._lopt.model)
         if not self._is_last():
             return
         ranks = dist.get_world_size()
@@ -82,43 +84,45 @@ class GradientReduction:
 
 
 @contextmanager
-def heads_apart(optimizer: Optimizer) -> Iterator[list[nn.Parameter]]:
-    """Within, `optimizer` has neither the groups nor the state of the heads; yields their parameters.
+def heads_apart(optimizer: Optimizer, *, only: bool = False) -> Iterator[None]:
+    """Within, `optimizer` has neither the groups nor the state of the heads, which come last; or only those.
 
     Saving and loading the optimizer of a sharded model must see that model's parameters only.
     """
-    groups = optimizer.param_groups
-    heads = [group for group in groups if group.get("heads")]
-    parameters = [p for group in heads for p in group["params"]]
-    states = {p: optimizer.state.pop(p) for p in parameters if p in optimizer.state}
-    groups[:] = [group for group in groups if not group.get("heads")]
+    hidden = [group for group in optimizer.param_groups if bool(group.get("heads")) != only]
+    states = {p: optimizer.state.pop(p) for g in hidden for p in g["params"] if p in optimizer.state}
+    optimizer.param_groups[:] = [
+        group for group in optimizer.param_groups if bool(group.get("heads")) == only
+    ]
     try:
-        yield parameters
+        yield
     finally:
-        optimizer.param_groups.extend(heads)
+        place = 0 if only else len(optimizer.param_groups)
+        optimizer.param_groups[place:place] = hidden
         optimizer.state.update(states)
 
 
 def save_heads_optimizer(optimizer: Optimizer, folder: str | Path) -> None:
-    """Write the optimizer state of the heads, which `heads_apart` hides from the sharded save."""
-    tensors = {}
-    for number, parameter in enumerate(_head_parameters(optimizer)):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{number}.{key}"] = value.contiguous()
-    safetensors.torch.save_file(tensors, Path(folder) / HEADS_OPTIMIZER_NAME)
+    """Write state and learning rates of the heads, which `heads_apart` hides from the sharded save."""
+    with heads_apart(optimizer, only=True):
+        saved = optimizer.state_dict()
+    tensors = {
+        f"{p}.{key}": value.contiguous() for p, s in saved["state"].items() for key, value in s.items()
+    }
+    rates = json.dumps([float(group["lr"]) for group in saved["param_groups"]])
+    safetensors.torch.save_file(tensors, Path(folder) / HEADS_OPTIMIZER_NAME, {"learning_rates": rates})
 
 
 def load_heads_optimizer(optimizer: Optimizer, folder: str | Path) -> None:
-    """Load what `save_heads_optimizer` wrote."""
-    tensors = safetensors.torch.load_file(Path(folder) / HEADS_OPTIMIZER_NAME)
-    for number, parameter in enumerate(_head_parameters(optimizer)):
-        prefix = f"{number}."
-        optimizer.state[parameter] = {
-            key.removeprefix(prefix): value if key.endswith(".step") else value.to(parameter.device)
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
-
-
-def _head_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups if group.get("heads") for p in group["params"]]
+    """Load what `save_heads_optimizer` wrote, each state to where the optimizer keeps it."""
+    state: dict[int, dict[str, Tensor]] = {}
+    with safetensors.safe_open(Path(folder) / HEADS_OPTIMIZER_NAME, "pt") as file:
+        rates = json.loads((file.metadata() or {}).get("learning_rates", "[]"))
+        for name in sorted(file.keys()):
+            number, _, key = name.partition(".")
+            state.setdefault(int(number), {})[key] = file.get_tensor(name)
+    with heads_apart(optimizer, only=True):
+        saved = optimizer.state_dict()
+        for group, rate in zip(saved["param_groups"], rates, strict=False):
+            group["lr"] = rate
+        optimizer.load_state_dict(saved | {"state": state})

@@ -7,6 +7,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Suffixes of files that torch unpickles."""
 
@@ -80,6 +82,7 @@ class _DataUnpickler(pickle.Unpickler):
         own = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
         is_class = module in own and isinstance(getattr(importlib.import_module(module), name, None), type)
         is_path = module.split(".")[0] == "pathlib" and name in ("PosixPath", "PurePosixPath", "Path")
-        if is_class or is_path or (module, name) in plain:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_class or is_path or is_dtype or (module, name) in plain:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it would run {module}.{name}")

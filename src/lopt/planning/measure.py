@@ -104,7 +104,7 @@ def measure(run: Run, method: Method, checkpointing: bool) -> Parts:
             check_positions(model, run.tokens, "set `max_length` to {limit} or less")
             add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
             if checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False})
+                compat.checkpoint_activations(model)
             recorder = _Recorder(model, cut, run)
             for segments in (parts.fresh, parts.again):
                 recorder.micro_batch(segments)

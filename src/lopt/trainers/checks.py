@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 from lopt.architectures import base_model
+from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
-from lopt.tied_embeddings import shares_embeddings
+from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
+from lopt.tied_embeddings import will_untie
 from lopt.validation import check, check_number
 
 
@@ -42,11 +47,13 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
     """Refuse what cannot work with boundaries.
 
     Args:
-        model: checked as well if it is loaded already (not a name).
+        model: the model, or its config; None if neither is known yet.
 
     Raises:
-        ValueError: reentrant checkpointing, DeepSpeed, FSDP 1, vLLM with an untied embedding; block-major
-            with FSDP, a gradient scaler or routers; offloaded weights with several processes or vLLM.
+        ValueError: several GPUs in one process, reentrant checkpointing, DeepSpeed, FSDP 1, vLLM or a synced
+            reference model with an embedding that is untied; block-major with FSDP, a gradient scaler or
+            routers; offloaded weights with several processes or vLLM; precision that FSDP2 does not keep.
+        ImportError: FSDP2 with an accelerate that is too old for it.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
@@ -54,6 +61,10 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"the launcher started {launched} processes, which do not find each other: "
             f"each would train alone (world size {args.world_size}). On CPUs add `use_cpu`"
         )
+    if fsdp_version(args) == 2:
+        check_installed(OLDEST_FOR_FSDP2, "FSDP2")
+    _check_gpus(args, config, model)
+    _check_sharded(args, model)
     if not config.is_cut:
         return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
@@ -79,8 +90,70 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         )
     if config.schedule == "block_major":
         _check_block_major(args, config, model)
-    if getattr(args, "use_vllm", False) and isinstance(model, nn.Module):
-        _check_vllm(config, model)
+    _check_untied(args, config, model)
+
+
+def check_before(args: TrainingArguments | None, config: LoPTConfig, model: Any, adapters: Any) -> None:
+    """Check what a trainer is given, before it loads a model that is given by name, and before its data.
+
+    Args:
+        adapters: the PEFT config that the trainer will wrap the model in; None if there is none.
+
+    Raises:
+        ValueError: the model cannot be cut, or of `check_settings`.
+    """
+    known = model
+    if isinstance(model, str) and args is not None:
+        options: dict[str, Any] = dict(getattr(args, "model_init_kwargs", None) or {})
+        trusted = options.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+        known = AutoConfig.from_pretrained(model, revision=options.get("revision"), trust_remote_code=trusted)
+        split(known.get_text_config().num_hidden_layers, config)
+    if args is not None:
+        # Beside adapters the embedding does not learn, so it is not untied.
+        check_settings(args, config if adapters is None else config.replace(tied_embeddings="freeze"), known)
+    if isinstance(model, nn.Module):
+        Blocks(model, config)
+
+
+def _check_gpus(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
+    """Refuse several GPUs in one process, which transformers would use by DataParallel or `device_map`."""
+    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    if spread and config.is_cut:
+        raise ValueError(
+            f"`device_map` spreads the model over several devices, and `method` {config.method} computes a "
+            "block's local loss on one: load it without, and start one process per GPU by torchrun"
+        )
+    if args.n_gpu > 1 and not spread:
+        script = Path(sys.argv[0]).name
+        command = script if script.endswith(".py") else " ".join(["--no-python", script, *sys.argv[1:2]])
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which trains on one: start one process per GPU "
+            f"(torchrun --nproc_per_node {args.n_gpu} {command} ...), or make one GPU visible "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _check_sharded(args: TrainingArguments, model: Any) -> None:
+    """Refuse what an optimizer under FSDP2, whose parameters accelerate replaces, would not do."""
+    if fsdp_version(args) is None:
+        return
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    if any(p.is_meta for p in parameters):  # accelerate tells parameters apart by their addresses
+        raise ValueError(
+            "FSDP2: this process has no weights (meta device), and its part of them would not be trained: "
+            "load the model in every process, as from_pretrained does, also with "
+            "fsdp_cpu_ram_efficient_loading"
+        )
+    state = getattr(args, "state_dtype", "float32")
+    if state != "float32":
+        raise ValueError(f"`state_dtype` {state} does not go with FSDP2: leave it out, or use DDP")
+    if args.mixed_precision != "no":  # accelerate makes the weights that are trained float32
+        return
+    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in parameters):
+        raise ValueError(
+            "FSDP2 would round every step of weights in bfloat16 to the nearest, which loses small ones: add "
+            "`bf16`, by which it keeps them in float32, or load them in float32, or use DDP"
+        )
 
 
 def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
@@ -99,8 +172,8 @@ def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) 
             "`offload` block with `use_vllm`: vLLM would read weights that are not on the device: "
             "use `offload` optimizer"
         )
-    if isinstance(model, nn.Module):
-        check_routers(config, model.config)
+    if model is not None:
+        check_routers(config, getattr(model, "config", model))
 
 
 def check_routers(config: LoPTConfig, model_config: Any) -> None:
@@ -121,10 +194,24 @@ def fsdp_version(args: TrainingArguments) -> int | None:
     return None
 
 
-def _check_vllm(config: LoPTConfig, model: nn.Module) -> None:
-    base = base_model(model)
-    if config.tied_embeddings == "untie" and shares_embeddings(base):
+def _check_untied(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
+    """Refuse what holds on to the tied LM head of a model whose embedding is untied for training."""
+    if isinstance(model, nn.Module):
+        unties = will_untie(base_model(model), config.tied_embeddings, _num_blocks(config))
+    else:
+        tied = getattr(model, "tie_word_embeddings", False)
+        unties = tied and config.tied_embeddings == "untie" and _num_blocks(config) > 1
+    if unties and getattr(args, "use_vllm", False):
         raise ValueError(
             "`use_vllm`: vLLM would go on generating with the tied LM head while training unties it: "
             "add `tied_embeddings` freeze"
         )
+    if unties and getattr(args, "sync_ref_model", False):
+        raise ValueError(
+            "`sync_ref_model`: the reference model has a tied LM head, and training unties the model's: "
+            "add `tied_embeddings` freeze"
+        )
+
+
+def _num_blocks(config: LoPTConfig) -> int:
+    return config.num_blocks if config.block_boundaries is None else len(config.block_boundaries) + 1

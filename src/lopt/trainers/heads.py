@@ -8,6 +8,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
@@ -43,7 +44,8 @@ def warm_up_heads(trainer: Any) -> None:
             bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses))
             trainer.guard.check_warm_up(step, losses)
 
-        autocast = trainer.compute_loss_context_manager()
+        # Each weight is used once per forward, so that a cache of casts would be a second model.
+        autocast = trainer.accelerator.autocast(AutocastKwargs(cache_enabled=False))
         with torch.random.fork_rng(), autocast, trainer.guard.during("head warm-up"):
             history = lopt.warm_up_heads(trainer.head_warm_up_batches(), progress=show)
     if trainer.reduction is not None:

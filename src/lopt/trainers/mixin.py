@@ -33,18 +33,18 @@ from torch import Tensor, nn
 
 from lopt.compat import labelled_positions_only
 from lopt.core.attach import LoPT, attach
-from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens, real_tokens
 from lopt.engine.offload import Offload
 from lopt.engine.reduction import GradientReduction
 from lopt.reliability.guards import Guard
+from lopt.reliability.ranks import together
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
 from lopt.trainers.accelerator import adapt_accelerator
 from lopt.trainers.block_major import BlockMajorSteps
-from lopt.trainers.checks import check_settings, fsdp_version
+from lopt.trainers.checks import check_before, check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
 from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer
@@ -84,13 +84,10 @@ class LoPTMixin(Trainer):
     def __init__(self, model: Any, *args: Any, lopt_config: LoPTConfig | None = None, **kwargs: Any) -> None:
         config = lopt_config or LoPTConfig()
         # Before the trainer spends time on data:
-        settings = args[0] if args else kwargs.get("args")
-        if settings is not None:
-            check_settings(settings, config, model)
-        if isinstance(model, nn.Module):
-            Blocks(model, config)
+        check_before(args[0] if args else kwargs.get("args"), config, model, kwargs.get("peft_config"))
         self.weights_offloaded = config.offload == "block"
         super().__init__(model, *args, **kwargs)
+        check_settings(self.args, config, self.model)  # again: it may have been a name, or without adapters
         if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
             raise ValueError("FSDP needs GPUs, on CPUs accelerate would run DDP: leave FSDP out")
         check_packing(self)
@@ -201,7 +198,7 @@ class LoPTMixin(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, over the handle's parameter groups."""
-        if self.optimizer is None and self.lopt.config.method != "lora":
+        if self.optimizer is None:
             self.optimizer = block_optimizer(self)
         return super().create_optimizer(model)
 
@@ -360,7 +357,8 @@ class LoPTMixin(Trainer):
         """Save the model; a sharded one (FSDP2) is gathered, whatever form its checkpoints have."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
         if plugin is None or _internal_call or "FULL" in str(plugin.state_dict_type):
-            return super().save_model(output_dir, _internal_call)
+            save = functools.partial(super().save_model, output_dir, _internal_call)
+            return save() if self.checkpoints.staged is None else together(save)
         whole = self.accelerator.get_state_dict(self.model)  # by all ranks
         if self.args.should_save:
             self._save(output_dir, whole)

@@ -54,7 +54,7 @@ class Setup:
         """Return a trainer for `arm` on a fresh model; rows and their order depend on the seed alone."""
         args = copy.deepcopy(self.args)
         changes = {key: value for key, value in arm.changes.items() if key not in LORA_KEYS}
-        if "gradient_checkpointing" in changes:
+        if "gradient_checkpointing" in changes and hasattr(args, "activation_checkpointing"):  # since 5.23
             changes["activation_checkpointing"] = changes["gradient_checkpointing"]
         fixed = dict(output_dir=str(folder), seed=seed, save_strategy="no", eval_strategy="no")
         vars(args).update(fixed, logging_strategy="steps", logging_steps=1, **changes)
