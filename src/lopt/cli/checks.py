@@ -44,8 +44,6 @@ def check_run(
     check_settings(args, config)
     check_loggers(args)
     check_hub(args)
-    if getattr(args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
-        raise ValueError('--use_vllm needs vLLM: pip install "lopt[vllm]", or leave it out')
     if config.method == "lora":
         check_number("lora_r", model_args.lora_r, minimum=1)
         if importlib.util.find_spec("peft") is None:

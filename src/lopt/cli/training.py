@@ -26,6 +26,7 @@ from lopt.reliability.record import Record, data_facts
 from lopt.reliability.stop import Stopped
 from lopt.reports.retention import write_curves
 from lopt.trainers.lora import lora_config
+from lopt.trainers.vllm import end_training
 
 
 def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConfig, args: Any) -> str | None:
@@ -130,7 +131,7 @@ def run(
     try:
         _train_and_save(trainer, checkpoint)
     except Stopped:
-        trainer.accelerator.end_training()
+        end_training(trainer)
         raise
     if callback is not None and trainer.is_world_process_zero():
         print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
@@ -158,7 +159,7 @@ def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
         trainer.log_metrics("eval", shown)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    trainer.accelerator.end_training()
+    end_training(trainer)
 
 
 def _metrics_of_the_end(trainer: Any) -> dict[str, Any] | None:
