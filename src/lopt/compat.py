@@ -204,6 +204,31 @@ def fused_head_as_on_a_gpu(product: Callable[..., None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def vllm_engine_made_by(make: Callable[..., Any]) -> Iterator[None]:
+    """Let TRL make vLLM's engine in this process by `make(LLM, **options)` instead of `LLM(**options)`."""
+    from trl.generation import vllm_generation
+
+    engine = getattr(vllm_generation, "LLM", None)  # absent if vLLM is not installed
+    if engine is None:
+        yield
+        return
+    with replaced(vllm_generation, LLM=functools.partial(make, engine)):
+        yield
+
+
+def send_weights_to_vllm(trainer: Any, weights: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+    """Let TRL's GRPO trainer, which uses vLLM, send it what `weights()` yields: each name and its tensor."""
+    trainer.vllm_generation._iter_named_params = weights
+
+
+def end_vllm_engine(trainer: Any) -> None:
+    """Shut down the engine of vLLM in this process, if TRL's GRPO trainer has one."""
+    engine = getattr(getattr(trainer, "vllm_generation", None), "llm", None)
+    if engine is not None:
+        engine.llm_engine.engine_core.shutdown()
+
+
 # -- torch -----------------------------------------------------------------------------------------------
 
 

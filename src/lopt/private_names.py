@@ -46,6 +46,14 @@ NAMES: dict[str, str] = {
     ),
     "trl.kernels.chunked_logprob:_backward_tile": "The same for its backward.",
     "trl.kernels.chunked_logprob:_addmm_fp32": "The same for its sum of products.",
+    "trl.generation.vllm_generation:VLLMGeneration": (
+        "Public. Its module makes vLLM's engine by the name `LLM`, without a number format, and keeps it as "
+        "`llm`. Without them vLLM holds float32 weights in bfloat16, and a run ends in a traceback."
+    ),
+    "trl.generation.vllm_generation:VLLMGeneration._iter_named_params": (
+        "Yields the weights that vLLM is sent. Without it the rounding of adapters, added and subtracted at "
+        "every step, stays in the frozen weights."
+    ),
     # -- torch -----------------------------------------------------------------------------------------------
     "torch.utils._python_dispatch:TorchDispatchMode": (
         "Sees every operator. Without it neither live bytes nor FLOPs can be counted."

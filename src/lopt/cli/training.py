@@ -30,6 +30,7 @@ from lopt.reliability.stop import Stopped
 from lopt.reports.retention import write_curves
 from lopt.trainers.checks import check_numbers, check_routers, check_settings
 from lopt.trainers.lora import lora_config
+from lopt.trainers.vllm import end_training
 
 
 def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:
@@ -172,7 +173,7 @@ def run(
     try:
         _train_and_save(trainer, checkpoint)
     except Stopped:
-        trainer.accelerator.end_training()
+        end_training(trainer)
         raise
     if callback is not None and trainer.is_world_process_zero():
         print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
@@ -199,4 +200,4 @@ def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    trainer.accelerator.end_training()
+    end_training(trainer)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -200,11 +201,10 @@ def _read_back(folder: Path, entries: dict[str, Any]) -> None:
 
 def _forget_cached(path: Path) -> None:
     """Ask the kernel to read a file from the disk next time."""
-    advise: Callable[..., None] | None = getattr(os, "posix_fadvise", None)
-    if advise is None:  # not on macOS
+    if sys.platform != "linux":  # macOS and Windows have no such call
         return
     with path.open("rb") as file:
-        advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:

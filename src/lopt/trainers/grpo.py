@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl import GRPOTrainer
 
+from lopt.compat import send_weights_to_vllm, vllm_engine_made_by
 from lopt.trainers.heads import warm_up_batches
 from lopt.trainers.mixin import LoPTMixin
+from lopt.trainers.vllm import engine_with_dtype, merged_weights
 
 
 class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
@@ -26,6 +29,13 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     _generated_tokens: Tensor
     _step: int  # TRL's: micro-batches so far
     num_iterations: int
+    use_vllm: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with vllm_engine_made_by(engine_with_dtype(self)):
+            super().__init__(*args, **kwargs)
+        if self.use_vllm and is_peft_model(self.model):
+            send_weights_to_vllm(self, lambda: merged_weights(self.model))
 
     def loss_share(self, tokens: int | None) -> float:
         """Return the part of the optimizer step that a micro-batch is, by tokens where those are known.
