@@ -69,7 +69,8 @@ def on_first_rank(args: Any, function: Callable[[], str | None]) -> str | None:
     Raises:
         RankError: what it raises there, on the others.
     """
-    found = [together(lambda: function() if args.process_index == 0 else None)]
+    first = args.process_index == 0  # sets up the process group, if that was not done
+    found = [together(lambda: function() if first else None)]
     if args.world_size > 1:
         broadcast_object_list(found)
     return found[0]
