@@ -117,6 +117,10 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         """Return prompts of the training rows, 8 or more a batch, the same on all ranks."""
         return warm_up_batches(self, max(8, self.args.per_device_train_batch_size), self._prompts)
 
+    def prompt_tokens(self, row: dict[str, Any]) -> int:
+        """Return the number of tokens of a row's prompt, as it is given to the model."""
+        return len(self._tokenize_prompts([row["prompt"]])[0][0])
+
     def _prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]
         return dict(self.processing_class.pad({"input_ids": ids}, return_tensors="pt"))

@@ -49,6 +49,8 @@ from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
 from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer
 from lopt.trainers.optimizer_state import load_optimizer, save_optimizer
+from lopt.trainers.packing import check_packing
+from lopt.trainers.positions import check_rows
 from lopt.trainers.throughput import Throughput
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -88,6 +90,8 @@ class LoPTMixin(Trainer):
         check_settings(self.args, config, self.model)  # again: it may have been a name, or without adapters
         if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
             raise ValueError("FSDP needs GPUs, on CPUs accelerate would run DDP: leave FSDP out")
+        check_packing(self)
+        check_rows(self)
         with torch.random.fork_rng():  # heads start the same, whatever ran before
             torch.manual_seed(self.args.seed)
             self.lopt: LoPT = attach(self.model, config)
