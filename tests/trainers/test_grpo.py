@@ -15,6 +15,7 @@ from trl.trainer import grpo_trainer
 from conftest import fixed_rollouts, save_tiny, tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
+from lopt.trainers.heads import save_heads
 
 TEXTS = ("yes", "no, it is not", "well", "perhaps so")
 
@@ -226,3 +227,12 @@ def test_groups_that_do_not_fit(caplog: pytest.LogCaptureFixture, tmp_path: Path
     ):
         with pytest.raises(ValueError, match="`num_generations`"):
             LoPTGRPOConfig(**flags | impossible)
+
+
+def test_unused_rollouts_of_another_number_of_processes_are_refused(make, tmp_path: Path) -> None:
+    trainer = make()
+    save_heads(trainer.lopt, tmp_path)
+    for rank in range(2):
+        (tmp_path / f"rollouts_{rank}.pt").touch()
+    with pytest.raises(ValueError, match=r"unused rollouts of 2 processes: resume it .* \(these are 1\)"):
+        trainer.load_own_state(tmp_path)
