@@ -153,7 +153,7 @@ def summarise(runs: dict[str, dict], picture: Path) -> None:
     }
     alt = "Training loss over the first steps by method; the published start does not come down"
     svg = line_plot(curves, title="Training loss, GSM8K", x_label="step", y_label="nats per token", alt=alt)
-    picture.write_text(standalone(svg) + "\n")
+    picture.write_text(standalone(svg) + "\n", encoding="utf-8")
 
 
 def study_flags(description: str | None, data: str, results: str) -> argparse.ArgumentParser:

@@ -153,7 +153,7 @@ def draw(results: dict, path: Path, width: int = 10) -> None:
         y_label="share of right answers",
         alt="Mean reward over the steps of GRPO by method; all rise",
     )
-    path.write_text(standalone(svg) + "\n")
+    path.write_text(standalone(svg) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -167,7 +167,7 @@ def draw(results: dict, picture: Path) -> None:
         y_label="nats per token, mean of 5 steps",
         alt="Training loss over time: the same curve for every N, run through faster the larger N is",
     )
-    picture.write_text(standalone(svg) + "\n")
+    picture.write_text(standalone(svg) + "\n", encoding="utf-8")
 
 
 def main() -> None:

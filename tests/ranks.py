@@ -273,12 +273,13 @@ def one_root_and_clipped(folder: Path, tokenizer: Any) -> None:
 
 
 def checkpoints(folder: Path, tokenizer: Any) -> None:
-    """Offloaded state of Adam and unused rollouts are resumed bit for bit; no rank flushes before all wrote.
+    """Offloaded state of Adam and unused rollouts are resumed bit for bit.
 
-    Optimizer state is never read onto the device as a whole.
+    Optimizer state is never read onto the device as a whole. No rank flushes before all have written, and
+    none waits for that in a collective, which would end in a timeout.
     """
     loaded: list[tuple[str, Any]] = []
-    load, name_best, saving_flush = torch.load, Checkpoints._name_best, saving.flush
+    load, settle, save, name_best = torch.load, saving.settle, Checkpoints.save, Checkpoints._name_best
 
     def spying(path: Any, *args: Any, **kwargs: Any) -> Any:
         loaded.append((Path(path).name, kwargs.get("map_location")))
@@ -290,9 +291,16 @@ def checkpoints(folder: Path, tokenizer: Any) -> None:
             time.sleep(0.1)
             (staged.parent / "written").touch()
 
-    def flush(folder: Path) -> None:
-        assert (folder.parent / "written").exists(), "rank 0 is still writing"
-        saving_flush(folder)
+    def settled(staged: Path, *args: Any) -> Any:
+        assert (staged.parent / "written").exists(), "rank 0 is still writing"
+        return settle(staged, *args)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective over the writing of a checkpoint")
+
+    def without_barriers(self: Checkpoints, *args: Any) -> None:
+        with replaced(torch.distributed, barrier=refuse):
+            save(self, *args)
 
     changes = dict(save_strategy="steps", save_steps=1, max_steps=3, optim="adamw_torch", save_total_limit=9)
     rollouts = dict(num_iterations=2, steps_per_generation=2)
@@ -303,8 +311,8 @@ def checkpoints(folder: Path, tokenizer: Any) -> None:
             trainer = make(place, config_of(method), tokenizer, False, **changes | more)
             with (
                 replaced(torch, load=spying),
-                replaced(Checkpoints, _name_best=slow),
-                replaced(saving, flush=flush),
+                replaced(Checkpoints, _name_best=slow, save=without_barriers),
+                replaced(saving, settle=settled),
             ):
                 trainer.train(resume_from_checkpoint=checkpoint)
             ends.append(weights_of(trainer))

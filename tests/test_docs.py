@@ -29,6 +29,7 @@ FOREIGN = {
     "--config_file", "--nnodes", "--node_rank", "--nproc_per_node", "--num_processes", "--rdzv_backend",
     "--rdzv_endpoint", "--find-links", "--no-deps", "--no-index", "--wheel", "--help", "--help-all",
     "--version", "--config", "--steps", "--max_tokens", "--schedule_steps", "--tokens", "--pairs",
+    "--logprobs-mode", "--dtype",
 }  # fmt: skip
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,3 +30,26 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_windows_flushes_files_that_are_open_for_writing_and_no_folders(tmp_path: Path, monkeypatch) -> None:
+    # Windows refuses `os.open` of a folder, and `os.fsync` of what is open for reading only.
+    path = tmp_path / "run.json"
+    path.write_text("{}")
+    opened: list[tuple[Path, int]] = []
+    real = files.os.open
+    monkeypatch.setattr(files.sys, "platform", "win32")
+    monkeypatch.setattr(files.os, "open", lambda p, flags: opened.append((p, flags)) or real(p, flags))
+    files.fsync(path)
+    files.fsync(tmp_path)
+    monkeypatch.undo()
+    assert opened == [(path, files.os.O_RDWR)]
+
+
+def test_macos_flushes_the_cache_of_the_drive(tmp_path: Path, monkeypatch) -> None:
+    calls: list[int] = []
+    macos = SimpleNamespace(F_FULLFSYNC=51, fcntl=lambda descriptor, command: calls.append(command))
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    monkeypatch.setitem(files.sys.modules, "fcntl", macos)
+    files.fsync(tmp_path)
+    assert calls == [51]

@@ -63,6 +63,39 @@ def compute_device(model: nn.Module) -> torch.device:
     return base.device if handle is None else handle.device
 
 
+def position_limit(model: nn.Module) -> int | None:
+    """Return how many positions a model has a table of; None if it computes positions, without an end.
+
+    A table is an embedding beside that of the tokens, or a buffer for positions, as long as the config says.
+    """
+    base: Any = base_model(model)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    tokens = base.get_input_embeddings()
+    for module in base.modules():
+        # Some tables begin with a few rows for padding.
+        if isinstance(module, nn.Embedding) and module is not tokens and 0 <= len(module.weight) - limit <= 2:
+            return limit
+        if any("pos" in name and limit in b.shape for name, b in module.named_buffers(recurse=False)):
+            return limit
+    return None
+
+
+def check_positions(model: nn.Module, tokens: int, fix: str) -> None:
+    """Raise a ValueError if a row of `tokens` tokens is longer than the model's table of positions.
+
+    Args:
+        fix: What to do about it, with `{limit}` where the number of positions goes.
+    """
+    limit = position_limit(model)
+    if limit is not None and tokens > limit:
+        raise ValueError(
+            f"a row of {tokens} tokens is longer than {type(base_model(model)).__name__}'s table of {limit} "
+            f"positions: {fix.format(limit=limit)}"
+        )
+
+
 def find_decoder(model: PreTrainedModel, is_local: bool = False) -> Decoder:
     """Return the decoder of a causal LM.
 

@@ -17,6 +17,13 @@ from traceback import walk_tb
 from typing import Any
 
 
+def register_plain_format(name: str) -> None:
+    """Give the format of plain Python values, which has none, a name."""
+    from datasets.formatting import PythonFormatter, _register_formatter
+
+    _register_formatter(PythonFormatter, name)
+
+
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
     """Set attributes of `owner`, a module or class, inside; an error puts the former values back too."""
@@ -197,6 +204,31 @@ def fused_head_as_on_a_gpu(product: Callable[..., None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def vllm_engine_made_by(make: Callable[..., Any]) -> Iterator[None]:
+    """Let TRL make vLLM's engine in this process by `make(LLM, **options)` instead of `LLM(**options)`."""
+    from trl.generation import vllm_generation
+
+    engine = getattr(vllm_generation, "LLM", None)  # absent if vLLM is not installed
+    if engine is None:
+        yield
+        return
+    with replaced(vllm_generation, LLM=functools.partial(make, engine)):
+        yield
+
+
+def send_weights_to_vllm(trainer: Any, weights: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+    """Let TRL's GRPO trainer, which uses vLLM, send it what `weights()` yields: each name and its tensor."""
+    trainer.vllm_generation._iter_named_params = weights
+
+
+def end_vllm_engine(trainer: Any) -> None:
+    """Shut down the engine of vLLM in this process, if TRL's GRPO trainer has one."""
+    engine = getattr(getattr(trainer, "vllm_generation", None), "llm", None)
+    if engine is not None:
+        engine.llm_engine.engine_core.shutdown()
+
+
 # -- torch -----------------------------------------------------------------------------------------------
 
 
@@ -260,6 +292,13 @@ def cpu_attention_operators() -> tuple[Any, Any]:
 
     name = "_scaled_dot_product_flash_attention_for_cpu"
     return getattr(torch.ops.aten, name), getattr(torch.ops.aten, f"{name}_backward")
+
+
+def process_store() -> Any:
+    """Return the store of the default process group."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def leave_out_of_ddp(model: Any, names: list[str]) -> None:

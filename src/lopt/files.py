@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Until the disk has a file's content, or a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until the disk has a file's content, or a folder's entries.
+
+    Windows writes the entries itself and cannot open a folder, so there a folder is left alone.
+    """
+    if sys.platform == "win32":
+        if path.is_dir():
+            return
+        flags = os.O_RDWR  # Windows flushes only what is open for writing
+    else:
+        flags = os.O_RDONLY
+    descriptor = os.open(path, flags)
     try:
-        os.fsync(descriptor)
+        if sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # fsync leaves data in the drive's cache
+        else:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

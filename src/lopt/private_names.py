@@ -46,6 +46,14 @@ NAMES: dict[str, str] = {
     ),
     "trl.kernels.chunked_logprob:_backward_tile": "The same for its backward.",
     "trl.kernels.chunked_logprob:_addmm_fp32": "The same for its sum of products.",
+    "trl.generation.vllm_generation:VLLMGeneration": (
+        "Public. Its module makes vLLM's engine by the name `LLM`, without a number format, and keeps it as "
+        "`llm`. Without them vLLM holds float32 weights in bfloat16, and a run ends in a traceback."
+    ),
+    "trl.generation.vllm_generation:VLLMGeneration._iter_named_params": (
+        "Yields the weights that vLLM is sent. Without it the rounding of adapters, added and subtracted at "
+        "every step, stays in the frozen weights."
+    ),
     # -- torch -----------------------------------------------------------------------------------------------
     "torch.utils._python_dispatch:TorchDispatchMode": (
         "Sees every operator. Without it neither live bytes nor FLOPs can be counted."
@@ -76,6 +84,10 @@ NAMES: dict[str, str] = {
         "backward inside the forward ends it, and without putting it back every later layer counts as a "
         "forward of its own, whose weights are not gathered ahead."
     ),
+    "torch.distributed.distributed_c10d:_get_default_store": (
+        "The store by which ranks found each other. Without it they wait for a long write in a collective, "
+        "which ends in a timeout."
+    ),
     "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._try_get_data": (
         "The method in which the training process waits for a worker. Without it a worker that dies while "
         "it hands over a batch is reported as a lost connection."
@@ -84,6 +96,10 @@ NAMES: dict[str, str] = {
     "datasets:Dataset._fingerprint": (
         "Hash of a data set's rows. Without it results made from other rows of the same number are not "
         "told apart."
+    ),
+    "datasets.formatting:_register_formatter": (
+        "Gives a format a name. A data set with a named format keeps the columns that a map reads as they "
+        "are; without it their types are guessed anew, which fails for tool calls with other arguments."
     ),
     # -- lm-eval ---------------------------------------------------------------------------------------------
     "lm_eval.tasks._factory:TaskFactory": (
@@ -119,6 +135,7 @@ OVERRIDES: dict[str, str] = {
     "transformers:Trainer._save_optimizer_and_scheduler": "Heads and rollouts are saved as well.",
     # -- trl -------------------------------------------------------------------------------------------------
     "trl:SFTTrainer._prepare_dataset": "Rows without a trainable token are counted, reported and left out.",
+    "trl:DPOTrainer._prepare_dataset": "What the chat template leaves out of the rows is counted.",
     "trl:GRPOTrainer._generate_and_score_completions": (
         "Offloaded weights come in; stops are obeyed around rollouts."
     ),

@@ -159,10 +159,10 @@ def _serve(script: str, memory_bytes: int, cpu_seconds: int, orphan_seconds: int
 
 
 def _limit(memory_bytes: int, cpu_seconds: int) -> None:
-    try:
-        import resource
-    except ImportError:  # Windows has the time limit of `ask` only
+    if sys.platform == "win32":  # it has the time limit of `ask` only
         return
+    import resource
+
     limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CPU: cpu_seconds}
     for kind, limit in limits.items():
         with suppress(ValueError, OSError):  # no such limit on this system, or a lower one is set

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from lopt.data.formats import FORMATS, format_rows, infer_format
+from lopt.data.columns import FORMATS, infer_format
+from lopt.data.formats import format_rows
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}"
@@ -182,7 +183,7 @@ def test_a_stream_gives_the_same_examples():
     for rows in (sums, alpaca, Dataset.from_list([{"messages": DIALOGUE}])):
         for tokenizer in (CHATTY, PLAIN):
             stream = format_rows(rows.to_iterable_dataset(), tokenizer)
-            assert list(stream) == format_rows(rows, tokenizer).to_list()
+            assert list(stream) == list(format_rows(rows, tokenizer))
             assert stream.column_names == ["prompt", "completion"]
     empty = Dataset.from_list([{"question": "q", "answer": ""}] * 3).to_iterable_dataset()
     with pytest.raises(ValueError, match="`answer` is empty in every row of the stream"):

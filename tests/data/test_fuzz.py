@@ -20,8 +20,12 @@ from hypothesis import strategies as st
 
 from lopt.cli.output import check_output
 from lopt.cli.parsing import parse
-from lopt.data.formats import FORMATS, Format, _example, format_rows
+from lopt.data.chat import Chat
+from lopt.data.columns import FORMATS, Format
+from lopt.data.examples import Examples
+from lopt.data.formats import format_rows
 from lopt.data.load import load_rows
+from lopt.data.notes import Notes
 from lopt.data.question_tasks import QUESTION_TASKS
 from lopt.data.questions import question_rows
 from lopt.evaluation.texts import read_texts
@@ -83,7 +87,8 @@ names = st.sampled_from(sorted({name for fmt in FORMATS for name in (*fmt.column
 @given(fmt=st.sampled_from(FORMATS), row=st.dictionaries(names, cells), chat=st.booleans())
 def test_any_row_becomes_an_example_or_a_sentence(fmt: Format, row: dict, chat: bool) -> None:
     row = dict.fromkeys(fmt.columns) | row
-    made = result_of(_example, row, fmt, chat, keep_messages=False)
+    template = Chat(CHATTY) if chat else None
+    made = result_of(Examples(fmt, template, Notes(), (), keep_messages=False, rendered=False), row)
     for side in (made or {}).values():
         written = [side] if isinstance(side, str) else [turn["content"] for turn in side]
         assert written and all(isinstance(text, str) for text in written)

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from lopt.data.columns import needed_columns
 from lopt.data.files import LOOK_AHEAD
-from lopt.data.formats import format_rows, needed_columns
+from lopt.data.formats import format_rows
 from lopt.data.json_file import CHUNK, json_rows
 from lopt.data.load import load_rows, split_held_out
 from lopt.data.questions import question_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -11,17 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lopt.models.untrusted import UntrustedError
-from lopt.reliability import checkpoint
+from lopt.reliability import checkpoint, manifest
 from lopt.reliability.checkpoint import (
-    MANIFEST,
     WRITING,
-    CheckpointError,
     check_checkpoint,
     checkpoints,
     choose,
-    damage,
+    find_checkpoint,
     move_in,
     publish,
     recover,
@@ -30,16 +30,17 @@ from lopt.reliability.checkpoint import (
     staging,
     step_of,
 )
+from lopt.reliability.manifest import MANIFEST, VERIFY, CheckpointError, Hashes, HashingFile, Verify, damage
 
 
-def write(folder: Path, step: int, published: bool = True) -> Path:
+def write(folder: Path, step: int, published: bool = True, verify: Verify = "hash") -> Path:
     """A checkpoint of a few files."""
     staged = staging(folder, f"checkpoint-{step}")
     (staged / "shards").mkdir(parents=True)
     (staged / "model.safetensors").write_bytes(bytes(range(256)) * 40)
     (staged / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (staged / "shards" / "rank 0").write_bytes(b"")
-    seal(staged)
+    seal(staged, verify)
     if published:
         publish(staged, folder / staged.name)
     return folder / staged.name if published else staged
@@ -135,12 +136,64 @@ def test_killed_at_any_system_call_there_is_a_whole_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
-def test_what_cannot_be_read_back_is_not_published(tmp_path: Path) -> None:
-    staged = write(tmp_path, 6, published=False)
-    flip(staged / "model.safetensors")
+def test_what_cannot_be_read_back_is_not_published(tmp_path: Path, monkeypatch) -> None:
+    """A disk that gives other bytes than it got: the cache had the right ones until it was dropped."""
+    monkeypatch.setattr(manifest, "_forget_cached", lambda path: flip(path) if path.stat().st_size else None)
     with pytest.raises(CheckpointError, match="checkpoint-6 cannot be read back"):
-        publish(staged, tmp_path / "checkpoint-6")
-    assert not (tmp_path / "checkpoint-6").exists()
+        write(tmp_path, 6)
+    assert not (tmp_path / "checkpoint-6").exists() and not recover(tmp_path)
+
+
+@pytest.mark.parametrize("written", VERIFY)
+@pytest.mark.parametrize("asked", VERIFY)
+def test_how_much_is_compared(tmp_path: Path, monkeypatch, capsys, written: Verify, asked: Verify) -> None:
+    """Bytes are read once when they are written and once when they are resumed, with `hash`, else never."""
+    reads: list[str] = []
+    real = manifest._hash
+    monkeypatch.setattr(manifest, "_hash", lambda path, *where: reads.append(path.name) or real(path, *where))
+    path = write(tmp_path, 1, verify=written)
+    names = ["model.safetensors", "rank 0", "trainer_state.json"]
+    cached_and_disk = 2 if written == "hash" else 0
+    assert sorted(reads) == sorted(names * cached_and_disk)
+    reads.clear()
+    find_checkpoint(str(tmp_path), "auto", asked)
+    assert sorted(reads) == (names if written == asked == "hash" else [])
+    said = capsys.readouterr().out
+    assert ("without hashes" in said) == (asked == "hash" and written != "hash")
+    flip(path / "model.safetensors")
+    assert (damage(path, asked) is not None) == (written == asked == "hash")
+    os.truncate(path / "model.safetensors", 9)
+    assert (damage(path, asked) is not None) == (asked != "none")
+    (path / MANIFEST).unlink()
+    assert damage(path, asked) is not None
+
+
+def test_an_unnamed_checkpoint_is_read_once(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, 5, published=False)
+    reads: list[str] = []
+    real = manifest._hash
+    monkeypatch.setattr(manifest, "_hash", lambda path, *where: reads.append(path.name) or real(path, *where))
+    assert find_checkpoint(str(tmp_path), "auto") == str(tmp_path / "checkpoint-5")
+    assert len(reads) == 3
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path: Path, monkeypatch) -> None:
+    """By pieces, whatever the sizes of the writes; of what was given, not of what the disk has."""
+    monkeypatch.setattr(manifest, "PIECE", 1000)
+    monkeypatch.setattr(manifest, "_hash", None)  # nothing is read
+    content, hashes = bytes(range(256)) * 30, Hashes()
+    with HashingFile(tmp_path / "a", hashes) as file:
+        for start, stop in ((0, 3), (3, 3), (3, 999), (999, 1000), (1000, 1001), (1001, 4500), (4500, 7680)):
+            assert file.write(memoryview(content)[start:stop]) == stop - start
+    assert (tmp_path / "a").read_bytes() == content
+    pieces = [hashlib.sha256(content[at : at + 1000]).hexdigest() for at in range(0, 7680, 1000)]
+    assert hashes.of(tmp_path / "a") == pieces
+    with HashingFile(tmp_path / "empty", hashes):
+        pass
+    assert hashes.of(tmp_path / "empty") == [hashlib.sha256().hexdigest()]
+    if Path("/dev/full").exists():
+        with pytest.raises(OSError, match="No space left"), HashingFile(Path("/dev/full"), hashes) as file:
+            torch.save({"a": torch.ones(1000)}, file)
 
 
 def test_rotation_never_deletes_the_last_good_one(tmp_path: Path) -> None:

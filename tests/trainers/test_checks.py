@@ -18,6 +18,11 @@ from lopt.trainers.checks import check_before, check_settings
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 
 
+@pytest.fixture(autouse=True)
+def vllm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lopt.trainers.vllm.find_spec", lambda name: name)
+
+
 def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     args = LoPTSFTConfig(output_dir=str(tmp_path))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -58,6 +63,10 @@ def test_weights_that_travel_are_not_for_vllm(tmp_path: Path) -> None:
     args.use_vllm = True
     with pytest.raises(ValueError, match="weights that are not on the device"):
         check_settings(args, BLOCK)
+    check_settings(args, LoPTConfig(method="lora"))
+    args.deepspeed = "zero3.json"
+    with pytest.raises(ValueError, match="changes those by rounding: use DDP"):
+        check_settings(args, LoPTConfig(method="lora"))
 
 
 @pytest.fixture

@@ -174,13 +174,17 @@ def test_vllm_gets_the_models_own_weight_names(make, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", FakeVLLM)
     monkeypatch.setattr(grpo_trainer, "is_vllm_available", lambda: True, raising=False)
+    monkeypatch.setattr("lopt.trainers.vllm.find_spec", lambda name: name)
     trainer = make(sampled=True, use_vllm=True, vllm_mode="colocate")
     plain = [n for n, _ in trainer.model.named_parameters()]
     trainer.train()
     assert names and names[0] == plain
 
 
-def test_vllm_with_a_tied_head_is_refused(make, tmp_path: Path, tiny_folder: Path) -> None:
+def test_vllm_with_a_tied_head_is_refused(
+    make, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lopt.trainers.vllm.find_spec", lambda name: name)
     tied = save_tiny(tmp_path / "tied", "llama-tied")
     with pytest.raises(ValueError, match="`tied_embeddings` freeze"):
         LoPTGRPOTrainer(

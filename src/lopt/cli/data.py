@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -75,7 +76,7 @@ def _preview(arguments: Sequence[str]) -> None:
     rows = sft_rows(model_args, data_args, args)
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir = scratch  # a trainer makes its folder, and this one leaves nothing
-        trainer = _stand_in_trainer(rows, args)
+        trainer = _stand_in_trainer(rows, args, str(model_args.model_name_or_path))
         shown = preview.first_sequences(trainer.get_train_dataloader(), preview_args.rows)
         whole = trainer.whole_rows.get("train")
         if whole is not None and args.max_length is not None:
@@ -89,18 +90,27 @@ def _preview(arguments: Sequence[str]) -> None:
     _print("\n" + _totals(rows, trainer, args))
 
 
-def _stand_in_trainer(rows: Any, args: Any) -> Any:
-    """Return the trainer of an SFT run in all that touches its data, on a model of no size."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _stand_in_trainer(rows: Any, args: Any, name: str) -> Any:
+    """Return the trainer of an SFT run in all that touches its data, on a model of no size.
+
+    Args:
+        name: The model whose tokens stop generation.
+    """
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     from lopt.core.config import LoPTConfig
+    from lopt.models.names import resolve_model
     from lopt.trainers import LoPTSFTTrainer
 
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig()
+    with contextlib.suppress(OSError, ValueError):  # a model may have none
+        model.generation_config = GenerationConfig.from_pretrained(resolve_model(name))
     return LoPTSFTTrainer(
-        LlamaForCausalLM(config),
+        model,
         args=args,
         lopt_config=LoPTConfig(method="e2e"),
         train_dataset=rows.train,

@@ -9,18 +9,25 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lopt.reliability.checkpoint import WRITING, checkpoints, find_checkpoint
+from lopt.reliability.manifest import Verify
 
 _SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json", "results.json")
 
 
 def check_output(
-    output_dir: str, *, resume: str | None, overwrite: bool, resumable: bool = True
+    output_dir: str,
+    *,
+    resume: str | None,
+    overwrite: bool,
+    resumable: bool = True,
+    verify: Verify = "hash",
 ) -> str | None:
     """Check `output_dir` before any work, without changing it; return the checkpoint to resume, if any.
 
     Args:
         resume: `auto` for the newest whole checkpoint, or a checkpoint.
         resumable: False for a command that cannot resume, which the message then does not offer.
+        verify: what is compared of a checkpoint.
 
     Raises:
         ValueError: It is not a writable folder, holds a run, or has no whole checkpoint to resume.
@@ -30,7 +37,7 @@ def check_output(
         raise ValueError("--resume and --overwrite_output_dir contradict each other: give one of them")
     check_writable(folder)
     if resume:
-        return find_checkpoint(str(folder), resume)
+        return find_checkpoint(str(folder), resume, verify)
     if not overwrite and (checkpoints(folder) or any((folder / name).exists() for name in _SIGNS_OF_A_RUN)):
         resuming = "go on with --resume, " if resumable else ""
         raise ValueError(

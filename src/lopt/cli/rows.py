@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lopt.cli.flags import DataArguments, ModelArguments, TaskArguments
+from lopt.data.columns import needed_columns
 from lopt.data.files import Choose
-from lopt.data.formats import format_rows, needed_columns
+from lopt.data.formats import format_rows
 from lopt.data.load import check_held_out, load_rows, split_held_out
 from lopt.data.procedural import TASKS
 from lopt.data.question_tasks import QUESTION_TASKS
 from lopt.data.questions import procedural_rows, question_rows
-from lopt.models.load import load_tokenizer
+from lopt.models.load import load_chat_template, load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
 from lopt.validation import check_choice
 
@@ -132,11 +133,26 @@ def _read_rows(data_args: DataArguments, seed: int, choose: Choose | None = None
 
 
 def _tokenizer(model_args: ModelArguments, args: Any) -> Any:
-    return load_tokenizer(
+    """Return the model's tokenizer, with the chat template that the run trains with.
+
+    Raises:
+        ValueError: there is no such tokenizer or template.
+    """
+    tokenizer = load_tokenizer(
         str(model_args.model_name_or_path),
         revision=model_args.model_revision,
         trust_remote_code=args.trust_remote_code,
     )
+    # TRL sets these as well, but when the rows are made already.
+    source = getattr(args, "chat_template_path", None)
+    if source is not None:
+        tokenizer.chat_template = load_chat_template(source, tokenizer)
+    eos = getattr(args, "eos_token", None)
+    if eos is not None:
+        if eos not in tokenizer.get_vocab():
+            raise ValueError(f"--eos_token {eos} is no token of the model's tokenizer: name one that is")
+        tokenizer.eos_token = eos
+    return tokenizer
 
 
 def _names_rows(data_args: DataArguments) -> bool:

@@ -24,12 +24,13 @@ from lopt.models.load import load_config, load_model, resolve_model
 from lopt.models.shapes import model_config
 from lopt.reliability.advice import Attempt
 from lopt.reliability.machine_errors import memory_errors_explained
+from lopt.reliability.ranks import on_first_rank, together
 from lopt.reliability.record import Record, data_facts
-from lopt.reliability.saving import on_first_rank
 from lopt.reliability.stop import Stopped
 from lopt.reports.retention import write_curves
 from lopt.trainers.checks import check_numbers, check_routers, check_settings
 from lopt.trainers.lora import lora_config
+from lopt.trainers.vllm import end_training
 
 
 def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:
@@ -87,7 +88,10 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConf
     checkpoint = on_first_rank(  # a large checkpoint is read once
         args,
         lambda: check_output(
-            str(args.output_dir), resume=run_args.resume, overwrite=run_args.overwrite_output_dir
+            str(args.output_dir),
+            resume=run_args.resume,
+            overwrite=run_args.overwrite_output_dir,
+            verify=args.checkpoint_verify,
         ),
     )
     with args.main_process_first(desc="model"):
@@ -169,7 +173,7 @@ def run(
     try:
         _train_and_save(trainer, checkpoint)
     except Stopped:
-        trainer.accelerator.end_training()
+        end_training(trainer)
         raise
     if callback is not None and trainer.is_world_process_zero():
         print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
@@ -183,7 +187,7 @@ def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
     trainer.accelerator.wait_for_everyone()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("train", result.metrics)
-    trainer.save_model()
+    together(trainer.save_model)
     if trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir))
         write_text(folder / "lopt_config.json", json.dumps(asdict(trainer.lopt.config), indent=2) + "\n")
@@ -196,4 +200,4 @@ def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    trainer.accelerator.end_training()
+    end_training(trainer)

@@ -146,13 +146,13 @@ class Boundaries:
             return None
         if handle.active_block not in (None, block.index):
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         if block.index in handle.learning:
             self._learn(forward, block, hidden)
         else:
             forward.routers.release()
         handle.current_block = block.index + 1
-        return (hidden.detach(), *output[1:]) if isinstance(output, tuple) else hidden.detach()
+        return (hidden.detach(), *output[1:]) if isinstance(output, tuple | list) else hidden.detach()
 
     def _learn(self, forward: Forward, block: Block, hidden: Tensor) -> None:
         """Compute the block's local loss and run its whole backward, after which its graph is gone."""
@@ -178,7 +178,7 @@ class Boundaries:
 
     def _enter_last_block(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._forward is not None:  # a loss on hidden states inside the last block passes here as well
-            self._watch(self._forward, output[0] if isinstance(output, tuple) else output)
+            self._watch(self._forward, output[0] if isinstance(output, tuple | list) else output)
 
     def _watch(self, forward: Forward, hidden: Tensor) -> None:
         """Notice the backward of this forward's loss when it passes `hidden`."""

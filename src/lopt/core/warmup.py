@@ -17,7 +17,7 @@ from lopt.losses.rows import Rows
 if TYPE_CHECKING:
     from lopt.core.attach import LoPT
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "seq_idx")
 
 
 def warm_up_heads(
@@ -80,7 +80,7 @@ def boundary_states(handle: LoPT, batch: Mapping[str, Any]) -> tuple[list[tuple[
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         nonlocal block_input
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         states.append((hidden, block_input))
         block_input = hidden  # the learning blocks are contiguous: it is the next one's input
         if len(states) == len(handle.learning) and not sharded:  # FSDP2 must see its root enter and leave

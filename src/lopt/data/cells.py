@@ -13,8 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pyarrow as pa
-from datasets import Features, Value
+from datasets import Dataset, Features, Value
 from datasets.features.features import register_feature
+
+from lopt.compat import register_plain_format
+
+ROWS = "lopt_rows"
+"""Name of the format of plain Python values."""
 
 
 class JsonFloat(float):
@@ -70,6 +75,15 @@ class JsonCell:
 with warnings.catch_warnings():  # the function is called experimental
     warnings.simplefilter("ignore")
     register_feature(JsonCell, "JsonCell")
+
+
+register_plain_format(ROWS)
+
+
+def kept_as_cells(rows: Any) -> Any:
+    """Return a data set whose cells stay as they are in the maps of others, which would guess their types."""
+    cells = any(isinstance(feature, JsonCell) for feature in (rows.features or {}).values())
+    return rows.with_format(ROWS) if cells and isinstance(rows, Dataset) else rows
 
 
 def feature_of(only_text: bool) -> Value | JsonCell:

@@ -124,7 +124,7 @@ def _items(name: str, size: int, seed: int) -> Any:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ImportError("tasks need reasoning-gym: pip install lopt[demo]") from error
+        raise ImportError('tasks need reasoning-gym: pip install "lopt[demo]"') from error
     # Item i is drawn with seed + i, so seeds 1 and 2 as they are would share all items but one.
     digest = hashlib.sha256(f"{name}:{seed}".encode()).digest()
     options = _OPTIONS.get(name, {})

@@ -5,34 +5,40 @@ is in the first column there is of `prompt` (text or messages), `question`, `pro
 `instruction` (+ `input`), and `answer` is left unchanged, for the user's own reward.
 
 With a chat template the prompt is a list of messages; without one it is a string, by the same templates as
-in `lopt.data.formats`, so that a model trained on these rows before sees the text it knows. The
+in `lopt.data.columns`, so that a model trained on these rows before sees the text it knows. The
 instruction, if any, follows the question on a line of its own.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
+from lopt.data.cells import JsonCell
+from lopt.data.chat import Chat, check_alike, without_bos
+from lopt.data.columns import FOR_TEMPLATE
+from lopt.data.examples import text_prompt
+from lopt.data.messages import read_messages
+from lopt.data.notes import Notes
 from lopt.data.procedural import make_task
 from lopt.data.question_tasks import QUESTION_TASKS, QuestionTask
+from lopt.data.rendering import lost
 from lopt.data.rows import (
-    MESSAGES,
     SOURCE,
     TIMES,
     Example,
     answer_text,
-    as_messages,
     column_error,
     convert_rows,
     prompt_text,
 )
-from lopt.data.templates import Message, alpaca_prompt, conversation_prompt, message, question_prompt
+from lopt.data.templates import Message, conversation_prompt
 from lopt.validation import check_choice, check_number
 
 logger = logging.getLogger(__name__)
@@ -96,11 +102,11 @@ def question_rows(
     if instruction is None:
         instruction = known.instruction if known else ""
     kept = _kept_columns(rows.column_names, question, known)
-    chat = bool(tokenizer.chat_template)
+    prompts = _prompts(rows, question, instruction, tokenizer, dict(chat_template_kwargs or {}))
     answer = {"answer": Value("string")} if known else {}
     kept_features = {name: _kept_feature(rows.features[name]) for name in kept}
-    features = Features({"prompt": MESSAGES if chat else Value("string"), **answer, **kept_features})
-    convert = partial(_example, task=known, question=question, instruction=instruction, chat=chat)
+    features = Features({"prompt": prompts.feature, **answer, **kept_features})
+    convert = partial(_example, task=known, prompt_of=prompts)
     made = convert_rows(
         rows, rows.column_names, convert, features, "Questions", [question, *(known.answers if known else ())]
     )
@@ -112,6 +118,7 @@ def question_rows(
     if known and len(made) < len(rows):
         dropped = len(rows) - len(made)
         logger.warning("dropped %d of %d rows without %s", dropped, len(rows), known.expected)
+    prompts.notes.show(len(rows))
     if max_prompt_length is not None:
         made = _drop_long(made, tokenizer, max_prompt_length, dict(chat_template_kwargs or {}))
     return made
@@ -137,6 +144,9 @@ def _kept_columns(columns: list[str], question: str, known: QuestionTask | None)
     reserved = [name for name in columns if name in RESERVED_COLUMNS]
     if reserved:
         logger.warning("left out the columns %s: TRL uses these names", ", ".join(reserved))
+    for name in FOR_TEMPLATE:
+        if name in columns:
+            logger.warning("the column `%s` is for rewards alone: TRL's GRPO has none in its prompts", name)
     if "prompt" in columns and question != "prompt":
         logger.warning("the column `prompt` is replaced by the prompt made of `%s`", question)
     made = {"prompt", "answer"} if known else {"prompt"}
@@ -150,11 +160,11 @@ def _kept_feature(feature: Any) -> Any:
 
 
 def _example(
-    row: dict[str, Any], task: QuestionTask | None, question: str, instruction: str, chat: bool
+    row: dict[str, Any], task: QuestionTask | None, prompt_of: Callable[[Mapping[str, Any]], Any]
 ) -> Example | None:
     """Return the example of a row, or None if the task finds no answer in it."""
     made = {name: str(value) if isinstance(value, TIMES) else value for name, value in row.items()}
-    made["prompt"] = _prompt(row, question, instruction, chat)
+    made["prompt"] = prompt_of(row)
     if task is None:
         return made
     for column, find in task.answers.items():
@@ -164,23 +174,67 @@ def _example(
     return None
 
 
-def _prompt(row: Mapping[str, Any], column: str, instruction: str, chat: bool) -> str | list[Message]:
-    value, end = row[column], f"\n{instruction}" if instruction else ""
-    if isinstance(value, list):
-        messages = as_messages(value, column)
-        last = messages.pop()
-        if last["role"] == "assistant":
-            raise column_error(column, "ends in an assistant message: end it before the answer")
-        messages.append(message(last["role"], last["content"] + end))
-        return messages if chat else conversation_prompt(messages)
-    text = prompt_text(value, column)
-    context = answer_text(row.get("input"), "input") if column == "instruction" else ""
-    if not chat and column == "instruction":
-        return alpaca_prompt(text + end, context)
-    text = (f"{text}\n\n{context}" if context.strip() else text) + end
-    if chat:
-        return [message("user", text)]
-    return text if column == "prompt" else question_prompt(text)
+@dataclass
+class _Prompts:
+    """Makes the prompt of a row.
+
+    Attributes:
+        column: That of the question.
+        chat: The template; None for the plain ones.
+        options: Arguments for the template.
+        notes: Counts what does not reach the template.
+        rendered: The questions are rendered by the template already.
+    """
+
+    column: str
+    instruction: str
+    tokenizer: PreTrainedTokenizerBase
+    chat: Chat | None
+    options: Mapping[str, Any]
+    notes: Notes
+    rendered: bool
+
+    @property
+    def feature(self) -> Value | JsonCell:
+        """The feature of the column of prompts."""
+        return Value("string") if self.chat is None or self.rendered else JsonCell()
+
+    def __call__(self, row: Mapping[str, Any]) -> str | list[Message]:
+        prompt = self._prompt(row)
+        if isinstance(prompt, str):
+            return without_bos(prompt, self.tokenizer)
+        assert self.chat is not None
+        found = lost(self.chat, {"prompt": prompt, "chat_template_kwargs": self.options})
+        self.notes.add(*(what for what, _ in found))
+        return prompt
+
+    def _prompt(self, row: Mapping[str, Any]) -> str | list[Message]:
+        value, end = row[self.column], f"\n{self.instruction}" if self.instruction else ""
+        if isinstance(value, list):
+            messages = read_messages(value, self.column, self.chat, self.notes)
+            last = messages.pop()
+            if last["role"] == "assistant":
+                raise column_error(self.column, "ends in an assistant message: end it before the answer")
+            messages.append({**last, "content": last["content"] + end})
+            return messages if self.chat is not None else conversation_prompt(messages)
+        text = prompt_text(value, self.column)
+        if self.chat is not None:
+            check_alike(self.chat.has_rendered(text), self.rendered, self.column)
+        if self.rendered:
+            self.notes.add(f"`{self.column}` is rendered by the chat template already, and is not again")
+            if self.instruction:
+                self.notes.add("the instruction is left out, the prompt is rendered already")
+            return text
+        kind = {"prompt": "pair", "instruction": "alpaca"}.get(self.column, "qa")
+        return text_prompt(row, kind, text, self.chat is not None, end)
+
+
+def _prompts(
+    rows: Dataset, column: str, instruction: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> _Prompts:
+    chat = Chat(tokenizer) if tokenizer.chat_template else None
+    rendered = chat is not None and bool(len(rows)) and chat.has_rendered(str(rows[0][column]))
+    return _Prompts(column, instruction, tokenizer, chat, options, Notes(), rendered)
 
 
 def _drop_long(made: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, options: dict) -> Dataset:

@@ -11,16 +11,12 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List
 
 from lopt.data.cells import JsonFloat, encoded
-from lopt.data.templates import Message, message
 
 SOURCE = "`train_file`/`dataset_name`"
 """Arguments that name rows, for messages."""
-
-MESSAGES = List({"role": Value("string"), "content": Value("string")})
-"""Type of a column that holds conversations."""
 
 TIMES = date | time | timedelta
 """Types of Parquet for which the model sees text; a datetime is a date."""
@@ -49,7 +45,8 @@ def convert_rows(
 
     Args:
         columns: Those that `convert` is given, where there are such.
-        named: Columns whose classes, which Arrow has as numbers, are given to it by name.
+        named: Columns of which it gets what was meant where Arrow has something else: a class by its name, a
+            nested value without the None that stands for a key that another row has.
 
     Raises:
         ValueError: from `convert`, with the row's number (from 0). The number is a row's place in the data
@@ -60,10 +57,11 @@ def convert_rows(
     columns = [name for name in columns if name in column_names(rows)]
     found = rows.features or {}
     classes = {name: found[name] for name in named if isinstance(found.get(name), ClassLabel)}
+    merged = [name for name in named if isinstance(found.get(name), dict | list | List | LargeList)]
     options: dict[str, Any] = dict(
         batched=True,
         with_indices=True,
-        fn_kwargs={"convert": convert, "features": features, "classes": classes, "streamed": streamed},
+        fn_kwargs=dict(convert=convert, features=features, classes=classes, merged=merged, streamed=streamed),
         remove_columns=columns,
         features=features,  # not inferred: a batch with every row dropped would give columns of type null
     )
@@ -80,11 +78,13 @@ def _convert_batch(
     convert: Convert,
     features: Features,
     classes: Mapping[str, ClassLabel],
+    merged: Collection[str],
     streamed: bool,
 ) -> dict[str, list[Any]]:
     made: dict[str, list[Any]] = {name: [] for name in features}
     for position, index in enumerate(indices):
         row = {name: values[position] for name, values in batch.items()}
+        row |= {name: without_none(row[name]) for name in merged}
         row |= {name: kind.int2str(row[name]) for name, kind in classes.items() if row[name] is not None}
         try:
             example = convert(row)
@@ -99,44 +99,11 @@ def _convert_batch(
     return made
 
 
-def as_messages(value: Any, column: str) -> list[Message]:
-    """Return `value` as messages of role and content alone; the content None of an assistant becomes "".
-
-    Raises:
-        ValueError: `value` is not a list of messages, or one has no role, no text, or is an empty user
-            message.
-    """
-    if not isinstance(value, list) or not value:
-        raise column_error(column, "must be a non-empty list of {role, content} messages")
-    found = []
-    for turn in value:
-        role = turn.get("role") if isinstance(turn, Mapping) else None
-        if not isinstance(role, str) or not role:
-            raise column_error(column, "has a message without a role: give {role, content}")
-        content = turn.get("content")
-        if content is None and role == "assistant":
-            content = ""
-        if not isinstance(content, str):
-            raise column_error(column, f"has a {role} message whose content is not text")
-        if role == "user" and not content.strip():
-            raise column_error(column, "has an empty user message: fill it or remove the row")
-        found.append(message(role, content))
-    return found
-
-
-def last_assistant(messages: list[Message], column: str) -> int:
-    """Return the position of the last assistant message.
-
-    Raises:
-        ValueError: there is none, or no message before it.
-    """
-    roles = [turn["role"] for turn in messages]
-    if "assistant" not in roles:
-        raise column_error(column, f"has no assistant message (roles: {', '.join(roles)})")
-    position = len(roles) - 1 - roles[::-1].index("assistant")
-    if position == 0:
-        raise column_error(column, "has no message before its assistant message")
-    return position
+def without_none(value: Any) -> Any:
+    """Return a nested value of lists and dicts without keys whose value is None."""
+    if isinstance(value, Mapping):
+        return {name: without_none(inner) for name, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def prompt_text(value: Any, column: str) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-Message = dict[str, str]
-"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+from collections.abc import Sequence
+from typing import Any
+
+Message = dict[str, Any]
+"""One turn of a conversation: `{"role": ..., "content": ...}`, and what else a chat template may use."""
 
 _ALPACA_INTRO = "Below is an instruction that describes a task"
 _ALPACA_ASK = "Write a response that appropriately completes the request."
 
 
-def message(role: str, content: str) -> Message:
+def message(role: str, content: str | None) -> Message:
     """Return one turn of a conversation."""
     return {"role": role, "content": content}
 
@@ -19,15 +22,24 @@ def question_prompt(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
 
-def alpaca_prompt(instruction: str, context: str = "") -> str:
-    """Return Alpaca's prompt; `context` is its `input`, left out if it is blank."""
-    if not context.strip():
-        head = f"{_ALPACA_INTRO}. {_ALPACA_ASK}"
-        return f"{head}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-    return (
-        f"{_ALPACA_INTRO}, paired with an input that provides further context. {_ALPACA_ASK}\n\n"
-        f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
-    )
+def alpaca_prompt(
+    instruction: str, context: str = "", system: str = "", history: Sequence[tuple[str, str]] = ()
+) -> str:
+    """Return Alpaca's prompt.
+
+    Args:
+        context: Its `input`, left out if it is blank.
+        system: In place of the introduction, if it is not blank.
+        history: Earlier instructions and responses.
+    """
+    turns = [*((asked, "", f"{answered}\n\n") for asked, answered in history), (instruction, context, "")]
+    with_context = ", paired with an input that provides further context" if context.strip() else ""
+    head = system if system.strip() else f"{_ALPACA_INTRO}{with_context}. {_ALPACA_ASK}"
+    made = f"{head}\n\n"
+    for asked, about, answered in turns:
+        about = f"### Input:\n{about}\n\n" if about.strip() else ""
+        made += f"### Instruction:\n{asked}\n\n{about}### Response:\n{answered}"
+    return made
 
 
 def plain_conversation(messages: list[Message]) -> str:

@@ -140,7 +140,7 @@ class BlockMajor:
     def _output_hook(self, block: Block) -> Callable[..., None]:
         def stash(module: Any, args: tuple, output: Any) -> None:
             if self._lopt.active_block == block.index:
-                in_tuple = isinstance(output, tuple)
+                in_tuple = isinstance(output, tuple | list)
                 # Block 1 comes first, before any layer is skipped.
                 self._beside = (None,) * (len(output) - 1) if in_tuple else None
                 self.stash[self._slot] = output[0] if in_tuple else output

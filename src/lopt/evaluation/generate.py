@@ -10,6 +10,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from lopt.architectures import check_positions
+
 
 @torch.no_grad()
 def complete(
@@ -25,6 +27,8 @@ def complete(
     Args:
         progress: label of a progress bar with an ETA; no bar if None.
     """
+    longest = max((len(ids) for ids in tokenizer(list(prompts))["input_ids"]), default=0)
+    check_positions(model, longest + max_new_tokens, "prompt and completion together have {limit} at most")
     generate: Any = model.generate
     training, side = model.training, tokenizer.padding_side
     model.eval()

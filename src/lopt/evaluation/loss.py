@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt.architectures import compute_device
+from lopt.architectures import check_positions, compute_device
 
 
 def completion_loss(
@@ -103,6 +103,9 @@ def _sums(
 
     The model's mode is restored.
     """
+    check_positions(
+        model, max(len(ids) for ids, _ in rows), "give shorter texts, or windows of {limit} at most"
+    )
     training = model.training
     model.eval()
     device = compute_device(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,36 @@ def load_tokenizer(
     if config is not None:
         _check_vocabulary(name, tokenizer, config.get_text_config().vocab_size)
     return tokenizer
+
+
+def load_chat_template(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the chat template of a file, or of the tokenizer of another model, as TRL takes it.
+
+    Args:
+        tokenizer: Of the model that the template is for.
+
+    Raises:
+        ValueError: the file is none that TRL reads, is no text or does not come to an end; or there is no
+            such tokenizer, or it has no template.
+    """
+    argument, path = f"`chat_template_path` {source}", Path(source)
+    if not path.is_file():
+        if path.suffix in (".jinja", ".j2"):
+            raise ValueError(f"{argument} does not exist: check the path")
+        found = load_tokenizer(source).chat_template
+        if not isinstance(found, str):
+            raise ValueError(f"{argument}: its tokenizer has no chat template, or several: give a file")
+        return found
+    if not source.endswith((".jinja", ".j2")):
+        raise ValueError(f"{argument} must end in .jinja or .j2, or name a model: rename the file")
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{argument} cannot be read: {_first_line(error)}: give a file in UTF-8") from error
+    trial = copy.copy(tokenizer)
+    trial.chat_template = template
+    check_chat_template(source, trial)
+    return template
 
 
 def save_model(

@@ -25,8 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import add_fused_lm_head
 
 from lopt import compat
+from lopt.architectures import check_positions
 from lopt.core.attach import attach
-from lopt.core.blocks import Block, Blocks
+from lopt.core.blocks import Block
 from lopt.core.config import LoPTConfig
 from lopt.instruments.flops import FlopCounter
 from lopt.instruments.memory import MemoryTracker
@@ -100,6 +101,7 @@ def measure(run: Run, method: Method, checkpointing: bool) -> Parts:
             model = empty_model(
                 _shortened(run.config, depth), dtype=run.dtype, attn_implementation="sdpa"
             ).train()
+            check_positions(model, run.tokens, "set `max_length` to {limit} or less")
             add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
             if checkpointing:
                 compat.checkpoint_activations(model)
@@ -172,13 +174,14 @@ class _Recorder:
 
     def __init__(self, model: Any, config: LoPTConfig, run: Run) -> None:
         self.model, self.run = model, run
-        self.blocks = Blocks(model, config)
+        self.lopt = attach(model, config)
+        self.blocks = self.lopt.blocks
         for block in self.blocks:
             for index in range(block.start, block.stop):
                 layer = self.blocks.layers[index]
-                layer.register_forward_pre_hook(partial(self._enter, block, index), with_kwargs=True)
-                layer.register_forward_hook(partial(self._leave, block, index))
-        self.lopt = attach(model, config)
+                enter, leave = partial(self._enter, block, index), partial(self._leave, block, index)
+                layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+                layer.register_forward_hook(leave, prepend=True)  # ahead of the handle's, which it measures
         self.lopt.after_local_backward = lambda index: self._mark(self._place(index), "end")
         self._segments: dict[tuple[str, str], Segment] = {}
         self.boundary = 0
@@ -238,7 +241,7 @@ class _Recorder:
 
     def _leave(self, block: Block, index: int, layer: nn.Module, args: tuple, output: Any) -> None:
         place = self._place(block.index)
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         if hidden.requires_grad:
             what = "backward0" if index == block.start else "backward"
             hidden.register_hook(partial(self._mark, place, what))

@@ -2,41 +2,39 @@
 
     staged = staging(folder, "checkpoint-40")     # folder/.writing/checkpoint-40
     ...                                           # anyone writes files into it
-    seal(staged)                                  # fsync, then sizes and hashes into manifest.json
-    publish(staged, folder / "checkpoint-40")     # read back and compared, then one rename
+    seal(staged)                                  # flushed and read back, then manifest.json
+    publish(staged, folder / "checkpoint-40")     # one rename
 
-Hashes are SHA-256 of pieces of 256 MiB, computed by up to eight threads: OpenSSL works without the
-interpreter lock and uses the processor's SHA instructions, 1 to 2 GB/s a core, so that 70 GB in a single file
-take about as long as a disk needs to give them. Nothing to install, and `sha256sum` checks a smaller file.
+What is compared when, and by which hashes: `lopt.reliability.manifest`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lopt.files import fsync, read_json, write_json
+from lopt.files import fsync
 from lopt.instruments.memory import format_bytes
 from lopt.models.pickles import check_pickles
+from lopt.reliability.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Verify,
+    damage,
+    files,
+    has_hashes,
+    settle,
+    write_manifest,
+)
 
-MANIFEST = "manifest.json"
 WRITING = ".writing"
 """Folder in the output folder for what is unfinished; `recover` finishes or removes what a kill left."""
-PIECE = 256 * 2**20
-READ_AT_ONCE = 2**20
-FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ASIDE = "replaced-"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written, or the one asked for cannot be read."""
 
 
 @dataclass
@@ -72,38 +70,21 @@ def staging(folder: str | Path, name: str) -> Path:
     return Path(folder) / WRITING / name
 
 
-def flush(folder: Path) -> None:
-    """Wait until the disk has every file in `folder`, and the folders' entries."""
-    for path in [*folder.rglob("*"), folder]:
-        fsync(path)
-
-
-def seal(folder: Path) -> None:
-    """Flush all files in `folder`, then write the manifest: each file's size and hashes.
-
-    Raises:
-        OSError: the disk is full or failing.
-    """
-    flush(folder)
-    names = [path.relative_to(folder).as_posix() for path in _files(folder)]
-    hashes = _hashes(folder, names)
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": hashes[name]} for name in names}
-    content = {"format": FORMAT, "piece_bytes": PIECE, "files": files}
-    write_json(folder / MANIFEST, content)
-
-
-def publish(staged: Path, final: Path) -> None:
-    """Read a sealed folder back and give it its name, which only a whole folder ever has.
-
-    A folder of that name is replaced; killed in between, `recover` finishes it.
+def seal(folder: Path, verify: Verify = "hash") -> None:
+    """Flush all files in `folder`, compare them as `verify` says and write the manifest.
 
     Raises:
         CheckpointError: what is read back is not what was written.
+        OSError: the disk is full or failing.
     """
-    _forget_cached(staged)
-    why = damage(staged)
-    if why is not None:
-        raise CheckpointError(f"{final.name} cannot be read back from the disk: {why}. Is the disk failing?")
+    write_manifest(folder, settle(folder, files(folder), verify=verify))
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a sealed folder its name, which only a whole folder ever has.
+
+    A folder of that name is replaced; killed in between, `recover` finishes it.
+    """
     aside = staged.with_name(_ASIDE + final.name)
     if final.exists():
         os.rename(final, aside)
@@ -113,13 +94,13 @@ def publish(staged: Path, final: Path) -> None:
         shutil.rmtree(aside)
 
 
-def recover(folder: str | Path) -> list[Path]:
+def recover(folder: str | Path, verify: Verify = "hash") -> list[Path]:
     """Finish or remove what a killed run left half done in `folder`; return the checkpoints finished."""
     writing = Path(folder) / WRITING
     finished = []
     for staged in checkpoints(writing):
         final = Path(folder) / staged.name
-        if not final.exists() and damage(staged) is None:
+        if not final.exists() and damage(staged, verify) is None:
             os.rename(staged, final)
             finished.append(final)
     if writing.exists():
@@ -133,10 +114,11 @@ def move_in(staged: Path, folder: Path, last: str) -> None:
 
     An older `last` goes first: whenever it is killed, the folder holds a whole model or none.
     """
-    flush(staged)
+    for path in [*staged.rglob("*"), staged]:
+        fsync(path)
     (folder / last).unlink(missing_ok=True)
     fsync(folder)
-    for path in sorted(_files(staged), key=lambda path: path.name == last):
+    for path in sorted(files(staged), key=lambda path: path.name == last):
         target = folder / path.relative_to(staged)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.name == last:
@@ -196,48 +178,11 @@ def check_free_space(folder: str | Path, need: int, what: str) -> None:
 # -- reading -----------------------------------------------------------------------------------------
 
 
-def damage(folder: str | Path) -> str | None:
-    """Return why `folder` is not what was sealed, in words; None if it is, bit for bit."""
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        return (
-            f"it has no {MANIFEST}: an older version or another program wrote it, or not to the end "
-            f"(`resume` {folder} takes it as it is)"
-        )
-    try:
-        content = read_json(folder / MANIFEST)
-        piece, files = int(content["piece_bytes"]), content["files"]
-        sizes = {name: int(entry["size"]) for name, entry in files.items()}
-        expected = {name: list(entry["sha256"]) for name, entry in files.items()}
-        newer = int(content["format"]) > FORMAT
-        if piece < 1:
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"its {MANIFEST} cannot be read"
-    if newer:
-        return f"its {MANIFEST} is of a newer version of lopt"
-    present = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
-    for name, size in sizes.items():
-        have = present.get(name)
-        if have is None:
-            return f"{name} is missing"
-        if have != size:
-            return f"{name} has {have:,} of {size:,} bytes" if have else f"{name} is empty"
-    for name in sorted(present.keys() - sizes.keys()):
-        return f"{name} is not in its {MANIFEST} (if you put it there, take it away)"
-    try:
-        found = _hashes(folder, list(sizes), piece)
-    except OSError as error:
-        return f"{error.filename or 'a file'} cannot be read: {error.strerror}"
-    changed = [name for name in sizes if found[name] != expected[name]]
-    return f"{changed[0]} was changed: its hash is another" if changed else None
-
-
-def choose(folder: str | Path) -> Choice:
-    """Return the newest whole checkpoint of `folder`, every byte of it read and compared."""
+def choose(folder: str | Path, verify: Verify = "hash", whole: Collection[Path] = ()) -> Choice:
+    """Return the newest whole checkpoint of `folder`, as far as `verify` compares, or known from `whole`."""
     choice = Choice()
     for path in reversed(checkpoints(folder)):
-        why = damage(path)
+        why = None if path in whole else damage(path, verify)
         if why is None:
             choice.path = path
             break
@@ -245,7 +190,7 @@ def choose(folder: str | Path) -> Choice:
     return choice
 
 
-def check_checkpoint(path: str | Path) -> str | None:
+def check_checkpoint(path: str | Path, verify: Verify = "hash") -> str | None:
     """Check a checkpoint that the user names; return a warning if it has no manifest.
 
     Raises:
@@ -258,30 +203,33 @@ def check_checkpoint(path: str | Path) -> str | None:
     check_pickles(path)
     if not (path / MANIFEST).is_file():
         return f"{path.name} has no {MANIFEST}, so it cannot be checked: taken as it is"
-    why = damage(path)
+    why = damage(path, verify)
     if why is not None:
         raise CheckpointError(f"`resume` {path} is refused: {why}. `resume` alone takes the newest whole one")
     return None
 
 
-def find_checkpoint(folder: str, wanted: str) -> str:
+def find_checkpoint(folder: str, wanted: str, verify: Verify = "hash") -> str:
     """Return the checkpoint to resume from; print which it is, and why newer ones are passed over.
 
     Args:
         folder: the output folder.
         wanted: "auto" for the newest whole checkpoint, or the path of one.
+        verify: what is compared; with "hash" every byte of it is read once.
 
     Raises:
         CheckpointError: there is none, or the one named is damaged.
     """
     if wanted != "auto":
-        warning = check_checkpoint(wanted)
+        warning = check_checkpoint(wanted, verify)
         if warning is not None:
             print(f"Resume: {warning}")
+        _say_what_was_compared(Path(wanted), verify)
         return wanted
-    for finished in recover(folder):
-        print(f"Resume: {finished.name} was written and not yet named when the run was killed")
-    choice = choose(folder)
+    finished = recover(folder, verify)
+    for path in finished:
+        print(f"Resume: {path.name} was written and not yet named when the run was killed")
+    choice = choose(folder, verify, finished)
     for reason in choice.reasons():
         print(f"Resume: {reason}")
     if choice.path is None:
@@ -291,46 +239,13 @@ def find_checkpoint(folder: str, wanted: str) -> str:
             "`output_dir` or leave `resume` out"
         )
     check_pickles(choice.path)
+    _say_what_was_compared(choice.path, verify)
     print(f"Resume: going on from {choice.path}, step {step_of(choice.path)}")
     return str(choice.path)
 
 
-# -- files -------------------------------------------------------------------------------------------
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return all files but the manifest, sorted."""
-    return sorted(p for p in folder.rglob("*") if not p.is_dir() and p != folder / MANIFEST)
-
-
-def _hashes(folder: Path, names: Iterable[str], piece: int = PIECE) -> dict[str, list[str]]:
-    """Return the SHA-256 of every piece of every file, by name."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        work = {
-            name: [
-                pool.submit(_hash, folder / name, start, piece)
-                for start in range(0, max((folder / name).stat().st_size, 1), piece)
-            ]
-            for name in names
-        }
-        return {name: [digest.result() for digest in digests] for name, digests in work.items()}
-
-
-def _hash(path: Path, start: int, length: int) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(READ_AT_ONCE, length)))
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while length and (count := file.readinto(buffer[: min(len(buffer), length)])):
-            digest.update(buffer[:count])
-            length -= count
-    return digest.hexdigest()
-
-
-def _forget_cached(folder: Path) -> None:
-    """Ask the kernel to read the files from the disk next time."""
-    advise: Callable[..., None] | None = getattr(os, "posix_fadvise", None)
-    if advise is None:  # not on macOS
-        return
-    for path in _files(folder):
-        with path.open("rb") as file:
-            advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def _say_what_was_compared(path: Path, verify: Verify) -> None:
+    if verify == "hash" and (path / MANIFEST).is_file() and not has_hashes(path):
+        print(
+            f"Resume: {path.name} was written without hashes (`checkpoint_verify`): its sizes were compared"
+        )

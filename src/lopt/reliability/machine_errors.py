@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ def ignore_children() -> Callable[[], object]:
     Returns:
         What puts it back.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         return lambda: None
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if handler is None:  # it was not installed from Python and cannot be put back

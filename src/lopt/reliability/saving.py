@@ -1,20 +1,23 @@
 """Checkpoints of a trainer: written beside their place by transformers' own code, then sealed and renamed.
 
 transformers' Trainer writes into `output_dir/checkpoint-N` file by file. Here it is given the output
-folder `output_dir/.writing`; when all ranks have written, the first one seals that checkpoint, reads it
-back, gives it its name (`lopt.reliability.checkpoint`), and only then deletes older ones.
+folder `output_dir/.writing`; when all ranks have written, each flushes and compares its own files
+(`lopt.reliability.manifest`); then the first one gives that checkpoint its name, and only then deletes older
+ones (`lopt.reliability.checkpoint`). Nobody waits in a collective for what takes long
+(`lopt.reliability.ranks`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -27,19 +30,20 @@ from lopt.reliability.checkpoint import (
     check_free_space,
     checkpoints,
     find_checkpoint,
-    flush,
     move_in,
     publish,
     rotate,
-    seal,
     staging,
 )
+from lopt.reliability.manifest import Hashes, HashingFile, Verify, files, settle, write_manifest
+from lopt.reliability.ranks import on_first_rank, together
 from lopt.reliability.secrets import redacted
 from lopt.version import __version__
 
 NOTE = "lopt.json"
 """In a checkpoint: which version wrote it, and what was left to do after its last step."""
 ARGUMENTS = "training_args.json"
+_OF_A_RANK = re.compile(r"(?:rng_state_|rollouts_|__)(\d+)[._]")  # transformers', ours, torch's shards
 _PICKLED_ARGUMENTS = "training_args.bin"  # written by transformers, read by nobody
 
 
@@ -59,6 +63,12 @@ class Checkpoints:
         self.staged: Path | None = None
         self._trainer = trainer
         self._push_later = False
+        self._hashes = Hashes()
+
+    @property
+    def verify(self) -> Verify:
+        """What is compared of a checkpoint; TRL's own configs do not say."""
+        return getattr(self._trainer.args, "checkpoint_verify", "hash")
 
     def path(self, step: int) -> Path:
         """Return where the checkpoint of optimizer step `step` lies."""
@@ -93,33 +103,62 @@ class Checkpoints:
         trainer = self._trainer
         final = folder / f"checkpoint-{trainer.state.global_step}"
         staged = staging(folder, final.name)
-        with self._disk_errors(final):
-            if trainer.args.should_save:
-                shutil.rmtree(folder / WRITING, ignore_errors=True)
-                check_free_space(folder, self._bytes(), final.name)
-                staged.mkdir(parents=True)
-            trainer.accelerator.wait_for_everyone()
-            self.staged = staged.parent
-            try:
-                write()
-            finally:
-                self.staged = None
-            self._name_best(staged, final)
-            trainer.accelerator.wait_for_everyone()  # no rank flushes a folder that another one still changes
-            flush(staged)  # by each rank: another machine's cache may hold what it wrote
-            trainer.accelerator.wait_for_everyone()
-            if trainer.args.should_save:
-                note = {"version": __version__} | trainer.stops.note() | trainer.guard.note()
-                write_text(staged / NOTE, json.dumps(note, indent=2) + "\n")
-                seal(staged)
-                publish(staged, final)
-                shutil.rmtree(folder / WRITING)
-                rotate(folder, trainer.args.save_total_limit, final, trainer.state.best_model_checkpoint)
-        trainer.accelerator.wait_for_everyone()
+
+        def by_all(part: Callable[..., Any], *args: Any) -> Any:
+            def explained() -> Any:
+                with self._disk_errors(final):
+                    return part(*args)
+
+            return together(explained)
+
+        by_all(self._prepare, staged)
+        by_all(self._write, staged, final, write)
+        entries = by_all(self._settle, staged)
+        for others in gather_object([entries]):
+            entries = others | entries
+        by_all(self._publish, staged, final, entries)
         self.proven.add(str(final))
         if self._push_later:
             self._push_later = False
             push(str(final))
+
+    def _prepare(self, staged: Path) -> None:
+        if self._trainer.args.should_save:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            check_free_space(staged.parents[1], self._bytes(), staged.name)
+            staged.mkdir(parents=True)
+
+    def _write(self, staged: Path, final: Path, write: Callable[[], None]) -> None:
+        trainer = self._trainer
+        self._hashes = Hashes()
+        self.staged = staged.parent
+        try:
+            write()
+        finally:
+            self.staged = None
+        self._name_best(staged, final)
+        if trainer.args.should_save:
+            note = {"version": __version__} | trainer.stops.note() | trainer.guard.note()
+            write_text(staged / NOTE, json.dumps(note, indent=2) + "\n")
+
+    def _settle(self, staged: Path) -> dict[str, Any]:
+        """Flush and compare the files that this rank wrote, whose content its machine may still hold."""
+        args = self._trainer.args
+        own = [path for path in files(staged) if _is_of(path.name, args)]
+        return settle(staged, own, self._hashes, self.verify)
+
+    def _publish(self, staged: Path, final: Path, entries: dict[str, Any]) -> None:
+        trainer = self._trainer
+        if trainer.args.should_save:
+            here = {path.relative_to(staged).as_posix() for path in files(staged)}
+            write_manifest(staged, {name: entry for name, entry in entries.items() if name in here})
+            publish(staged, final)
+            shutil.rmtree(staged.parent)
+            rotate(final.parent, trainer.args.save_total_limit, final, trainer.state.best_model_checkpoint)
+
+    def file(self, path: Path) -> HashingFile:
+        """Return a new file of the checkpoint that is being written, for a writer that only appends."""
+        return HashingFile(path, self._hashes if self.verify == "hash" else None)
 
     def push(self, folder: str, push: Callable[[str], None]) -> None:
         """Push `folder` to the hub, a checkpoint not before it has its name."""
@@ -167,7 +206,11 @@ class Checkpoints:
             write: transformers' own code, which writes into the folder it is given.
         """
         if self.staged is not None:  # as part of a checkpoint
-            return self._write_model(folder, write)
+            self._write_model(folder, write)
+            if self.verify == "hash":
+                for path in folder.rglob("*.safetensors"):
+                    self._hashes.begin(path)  # while the optimizer is written
+            return
         with self._disk_errors(folder / "config.json"):
             shutil.rmtree(folder / WRITING, ignore_errors=True)
             staged = staging(folder, "model")
@@ -197,7 +240,7 @@ class Checkpoints:
         if not wanted or str(wanted) in self.proven:
             return str(wanted) if wanted else None
         folder, name = str(self._trainer.args.output_dir), "auto" if wanted is True else wanted
-        found = on_first_rank(self._trainer.args, lambda: find_checkpoint(folder, name))
+        found = on_first_rank(self._trainer.args, lambda: find_checkpoint(folder, name, self.verify))
         self.proven.add(str(found))
         return found
 
@@ -210,20 +253,11 @@ def _whole_bytes(tensor: Tensor) -> int:
     return sum(part.nbytes for part in dense_parts(tensor))
 
 
-def on_first_rank(args: Any, function: Callable[[], str | None]) -> str | None:
-    """Return on all ranks what `function` returns on the first, or raise the `ValueError` it raises there."""
-    found: list[str | None] = [None, None]
-    error: ValueError | None = None
-    if args.process_index == 0:
-        try:
-            found[0] = function()
-        except ValueError as raised:
-            error, found[1] = raised, str(raised)
-    if args.world_size > 1:
-        broadcast_object_list(found)
-    if found[1] is not None:
-        raise error or CheckpointError(found[1])
-    return found[0]
+def _is_of(name: str, args: Any) -> bool:
+    """Return whether this rank wrote the file `name` of a checkpoint: one of its own, or of those of all."""
+    numbered = _OF_A_RANK.match(name)
+    rank = int(numbered[1]) if numbered is not None else args.world_size
+    return rank == args.process_index if rank < args.world_size else args.should_save
 
 
 def _disk_error(error: Exception) -> str | None:

@@ -16,6 +16,7 @@ from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import will_untie
+from lopt.trainers.vllm import check_vllm
 from lopt.validation import check, check_number
 
 
@@ -53,7 +54,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         ValueError: several GPUs in one process, reentrant checkpointing, DeepSpeed, FSDP 1, vLLM or a synced
             reference model with an embedding that is untied; block-major with FSDP, a gradient scaler or
             routers; offloaded weights with several processes or vLLM; precision that FSDP2 does not keep.
-        ImportError: FSDP2 with an accelerate that is too old for it.
+        ImportError: FSDP2 with an accelerate that is too old for it; vLLM is not installed.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
@@ -63,8 +64,10 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         )
     if fsdp_version(args) == 2:
         check_installed(OLDEST_FOR_FSDP2, "FSDP2")
+    check_vllm(args)
     _check_gpus(args, config, model)
     _check_sharded(args, model)
+    _check_adapters(args, config, model)
     if not config.is_cut:
         return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
@@ -153,6 +156,17 @@ def _check_sharded(args: TrainingArguments, model: Any) -> None:
         raise ValueError(
             "FSDP2 would round every step of weights in bfloat16 to the nearest, which loses small ones: add "
             "`bf16`, by which it keeps them in float32, or load them in float32, or use DDP"
+        )
+
+
+def _check_adapters(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
+    """Refuse adapters whose sharded base weights TRL would change while it sends them to vLLM."""
+    sharded = fsdp_version(args) is not None or args.deepspeed
+    adapters = config.method == "lora" or hasattr(model, "peft_config")
+    if getattr(args, "use_vllm", False) and sharded and adapters:
+        raise ValueError(
+            "`use_vllm` with adapters on sharded weights: sending adds the adapters to the frozen weights "
+            "and subtracts them again, which changes those by rounding: use DDP, or leave `use_vllm` out"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig, SFTConfig
 
+from lopt.reliability.manifest import VERIFY
 from lopt.reliability.secrets import redacted
 from lopt.trainers.optimizer import is_torch_optimizer, torch_options
 from lopt.validation import check_choice, check_number
@@ -49,6 +50,13 @@ class _Defaults(TrainingArguments):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "How many checkpoints to keep; the oldest go first."}
     )
+    checkpoint_verify: Literal["none", "size", "hash"] = field(
+        default="hash",
+        metadata={
+            "help": "What is compared before a checkpoint replaces older ones, and by --resume: 'hash' reads "
+            "every byte from the disk, once each time; 'size' compares sizes; 'none' nothing."
+        },
+    )
     optim: str = field(
         default="adamw_torch_fused",
         metadata={
@@ -86,6 +94,7 @@ class _Defaults(TrainingArguments):
         check_choice("on_divergence", self.on_divergence, ("warn", "stop", "ignore"))
         check_number("divergence_factor", self.divergence_factor, above=1)
         check_number("divergence_steps", self.divergence_steps, minimum=1)
+        check_choice("checkpoint_verify", self.checkpoint_verify, VERIFY)
         check_choice("state_dtype", self.state_dtype, ("float32", "bfloat16"))
         if self.fp16 and self.bf16:
             raise ValueError("`fp16` and `bf16` contradict each other: give one of them")

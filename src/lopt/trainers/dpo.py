@@ -7,7 +7,9 @@ from typing import Any
 from trl import DPOTrainer
 
 from lopt.core.config import LoPTConfig
+from lopt.data.cells import kept_as_cells
 from lopt.trainers.mixin import LoPTMixin
+from lopt.trainers.rows import say_what_is_lost
 
 
 class LoPTDPOTrainer(LoPTMixin, DPOTrainer):
@@ -20,3 +22,7 @@ class LoPTDPOTrainer(LoPTMixin, DPOTrainer):
                 "use `aux_loss` recon"
             )
         super().__init__(*args, lopt_config=lopt_config, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
+        say_what_is_lost(dataset, processing_class, None, rest[-1] if rest else "train")
+        return super()._prepare_dataset(kept_as_cells(dataset), processing_class, args, *rest)

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl import GRPOTrainer
 
+from lopt.compat import send_weights_to_vllm, vllm_engine_made_by
 from lopt.trainers.heads import warm_up_batches
 from lopt.trainers.mixin import LoPTMixin
+from lopt.trainers.vllm import engine_with_dtype, merged_weights
 
 
 class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
@@ -27,6 +30,13 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     _all_tokens: list[int]  # on all ranks
     _step: int  # TRL's: micro-batches so far
     num_iterations: int
+    use_vllm: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with vllm_engine_made_by(engine_with_dtype(self)):
+            super().__init__(*args, **kwargs)
+        if self.use_vllm and is_peft_model(self.model):
+            send_weights_to_vllm(self, lambda: merged_weights(self.model))
 
     def loss_share(self, tokens: int | None) -> float:
         """Return the part of the optimizer step that a micro-batch is, by tokens where those are known.
@@ -105,6 +115,10 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
         """Return prompts of the training rows, 8 or more a batch, the same on all ranks."""
         return warm_up_batches(self, max(8, self.args.per_device_train_batch_size), self._prompts)
+
+    def prompt_tokens(self, row: dict[str, Any]) -> int:
+        """Return the number of tokens of a row's prompt, as it is given to the model."""
+        return len(self._tokenize_prompts([row["prompt"]])[0][0])
 
     def _prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]

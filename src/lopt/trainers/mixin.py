@@ -38,6 +38,7 @@ from lopt.data.batches import count_tokens, padded_tokens
 from lopt.engine.offload import Offload
 from lopt.engine.reduction import GradientReduction
 from lopt.reliability.guards import Guard
+from lopt.reliability.ranks import together
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
@@ -48,6 +49,8 @@ from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
 from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer
 from lopt.trainers.optimizer_state import load_optimizer, save_optimizer
+from lopt.trainers.packing import check_packing
+from lopt.trainers.positions import check_rows
 from lopt.trainers.throughput import Throughput
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -87,6 +90,8 @@ class LoPTMixin(Trainer):
         check_settings(self.args, config, self.model)  # again: it may have been a name, or without adapters
         if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
             raise ValueError("FSDP needs GPUs, on CPUs accelerate would run DDP: leave FSDP out")
+        check_packing(self)
+        check_rows(self)
         with torch.random.fork_rng():  # heads start the same, whatever ran before
             torch.manual_seed(self.args.seed)
             self.lopt: LoPT = attach(self.model, config)
@@ -358,7 +363,8 @@ class LoPTMixin(Trainer):
         """Save the model; a sharded one (FSDP2) is gathered, whatever form its checkpoints have."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
         if plugin is None or _internal_call or "FULL" in str(plugin.state_dict_type):
-            return super().save_model(output_dir, _internal_call)
+            save = functools.partial(super().save_model, output_dir, _internal_call)
+            return save() if self.checkpoints.staged is None else together(save)
         whole = self.accelerator.get_state_dict(self.model)  # by all ranks
         if self.args.should_save:
             self._save(output_dir, whole)

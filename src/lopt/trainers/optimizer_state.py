@@ -19,12 +19,17 @@ def save_optimizer(trainer: Any, folder: Path, write: Callable[[str], None]) -> 
     Args:
         write: transformers' own code, which writes into the folder it is given.
     """
-    if not trainer.is_fsdp_enabled:
-        return write(str(folder))
-    if trainer.lopt.heads and trainer.args.should_save:
-        save_heads_optimizer(trainer.bare_optimizer(), folder)
-    with heads_apart(trainer.bare_optimizer()):
+    if trainer.is_fsdp_enabled:
+        if trainer.lopt.heads and trainer.args.should_save:
+            save_heads_optimizer(trainer.bare_optimizer(), folder)
+        with heads_apart(trainer.bare_optimizer()):
+            write(str(folder))
+    elif not _is_plain(trainer):
         write(str(folder))
+    elif trainer.args.should_save:
+        for owner, name in ((trainer.optimizer, OPTIMIZER_NAME), (trainer.lr_scheduler, SCHEDULER_NAME)):
+            with trainer.checkpoints.file(folder / name) as file:
+                torch.save(owner.state_dict(), file)
 
 
 def load_optimizer(trainer: Any, folder: Path, read: Callable[[str], None]) -> None:
@@ -44,7 +49,9 @@ def load_optimizer(trainer: Any, folder: Path, read: Callable[[str], None]) -> N
             read(str(folder))
         if trainer.lopt.heads:
             load_heads_optimizer(trainer.bare_optimizer(), folder)
-    elif isinstance(trainer.bare_optimizer(), BlockOptimizer) and not trainer.is_deepspeed_enabled:
+    elif not _is_plain(trainer):
+        read(str(folder))
+    else:
         for owner, name in ((trainer.optimizer, OPTIMIZER_NAME), (trainer.lr_scheduler, SCHEDULER_NAME)):
             if not (folder / name).is_file():
                 raise ValueError(
@@ -52,5 +59,8 @@ def load_optimizer(trainer: Any, folder: Path, read: Callable[[str], None]) -> N
                     "leave `resume` out, and start from it as `model_name_or_path`"
                 )
             owner.load_state_dict(torch.load(folder / name, map_location="cpu", mmap=True, weights_only=True))
-    else:
-        read(str(folder))
+
+
+def _is_plain(trainer: Any) -> bool:
+    """Return whether the optimizer is ours, in one file, and not in the hands of DeepSpeed."""
+    return isinstance(trainer.bare_optimizer(), BlockOptimizer) and not trainer.is_deepspeed_enabled

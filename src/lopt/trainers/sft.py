@@ -10,12 +10,20 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
 from torch import Tensor
 from trl import SFTTrainer
 
 from lopt.data.batches import IGNORED
+from lopt.data.cells import kept_as_cells
+from lopt.data.rows import column_names
 from lopt.trainers.mixin import LoPTMixin
+from lopt.trainers.rows import (
+    as_tokens,
+    one_beginning,
+    only_marked,
+    say_what_is_lost,
+    say_where_rows_do_not_end,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +63,11 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.row_counts: dict[str, RowCounts] = {}
         self.whole_rows: dict[str, Dataset] = {}
+        self._tokenized: dict[str, Dataset] = {}
         super().__init__(*args, **kwargs)
+        for name, rows in self._tokenized.items():
+            config = getattr(self.model, "generation_config", None)
+            say_where_rows_do_not_end(rows, self.processing_class, config, name)
 
     def drop_repeated_rows(self, batches: list[Any]) -> bool:
         """Remove rows that only fill up an epoch's last batch; a rank without any rows left trains on none.
@@ -118,27 +130,29 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         def prepare(rows: Any, packing: bool = False, **changes: Any) -> Any:
             changed = copy.copy(args)
             vars(changed).update(changes)
-            try:
-                return super(LoPTSFTTrainer, self)._prepare_dataset(
-                    rows, processing_class, changed, packing, *rest
-                )
-            except TemplateError as error:
-                raise ValueError(
-                    f"the tokenizer's chat template refuses a row of `train_file`/`dataset_name`: {error}: "
-                    "change the row's roles, or the template"
-                ) from error
+            return super(LoPTSFTTrainer, self)._prepare_dataset(
+                rows, processing_class, changed, packing, *rest
+            )
+
+        def tokenized(rows: Any) -> Any:
+            made = only_marked(prepare(kept_as_cells(rows), max_length=None))
+            return one_beginning(as_tokens(made), processing_class, name)
 
         name = rest[-1] if rest else "train"
+        if "input_ids" not in column_names(dataset):
+            say_what_is_lost(dataset, processing_class, self.chat_template, name)
         limit = args.max_length if getattr(args, "drop_long_rows", False) else None
         if isinstance(dataset, IterableDataset):
+            dataset = tokenized(dataset)
             if limit is not None:
-                dataset = prepare(dataset, max_length=None).filter(lambda row: len(row["input_ids"]) <= limit)
+                dataset = dataset.filter(lambda row: len(row["input_ids"]) <= limit)
             if next(iter(prepare(dataset.take(LOOK_AHEAD))), None) is None:
                 raise ValueError(_nothing_left(name, f"first {LOOK_AHEAD:,}", args.max_length))
             return prepare(prepare(dataset), packing=True) if packing else prepare(dataset)
         # TRL leaves out what is done. Tokens and labels first, to see what cutting takes away; packing
         # last, since it would hide rows without a label among others.
-        every = prepare(dataset, max_length=None)
+        every = tokenized(dataset)
+        self._tokenized[name] = every
         whole = every if limit is None else _without_longer(every, limit, name)
         if packing and args.packing_strategy != "bfd":  # rows go on in the next sequence, none is cut
             return prepare(whole, packing=True).filter(_has_label)

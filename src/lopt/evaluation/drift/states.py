@@ -68,7 +68,7 @@ def record_states(
         states[index, at : at + len(kept)] = kept.to("cpu", dtype)
 
     def after(index: int, module: nn.Module, args: tuple, output: Any) -> None:
-        record(index, output[0] if isinstance(output, tuple) else output)
+        record(index, output[0] if isinstance(output, tuple | list) else output)
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         record(0, args[0] if args else kwargs["hidden_states"])

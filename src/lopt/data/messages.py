@@ -1,0 +1,185 @@
+"""Messages of a row: their keys and roles, and the marks that say which of them are trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lopt.data.chat import Chat
+from lopt.data.notes import Notes
+from lopt.data.rows import column_error
+from lopt.data.templates import Message
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "function": "tool",
+}
+"""Roles of other formats -> what chat templates call them."""
+
+MARKS = {"weight": True, "train": True, "training": True, "trainable": True, "loss": True,
+         "masked": False, "mask": False}  # fmt: skip
+"""Keys that say of a message whether it is trained on -> what they say where they are true."""
+
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
+
+
+def read_messages(value: Any, column: str, chat: Chat | None, notes: Notes) -> list[Message]:
+    """Return `value` as messages with all their keys but those that are None and those of `MARKS`.
+
+    The content None of an assistant becomes "" where it calls no tool. Text in parts is joined.
+
+    Args:
+        chat: The template that renders them; None for the plain one, which knows role and content alone.
+        notes: Counts roles that are renamed, and keys that do not reach the template.
+
+    Raises:
+        ValueError: `value` is not a list of messages, or one has no role, no text, or is an empty user
+            message.
+    """
+    if not isinstance(value, list) or not value:
+        raise column_error(column, "must be a non-empty list of {role, content} messages")
+    found, said = [], []
+    for turn in value:
+        role = turn.get("role") if isinstance(turn, Mapping) else None
+        if not isinstance(role, str) or not role:
+            raise column_error(column, "has a message without a role: give {role, content}")
+        named = _role(role, chat)
+        if named != role:
+            said.append(f"the role {role} is read as {named}")
+        keys = {name for name, value in turn.items() if value is not None} - {"role", "content", *MARKS}
+        if turn.get("tool_calls") == []:
+            keys.remove("tool_calls")
+        read = {name: turn[name] for name in turn if name in keys}
+        lost = keys if chat is None else {name for name in keys if not chat.knows(name)}
+        said += [f"`{name}` of a message is left out, the template does not use it" for name in sorted(lost)]
+        content = _content(turn, named, column, calls=chat is not None and "tool_calls" in read)
+        found.append({"role": named, "content": content, **(read if chat is not None else {})})
+    notes.add(*said)
+    return found
+
+
+def _role(role: str, chat: Chat | None) -> str:
+    if role in KNOWN_ROLES or (chat is not None and chat.knows_role(role)):
+        return role
+    lowered = role.strip().lower()
+    return lowered if lowered in KNOWN_ROLES else ROLES.get(lowered, role)
+
+
+def _content(turn: Mapping[str, Any], role: str, column: str, calls: bool) -> str | None:
+    """Return the text of a message; None only where an assistant calls a tool without a word."""
+    content = turn.get("content")
+    if content is None and role == "assistant":
+        return None if calls else ""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        if parts and all(isinstance(part, str) for part in parts):
+            content = "".join(map(str, parts))
+    if not isinstance(content, str):
+        raise column_error(column, f"has a {role} message whose content is not text")
+    if role == "user" and not content.strip():
+        raise column_error(column, "has an empty user message: fill it or remove the row")
+    return content
+
+
+def says_something(turn: Message, chat: Chat | None) -> bool:
+    """Return whether a message has text, or a call that the template can write."""
+    calls = chat is not None and turn.get("tool_calls") and chat.knows("tool_calls")
+    return bool((turn["content"] or "").strip() or calls)
+
+
+def last_assistant(messages: list[Message], column: str) -> int:
+    """Return the position of the last assistant message.
+
+    Raises:
+        ValueError: there is none, or no message before it.
+    """
+    roles = [turn["role"] for turn in messages]
+    if "assistant" not in roles:
+        raise column_error(column, f"has no assistant message (roles: {', '.join(roles)})")
+    position = len(roles) - 1 - roles[::-1].index("assistant")
+    if position == 0:
+        raise column_error(column, "has no message before its assistant message")
+    return position
+
+
+def read_marks(value: list[Any], messages: list[Message], column: str) -> list[bool | None]:
+    """Return of each assistant message whether it is to be trained on, None where it does not say.
+
+    Args:
+        value: The messages of the row, whose beginning `messages` were read from.
+
+    Raises:
+        ValueError: a mark that is neither yes nor no, two that disagree, or a message of another role that
+            is marked for training.
+    """
+    marks: list[bool | None] = []
+    for turn, message in zip(value, messages, strict=False):
+        names = sorted(name for name in MARKS if turn.get(name) is not None)
+        for name in names:
+            if turn[name] not in (0, 1):
+                raise column_error(column, f"has a message whose `{name}` is {turn[name]!r}: give 0 or 1")
+        said = {bool(turn[name]) == MARKS[name] for name in names}
+        if len(said) > 1:
+            raise column_error(column, f"has a message whose {' and '.join(names)} disagree: remove one")
+        if message["role"] == "assistant":
+            marks.append(next(iter(said), None))
+        elif True in said:
+            raise column_error(
+                column,
+                f"marks a {message['role']} message for training by `{names[0]}`: remove the mark, only "
+                "those of the assistant are trained on",
+            )
+    return marks
+
+
+def check_only_last(marks: list[bool | None], column: str) -> None:
+    """Raise a ValueError if marks train on other messages than the last assistant's."""
+    if marks[-1] is False or True in marks[:-1]:
+        raise column_error(
+            column,
+            "marks other messages for training than its last: `assistant_only_loss` trains on those that are "
+            "marked",
+        )
+
+
+def read_tools(value: Any, column: str = "tools") -> list[Any] | None:
+    """Return the tools of a row, which may be JSON text; None where there are none.
+
+    Raises:
+        ValueError: they are no list of objects.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise column_error(column, f"is text but no JSON ({error}): give a list of tools") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise column_error(column, "must be a list of tools, each an object, or JSON text of it")
+    return value
+
+
+def read_options(value: Any, column: str = "chat_template_kwargs") -> dict[str, Any]:
+    """Return the arguments that a row has for its template.
+
+    Raises:
+        ValueError: they are no object.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise column_error(column, f"is text but no JSON ({error}): give an object") from error
+    if not value:
+        return {}
+    if not isinstance(value, Mapping):
+        raise column_error(column, "must be an object")
+    return dict(value)

@@ -1,0 +1,75 @@
+"""`--chat_template_path`: the template comes first, then the rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from conftest import save_tiny
+from lopt.cli.main import main
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def preview(model: Path, rows: Path, *flags: str) -> int:
+    return main(
+        [
+            "data",
+            "preview",
+            "--model_name_or_path",
+            str(model),
+            "--train_file",
+            str(rows),
+            "--rows",
+            "1",
+            *flags,
+        ]
+    )
+
+
+def test_rows_are_made_with_the_template_that_is_saved(
+    tiny_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHAT)
+    other = save_tiny(tmp_path / "other", chat_template=CHAT)
+    for source in (template, other):
+        assert preview(tiny_folder, rows, "--chat_template_path", str(source)) == 0
+        shown = capsys.readouterr().out.replace("│", "")
+        assert "[<user>Hi<eos><assistant>]Hello<eos>" in shown, shown
+    out = tmp_path / "out"
+    flags = ["--train_file", str(rows), "--output_dir", str(out), "--max_steps", "1", "--method", "e2e"]
+    flags += ["--chat_template_path", str(template)]
+    assert main(["sft", "--model_name_or_path", str(tiny_folder), *flags]) == 0
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHAT
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--chat_template_path", "none.jinja"], "--chat_template_path none.jinja does not exist"),
+        (["--chat_template_path", "{rows}"], "must end in .jinja or .j2, or name a model"),
+        (["--chat_template_path", "{model}"], "its tokenizer has no chat template"),
+        (["--eos_token", "<end>"], "--eos_token <end> is no token of the model's tokenizer"),
+    ],
+)
+def test_mistakes(
+    tiny_folder: Path, rows: Path, capsys: pytest.CaptureFixture, flags: list[str], words: str
+) -> None:
+    given = [flag.format(rows=rows, model=tiny_folder) for flag in flags]
+    assert preview(tiny_folder, rows, *given) == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
