@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from lopt.compat import labelled_positions_only
 from lopt.core.attach import LoPT, attach
 from lopt.core.config import LoPTConfig
-from lopt.data.batches import count_tokens, padded_tokens
+from lopt.data.batches import padded_tokens
 from lopt.engine.offload import Offload
 from lopt.engine.reduction import GradientReduction
 from lopt.reliability.guards import Guard
@@ -52,6 +52,7 @@ from lopt.trainers.optimizer_state import load_optimizer, save_optimizer
 from lopt.trainers.packing import check_packing
 from lopt.trainers.positions import check_rows
 from lopt.trainers.throughput import Throughput
+from lopt.trainers.tokens import StepTokens
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from transformers import Trainer
@@ -67,7 +68,7 @@ class LoPTMixin(Trainer):
         throughput: speed and peak memory.
         batches: the micro-batches of the current optimizer step.
         micro_batch: number of the current micro-batch in its optimizer step, from 1.
-        share: the part of the optimizer step that it counts for (`loss_share`).
+        share: the part of the optimizer step that it counts for (`loss_share`), by its `tokens`.
         reduction: averages gradients over ranks; None without a launcher.
         block_major: the block-major schedule; None in the eager one.
         offload: moves weights or optimizer state between host memory and the device; None if nothing moves.
@@ -110,8 +111,7 @@ class LoPTMixin(Trainer):
         self.batches: list[Any] = []
         self.micro_batch = 0
         self.share = 1.0
-        self._tokens: list[int] = []  # of each micro-batch of the current optimizer step
-        self._step_tokens = 0  # of all of them on all ranks
+        self.tokens = StepTokens(self)
         self._scale = 1.0  # the gradient scaler's in the current optimizer step
         self._averages: defaultdict[str, list[float]] = defaultdict(list)
         self.throughput = Throughput(self.args.device)
@@ -224,11 +224,7 @@ class LoPTMixin(Trainer):
         batches, items = self.stops.fetch(lambda: get(*args, **kwargs))
         if self.drop_repeated_rows(batches):
             batches, items = get(iter(batches), len(batches), self.args.device)
-        self._tokens = []
-        counts = count_tokens(batches, self.args.device)
-        if counts is not None:
-            total = self.accelerator.reduce(counts.sum()[None], "sum")
-            *self._tokens, self._step_tokens = torch.cat([counts, total]).tolist()
+        self.tokens.count(batches)
         self.micro_batch, self.batches = 0, batches
         if self.block_major is not None:
             self.block_major.begin_step()
@@ -248,13 +244,11 @@ class LoPTMixin(Trainer):
         By tokens, as in the task loss: λ does not grow with accumulation, and one batch of 4 is four of 1.
         Gradients are averaged over ranks afterwards, hence the factor.
         """
-        if tokens is None or not self._step_tokens:
-            return 1 / self.current_gradient_accumulation_steps
-        return tokens / self._step_tokens * self.args.world_size
+        return self.tokens.share(tokens)
 
     def real_tokens(self, inputs: Any) -> int | None:
         """Return the number of real tokens of the current micro-batch; None if it has no token rows."""
-        return self._tokens[self.micro_batch - 1] if self._tokens else None
+        return self.tokens.current()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run the forward with the local backwards inside, then the task backward of the last block."""
