@@ -13,6 +13,11 @@ from conftest import tiny
 from lopt.trainers.accelerator import find_unused_if_needed
 
 
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lopt.trainers.accelerator.dist", SimpleNamespace(is_initialized=lambda: True))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [("llama-tied", {}, False), ("mixtral", {}, None), ("llama", dict(layerdrop=0.1), None)],
@@ -20,10 +25,10 @@ from lopt.trainers.accelerator import find_unused_if_needed
 def test_unused_parameters(name: str, changes: dict[str, Any], expected: bool | None) -> None:
     model = tiny(name, **changes)
     for given in (model, get_peft_model(model, LoraConfig(target_modules=["q_proj"]))):
-        args = SimpleNamespace(ddp_find_unused_parameters=None, world_size=2)
+        args = SimpleNamespace(ddp_find_unused_parameters=None)
         find_unused_if_needed(args, given)
         assert args.ddp_find_unused_parameters is expected
-    chosen = SimpleNamespace(ddp_find_unused_parameters=True, world_size=2)
+    chosen = SimpleNamespace(ddp_find_unused_parameters=True)
     find_unused_if_needed(chosen, model)
     assert chosen.ddp_find_unused_parameters is True
 
@@ -31,7 +36,7 @@ def test_unused_parameters(name: str, changes: dict[str, Any], expected: bool | 
 def test_a_part_that_text_does_not_use() -> None:
     model = tiny("llama")
     model.vision = nn.Linear(2, 2)
-    args = SimpleNamespace(ddp_find_unused_parameters=None, world_size=2)
+    args = SimpleNamespace(ddp_find_unused_parameters=None)
     find_unused_if_needed(args, model)
     assert args.ddp_find_unused_parameters is None
     model.vision.requires_grad_(False)

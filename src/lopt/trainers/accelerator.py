@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from lopt.architectures import base_model, find_decoder
@@ -22,7 +23,7 @@ def find_unused_if_needed(args: Any, model: nn.Module) -> None:
     By default transformers has it search in every step, which costs a walk through the graph, and DDP warn
     that there are none.
     """
-    if args.ddp_find_unused_parameters is None and args.world_size > 1 and _uses_all(model):
+    if args.ddp_find_unused_parameters is None and dist.is_initialized() and _uses_all(model):
         args.ddp_find_unused_parameters = False
 
 
