@@ -60,18 +60,18 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
     "unanswered.jsonl": (row(answer="") * 3, "`answer` is empty in all 3 rows: fill it"),
     "nested.jsonl": (row(answer={"text": ["2"]}), "column `answer`, must be text or a number, not dict"),
     "twice.jsonl": ('{"question": "a", "question": "b", "answer": "c"}\n' * 2, "twice.jsonl"),
-    "semicolon.csv": ("question;answer\na;b\n", "header is 'question;answer': separate columns by commas"),
+    "semicolon.csv": ("question;answer\na;b\n", "header 'question;answer': separate columns by commas"),
     "tab.csv": ("question\tanswer\na\tb\n", "separate columns by commas"),
-    "same.csv": ("question,question,answer\na,b,c\n", "two columns are called 'question': rename one"),
+    "same.csv": ("question,question,answer\na,b,c\n", "has two columns called 'question': rename one"),
     "quote.csv": ('question,answer\na,b\nc,"d\n', "quote.csv"),
     "ragged.csv": ("question,answer\na,b\nc,d,e\n", "ragged.csv"),
     "truncated.parquet": (b"", "truncated.parquet"),
     "silent.jsonl": (talk(("user", "Hi")), "no assistant message (roles: user)"),
-    "sharegpt.jsonl": (talk(("human", "Hi"), ("gpt", "Hello")), "(roles: human, gpt)"),
+    "roles.jsonl": (talk(("narrator", "Hi"), ("oracle", "Hello")), "(roles: narrator, oracle)"),
     "first.jsonl": (talk(("assistant", "Hello")), "has no message before its assistant message"),
     "roleless.jsonl": ('{"messages": [{"from": "user", "value": "Hi"}]}\n', "without a role: give {role,"),
     "spoken.jsonl": ('{"messages": "Hi"}\n', "must be a non-empty list of {role, content} messages"),
-    "parts.jsonl": (talk(("user", ["Hi"]), ("assistant", "x")), "has a user message whose content is not"),
+    "parts.jsonl": (talk(("user", [{}]), ("assistant", "x")), "has a user message whose content is not"),
     "mute.jsonl": (talk(("user", ""), ("assistant", "x")), "has an empty user message: fill it or remove"),
 }  # fmt: skip
 FILES: dict[str, str | bytes] = {
@@ -107,6 +107,7 @@ def build(folder: Path) -> None:
     Dataset.from_list([{"question": "a", "answer": "b"}] * 50).to_parquet(folder / "truncated.parquet")
     (folder / "truncated.parquet").write_bytes((folder / "truncated.parquet").read_bytes()[:-100])
     os.mkfifo(folder / "pipe.jsonl")
+    (folder / "dangling").symlink_to("nowhere")
     build_models(folder)
 
 

@@ -13,6 +13,7 @@ import datasets
 import pytest
 from transformers import AutoModelForCausalLM
 
+from bad_flags import FLAGS
 from bad_inputs import ROWS, build
 from lopt.cli.main import main
 
@@ -94,7 +95,11 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--offload block", "--offload block needs --schedule block_major: add it"),
     ("sft", "--schedule block_major --offload disk", "--offload: invalid choice: 'disk'"),
     ("sft", "--prefetch_gib -1", "--prefetch_gib must be >= 0 (got -1.0)"),
-    ("sft", '--gradient_checkpointing_kwargs {"use_reentrant":true}', "use_reentrant=true gives no gradient"),
+    (
+        "sft",
+        '--gradient_checkpointing --gradient_checkpointing_kwargs {"use_reentrant":true}',
+        "use_reentrant=true gives no gradient",
+    ),
     ("sft", "--learning_rate -0.1", "--learning_rate must be > 0 (got -0.1)"),
     ("sft", "--learning_rate inf", "--learning_rate must be finite and > 0 (got inf)"),
     ("sft", "--learning_rate fast", "--learning_rate: invalid float value: 'fast'"),
@@ -124,6 +129,7 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--retention_every 5", "--retention_every: add --retention_text or --retention_tasks"),
     ("sft", "--max_forgetting 0.1", "add --retention_text"),
     ("sft", "--retention_data_dir data", "add --retention_tasks"),
+    *FLAGS,
     # -- --config
     ("sft", "--config none.yaml", "--config none.yaml is not a file"),
     ("sft", "--config", "--config: expected one argument"),
@@ -302,7 +308,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if not p.is_dir()}
+    return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*") if not p.is_dir()}
 
 
 def words_of(command: str, changes: str) -> list[str]:

@@ -11,15 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lopt.cli.checks import check_cut
 from lopt.cli.flag_names import renamed
 from lopt.cli.flags import DataArguments, ModelArguments
-from lopt.cli.output import spare_model
+from lopt.cli.output import check_writable, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.cli.report_flags import CompareArguments
 from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
-from lopt.cli.training import check_cut
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.compare.arms import Arm, parse_arms
 from lopt.evaluation.texts import read_texts
@@ -109,8 +109,7 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
 def _folder(args: LoPTSFTConfig) -> Path:
     """Return the output folder: new, empty, or of a comparison that is continued."""
     folder = Path(str(args.output_dir))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: choose a folder")
+    check_writable(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / SETTING).is_file():
         raise ValueError(f"--output_dir {folder} holds something else: choose a new folder")
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -75,7 +76,7 @@ def _mapping(*, text: bool, path: bool) -> Callable[[str], Any]:
     """Return what reads a mapping: as JSON text, which transformers reads once more, or as a path."""
 
     def value(words: str) -> Any:
-        if path and not words.lstrip().startswith("{"):
+        if path and os.path.isfile(words):
             return words
         try:
             found = json.loads(words)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lopt.cli.checks import check_evaluation, check_run
 from lopt.cli.flags import DataArguments, ModelArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
-from lopt.cli.training import check_evaluation, check_run, prepare, run
+from lopt.cli.training import prepare, run
 from lopt.reliability.stop import obeying
 from lopt.trainers import LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
@@ -22,10 +23,11 @@ def main(arguments: Sequence[str]) -> None:
     with obeying(run_args.limit):
         check_task(task_args, data_args)
         check(data_args, args)
-        check_run(model_args, config, args)
+        check_run(model_args, data_args, config, args)
         retention = check_retention(retention_args, config, args)
         checkpoint = prepare(model_args, run_args, config, args)
         rows = grpo_rows(model_args, data_args, task_args, args)
+        _check_metric(args, rows.rewards)
         _load_reference_alike(args, model_args)
         record = record_of("grpo", arguments)
         rewards = {"reward_funcs": rows.rewards}
@@ -61,3 +63,11 @@ def _load_reference_alike(args: LoPTGRPOConfig, model_args: ModelArguments) -> N
         found["revision"] = model_args.model_revision
     given: Any = args.model_init_kwargs or {}  # a dict by now: TRL's config has parsed it
     args.model_init_kwargs = {**given, **found}
+
+
+def _check_metric(args: LoPTGRPOConfig, rewards: Sequence[Any]) -> None:
+    """Refuse to choose the best model by a reward that the run does not have."""
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    known = [f"rewards/{reward.__name__}/{figure}" for reward in rewards for figure in ("mean", "std")]
+    if metric.startswith("rewards/") and metric not in known:
+        raise ValueError(f"--metric_for_best_model {metric} is no reward here: use one of {', '.join(known)}")

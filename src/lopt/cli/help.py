@@ -67,7 +67,7 @@ MEMORY = (
     Line("state_dtype", "float32", "optimizer state: float32 or bfloat16"),
 )
 RUN = (
-    Line("output_dir", "", "folder for checkpoints and the model"),
+    Line("output_dir", "outputs/COMMAND", "folder for checkpoints and the model"),
     Line("max_steps", "-1", "optimizer steps; overrides --num_train_epochs"),
     Line("num_train_epochs", "3.0", "passes over the rows"),
     Line("warmup_steps", "0", "steps, or a share below 1"),
@@ -129,6 +129,7 @@ def help_page(command: str, what: str, *, every: bool) -> str:
     names = {flag.name for _, flags in sections for flag in flags}
     lines = [f"usage: lopt {command} [--flag value ...]", "", f"{what[0].upper()}{what[1:]}."]
     for title, flags in sections:
+        flags = [Line(name, default.replace("COMMAND", command), text) for name, default, text in flags]
         lines += ["", title, *(with_flags(line, names) for flag in flags for line in _wrapped(flag))]
     lines += ["", "A flag is shown with its default; for true or false, the flag alone means true."]
     lines += ["--config FILE.yaml takes flags from a file; those on the command line win."]

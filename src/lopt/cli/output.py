@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -98,7 +99,12 @@ def spare_model(output_dir: str, model: str, written: Sequence[str] = ("checkpoi
 
 def check_writable(folder: Path) -> None:
     """Write to the folder or its nearest parent, since permissions do not show read-only disks."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if existing.is_symlink() and not existing.exists():
+        raise ValueError(
+            f"--output_dir {existing} is a link to {os.readlink(existing)}, which does not exist: make that "
+            "folder, or choose another"
+        )
     if not existing.is_dir():
         raise ValueError(f"--output_dir {existing} is a file: choose a folder")
     try:

@@ -50,9 +50,12 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     try:
         parser, words = _words(command, arguments)
         secrets |= known_secrets(words)
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
-        )
+        try:
+            *parsed, unknown = parser.parse_args_into_dataclasses(
+                words, return_remaining_strings=True, look_for_args_file=False
+            )
+        except TypeError as error:  # of what the library makes of a mapping
+            raise ValueError(f"a flag's value does not fit: {error}") from error
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), unknown[0])
             name = flag.lstrip("-").partition("=")[0]
@@ -71,7 +74,7 @@ def settings(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], di
 
     Both can be written to a YAML file. `arguments` are those that `parse` has accepted.
     """
-    defaults = vars(_Parser(flags_of(command)).parse_args([]))
+    defaults = vars(_parser(command).parse_args([]))
     parser, words = _words(command, arguments)
     values = vars(parser.parse_args(words))
     return values, {name: value for name, value in values.items() if value != defaults[name]}
@@ -90,6 +93,14 @@ def _types(groups: Iterable[Any]) -> dict[str, Any]:
     return types
 
 
+def _parser(command: str) -> _Parser:
+    """Return the parser of a command; where transformers names the output folder, it is named after it."""
+    parser = _Parser(flags_of(command), prog=f"lopt {command}")
+    if "output_dir" in parser.types and parser.get_default("output_dir") is None:
+        parser.set_defaults(output_dir=f"outputs/{command}")
+    return parser
+
+
 def _words(command: str, arguments: Sequence[str]) -> tuple[_Parser, list[str]]:
     """Return a parser and the words that it is to read: those of the YAML file first, so that flags win."""
     first = _Parser(add_help=False)
@@ -97,7 +108,7 @@ def _words(command: str, arguments: Sequence[str]) -> tuple[_Parser, list[str]]:
     given, words = first.parse_known_args(list(arguments))
     if len(given.config) > 1:
         raise ValueError("--config is given twice: put all flags into one file")
-    parser = _Parser(flags_of(command), prog=f"lopt {command}")
+    parser = _parser(command)
     for path in given.config:
         of_file, defaults = flags_in(path, parser.types, lambda name: _hint(name, parser.types))
         parser.set_defaults(**defaults)

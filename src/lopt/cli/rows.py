@@ -13,6 +13,7 @@ from lopt.data.load import check_held_out, load_rows, split_held_out
 from lopt.data.procedural import TASKS
 from lopt.data.question_tasks import QUESTION_TASKS
 from lopt.data.questions import procedural_rows, question_rows
+from lopt.data.rows import column_names
 from lopt.models.load import load_chat_template, load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
 from lopt.validation import check_choice
@@ -44,10 +45,17 @@ class GRPORows(NamedTuple):
 
 def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
     """Return rows and tokenizer of an SFT run; rows are read first, since they fail first."""
-    rows = _read_rows(data_args, args.seed, needed_columns)
+    rows = _read_rows(data_args, args.seed, _choose(args.dataset_text_field))
+    if args.dataset_text_field != "text":
+        rows, args.dataset_text_field = rows.rename_column(args.dataset_text_field, "text"), "text"
     read = None if data_args.streaming else len(rows)
     tokenizer = _tokenizer(model_args, args)
+    _set_tokens(tokenizer, args)
     rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
+    if args.completion_only_loss and "completion" not in column_names(rows):
+        raise ValueError(
+            "`completion_only_loss` needs prompts with a completion, and these rows have none: leave it out"
+        )
     train, held_out = split_held_out(rows, data_args.held_out, args.seed)
     return SFTRows(train, held_out, tokenizer, read)
 
@@ -130,6 +138,31 @@ def _read_rows(data_args: DataArguments, seed: int, choose: Choose | None = None
         shuffle_buffer=data_args.shuffle_buffer,
         choose=choose,
     )
+
+
+def _choose(text_field: str) -> Choose:
+    """Return which columns to read: those of a format, or the one that `dataset_text_field` names."""
+
+    def choose(found: list[str]) -> list[str]:
+        if text_field not in found:
+            raise ValueError(
+                f"`dataset_text_field` {text_field} is no column of the rows, which have "
+                f"{', '.join(found) or 'none'}: name one of them"
+            )
+        return [text_field]
+
+    return needed_columns if text_field == "text" else choose
+
+
+def _set_tokens(tokenizer: Any, args: Any) -> None:
+    """Set the tokens that flags name, as TRL does when the model is loaded, and refuse unknown ones."""
+    for name in ("eos_token", "pad_token"):
+        token = getattr(args, name)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"`{name}` {token} is not in the tokenizer's vocabulary: give a token that is")
+        setattr(tokenizer, name, token)
 
 
 def _tokenizer(model_args: ModelArguments, args: Any) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lopt.cli.checks import check_evaluation, check_model, check_run
 from lopt.cli.flags import DataArguments, ModelArguments
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_rows, sft_rows
-from lopt.cli.training import check_evaluation, check_model, check_run, prepare, run
+from lopt.cli.training import prepare, run
 from lopt.reliability.stop import obeying
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     model_args, data_args, run_args, retention_args, config, args = parse("sft", arguments)
     with obeying(run_args.limit):
         check(model_args, data_args, args)
-        check_run(model_args, config, args)
+        check_run(model_args, data_args, config, args)
         retention = check_retention(retention_args, config, args)
         checkpoint = prepare(model_args, run_args, config, args)
         rows = sft_rows(model_args, data_args, args)

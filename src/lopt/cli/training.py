@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import IntervalStrategy
+from transformers import PreTrainedModel
 
-from lopt.cli.flags import DataArguments, ModelArguments, RunArguments
+from lopt.cli.checks import check_batches, check_cut
+from lopt.cli.flags import ModelArguments, RunArguments, checkpoint_named
 from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.retention import MakeCallback
-from lopt.core.blocks import Blocks, split
+from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
-from lopt.models.load import load_config, load_model, resolve_model
+from lopt.models.load import load_model, resolve_model
 from lopt.models.shapes import model_config
 from lopt.reliability.advice import Attempt
 from lopt.reliability.machine_errors import memory_errors_explained
@@ -28,55 +25,8 @@ from lopt.reliability.ranks import on_first_rank, together
 from lopt.reliability.record import Record, data_facts
 from lopt.reliability.stop import Stopped
 from lopt.reports.retention import write_curves
-from lopt.trainers.checks import check_numbers, check_routers, check_settings
 from lopt.trainers.lora import lora_config
 from lopt.trainers.vllm import end_training
-
-
-def check_run(model_args: ModelArguments, config: LoPTConfig, args: TrainingArguments) -> None:
-    """Refuse what is known to be impossible before anything is read.
-
-    Raises:
-        ValueError: no model, no peft, settings that do not go with the method.
-    """
-    check_model(model_args)
-    check_numbers(args)
-    check_settings(args, config)
-    try:
-        get_reporting_integration_callbacks(args.report_to)
-    except ValueError as error:
-        raise ValueError(f"--report_to: {error}") from error
-    if config.method == "lora" and importlib.util.find_spec("peft") is None:
-        raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
-
-
-def check_model(model_args: ModelArguments) -> None:
-    """Refuse a command without a model."""
-    if model_args.model_name_or_path is None:
-        raise ValueError(
-            "--model_name_or_path is missing: give a folder, a hub id or gemma3-270m (the packaged model)"
-        )
-
-
-def check_evaluation(data_args: DataArguments, args: TrainingArguments) -> None:
-    """Evaluate each epoch where rows are held out; refuse evaluations where none are."""
-    if args.eval_strategy == "no":
-        args.eval_strategy = "epoch" if data_args.held_out else "no"
-    elif not data_args.held_out:
-        name = IntervalStrategy(args.eval_strategy).value
-        raise ValueError(f"--eval_strategy {name} has no rows to evaluate on: add --held_out")
-
-
-def check_cut(model: str, configs: Iterable[LoPTConfig], **where: Any) -> None:
-    """Refuse what the model cannot be cut into, by its config, before its weights are read.
-
-    Args:
-        where: `revision` and `trust_remote_code` of the model.
-    """
-    shape = load_config(model, weights=True, **where)
-    for config in configs:
-        split(shape.get_text_config().num_hidden_layers, config)
-        check_routers(config, shape)
 
 
 def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConfig, args: Any) -> str | None:
@@ -85,11 +35,14 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConf
     Returns:
         The checkpoint to resume from, if any.
     """
+    resume = run_args.resume or checkpoint_named(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint is not None and resume != checkpoint_named(args.resume_from_checkpoint):
+        raise ValueError("--resume and --resume_from_checkpoint name different checkpoints: give one of them")
     checkpoint = on_first_rank(  # a large checkpoint is read once
         args,
         lambda: check_output(
             str(args.output_dir),
-            resume=run_args.resume,
+            resume=resume,
             overwrite=run_args.overwrite_output_dir,
             verify=args.checkpoint_verify,
         ),
@@ -115,7 +68,9 @@ def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrain
     )
     blocks = Blocks(model, config)
     if args.process_index == 0:
-        parts = (f"block {b.index + 1} (layers {b.start}-{b.stop - 1})" for b in blocks)
+        parts = [f"block {b.index + 1} (layers {b.start}-{b.stop - 1})" for b in blocks]
+        if config.is_local and len(parts) == 1:
+            parts.append("trained end to end: there is no boundary")
         print(f"{model_args.model_name_or_path}: {', '.join(parts)}")
     return model
 
@@ -150,6 +105,8 @@ def run(
         more: arguments of this trainer class.
     """
     name = str(model_args.model_name_or_path)
+    if not getattr(args, "packing", False):  # which may make several sequences of a row
+        check_batches(args, rows.train, rows.held_out)
     adapters = None
     if config.method == "lora":
         adapters = lora_config(model_args.lora_r, model_args.lora_alpha, model_args.lora_target_modules)
@@ -164,6 +121,7 @@ def run(
             peft_config=adapters,
             **more,
         )
+    check_batches(args, trainer.train_dataset, trainer.eval_dataset)
     callback = retention(trainer) if retention is not None else None
     if callback is not None:
         trainer.add_callback(callback)
@@ -194,10 +152,22 @@ def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
         print(f"The model is in {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
     if trainer.eval_dataset is not None:
         try:
-            metrics = trainer.evaluate()
+            metrics = _metrics_of_the_end(trainer) or trainer.evaluate()
         except Stopped as stop:
             raise Stopped(stop.reason, "in the last evaluation: the model is saved") from None
-        trainer.log_metrics("eval", metrics)
+        shown = {name: value for name, value in metrics.items() if value is not None}  # no completion ended
+        trainer.log_metrics("eval", shown)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
     end_training(trainer)
+
+
+def _metrics_of_the_end(trainer: Any) -> dict[str, Any] | None:
+    """Return the metrics of the model as it is, if the last step was followed by an evaluation."""
+    args, state = trainer.args, trainer.state
+    if args.load_best_model_at_end or args.bf16_full_eval or args.fp16_full_eval:
+        return None  # another model than was evaluated, or in another precision
+    for entry in reversed(state.log_history):
+        if "eval_runtime" in entry and entry["step"] == state.global_step:
+            return {name: value for name, value in entry.items() if name != "step"}
+    return None

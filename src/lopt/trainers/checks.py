@@ -16,6 +16,7 @@ from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import will_untie
+from lopt.trainers.inherited import check_inherited
 from lopt.trainers.vllm import check_vllm
 from lopt.validation import check, check_number
 
@@ -51,9 +52,10 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         model: the model, or its config; None if neither is known yet.
 
     Raises:
-        ValueError: several GPUs in one process, reentrant checkpointing, DeepSpeed, FSDP 1, vLLM or a synced
-            reference model with an embedding that is untied; block-major with FSDP, a gradient scaler or
-            routers; offloaded weights with several processes or vLLM; precision that FSDP2 does not keep.
+        ValueError: several GPUs in one process; arguments of transformers or TRL that cannot be obeyed;
+            reentrant checkpointing, DeepSpeed, FSDP 1, vLLM or a synced reference model with an embedding
+            that is untied; block-major with FSDP, a gradient scaler or routers; offloaded weights with
+            several processes or vLLM; precision that FSDP2 does not keep.
         ImportError: FSDP2 with an accelerate that is too old for it; vLLM is not installed.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -68,6 +70,12 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
     _check_gpus(args, config, model)
     _check_sharded(args, model)
     _check_adapters(args, config, model)
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise ValueError(
+            f"`method` {config.method} does not run on DeepSpeed, whose engine runs one backward per step: "
+            "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
+        )
+    check_inherited(args, config)
     if not config.is_cut:
         return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
@@ -75,11 +83,6 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         raise ValueError(
             "`gradient_checkpointing_kwargs` with use_reentrant=true gives no gradient behind a boundary: "
             "leave it out or set it to false"
-        )
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        raise ValueError(
-            f"`method` {config.method} does not run on DeepSpeed, whose engine runs one backward per step: "
-            "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
         )
     if fsdp_version(args) == 1:
         raise ValueError(

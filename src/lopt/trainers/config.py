@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from transformers import GenerationConfig
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig, SFTConfig
 
@@ -96,8 +97,17 @@ class _Defaults(TrainingArguments):
         check_number("divergence_steps", self.divergence_steps, minimum=1)
         check_choice("checkpoint_verify", self.checkpoint_verify, VERIFY)
         check_choice("state_dtype", self.state_dtype, ("float32", "bfloat16"))
+        check_choice("include_num_input_tokens_seen", self.include_num_input_tokens_seen,
+                     ("all", "non_padding", "no", True, False))  # fmt: skip
         if self.fp16 and self.bf16:
             raise ValueError("`fp16` and `bf16` contradict each other: give one of them")
+        if self.ddp_backend and "WORLD_SIZE" not in os.environ:
+            raise ValueError("`ddp_backend` is for several processes: start with torchrun, or leave it out")
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError(
+                "`load_best_model_at_end` compares evaluations, and there are none: add `eval_strategy` "
+                "steps and `eval_steps`, of which `save_steps` is a multiple"
+            )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         # Set explicitly: otherwise each of several processes on CPUs would silently train alone.
@@ -142,12 +152,21 @@ class LoPTGRPOConfig(_Defaults, GRPOConfig):
     """
 
     def __post_init__(self) -> None:
-        check_number("num_generations", self.num_generations, minimum=2)
+        words = {"true": True, "false": False}  # TRL's field is for text, and takes these two as well
+        self.scale_rewards = words.get(str(self.scale_rewards).lower(), self.scale_rewards)  # type: ignore[assignment]
+        _check_sampling(self)
         if self.generation_batch_size is None:
             self.steps_per_generation = self._whole_groups(
                 self.steps_per_generation or self.gradient_accumulation_steps
             )
         super().__post_init__()
+        given: Any = self.generation_kwargs or {}  # a dict by now
+        unknown = given.keys() - vars(GenerationConfig()).keys()
+        if unknown and not self.use_vllm:
+            raise ValueError(
+                f"`generation_kwargs` {', '.join(sorted(unknown))} is nothing that transformers' "
+                "GenerationConfig knows: correct it, or leave it out"
+            )
 
     def _whole_groups(self, steps: int) -> int:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))  # the launcher's; not set up here yet
@@ -168,3 +187,34 @@ class LoPTGRPOConfig(_Defaults, GRPOConfig):
             f"({rows} per micro-batch on all processes x `steps_per_generation` {steps}): "
             "change `num_generations`, `per_device_train_batch_size` or `gradient_accumulation_steps`"
         )
+
+
+# What TRL compares with in the first step, after rollouts.
+_GRPO_CHOICES = {
+    "importance_sampling_level": ("token", "sequence"),
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "vllm_mode": ("colocate", "server"),
+}
+
+
+def _check_sampling(args: GRPOConfig) -> None:
+    """Refuse what cannot be sampled, and names that TRL would not know in the first step.
+
+    Raises:
+        ValueError: with the argument and its bounds.
+    """
+    check_number("num_generations", args.num_generations, minimum=2)
+    check_number("temperature", args.temperature, above=0)
+    check_number("top_p", args.top_p, above=0, maximum=1)
+    check_number("top_k", args.top_k, minimum=-1)
+    check_number("min_p", args.min_p, minimum=0, maximum=1)
+    check_number("repetition_penalty", args.repetition_penalty, above=0)
+    for name in ("beta", "epsilon", "epsilon_high", "delta"):
+        check_number(name, getattr(args, name), minimum=0)
+    for name in ("max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size",
+                 "num_generations_eval"):  # fmt: skip
+        check_number(name, getattr(args, name), minimum=1)
+    for name, choices in _GRPO_CHOICES.items():
+        check_choice(name, getattr(args, name), choices)

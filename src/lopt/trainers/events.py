@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 from transformers import TrainerCallback
@@ -17,7 +18,13 @@ class LoopEvents(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warm up the heads; a resumed run has warm ones."""
+        """Warm up the heads; a resumed run has warm ones.
+
+        Raises:
+            ValueError: there is no batch to train on.
+            NonFiniteError: a local loss of the warm-up is not finite.
+        """
+        _check_batches(kwargs.get("train_dataloader"), args)
         self._trainer.stops.begin_training()
         lopt: LoPT = self._trainer.lopt
         lopt.heads.zero_grad()  # the gradients of a batch that did not fit (`auto_find_batch_size`)
@@ -55,3 +62,13 @@ class LoopEvents(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that the evaluation of an epoch may follow."""
         self._trainer.stops.begin_following("epoch")
+
+
+def _check_batches(loader: Any, args: Any) -> None:
+    """Refuse to train on no batch, which Trainer reports as success after 0 steps."""
+    if isinstance(getattr(loader, "dataset", None), Sized) and not len(loader):  # a stream has no length
+        rows = args.per_device_train_batch_size * args.world_size
+        raise ValueError(
+            f"the training rows make no batch of {rows}, and an incomplete one is dropped: leave out "
+            "`dataloader_drop_last`, lower `per_device_train_batch_size`, or give more rows"
+        )

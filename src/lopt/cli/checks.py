@@ -1,0 +1,156 @@
+"""What a command that trains checks before anything is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterable, Sized
+from typing import Any
+
+from huggingface_hub import whoami
+from transformers import TrainingArguments
+from transformers.integrations import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
+from transformers.trainer_utils import IntervalStrategy
+
+from lopt.cli.flags import DataArguments, ModelArguments
+from lopt.cli.inherited import check_effects
+from lopt.core.blocks import split
+from lopt.core.config import LoPTConfig
+from lopt.messages import error_text
+from lopt.models.load import load_config
+from lopt.trainers.checks import check_numbers, check_routers, check_settings
+from lopt.validation import check_number
+
+# What transformers does not name as available even where it is.
+_NEVER_LISTED = ("azure_ml", "flyte")
+
+
+def check_run(
+    model_args: ModelArguments, data_args: DataArguments, config: LoPTConfig, args: TrainingArguments
+) -> None:
+    """Refuse what is known to be impossible before anything is read.
+
+    Raises:
+        ValueError: no model, no peft, settings that do not go with the method or have no effect, a hub or
+            a logger that cannot be used.
+    """
+    check_model(model_args)
+    check_numbers(args)
+    check_effects(args, streaming=data_args.streaming)
+    check_settings(args, config)
+    check_loggers(args)
+    check_hub(args)
+    if config.method == "lora":
+        check_number("lora_r", model_args.lora_r, minimum=1)
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
+    if args.log_level != "passive":
+        logging.getLogger("lopt").setLevel(args.get_process_log_level())
+
+
+def check_loggers(args: TrainingArguments) -> None:
+    """Refuse what the run should be reported to and is unknown, not installed, or without a key.
+
+    Raises:
+        ValueError: with the name and what to do.
+    """
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise ValueError(f"--report_to: {error}") from error
+    installed = (*get_available_reporting_integrations(), *_NEVER_LISTED)
+    for name in args.report_to or ():
+        if name not in installed:
+            raise ValueError(f"--report_to {name} is not installed: pip install {name.replace('_', '-')}")
+        if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+            import wandb
+
+            if not wandb.api.api_key:
+                raise ValueError(
+                    "--report_to wandb has no key: run `wandb login`, or log locally with WANDB_MODE=offline"
+                )
+
+
+def check_hub(args: TrainingArguments) -> None:
+    """Refuse to push to a hub that does not answer or does not know the user.
+
+    Raises:
+        ValueError: with the flag and the reason.
+    """
+    for name in ("push_to_hub", "log_completions_hub_repo"):
+        if not getattr(args, name, None) or args.process_index:
+            continue
+        try:
+            whoami(token=args.hub_token)
+        except Exception as error:  # of the network, of huggingface_hub, or of what it is built on
+            raise ValueError(
+                f"--{name}: the hub cannot be written to ({error_text(error)}): log in with `hf auth login`, "
+                "or leave it out"
+            ) from error
+
+
+def check_model(model_args: ModelArguments) -> None:
+    """Refuse a command without a model."""
+    if model_args.model_name_or_path is None:
+        raise ValueError(
+            "--model_name_or_path is missing: give a folder, a hub id or gemma3-270m (the packaged model)"
+        )
+
+
+def check_evaluation(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Evaluate where rows are held out, each epoch or every `--eval_steps`; refuse it where none are."""
+    if args.eval_strategy == "no":
+        if args.do_eval and not args.do_train:
+            raise ValueError("--do_eval alone asks for no training: use lopt eval, or add --do_train")
+        if args.do_eval and not data_args.held_out:
+            raise ValueError("--do_eval has no rows to evaluate on: add --held_out")
+        if data_args.held_out:
+            args.eval_strategy = IntervalStrategy.STEPS if args.eval_steps else IntervalStrategy.EPOCH
+    elif not data_args.held_out:
+        name = IntervalStrategy(args.eval_strategy).value
+        raise ValueError(f"--eval_strategy {name} has no rows to evaluate on: add --held_out")
+
+
+def check_cut(model: str, configs: Iterable[LoPTConfig], **where: Any) -> None:
+    """Refuse what the model cannot be cut into, by its config, before its weights are read.
+
+    Args:
+        where: `revision` and `trust_remote_code` of the model.
+    """
+    shape = load_config(model, weights=True, **where)
+    for config in configs:
+        split(shape.get_text_config().num_hidden_layers, config)
+        check_routers(config, shape)
+
+
+def check_batches(args: Any, train: Any, held_out: Any) -> None:
+    """Refuse rows that make no whole batch where incomplete ones are left out: a run of 0 steps would follow.
+
+    Args:
+        train: Rows as the trainer has prepared them; a stream has no length.
+        held_out: Those to evaluate on, or None.
+
+    Raises:
+        ValueError: With the numbers and the flag that helps.
+    """
+    if isinstance(train, Sized) and hasattr(args, "num_generations"):
+        prompts = args.generation_batch_size // args.num_generations
+        if len(train) < prompts:
+            raise ValueError(
+                f"the {len(train)} training rows are fewer than the {prompts} prompts of one generation: "
+                "give more rows, or lower --per_device_train_batch_size or --gradient_accumulation_steps"
+            )
+    if not args.dataloader_drop_last:
+        return
+    for rows, flag in ((train, "per_device_train_batch_size"), (held_out, "per_device_eval_batch_size")):
+        batch = getattr(args, flag) * args.world_size
+        if isinstance(rows, Sized) and len(rows) < batch:
+            what = "training" if rows is train else "held-out"
+            raise ValueError(
+                f"the {len(rows)} {what} rows make no batch of {batch}, and --dataloader_drop_last drops an "
+                f"incomplete one: leave it out, lower --{flag}, or give more rows"
+            )
