@@ -64,18 +64,18 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"the launcher started {launched} processes, which do not find each other: "
             f"each would train alone (world size {args.world_size}). On CPUs add `use_cpu`"
         )
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        raise ValueError(
-            f"`method` {config.method} does not run on DeepSpeed, whose engine runs one backward per step: "
-            "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
-        )
     if fsdp_version(args) == 2:
         check_installed(OLDEST_FOR_FSDP2, "FSDP2")
     check_vllm(args)
     _check_gpus(args, config, model)
     _check_sharded(args, model)
-    check_inherited(args, config)
     _check_adapters(args, config, model)
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise ValueError(
+            f"`method` {config.method} does not run on DeepSpeed, whose engine runs one backward per step: "
+            "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
+        )
+    check_inherited(args, config)
     if not config.is_cut:
         return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}

@@ -16,6 +16,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from lopt.compat import send_weights_to_vllm, vllm_engine_made_by
+from lopt.models.router_logits import without_router_logits
 from lopt.trainers.heads import warm_up_batches
 from lopt.trainers.mixin import LoPTMixin
 from lopt.trainers.vllm import engine_with_dtype, merged_weights
@@ -62,7 +63,7 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         if self.offload is not None and self.offload.weights is not None:
             self.offload.weights.fetch_all()
         self.stops.obey()
-        with self.guard.during("generation"):
+        with self.guard.during("generation"), without_router_logits(self.model):
             made = super()._generate_and_score_completions(inputs)
         self.stops.obey()
         return made
