@@ -215,7 +215,8 @@ def render(rows: list[Row], others: list[str]) -> str:
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.refused:
-            reasons.setdefault(row.refused.replace(row.model, "the model"), []).append(row.model_type)
+            why = row.refused.replace(row.model, "the model").replace(f"'{row.model_type}'", "...")
+            reasons.setdefault(why, []).append(row.model_type)
             continue
         cells = ["yes" if not row.methods[method] else "no" for method in COLUMNS]
         lines.append(f"| {' | '.join((row_name(row), *cells, 'no' if row.packing else 'yes'))} |")
