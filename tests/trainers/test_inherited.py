@@ -1,8 +1,8 @@
 """Every field that TRL's three configs inherit or define is obeyed, or refused with the reason.
 
-A field is obeyed if the code of transformers, TRL or accelerate that reads it still runs in a LoPT trainer:
-the library reads it somewhere, and no method that a LoPT class overrides forgets to call the original. Runs of
-`lopt sft` and `lopt grpo` with one flag changed at a time have shown that weights, logs or files change too.
+A field is obeyed if the code of transformers or TRL that reads it still runs in a LoPT trainer: the library
+reads it somewhere, and no method that a LoPT class overrides forgets to call the original. Runs of `lopt sft`
+and `lopt grpo` with one flag changed at a time have shown that weights, logs or files change.
 """
 
 from __future__ import annotations
