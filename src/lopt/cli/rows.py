@@ -72,6 +72,8 @@ def grpo_rows(
     else:
         rows = _read_rows(data_args, args.seed)
     tokenizer = _tokenizer(model_args, args)
+    if args.chat_template_kwargs and not tokenizer.chat_template:
+        raise ValueError("`chat_template_kwargs` has no effect without a chat template: leave it out")
     rows = question_rows(
         rows,
         tokenizer,
@@ -92,6 +94,8 @@ def check_rows(data_args: DataArguments, max_steps: int) -> None:
     Raises:
         ValueError: `--streaming` without `--max_steps`, or a `--held_out` that is impossible.
     """
+    if not data_args.streaming and data_args.shuffle_buffer != DataArguments().shuffle_buffer:
+        raise ValueError("--shuffle_buffer has no effect without --streaming: add it, or leave it out")
     if data_args.streaming and max_steps < 1:
         raise ValueError("--streaming needs --max_steps: the number of rows of a stream is unknown")
     check_held_out(data_args.held_out, data_args.streaming)
