@@ -175,10 +175,21 @@ def resume(folder: Path, tokenizer: Any, sharded: bool) -> dict[str, torch.Tenso
         ends.append(weights_of(trainer))
         changes = [row["retention/change"] for row in trainer.state.log_history if "retention/change" in row]
         curves.append(trainer.accelerator.gather(torch.tensor([changes])).tolist())
+    check_bytes(trainer, folder / "resume" / "checkpoint-4")
     assert len(curves[0][0]) == 5 and curves[0] == curves[1] == [curves[0][0]] * RANKS
     for name, value in ends[0].items():
         assert torch.equal(value, ends[1][name]), name
     return ends[0]
+
+
+def check_bytes(trainer: Any, checkpoint: Path) -> None:
+    """The disk needs room for the whole of every tensor, sharded or not, twice for weights in two files."""
+    weights, heads = list(trainer.model.parameters()), list(trainer.lopt.heads.parameters())
+    copies = 1 + (checkpoint / "pytorch_model_fsdp.bin").is_file()
+    state = [t for s in trainer.bare_optimizer().state.values() for t in s.values()]
+    counted = trainer.checkpoints._bytes()
+    assert counted == sum(t.numel() * t.element_size() for t in [*copies * weights, *heads, *state])
+    assert counted < sum(path.stat().st_size for path in checkpoint.rglob("*"))
 
 
 class SignalToTheLast(TrainerCallback):
@@ -208,6 +219,7 @@ def stop(folder: Path, tokenizer: Any, sharded: bool, end: dict[str, torch.Tenso
             assert "after step 3 of 4" in str(stopped), stopped
         else:
             raise AssertionError("nobody stopped")
+    check_bytes(trainer, place / "checkpoint-3")
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     saved = load_file(place / "model.safetensors")

@@ -12,9 +12,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from conftest import fixed_rollouts, save_tiny
+from conftest import fixed_rollouts, save_tiny, tiny
 from lopt import LoPTConfig, LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
+from lopt.trainers.heads import save_heads
 
 TEXTS = ("yes", "no, it is not", "well", "perhaps so")
 
@@ -141,6 +142,24 @@ def test_end_to_end_is_trls_own_run(make) -> None:
         torch.testing.assert_close(runs[1][name], parameter, rtol=1e-5, atol=1e-7)
 
 
+def test_a_mixture_of_experts_samples_from_padded_prompts(tmp_path: Path, tiny_folder: Path) -> None:
+    """Its config asks for router logits, as after SFT, with which transformers generates from none."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    trainer = LoPTGRPOTrainer(
+        tiny("mixtral", vocab_size=len(tokenizer), max_position_embeddings=512),
+        reward_funcs=length_reward,
+        args=LoPTGRPOConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, num_generations=2,
+            max_completion_length=4, disable_tqdm=True, save_strategy="no", report_to="none",
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "Question " + "?" * i} for i in range(6)]),
+        processing_class=tokenizer,
+        lopt_config=LoPTConfig(head_warmup_steps=2),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 1 and trainer.model.config.output_router_logits
+
+
 @pytest.mark.parametrize("k", [2, 4])
 def test_every_parameter_moves_and_the_reference_does_not(make, k: int) -> None:
     trainer = make(
@@ -208,3 +227,12 @@ def test_groups_that_do_not_fit(caplog: pytest.LogCaptureFixture, tmp_path: Path
     ):
         with pytest.raises(ValueError, match="`num_generations`"):
             LoPTGRPOConfig(**flags | impossible)
+
+
+def test_unused_rollouts_of_another_number_of_processes_are_refused(make, tmp_path: Path) -> None:
+    trainer = make()
+    save_heads(trainer.lopt, tmp_path)
+    for rank in range(2):
+        (tmp_path / f"rollouts_{rank}.pt").touch()
+    with pytest.raises(ValueError, match=r"unused rollouts of 2 processes: resume it .* \(these are 1\)"):
+        trainer.load_own_state(tmp_path)

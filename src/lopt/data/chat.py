@@ -11,10 +11,21 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lopt.data.rows import column_error
+from lopt.messages import error_text
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message under which its reasoning is found."""
 
+# What a program in Jinja raises; a keyword that is given twice is a TypeError.
+_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _ASKED, _SAID = "QUESTION", "REPLY"
 
 
@@ -30,22 +41,19 @@ class Chat:
         found: Any = chat_template or tokenizer.chat_template
         self.source = "\n".join(found.values()) if isinstance(found, dict) else str(found)
 
-    def render(self, messages: list[Any], **options: Any) -> str:
+    def render(self, messages: list[Any], /, **options: Any) -> str:
         """Return the text of a conversation.
 
         Raises:
             ValueError: the template refuses it, or fails.
         """
+        options = {"chat_template": self.chat_template, **options}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, chat_template=self.chat_template, **options
-                )
-            )
-        except (TemplateError, TypeError, KeyError, AttributeError, IndexError) as error:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except _FAILURES as error:
             raise ValueError(
-                f"the chat template refuses the messages ({str(error) or type(error).__name__}): change the "
-                "row, or the template with `chat_template_path`"
+                f"the chat template refuses the messages ({error_text(error)}): change the row, or the "
+                "template with `chat_template_path`"
             ) from error
 
     def knows(self, name: str) -> bool:

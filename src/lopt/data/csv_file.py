@@ -23,10 +23,10 @@ def csv_columns(path: Path) -> list[str]:
     names = [name or UNNAMED.format(place) for place, name in enumerate(header)]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise BrokenFileError(f"two columns are called {twice[0]!r}: rename one")
+        raise BrokenFileError(f"has two columns called {twice[0]!r}: rename one")
     separators = [character for character in ";\t|" if len(names) == 1 and character in names[0]]
     if separators:
-        raise BrokenFileError(f"its header is {names[0]!r}: separate columns by commas")
+        raise BrokenFileError(f"has the header {names[0]!r}: separate columns by commas")
     return names
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lopt.data.chat import Chat
+from lopt.data.chat import REASONING, Chat
 from lopt.data.notes import Notes
 from lopt.data.rows import column_error
 from lopt.data.templates import Message
@@ -56,6 +56,9 @@ def read_messages(value: Any, column: str, chat: Chat | None, notes: Notes) -> l
         keys = {name for name, value in turn.items() if value is not None} - {"role", "content", *MARKS}
         if turn.get("tool_calls") == []:
             keys.remove("tool_calls")
+        for name in keys.intersection(REASONING):
+            if not isinstance(turn[name], str):
+                raise column_error(column, f"has a message whose `{name}` is not text")
         read = {name: turn[name] for name in turn if name in keys}
         lost = keys if chat is None else {name for name in keys if not chat.knows(name)}
         said += [f"`{name}` of a message is left out, the template does not use it" for name in sorted(lost)]
@@ -78,7 +81,7 @@ def _content(turn: Mapping[str, Any], role: str, column: str, calls: bool) -> st
     if content is None and role == "assistant":
         return None if calls else ""
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         if parts and all(isinstance(part, str) for part in parts):
             content = "".join(map(str, parts))
     if not isinstance(content, str):

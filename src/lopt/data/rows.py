@@ -111,7 +111,7 @@ def prompt_text(value: Any, column: str) -> str:
     if isinstance(value, TIMES):
         return str(value)
     if not isinstance(value, str):
-        raise column_error(column, f"must be text, not {type(value).__name__}")
+        raise column_error(column, f"must be text, not {_kind(value)}")
     if not value.strip():
         raise column_error(column, "is empty: fill it or remove the row")
     return value
@@ -134,10 +134,14 @@ def answer_text(value: Any, column: str) -> str:
     if isinstance(value, JsonFloat):
         return value.text
     if not isinstance(value, int | float | Decimal | TIMES):
-        raise column_error(column, f"must be text or a number, not {type(value).__name__}")
+        raise column_error(column, f"must be text or a number, not {_kind(value)}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value)
+
+
+def _kind(value: Any) -> str:
+    return "float" if isinstance(value, float) else type(value).__name__
 
 
 def column_error(column: str, problem: str) -> ValueError:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from lopt.architectures import check_positions
+from lopt.models.router_logits import without_router_logits
 
 
 @torch.no_grad()
@@ -35,9 +36,11 @@ def complete(
     tokenizer.padding_side = "left"  # every completion follows its prompt directly
     texts: list[str] = []
     batches = [prompts[at : at + batch_size] for at in range(0, len(prompts), batch_size)]
-    with tqdm(
-        total=len(batches) * max_new_tokens, desc=progress, unit="token", disable=progress is None
-    ) as bar:
+    total = len(batches) * max_new_tokens
+    with (
+        without_router_logits(model),
+        tqdm(total=total, desc=progress, unit="token", disable=progress is None) as bar,
+    ):
         for done, batch in enumerate(batches, start=1):
             inputs = tokenizer(list(batch), return_tensors="pt", padding=True).to(model.device)
             output = generate(

@@ -31,6 +31,7 @@ from lopt.evaluation.tasks import (
     random_state_kept,
 )
 from lopt.instruments.memory import HOST, free_memory
+from lopt.models.router_logits import without_router_logits
 
 try:
     from lm_eval import evaluator
@@ -121,7 +122,7 @@ def run_task(
     """Evaluate a model on one task of `load_tasks`; arguments and errors as for `evaluate`."""
     name = task.config.task
     steady = steady_languages() if name.startswith("ifeval") else contextlib.nullcontext()
-    with _modes_kept(model), _seeded(seed), steady, quiet_harness(), _output(progress):
+    with _state_kept(model, seed), steady, quiet_harness(), _output(progress):
         task.set_fewshot_seed(DEFAULT_OTHER_SEED if seed is None else seed)
         lm = _LiveModel(model, copy.deepcopy(tokenizer), batch_size)
         try:
@@ -221,6 +222,13 @@ class _LiveModel(HFLM):
         if cut := sum(length > most for length in lengths):
             self.cut = {"prompts": len(lengths), "cut": cut, "tokens": most}
         return max(lengths)
+
+
+@contextlib.contextmanager
+def _state_kept(model: PreTrainedModel, seed: int | None) -> Iterator[None]:
+    """Evaluate inside, with the harness's seeds; leave model and random state as they were."""
+    with _modes_kept(model), without_router_logits(model), _seeded(seed):
+        yield
 
 
 @contextlib.contextmanager

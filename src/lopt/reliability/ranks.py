@@ -45,6 +45,15 @@ def together(work: Callable[[], T]) -> T:
     except BaseException as error:
         store.set(f"{name}/failed", str(error) or repr(error))
         raise
+    try:
+        _wait(store, name, ranks)
+    except RuntimeError as error:  # the store was in another process
+        raise RankError(f"another rank has ended ({str(error).splitlines()[0]})") from error
+    return found
+
+
+def _wait(store: Any, name: str, ranks: int) -> None:
+    """Note that this rank is done, and ask until all are, or one has failed."""
     store.add(f"{name}/done", 1)
     pause = 0.005
     while store.add(f"{name}/done", 0) < ranks:
@@ -52,7 +61,6 @@ def together(work: Callable[[], T]) -> T:
             raise RankError(store.get(f"{name}/failed").decode())
         time.sleep(pause)
         pause = min(1.2 * pause, LONGEST_PAUSE)
-    return found
 
 
 def on_first_rank(args: Any, function: Callable[[], str | None]) -> str | None:
@@ -61,7 +69,8 @@ def on_first_rank(args: Any, function: Callable[[], str | None]) -> str | None:
     Raises:
         RankError: what it raises there, on the others.
     """
-    found = [together(lambda: function() if args.process_index == 0 else None)]
+    first = args.process_index == 0  # sets up the process group, if that was not done
+    found = [together(lambda: function() if first else None)]
     if args.world_size > 1:
         broadcast_object_list(found)
     return found[0]

@@ -182,6 +182,9 @@ class Checkpoints:
         optimizer = trainer.bare_optimizer()
         if optimizer is not None and not trainer.args.save_only_model:
             tensors += [t for state in optimizer.state.values() for t in state.values()]
+            plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+            if plugin is not None and "FULL" in str(plugin.state_dict_type):
+                tensors += trainer.model.parameters()  # once as a model, once for itself
         return sum(_whole_bytes(t) for t in tensors if isinstance(t, Tensor))
 
     @contextmanager
