@@ -40,14 +40,16 @@ def library() -> str:
     return "\n".join(path.read_text("utf-8") for path in paths)
 
 
-def overrides() -> Iterator[tuple[type, str, FunctionType]]:
+def overrides() -> Iterator[tuple[FunctionType, FunctionType]]:
+    """Methods of LoPT's trainers with those of the library that they stand in front of."""
     for cls in (LoPTSFTTrainer, LoPTDPOTrainer, LoPTGRPOTrainer):
         ours = [base for base in cls.__mro__ if base.__module__.startswith("lopt.")]
         theirs = [base for base in cls.__mro__ if base.__module__.startswith(("trl.", "transformers."))]
         for base in ours:
             for name, found in vars(base).items():
-                if isinstance(found, FunctionType) and any(name in vars(other) for other in theirs):
-                    yield base, name, found
+                for original in (vars(other).get(name) for other in theirs):
+                    if isinstance(found, FunctionType) and isinstance(original, FunctionType):
+                        yield found, original
 
 
 def test_every_field_is_read_or_spoken_for() -> None:
@@ -62,8 +64,9 @@ def test_every_field_is_read_or_spoken_for() -> None:
 
 def test_no_override_forgets_the_original() -> None:
     """A method that replaces the library's would drop every flag which that reads."""
-    for cls, name, method in overrides():
-        assert "super(" in inspect.getsource(method), f"{cls.__name__}.{name}"
+    for method, original in overrides():
+        reads = "args." in inspect.getsource(original)
+        assert not reads or "super(" in inspect.getsource(method), method.__qualname__
 
 
 def test_rules_name_fields_that_exist() -> None:
