@@ -20,10 +20,11 @@ from lopt.cli.record import record_of
 from lopt.cli.report_flags import CompareArguments
 from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
+from lopt.cli.training import load
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.compare.arms import Arm, parse_arms
 from lopt.evaluation.texts import read_texts
-from lopt.models.load import load_model, resolve_model
+from lopt.models.load import resolve_model
 from lopt.reliability.provenance import fingerprint
 from lopt.reliability.record import RUN_JSON, RUN_YAML
 from lopt.reliability.secrets import redacted
@@ -146,13 +147,7 @@ def _setup(
 
     held_out = itertools.islice(rows.held_out, DRIFT_ROWS)
     return Setup(
-        load=lambda: load_model(
-            str(model_args.model_name_or_path),
-            dtype=model_args.param_dtype,
-            revision=model_args.model_revision,
-            attn_implementation=model_args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-        ),
+        load=lambda: load(model_args, args),
         args=args,
         train=rows.train,
         held_out=rows.held_out,

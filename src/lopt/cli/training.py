@@ -57,15 +57,20 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConf
     return checkpoint
 
 
-def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
-    """Load the model and print how it is cut."""
-    model = load_model(
+def load(model_args: ModelArguments, args: Any) -> PreTrainedModel:
+    """Load the model that the flags name, as they say."""
+    return load_model(
         str(model_args.model_name_or_path),
         dtype=model_args.param_dtype,
         revision=model_args.model_revision,
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
     )
+
+
+def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
+    """Load the model and print how it is cut."""
+    model = load(model_args, args)
     blocks = Blocks(model, config)
     if args.process_index == 0:
         parts = [f"block {b.index + 1} (layers {b.start}-{b.stop - 1})" for b in blocks]
