@@ -111,6 +111,9 @@ NAMES: dict[str, str] = {
 
 OVERRIDES: dict[str, str] = {
     # -- transformers ----------------------------------------------------------------------------------------
+    "transformers:Trainer._has_mixed_mesh_grads": (
+        "Gradients are clipped by block also where they lie on several device meshes."
+    ),
     "transformers:Trainer._get_output_dir": "Checkpoints are written in a folder beside their place first.",
     "transformers:Trainer._load_optimizer_and_scheduler": (
         "Heads and rollouts are resumed as well; optimizer state never passes through the GPU as a whole."

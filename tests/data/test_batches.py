@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset
 
 from conftest import batch_of
-from lopt.data.batches import describe_rows, padded_tokens, real_tokens, row_numbers, width
+from lopt.data.batches import count_tokens, describe_rows, padded_tokens, row_numbers, width
 from small_model import byte_tokenizer
+
+
+def count(batch: Any) -> int | None:
+    """The real tokens of a batch."""
+    counts = count_tokens([batch, batch], torch.device("cpu"))
+    assert counts is None or counts[0] == counts[1]
+    return None if counts is None else int(counts[0])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_rows_without_a_label_do_not_count_as_real(side: str) -> None:
     batch = batch_of([9, 5, 2], side)
-    assert (real_tokens(batch), padded_tokens(batch), width(batch)) == (16, 27, 9)
+    assert (count(batch), padded_tokens(batch), width(batch)) == (16, 27, 9)
     batch["labels"][1] = -100
-    assert real_tokens(batch) == 11
+    assert count(batch) == 11
     del batch["labels"]
-    assert real_tokens(batch) == 16
+    assert count(batch) == 16
     del batch["attention_mask"]
-    assert real_tokens(batch) == 27
+    assert count(batch) == 27
 
 
 def test_batches_without_token_rows() -> None:
     rollouts = {"prompt_ids": torch.zeros(2, 3), "completion_ids": torch.zeros(2, 4)}
-    assert (real_tokens(rollouts), padded_tokens(rollouts), width(rollouts)) == (None, 0, 7)
+    assert (count(rollouts), padded_tokens(rollouts), width(rollouts)) == (None, 0, 7)
     for other in ([{"prompt": "text"}], {}):
-        assert (real_tokens(other), padded_tokens(other), width(other)) == (None, 0, None)
+        assert (count(other), padded_tokens(other), width(other)) == (None, 0, None)
         assert describe_rows(None, None, [other]) == ""
 
 

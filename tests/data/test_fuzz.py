@@ -78,7 +78,16 @@ values = st.recursive(
     max_leaves=6,
 )
 roles = st.sampled_from(["system", "user", "assistant", "tool", "human", ""]) | values
-turns = st.fixed_dictionaries({}, optional={"role": roles, "content": texts | values, "name": values})
+turns = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": roles,
+        "content": texts | values,
+        "name": values,
+        "tool_calls": values,
+        "weight": values,
+    },
+)
 cells = values | st.lists(turns, max_size=4) | st.sampled_from(["a", "", " ", "#### 4", "\\boxed{1}", 7, 2.0])
 names = st.sampled_from(sorted({name for fmt in FORMATS for name in (*fmt.columns, *fmt.optional)}))
 
@@ -91,7 +100,7 @@ def test_any_row_becomes_an_example_or_a_sentence(fmt: Format, row: dict, chat: 
     made = result_of(Examples(fmt, template, Notes(), (), keep_messages=False, rendered=False), row)
     for side in (made or {}).values():
         written = [side] if isinstance(side, str) else [turn["content"] for turn in side]
-        assert written and all(isinstance(text, str) for text in written)
+        assert written and all(text is None or isinstance(text, str) for text in written)
         assert isinstance(side, list) == (chat and fmt.kind != "text")
 
 
@@ -134,6 +143,7 @@ def test_any_file_is_rows_or_a_sentence(content: bytes, suffix: str, stream: boo
     if not stream:
         for task in ("gsm8k", "numinamath", None):
             result_of(question_rows, rows, PLAIN, task)
+        result_of(question_rows, rows, CHATTY, None)
 
 
 @fuzz(cost=20)

@@ -41,6 +41,7 @@ def launch(folder: Path, ranks: int, mode: str) -> None:
         env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-6000:]
+    assert "find_unused_parameters" not in result.stderr, "DDP searched for unused parameters in vain"
 
 
 @pytest.fixture(scope="module")

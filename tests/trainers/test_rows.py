@@ -111,6 +111,19 @@ def test_calls_and_tools_reach_the_template_as_in_trl(tmp_path, assistant_only, 
         assert made["input_ids"] == render(messages, tokenize=True, **options)["input_ids"]
 
 
+def test_parquet_has_keys_that_a_row_does_not_have(tmp_path: Path) -> None:
+    """Arrow has one set of keys for all rows, and fills up with None."""
+    rows = [
+        {"messages": [user("a"), call("at", {"x": 1}, content="so")], "tools": [tool("at")]},
+        {"messages": [user("b"), call("by", {"y": "z"}, content="so", id="7")], "tools": None},
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    tokenizer = tokenizer_with("qwen3")
+    made = format_rows(load_rows(tmp_path / "rows.parquet", choose=needed_columns), tokenizer)
+    for row, one in zip(rows, made, strict=True):
+        assert [*one["prompt"], *one["completion"]] == row["messages"] and one["tools"] == row["tools"]
+
+
 def test_labels_are_trls_own(tmp_path: Path) -> None:
     """What TRL's trainer makes of the same rows, which have types that Arrow can hold."""
     rows = [{"messages": [user("a"), said("b"), user(f"c{i}"), said("d" * i)]} for i in range(1, 4)]

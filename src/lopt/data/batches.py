@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
+from torch import Tensor
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -14,13 +16,23 @@ IGNORED = -100
 _SHOWN = 60  # characters of a row's text in a message
 
 
-def real_tokens(batch: Any) -> int | None:
-    """Return the number of real tokens in the rows that have a label; None if the batch has no token rows."""
+def count_tokens(batches: Iterable[Any], device: torch.device) -> Tensor | None:
+    """Return the real tokens of each batch, (M,) on `device`, of rows that have a label. Waits for nothing.
+
+    None if there is no batch, or one without token rows.
+    """
+    counts = [_real_tokens(batch) for batch in batches]
+    known = [torch.as_tensor(count, device=device) for count in counts if count is not None]
+    return torch.stack(known) if known and len(known) == len(counts) else None
+
+
+def _real_tokens(batch: Any) -> Tensor | int | None:
     if not isinstance(batch, Mapping):
         return None
     if "attention_mask" in batch:
         mask, labels = batch["attention_mask"], batch.get("labels")
-        return int((mask if labels is None else mask[(labels != IGNORED).any(-1)]).sum())
+        counted = mask if labels is None else mask * (labels != IGNORED).any(-1, keepdim=True)
+        return counted.sum()
     return batch["input_ids"].numel() if "input_ids" in batch else None
 
 

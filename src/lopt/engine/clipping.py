@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,13 @@ def clip_block(lopt: LoPT, index: int, max_norm: float = math.inf) -> Tensor:
 
 
 def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters with a gradient, whole and sharded ones apart: one operation cannot take both."""
-    learning = [p for p in parameters if p.grad is not None]
-    whole = [p for p in learning if not isinstance(p.grad, DTensor)]
-    sharded = [p for p in learning if isinstance(p.grad, DTensor)]
-    return [kind for kind in (whole, sharded) if kind]
+    """Parameters with a gradient: whole ones, then those of each mesh; one operation takes one of these."""
+    kinds: dict[Any, list[nn.Parameter]] = {None: []}
+    for p in parameters:
+        if p.grad is not None:
+            mesh = p.grad.device_mesh if isinstance(p.grad, DTensor) else None
+            kinds.setdefault(mesh, []).append(p)
+    return [kind for kind in kinds.values() if kind]
 
 
 def _norm(kinds: list[list[nn.Parameter]], device: torch.device) -> Tensor:

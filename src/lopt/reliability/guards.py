@@ -3,7 +3,8 @@
 Numbers that are not finite, local losses that diverge and boundaries that collapse
 (`lopt.reliability.divergence`), memory that is full and data-loader workers that die
 (`lopt.reliability.machine_errors`): each is reported with block, batch and the newest whole checkpoint.
-Guarding costs no synchronization of its own: the numbers are those that are logged.
+Guarding waits for the device once per optimizer step, for the numbers that are logged, whatever the number of
+micro-batches (`lopt.reliability.step_values`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lopt.reliability.machine_errors import (
     worker_error,
 )
 from lopt.reliability.saving import NOTE
-from lopt.reliability.stop import requested
+from lopt.reliability.step_values import Key, MicroBatch, StepValues
 
 if TYPE_CHECKING:
     from lopt.reliability.advice import Attempt
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 MONITOR = "watch"
 """Key of the divergence monitor's state in a checkpoint's note."""
+_LOCAL, _TASK = "the local loss", "the loss"
 _PHASES = {
     "start": "setting up",
     "data": "loading data",
@@ -92,10 +94,11 @@ class Guard:
             check_weights(self._trainer.model)
 
     def _forget_step(self) -> None:
-        # By block: share and local loss of each micro-batch; by block and name: numbers at the boundaries, on
-        # the device until they are logged, and as they were logged.
+        self._step = StepValues()
+        self._at_boundary: dict[Key, Tensor] = {}  # in the micro-batch at work
+        self._measured: set[int] = set()  # blocks that have been measured at in this step
+        # By block: share and local loss of each micro-batch; numbers at its boundary by name.
         self._losses: dict[int, list[tuple[float, float]]] = {}
-        self._at_boundary: dict[tuple[int, str], Tensor] = {}
         self._boundaries: dict[int, dict[str, float]] = {}
 
     @contextmanager
@@ -127,47 +130,52 @@ class Guard:
                 "Lower `head_warmup_lr`, or leave the warm-up out with `head_warmup_steps` 0"
             )
 
-    def log_losses(self, local: dict[int, Tensor], loss: Tensor | None = None, inputs: Any = None) -> None:
-        """Log the local losses of a micro-batch, and stop if they or the task loss are not finite.
-
-        They are means over ranks by their shares, so that all ranks see the same and stop together. Whether
-        any rank was asked to stop, and what was measured at the boundaries, is reduced with them.
+    def note_losses(self, local: dict[int, Tensor], loss: Tensor | None = None, inputs: Any = None) -> None:
+        """Keep the losses of a micro-batch and what was measured at the boundaries, until `look`.
 
         Args:
             local: local losses by block, from 0.
             loss: the task loss, if the micro-batch has been through the last block.
-            inputs: the micro-batch, for the message.
+            inputs: the micro-batch, for messages.
+        """
+        trainer = self._trainer
+        own: dict[Key, Tensor] = {(_LOCAL, block): value for block, value in local.items()}
+        if loss is not None:
+            own[_TASK, len(trainer.lopt.blocks) - 1] = loss
+        at_boundary, self._at_boundary = self._at_boundary, {}
+        self._step.add(MicroBatch(trainer.micro_batch, trainer.share, own | at_boundary, inputs))
+
+    def look(self) -> None:
+        """Log what was kept, and stop if a loss is not finite; once before each optimizer step.
+
+        Values are means over ranks by their shares, so that all ranks see the same and stop together.
 
         Raises:
             NonFiniteError: one of them is not finite.
         """
         trainer = self._trainer
-        named = {f"the local loss of block {block + 1}": value for block, value in local.items()}
-        if loss is not None:
-            named["the loss"] = loss
-        at_boundary, self._at_boundary = self._at_boundary, {}
-        own = torch.stack([value.float() for value in [*named.values(), *at_boundary.values()]])
-        stopping = requested() is not None
-        if trainer.args.world_size > 1:
-            parts = torch.cat([own * trainer.share, own.new_tensor([trainer.share, float(stopping)])])
-            *sums, share, count = trainer.accelerator.reduce(parts, "sum").tolist()
-            values, stopping = [value / share for value in sums], count > 0
-        else:
-            values, share = own.tolist(), trainer.share
-        trainer.stops.note_request(stopping)
-        if bad := _non_finite(named, values):
-            finite_here = bool(own[: len(named)].isfinite().all())
-            raise NonFiniteError(self._step_message(bad, [inputs], finite_here))
-        for block, value in zip(local, values, strict=False):
-            trainer.average(f"local_loss/block_{block + 1}", value)
-            self._losses.setdefault(block, []).append((share, value))
-        for (block, name), value in zip(at_boundary, values[len(named) :], strict=True):
-            if name == "unexplained":  # the variance until now
-                value = self._losses[block][-1][1] / max(value, 1e-30)
-            self._boundaries[block][name] = value
-            trainer.average(f"{name}/block_{block + 1}", value)
+        for batch in self._step.take(trainer.accelerator):
+            losses = [key for key in batch.own if key[0] in (_LOCAL, _TASK)]
+            named = [f"{kind} of block {block + 1}" if kind == _LOCAL else kind for kind, block in losses]
+            if bad := _non_finite(named, [batch.values[key] for key in losses]):
+                here = all(batch.is_finite_here(key) for key in losses)
+                raise NonFiniteError(self._step_message(bad, [batch.inputs], batch.number, here))
+            for (kind, block), value in batch.values.items():
+                self._log_value(kind, block, value, batch.share)
 
-    def _step_message(self, what: str, batches: list[Any], finite_here: bool = False) -> str:
+    def _log_value(self, kind: str, block: int, value: float, share: float) -> None:
+        if kind == _LOCAL:
+            self._losses.setdefault(block, []).append((share, value))
+            self._trainer.average(f"local_loss/block_{block + 1}", value)
+        elif kind != _TASK:
+            if kind == "unexplained":  # the variance until now
+                value = self._losses[block][-1][1] / max(value, 1e-30)
+            self._boundaries.setdefault(block, {})[kind] = value
+            self._trainer.average(f"{kind}/block_{block + 1}", value)
+
+    def _step_message(
+        self, what: str, batches: list[Any], number: int | None = None, finite_here: bool = False
+    ) -> str:
         """Return the step, the batch and its rows, what is not finite, what has been stepped, what to do.
 
         With several ranks the rows are those of the ranks whose numbers they are.
@@ -182,7 +190,7 @@ class Guard:
                 f"rank {rank}: {own}".removesuffix(": ") for rank, own in enumerate(found) if own is not None
             )
         count = trainer.current_gradient_accumulation_steps
-        batch = f"batch {trainer.micro_batch} of {count}" if len(batches) == 1 else f"batches 1 to {count}"
+        batch = f"batch {number or 1} of {count}" if len(batches) == 1 else f"batches 1 to {count}"
         text = f"step {trainer.state.global_step + 1}, {batch}: {what}"
         if rows:
             text += f" ({rows})"
@@ -228,12 +236,12 @@ class Guard:
         self._trainer.lopt.on_boundary = self._measure if due else None
 
     def _measure(self, block: int, hidden: Tensor, target: Tensor, mask: Tensor | None) -> None:
-        """Measure at a boundary in the first micro-batch of a step; `log_losses` brings the numbers over."""
-        if block not in self._boundaries:
-            self._boundaries[block] = {}
-            self._at_boundary[block, "spread"] = token_spread(hidden, mask)
+        """Measure at a boundary in the first micro-batch of a step."""
+        if block not in self._measured:
+            self._measured.add(block)
+            self._at_boundary["spread", block] = token_spread(hidden, mask)
             if self._trainer.lopt.config.aux_loss == "recon":
-                self._at_boundary[block, "unexplained"] = token_variance(target, mask)
+                self._at_boundary["unexplained", block] = token_variance(target, mask)
 
     def end_step(self) -> None:
         """End an optimizer step: warn, or stop, if a block has diverged.

@@ -1,5 +1,7 @@
 """A trainer that can be stopped within a micro-batch, and goes on bit for bit as if it had not been.
 
+Several processes stop together, before the next optimizer step.
+
 A stop drops the gradients of an unfinished optimizer step: the checkpoint is that of the last finished step,
 with the random state in which the next one began, so that a resumed run replays the dropped micro-batches. In
 the block-major schedule a step whose first block has been stepped is finished. A stop in the evaluation after
@@ -80,7 +82,6 @@ class Stops:
         """Begin a run, new or from `checkpoint`."""
         self.began, self.partly_stepped = False, False
         self._first_step = 0
-        self._reason: str | None = None  # of a stop that all ranks know of
         self._following: str | None = None  # what is being followed by logs and evaluation: "step" or "epoch"
         self._left: str | None = left_to_do(checkpoint)  # the same, of the run that wrote `checkpoint`
         self._left_to_save: str | None = None  # the same, for the checkpoint that a stop writes
@@ -131,18 +132,17 @@ class Stops:
         if reason is not None:
             raise Stopped(reason)
 
-    def note_request(self, asked: bool) -> None:
-        """Take over what all ranks know after a micro-batch: whether any of them was asked to stop."""
-        self._reason = (requested() or "a signal to another rank") if asked else None
+    def obey_within_step(self) -> None:
+        """Stop here if this process is the only one and the optimizer step can be dropped.
 
-    def obey_noted(self) -> None:
-        """Stop here if a stop was noted and the optimizer step can be dropped.
+        Several ranks agree before the next optimizer step (`fetch`): to agree after every micro-batch, each
+        would have to wait for its device.
 
         Raises:
-            Stopped: it was.
+            Stopped: a stop was asked for.
         """
-        if self._reason is not None and not self.partly_stepped:
-            raise Stopped(self._reason)
+        if self._trainer.args.world_size == 1 and not self.partly_stepped:
+            self.obey()
 
     def before_forward(self, *_: Any) -> None:
         """Obey before a forward without gradients (a hook), where one rank need not ask others."""
@@ -151,11 +151,11 @@ class Stops:
             self.obey()
 
     def fetch(self, get: Callable[[], Any]) -> Any:
-        """Return the micro-batches that `get` fetches; a stop of a single process does not wait for them."""
+        """Return the micro-batches that `get` fetches; obey before, a single process also while it waits."""
         self._following = None
         if not self._first_of_epoch:
             self._state = RunState.of(self._trainer)
-        self.obey_noted()
+        self.obey()
         if self._trainer.args.world_size == 1:
             with at_once():
                 found = get()

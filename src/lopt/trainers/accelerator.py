@@ -1,10 +1,43 @@
-"""What a LoPT trainer changes in its accelerator: clipping by block, and where offloaded weights are."""
+"""What a LoPT trainer changes in accelerate: clipping, where offloaded weights are, what DDP searches for."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+from torch import nn
+
+from lopt.architectures import base_model, find_decoder
 from lopt.trainers.optimizer import clip
+
+# What a config calls experts, layers that are skipped at random, and layers that use others' keys and values.
+_LEFT_OUT = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    *("layerdrop", "num_kv_shared_layers"),
+)
+
+
+def find_unused_if_needed(args: Any, model: nn.Module) -> None:
+    """Let DDP search for parameters without a gradient only where a forward may leave some out.
+
+    By default transformers has it search in every step, which costs a walk through the graph, and DDP warn
+    that there are none.
+    """
+    if args.ddp_find_unused_parameters is None and dist.is_initialized() and _uses_all(model):
+        args.ddp_find_unused_parameters = False
+
+
+def _uses_all(model: nn.Module) -> bool:
+    """Return True if every forward uses every parameter, as in a dense model of text alone."""
+    base = base_model(model)
+    config: Any = base.config.get_text_config()
+    if any(getattr(config, name, None) for name in _LEFT_OUT):
+        return False
+    found: Any = find_decoder(base)
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    parts = [*found.front, *found.layers, *found.tail, *ends]
+    used = {id(p) for part in parts for p in part.parameters()}
+    return all(id(p) in used for p in model.parameters() if p.requires_grad)
 
 
 def adapt_accelerator(trainer: Any) -> None:

@@ -116,13 +116,14 @@ class BlockMajorSteps:
 
         loss = self._schedule.run_early(block, slot, forward)
         if loss is not None:
-            trainer.guard.log_losses({block.index: loss}, inputs=prepared.inputs)
-        trainer.stops.obey_noted()
+            trainer.guard.note_losses({block.index: loss}, inputs=prepared.inputs)
+        trainer.stops.obey_within_step()
 
     def _step(self, block: Block) -> None:
         trainer = self._trainer
         if trainer.reduction is not None:
             trainer.reduction.wait()
+        trainer.guard.look()
         norm = clip_block(trainer.lopt, block.index, trainer.args.max_grad_norm or math.inf)
         self.norms.append(norm)
         trainer.guard.check_norms(torch.stack(self.norms))

@@ -41,6 +41,13 @@ class _Defaults(TrainingArguments):
         default=None,
         metadata={"help": "Mixed precision in bfloat16. Default: where the GPU supports it."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave losses that are not finite out of the log. A run stops at such a loss, and the "
+            "filter would wait for the GPU after every micro-batch."
+        },
+    )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "How many checkpoints to keep; the oldest go first."}
     )

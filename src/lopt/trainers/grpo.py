@@ -26,8 +26,9 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     """`trl.GRPOTrainer` with one argument more, `lopt_config`."""
 
     _buffered_inputs: Any  # TRL's: the micro-batches of the current generation batch
-    _generated: Any = None
-    _generated_tokens: Tensor
+    _counted: Any = None  # the generation batch whose micro-batches these are the real tokens of:
+    _own_tokens: list[int]  # on this rank
+    _all_tokens: list[int]  # on all ranks
     _step: int  # TRL's: micro-batches so far
     num_iterations: int
     use_vllm: bool
@@ -45,19 +46,12 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         spans several generation batches (`steps_per_generation` below the accumulation), each counts
         by its number of micro-batches: the tokens of a later one are not known yet.
         """
-        if self._buffered_inputs is not self._generated:
-            self._generated = self._buffered_inputs
-            counts = [self.real_tokens(batch) for batch in self._generated]
-            self._generated_tokens = self.accelerator.reduce(
-                torch.tensor(counts, device=self.args.device), "sum"
-            )
         count = self.current_gradient_accumulation_steps
         here = self._step % self.args.steps_per_generation
         first = here - (self.micro_batch - 1)
-        start, stop = max(first, 0), min(first + count, len(self._generated))
-        total = int(self._generated_tokens[start:stop].sum())
+        start, stop = max(first, 0), min(first + count, len(self._all_tokens))
         assert tokens is not None
-        return tokens / total * (stop - start) / count * self.args.world_size
+        return tokens / sum(self._all_tokens[start:stop]) * (stop - start) / count * self.args.world_size
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if self.offload is not None and self.offload.weights is not None:
@@ -110,8 +104,14 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         return f"rollouts_{self.args.process_index}.pt"
 
     def real_tokens(self, inputs: Any) -> int | None:
-        """Return the number of real tokens of prompts and completions."""
-        return int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
+        """Return the real tokens of a micro-batch; those of a generation batch are counted at once."""
+        if self._counted is not self._buffered_inputs:
+            self._counted = self._buffered_inputs
+            masks = [(batch["prompt_mask"], batch["completion_mask"]) for batch in self._counted]
+            own = torch.stack([prompt.sum() + completion.sum() for prompt, completion in masks])
+            every = self.accelerator.reduce(own, "sum")
+            self._own_tokens, self._all_tokens = torch.stack([own, every]).tolist()
+        return self._own_tokens[self._step % self.args.steps_per_generation]
 
     def head_warm_up_batches(self) -> Iterable[Mapping[str, Any]]:
         """Return prompts of the training rows, 8 or more a batch, the same on all ranks."""

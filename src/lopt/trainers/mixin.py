@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from lopt.compat import labelled_positions_only
 from lopt.core.attach import LoPT, attach
 from lopt.core.config import LoPTConfig
-from lopt.data.batches import padded_tokens, real_tokens
+from lopt.data.batches import padded_tokens
 from lopt.engine.offload import Offload
 from lopt.engine.reduction import GradientReduction
 from lopt.reliability.guards import Guard
@@ -42,7 +42,7 @@ from lopt.reliability.ranks import together
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
-from lopt.trainers.accelerator import adapt_accelerator
+from lopt.trainers.accelerator import adapt_accelerator, find_unused_if_needed
 from lopt.trainers.block_major import BlockMajorSteps
 from lopt.trainers.checks import check_before, check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
@@ -52,6 +52,7 @@ from lopt.trainers.optimizer_state import load_optimizer, save_optimizer
 from lopt.trainers.packing import check_packing
 from lopt.trainers.positions import check_rows
 from lopt.trainers.throughput import Throughput
+from lopt.trainers.tokens import StepTokens
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from transformers import Trainer
@@ -67,7 +68,7 @@ class LoPTMixin(Trainer):
         throughput: speed and peak memory.
         batches: the micro-batches of the current optimizer step.
         micro_batch: number of the current micro-batch in its optimizer step, from 1.
-        share: the part of the optimizer step that it counts for (`loss_share`).
+        share: the part of the optimizer step that it counts for (`loss_share`), by its `tokens`.
         reduction: averages gradients over ranks; None without a launcher.
         block_major: the block-major schedule; None in the eager one.
         offload: moves weights or optimizer state between host memory and the device; None if nothing moves.
@@ -110,7 +111,8 @@ class LoPTMixin(Trainer):
         self.batches: list[Any] = []
         self.micro_batch = 0
         self.share = 1.0
-        self._step_tokens = 0
+        self.tokens = StepTokens(self)
+        self._scale = 1.0  # the gradient scaler's in the current optimizer step
         self._averages: defaultdict[str, list[float]] = defaultdict(list)
         self.throughput = Throughput(self.args.device)
         self.head_warmup_history: list[list[float]] = []
@@ -175,7 +177,8 @@ class LoPTMixin(Trainer):
         if self.model.training:
             if "loss" in logs and "learning_rate" in logs:
                 figures = self.throughput.report()
-                figures["tokens_per_second"] = self._sum(figures["tokens_per_second"])
+                speed = torch.tensor(figures["tokens_per_second"], device=self.args.device)
+                figures["tokens_per_second"] = self.accelerator.reduce(speed, "sum").item()
                 logs.update(figures)
                 if self.lopt.heads and self.args.learning_rate:
                     early = self.lopt.config.early_learning_rate(self.args.learning_rate)
@@ -187,12 +190,6 @@ class LoPTMixin(Trainer):
     def average(self, name: str, value: float) -> None:
         """Average `value` into the next training log."""
         self._averages[name].append(value)
-
-    def _sum(self, value: float) -> float:
-        """Return the sum over ranks."""
-        if self.args.world_size == 1:
-            return value
-        return self.accelerator.reduce(torch.tensor(value, device=self.args.device), "sum").item()
 
     # -- optimizer -----------------------------------------------------------------------------------
 
@@ -214,21 +211,20 @@ class LoPTMixin(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, which clips as the blocks need it and leaves offloaded weights in place."""
+        find_unused_if_needed(self.args, self.model)
         super().create_accelerator_and_postprocess()
         adapt_accelerator(self)
 
     # -- one optimizer step --------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """Return all micro-batches of one optimizer step; count their real tokens on all ranks."""
+        """Return the micro-batches of one optimizer step; count their real tokens, all in one look."""
         get = super().get_batch_samples
         self.guard.phase = "data"
         batches, items = self.stops.fetch(lambda: get(*args, **kwargs))
         if self.drop_repeated_rows(batches):
             batches, items = get(iter(batches), len(batches), self.args.device)
-        tokens = [real_tokens(batch) for batch in batches]
-        if None not in tokens:
-            self._step_tokens = int(self._sum(sum(t for t in tokens if t is not None)))
+        self.tokens.count(batches)
         self.micro_batch, self.batches = 0, batches
         if self.block_major is not None:
             self.block_major.begin_step()
@@ -237,24 +233,22 @@ class LoPTMixin(Trainer):
     def drop_repeated_rows(self, batches: list[Any]) -> bool:
         """Remove rows that only fill up the last batch of an epoch; return whether there were any.
 
-        Several ranks need batches of one size, so the data loader repeats rows at the end of an epoch. A
-        trainer whose loss is a mean over tokens can leave them out (`LoPTSFTTrainer`).
+        Several ranks need batches of one size. A trainer whose loss is a mean over tokens can leave such rows
+        out (`LoPTSFTTrainer`).
         """
         return False
 
     def loss_share(self, tokens: int | None) -> float:
         """Return the share of the optimizer step's mean of a micro-batch of `tokens` tokens, times the ranks.
 
-        It counts by tokens, as in the task loss: λ does not grow with accumulation, and one batch of 4 is
-        four of 1. Gradients are averaged over ranks afterwards, hence the factor.
+        By tokens, as in the task loss: λ does not grow with accumulation, and one batch of 4 is four of 1.
+        Gradients are averaged over ranks afterwards, hence the factor.
         """
-        if tokens is None or not self._step_tokens:
-            return 1 / self.current_gradient_accumulation_steps
-        return tokens / self._step_tokens * self.args.world_size
+        return self.tokens.share(tokens)
 
     def real_tokens(self, inputs: Any) -> int | None:
-        """Return the number of real tokens of a prepared micro-batch; None if it has no token rows."""
-        return real_tokens(inputs)
+        """Return the number of real tokens of the current micro-batch; None if it has no token rows."""
+        return self.tokens.current()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run the forward with the local backwards inside, then the task backward of the last block."""
@@ -266,8 +260,10 @@ class LoPTMixin(Trainer):
         if self.reduction is not None:
             self.reduction.wait()
         local = dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False))
-        self.guard.log_losses(local, loss, inputs)
-        self.stops.obey_noted()
+        self.guard.note_losses(local, loss, inputs)
+        if self._is_last_micro_batch():
+            self.guard.look()
+        self.stops.obey_within_step()
         return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -277,10 +273,11 @@ class LoPTMixin(Trainer):
                 return prepared
         inputs = super()._prepare_inputs(inputs)
         if self.model.training:
-            scaler = self.accelerator.scaler
+            if self.accelerator.scaler is not None and self.micro_batch == 1:
+                self._scale = self.accelerator.scaler.get_scale()
             tokens = self.real_tokens(inputs)
             self.share = self.loss_share(tokens)
-            self.lopt.loss_scale = self.share * (scaler.get_scale() if scaler is not None else 1.0)
+            self.lopt.loss_scale = self.share * self._scale
             self.throughput.count(tokens or 0)
         return inputs
 
@@ -290,6 +287,9 @@ class LoPTMixin(Trainer):
         on_cpu = self.args.device.type == "cpu"
         with stage, labelled_positions_only() if on_cpu else nullcontext():
             return super().compute_loss(model, *args, **kwargs)
+
+    def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
+        return False  # or Trainer would clip by itself, and not by blocks
 
     def _is_last_micro_batch(self) -> bool:
         if self.block_major is not None and self.lopt.active_block is not None:
@@ -303,7 +303,7 @@ class LoPTMixin(Trainer):
             super()._move_model_to_device(model, device)
 
     def synchronize_weights(self) -> None:
-        """Wait until host memory holds the values of everything that is offloaded."""
+        """Wait until host memory holds all that is offloaded."""
         if self.offload is not None:
             self.offload.synchronize()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -114,9 +114,10 @@ def one_beginning(rows: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> A
         return rows
     if isinstance(rows, IterableDataset):
         return rows.map(_without_second, fn_kwargs={"bos": bos})
-    twice = sum(
-        int(values.size > 1 and values[0] == bos == values[1]) for values in _values(rows, "input_ids")
-    )
+    twice = 0
+    for values, starts, ends in _lists(rows, "input_ids"):
+        first = starts[ends - starts > 1]
+        twice += int(((values[first] == bos) & (values[first + 1] == bos)).sum())
     if not twice:
         return rows
     logger.warning(
@@ -140,7 +141,11 @@ def say_where_rows_do_not_end(
         config: The model's `generation_config`, if it has one.
     """
     stops = stop_tokens(tokenizer, config)
-    open_ended = sum(not np.isin(values[-_BEHIND:], stops).any() for values in _values(rows, "labels"))
+    open_ended = 0
+    for values, starts, ends in _lists(rows, "labels"):
+        last = ends[:, None] - np.arange(1, _BEHIND + 1)
+        ended = (last >= starts[:, None]) & np.isin(values[np.maximum(last, 0)], stops)
+        open_ended += int((~ended.any(axis=1)).sum())
     if open_ended:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(stops)))
         logger.warning(
@@ -157,8 +162,9 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
     return sorted({*listed, tokenizer.eos_token_id} - {None})
 
 
-def _values(rows: Dataset, column: str) -> Any:
-    """Yield a column of lists, each as an array."""
+def _lists(rows: Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield a column of lists in parts: the values of all its lists, and where each list starts and ends."""
     for table in rows.select_columns([column]).with_format("arrow").iter(1000):
-        for values in table[column]:
-            yield values.values.to_numpy(zero_copy_only=False)
+        for lists in table[column].chunks:
+            offsets = lists.offsets.to_numpy()
+            yield lists.values.to_numpy(zero_copy_only=False), offsets[:-1], offsets[1:]
