@@ -52,6 +52,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon": dict(head_dim=None),
     "gemma3n_text": dict(num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"] * 2),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1),
     "mamba2": dict(num_heads=8, head_dim=8, n_groups=1, state_size=16),
     "prophetnet": dict(num_hidden_layers=None, num_encoder_layers=1, num_decoder_layers=4),

@@ -32,12 +32,14 @@ class Decoder:
         layers: The layers.
         tail: What runs after the last layer: the final norm, and what follows it. A part that runs at another
             time, or never, is in neither.
+        others: Of a model that takes pictures or sound as well, what text never runs through.
     """
 
     module: nn.Module
     front: list[nn.Module]
     layers: list[nn.Module]
     tail: list[nn.Module]
+    others: list[nn.Module]
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -111,8 +113,10 @@ def find_decoder(model: PreTrainedModel, is_local: bool = False) -> Decoder:
     name, config = type(model).__name__, model.config.get_text_config()
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise ValueError(f"{name} is not a decoder-only causal LM with a head: use a ...ForCausalLM model")
-    # Some models give another module as their decoder, so others are looked at as well.
-    for decoder in (model.get_decoder(), model.base_model, *model.children()):
+    # Some models give another module as their decoder, or a causal LM, so others are looked at as well.
+    given = model.get_decoder()
+    inner = [part for part in given.children() if isinstance(part, PreTrainedModel)]
+    for decoder in (given, model.base_model, *model.children(), *inner):
         layers = _layers(decoder, config)
         if layers is not None:
             break
@@ -121,7 +125,8 @@ def find_decoder(model: PreTrainedModel, is_local: bool = False) -> Decoder:
             f"{name} keeps its layers in an unknown place. If it is a decoder-only model, add one line: "
             f"lopt.architectures.LAYERS['{config.model_type}'] = \"name of the decoder's list of layers\""
         )
-    order, inputs = _run(decoder, layers, name, is_local)
+    others = [] if config is model.config else _beside(model, decoder)
+    order, inputs = _run(model if others else decoder, decoder, layers, others, is_local)
     if is_local:
         _check_inputs(name, config, inputs)
     first, last = order.index(layers[0]), order.index(layers[-1])
@@ -134,7 +139,20 @@ def find_decoder(model: PreTrainedModel, is_local: bool = False) -> Decoder:
             tail.append((times[-1], part))
         elif (times and times[-1] < first) or weightless:
             front.append(part)
-    return Decoder(decoder, front, layers, [part for _, part in sorted(tail, key=lambda pair: pair[0])])
+    final = [part for _, part in sorted(tail, key=lambda pair: pair[0])]
+    return Decoder(decoder, front, layers, final, [part for part in others if part not in order])
+
+
+def _beside(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
+    """Return the modules around a decoder, but for the LM head."""
+    around: list[nn.Module] = []
+    module: nn.Module = model
+    while module is not decoder:
+        parts = list(module.children())
+        inner = next(part for part in parts if decoder in part.modules())
+        around += [part for part in parts if part not in (inner, model.get_output_embeddings())]
+        module = inner
+    return around
 
 
 def _layers(decoder: nn.Module, config: Any) -> list[nn.Module] | None:
@@ -156,19 +174,25 @@ def _parts(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _run(
-    decoder: nn.Module, layers: list[nn.Module], name: str, gradients: bool
+    model: nn.Module, decoder: nn.Module, layers: list[nn.Module], others: list[nn.Module], gradients: bool
 ) -> tuple[list[nn.Module], list[list[Any]]]:
-    """Return a decoder's modules in the order in which a forward calls them, and what each layer is given.
+    """Return modules in the order in which a forward calls them, and what each layer is given.
 
-    The forward is the decoder's own, on two tokens, with layers that return what they are given. So it costs
-    next to nothing, runs on the meta device as well, and changes no weight and no random state. Of the layers
-    there are no insides.
+    The forward is on two tokens, with layers that return what they are given. So it costs next to nothing,
+    runs on the meta device as well, and changes no weight and no random state.
+
+    Args:
+        model: What is run: the decoder, or the model around it.
+        decoder: Its parts are looked at.
+        layers: Its layers.
+        others: Modules that are looked at as well.
+        gradients: Whether they are enabled.
 
     Raises:
         ValueError: It fails, or does not call each layer once, in order.
     """
     watched = {module: None for part in _parts(decoder, layers) for module in part.modules()}
-    watched |= dict.fromkeys(layers)
+    watched |= dict.fromkeys([*layers, *others])
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(decoder.parameters()).device)
     # On the meta device some decoders look at a mask's values, and others, without one, at those of the ids.
     calls_with = (dict(input_ids=ids), dict(input_ids=ids, attention_mask=torch.ones_like(ids)))
@@ -179,14 +203,14 @@ def _run(
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(gradients))
             stack.enter_context(masks_by_shape(1))  # the masks' values, which no layer reads, are not on meta
-            stack.enter_context(_evaluating(decoder))
+            stack.enter_context(_evaluating(model))
             for module in watched:
                 hook = module.register_forward_pre_hook(_recorder(calls))
                 stack.callback(hook.remove)
             for layer in layers:
                 stack.enter_context(_passing_through(layer, form, inputs))
             try:
-                decoder(**given, use_cache=False)
+                model(**given, use_cache=False)
             except (
                 Exception
             ) as error:  # of any kind: it is the model's own code on an input it may not expect
@@ -196,6 +220,7 @@ def _run(
             reason = "it does not run each of its layers once, in order"
         elif len({hidden.shape for hidden, *_ in inputs}) == 1:  # or this is not what its layers return
             return calls, inputs
+    name = type(model).__name__
     raise ValueError(f"{name} is not a plain stack of layers over token ids, and cannot be cut: {reason}")
 
 
@@ -240,7 +265,7 @@ def _check_inputs(name: str, config: Any, inputs: list[list[Any]]) -> None:
         inputs: What each layer is given, its hidden state first.
     """
     reason = ""
-    if inputs[0][0].ndim != 3:
+    if inputs[0][0].shape[2:] != (config.hidden_size,):
         reason = "hand on several hidden states per token, and a local loss compares one"
     elif getattr(config, "num_kv_shared_layers", 0):
         reason = "use keys and values of earlier ones, through which gradients would cross a boundary"

@@ -65,7 +65,7 @@ def test_an_error_in_the_forward_leaves_no_state_and_no_step() -> None:
     with pytest.raises(RuntimeError, match="in the middle"):
         model(**batch)
     hook.remove()
-    assert handle._boundaries._forward is None and handle._boundaries.labels is None
+    assert handle._boundaries._forward is None and handle._boundaries.call == {}
     with pytest.raises(ValueError, match="no backward"):
         optimizer.step()
     optimizer.zero_grad()

@@ -79,6 +79,8 @@ class LoPT:
         self.local_loss = AUX_LOSSES[config.aux_loss](self.blocks.tail, base.get_output_embeddings())
         self._boundaries = Boundaries(self) if len(self.heads) else None
         self.hooks: list[RemovableHandle] = [] if self._boundaries is None else self._boundaries.hooks
+        for module in self.blocks.others:
+            module.requires_grad_(False)
         frozen = len(self.blocks) - 1 if config.method == "frozen" else config.frozen_blocks
         for block in self.blocks[:frozen]:
             for _, parameter in self.blocks.parameters(model, block.index):

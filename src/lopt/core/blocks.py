@@ -29,6 +29,7 @@ class Blocks(Sequence[Block]):
     Attributes:
         decoder: The decoder's module.
         layers: All of its layers.
+        others: What text does not run through, in a model of pictures as well; it is not trained.
         tail: The modules between the last layer and the LM head: the final norm, and what follows it.
 
     Raises:
@@ -39,7 +40,7 @@ class Blocks(Sequence[Block]):
         self._base = base_model(model)
         found = find_decoder(self._base, config.is_local)
         self.decoder, self.layers = found.module, found.layers
-        self.tail, self._front = found.tail, found.front
+        self.tail, self._front, self.others = found.tail, found.front, found.others
         spans = split(len(self.layers), config)
         self._blocks = [Block(index, start, stop) for index, (start, stop) in enumerate(spans)]
         self._check_owners(model)
@@ -64,8 +65,9 @@ class Blocks(Sequence[Block]):
     def _claims(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield (block index, module) for every module that holds parameters."""
         yield from ((len(self) - 1, module) for module in (*self.tail, self._base.get_output_embeddings()))
+        embedding = self._base.get_input_embeddings()
         # After the head, so that a matrix which they share belongs to the first block: see `_owners`.
-        yield from ((0, module) for module in (*self._front, self._base.get_input_embeddings()))
+        yield from ((0, module) for module in (*self._front, *self.others, embedding))
         yield from ((b.index, layer) for b in self for layer in self.layers[b.start : b.stop])
 
     def _owners(self) -> dict[int, int]:

@@ -72,7 +72,7 @@ class Boundaries:
     Attributes:
         hooks: All of them, to be removed.
         losses: The local losses of the last training forward, by block.
-        labels: (B, T) labels that the model was called with, during the call; None if there are none.
+        call: The keyword arguments of the running call of the model, which has the labels.
     """
 
     def __init__(self, handle: LoPT) -> None:
@@ -80,7 +80,7 @@ class Boundaries:
         self._forward: Forward | None = None
         self._unused: set[object] = set()  # tokens of training forwards whose loss had no backward
         self.losses: dict[int, Tensor] = {}
-        self.labels: Tensor | None = None
+        self.call: dict[str, Any] = {}
         blocks, model, decoder = handle.blocks, handle.model, handle.blocks.decoder
         self.hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
@@ -97,17 +97,17 @@ class Boundaries:
             self.hooks.append(blocks.layers[block.stop - 1].register_forward_hook(leave))
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.labels = kwargs.get("labels")
+        self.call = kwargs
 
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.labels = None
+        self.call = {}
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._leave_decoder(module, args, None)  # a forward that Ctrl-C has ended, after which no hook ran
         if not torch.is_grad_enabled():
             return
         handle = self._handle
-        rows = Rows.from_call(args, kwargs, self.labels)
+        rows = Rows.from_call(args, kwargs, self.call)
         recompute_forward_only([module, *handle.blocks.layers])
         if handle.learns_locally:
             handle.local_loss.check(rows)

@@ -68,7 +68,7 @@ def boundary_states(handle: LoPT, batch: Mapping[str, Any]) -> tuple[list[tuple[
     sharded = isinstance(model, FSDPModule)
     inputs = {k: v.to(handle.device) for k, v in batch.items() if k in _INPUTS and v is not None}
     labels = batch.get("labels")
-    rows = Rows.from_call((), inputs, None if labels is None else labels.to(handle.device))
+    rows = Rows.from_call((), inputs, {} if labels is None else {"labels": labels.to(handle.device)})
     handle.local_loss.check(rows)
     states: list[tuple[Tensor, Tensor]] = []
     block_input: Tensor

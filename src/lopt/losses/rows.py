@@ -29,14 +29,21 @@ class Rows:
     labels: Tensor | None = None
 
     @classmethod
-    def from_call(cls, args: tuple, kwargs: Mapping[str, Any], labels: Tensor | None) -> Rows:
+    def from_call(cls, args: tuple, kwargs: Mapping[str, Any], call: Mapping[str, Any]) -> Rows:
         """Read them from the arguments of a call of the decoder.
+
+        Args:
+            args, kwargs: The arguments.
+            call: Those of the model around it, which has the labels. A multimodal one embeds the tokens and
+                makes the masks itself.
 
         Raises:
             ValueError: The attention mask does not say which tokens are real.
         """
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         inputs = kwargs.get("inputs_embeds") if ids is None else ids
+        if isinstance(mask, Mapping):
+            mask = call.get("attention_mask")
         if mask is not None and inputs is not None:
             if not isinstance(mask, Tensor) or mask.ndim != 2:
                 raise ValueError(
@@ -44,4 +51,5 @@ class Rows:
                     "real: pass that one to the model"
                 )
             mask = mask[:, -inputs.shape[1] :]  # a cache makes the mask longer than this call's tokens
-        return cls(None if inputs is None else mask, ids, kwargs.get("position_ids"), labels)
+        ids = call.get("input_ids") if ids is None else ids
+        return cls(None if inputs is None else mask, ids, kwargs.get("position_ids"), call.get("labels"))

@@ -13,12 +13,16 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from lopt.models.chat_template import check_chat_template
 from lopt.models.names import DTYPES, resolve_model
@@ -56,7 +60,14 @@ def empty_model(config: PreTrainedConfig, **options: Any) -> Any:
     """Return a model with this config and random weights; its own code runs only if trusted."""
     trusted = type(config).__module__.startswith("transformers_modules")
     options = {"attn_implementation": "eager", **options}  # a config may name a kernel, to be fetched and run
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **options)
+    return auto_class(config).from_config(config, trust_remote_code=trusted, **options)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class that loads a model as it was saved: whole, if its language model is a part of it."""
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    saved = config.architectures[0] if config.architectures else whole
+    return AutoModelForImageTextToText if whole is not None and saved == whole else AutoModelForCausalLM
 
 
 def load_model(
@@ -86,7 +97,7 @@ def load_model(
     config = load_config(name, weights=True, **source)
     check_kernels(name, config, attn_implementation)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             resolve_model(name),
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -206,6 +217,7 @@ def check_causal(name: str, config: Any) -> None:
         ("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification")
     )
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
+    known = known or auto_class(config) is AutoModelForImageTextToText
     if config.is_encoder_decoder or bidirectional or not known:
         raise ValueError(
             f"`model_name_or_path` {name} is a {architecture or config.model_type}, "

@@ -66,7 +66,7 @@ class Sizes:
         tail: final norm, and the LM head if it has a matrix of its own.
         tied: that matrix if it is the embedding's.
         head: one reconstruction head's.
-        buffers: in bytes.
+        buffers: in bytes, with what text does not run through (`Blocks.others`).
     """
 
     embedding: list[Tensor]
@@ -83,17 +83,18 @@ class Sizes:
             model = empty_model(config, dtype=dtype)
             head = ReconstructionHead(config.get_text_config().hidden_size)
         count = len(Blocks(model, LoPTConfig(method="e2e")).layers)
-        blocks = Blocks(model, LoPTConfig(num_blocks=count))
+        blocks = Blocks(model, LoPTConfig(method="frozen", num_blocks=count))
         layers: list[list[Tensor]] = [list(layer.parameters()) for layer in blocks.layers]
         inside = {id(p) for layer in layers for p in layer}
         others = [[p for _, p in blocks.parameters(model, b.index) if id(p) not in inside] for b in blocks]
+        beside = {id(p): p for module in blocks.others for p in module.parameters()}  # not trained
         return cls(
-            embedding=list(others[0]),
+            embedding=[p for p in others[0] if id(p) not in beside],
             layers=layers,
             tail=list(others[-1]) if count > 1 else [],
             tied=[model.get_output_embeddings().weight] if shares_embeddings(model) else [],
             head=list(head.parameters()),
-            buffers=sum(b.nbytes for b in model.buffers()),
+            buffers=sum(b.nbytes for b in (*model.buffers(), *beside.values())),
         )
 
     def blocks(self, method: Method, num_blocks: int, frozen_blocks: int = 0) -> list[BlockSizes]:
