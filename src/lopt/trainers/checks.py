@@ -155,8 +155,8 @@ def _check_sharded(args: TrainingArguments, config: LoPTConfig, model: Any) -> N
         untied = config.is_cut or not shares_embeddings(base)
         if untied and find_decoder(base).module is not base.base_model:
             raise ValueError(
-                f"FSDP2: accelerate does not find the final norm of {type(base).__name__}, so that the LM head "
-                "would get a wrong gradient: use DDP"
+                f"FSDP2: accelerate does not find the final norm of {type(base).__name__}, so that the LM "
+                "head would get a wrong gradient: use DDP"
             )
     state = getattr(args, "state_dtype", "float32")
     if state != "float32":
