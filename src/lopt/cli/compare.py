@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt.cli.checks import check_cut
 from lopt.cli.flag_names import renamed
-from lopt.cli.flags import DataArguments, ModelArguments
+from lopt.cli.flags import DataArguments, ModelArguments, RunArguments
 from lopt.cli.output import check_writable, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     data_args.held_out = data_args.held_out or HELD_OUT_ROWS
     check(model_args, data_args, args)
     _check(compare, arms, config, args)
+    _check_run(run_args, args)
     texts = read_texts(compare.retention_text, compare.text_tokens, "retention_text")
     folder = _folder(args)
 
@@ -104,6 +105,22 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
 
         with renamed(tasks="retention_tasks"):
             check_tasks(tasks, compare.data_dir)
+
+
+def _check_run(run_args: RunArguments, args: LoPTSFTConfig) -> None:
+    """Refuse flags of a single run, which a comparison does not look at."""
+    given = (
+        ("max_time", run_args.max_time),
+        ("resume", run_args.resume not in (None, "auto")),
+        ("resume_from_checkpoint", args.resume_from_checkpoint),
+        ("push_to_hub", args.push_to_hub),
+        ("load_best_model_at_end", args.load_best_model_at_end),
+    )
+    for name, asked in given:
+        if asked:
+            raise ValueError(
+                f"--{name} is for a single run: leave it out (a comparison that is started again goes on)"
+            )
 
 
 def _folder(args: LoPTSFTConfig) -> Path:

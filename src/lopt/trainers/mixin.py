@@ -138,6 +138,7 @@ class LoPTMixin(Trainer):
         with self.guard.machine_errors():
             checkpoint = self.checkpoints.find(resume_from_checkpoint)
             self.guard.start(checkpoint)
+            self.resumed_from = checkpoint
             self.stops.start(checkpoint)
             self.synchronize_weights()  # a checkpoint is loaded into the weights in host memory
             try:
