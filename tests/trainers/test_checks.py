@@ -138,5 +138,8 @@ def test_precision_and_weights_under_fsdp2(monkeypatch: pytest.MonkeyPatch, tmp_
             check_settings(args, config, tiny("llama"))
             args = LoPTSFTConfig(output_dir=str(tmp_path), master_weights=masters, bf16=True, use_cpu=True)
             check_settings(args, config, model)
+    with pytest.raises(ValueError, match="does not find the final norm of OPTForCausalLM"):
+        check_settings(LoPTSFTConfig(output_dir=str(tmp_path)), LoPTConfig(), tiny("opt"))
+    check_settings(LoPTSFTConfig(output_dir=str(tmp_path)), LoPTConfig(method="e2e"), tiny("opt"))
     with pytest.raises(ValueError, match="this process has no weights"):
         check_settings(LoPTSFTConfig(output_dir=str(tmp_path)), LoPTConfig(), tiny("llama").to("meta"))

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
-from lopt.architectures import base_model
+from lopt.architectures import base_model, find_decoder
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
-from lopt.tied_embeddings import will_untie
+from lopt.tied_embeddings import shares_embeddings, will_untie
 from lopt.trainers.inherited import check_inherited
 from lopt.trainers.vllm import check_vllm
 from lopt.validation import check, check_number
@@ -68,7 +68,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         check_installed(OLDEST_FOR_FSDP2, "FSDP2")
     check_vllm(args)
     _check_gpus(args, config, model)
-    _check_sharded(args, model)
+    _check_sharded(args, config, model)
     _check_adapters(args, config, model)
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         raise ValueError(
@@ -139,7 +139,7 @@ def _check_gpus(args: TrainingArguments, config: LoPTConfig, model: Any) -> None
         )
 
 
-def _check_sharded(args: TrainingArguments, model: Any) -> None:
+def _check_sharded(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
     """Refuse what an optimizer under FSDP2, whose parameters accelerate replaces, would not do."""
     if fsdp_version(args) is None:
         return
@@ -150,6 +150,14 @@ def _check_sharded(args: TrainingArguments, model: Any) -> None:
             "load the model in every process, as from_pretrained does, also with "
             "fsdp_cpu_ram_efficient_loading"
         )
+    if config.method != "lora" and isinstance(model, nn.Module):
+        base = base_model(model)
+        untied = config.is_cut or not shares_embeddings(base)
+        if untied and find_decoder(base).module is not base.base_model:
+            raise ValueError(
+                f"FSDP2: accelerate does not find the final norm of {type(base).__name__}, so that the LM "
+                "head would get a wrong gradient: use DDP"
+            )
     state = getattr(args, "state_dtype", "float32")
     if state != "float32":
         raise ValueError(f"`state_dtype` {state} does not go with FSDP2: leave it out, or use DDP")
