@@ -97,7 +97,7 @@ def test_only_an_embedding_that_is_untied_is_refused(tmp_path: Path) -> None:
     model = tiny("llama-tied")
     with pytest.raises(ValueError, match="`use_vllm`"):
         check_settings(args, LoPTConfig(), model)
-    check_before(args, LoPTConfig(), model, adapters=LoraConfig())
+    check_before([args], LoPTConfig(), model, adapters=LoraConfig())
     check_settings(args, LoPTConfig(), get_peft_model(model, LoraConfig(target_modules="all-linear")))
     for config in (LoPTConfig(num_blocks=1), LoPTConfig(tied_embeddings="freeze"), LoPTConfig(method="e2e")):
         check_settings(args, config, tiny("llama-tied"))

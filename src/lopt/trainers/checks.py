@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +100,17 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
     _check_untied(args, config, model)
 
 
-def check_before(args: TrainingArguments | None, config: LoPTConfig, model: Any, adapters: Any) -> None:
+def check_before(given: Iterable[Any], config: LoPTConfig, model: Any, adapters: Any) -> None:
     """Check what a trainer is given, before it loads a model that is given by name, and before its data.
 
     Args:
+        given: the trainer's other arguments, among them its TrainingArguments, in any order.
         adapters: the PEFT config that the trainer will wrap the model in; None if there is none.
 
     Raises:
         ValueError: the model cannot be cut, or of `check_settings`.
     """
+    args = next((value for value in given if isinstance(value, TrainingArguments)), None)
     known = model
     if isinstance(model, str) and args is not None:
         options: dict[str, Any] = dict(getattr(args, "model_init_kwargs", None) or {})
