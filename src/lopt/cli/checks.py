@@ -25,7 +25,7 @@ from lopt.core.blocks import split
 from lopt.core.config import LoPTConfig
 from lopt.messages import error_text
 from lopt.models.load import load_config
-from lopt.trainers.checks import check_numbers, check_routers, check_settings
+from lopt.trainers.checks import check_numbers, check_routers, check_settings, check_workers
 from lopt.validation import check, check_number
 
 # What transformers does not name as available even where it is.
@@ -46,6 +46,7 @@ def check_run(
     _check_more_numbers(args)
     check_effects(args, streaming=data_args.streaming)
     check_settings(args, config)
+    check_workers(args, data_args.streaming)
     check_loggers(args)
     check_hub(args)
     check_cache()
