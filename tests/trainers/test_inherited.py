@@ -114,3 +114,5 @@ def test_trainers_refuse_what_they_cannot_obey_also_without_a_command(tmp_path: 
     args = config(tmp_path, LoPTSFTConfig, optim="adamw_torch_4bit", weight_decay=0.1)
     check_inherited(args, lopt)
     check_inherited(config(tmp_path, optim="NAdam", optim_args="momentum_decay=0.1"), lopt)
+    # Of one of several data sets, or of a function of its own: only a command knows all figures.
+    check_inherited(config(tmp_path, eval_strategy="steps", metric_for_best_model="eval_first_loss"), lopt)
