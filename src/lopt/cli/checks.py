@@ -26,7 +26,7 @@ from lopt.core.blocks import split
 from lopt.core.config import LoPTConfig
 from lopt.messages import error_text
 from lopt.models.load import load_config
-from lopt.trainers.checks import check_numbers, check_routers, check_settings
+from lopt.trainers.checks import check_numbers, check_routers, check_settings, check_workers
 from lopt.validation import check, check_number
 
 # What transformers does not name as available even where it is.
@@ -57,6 +57,7 @@ def check_run(
     check_effects(args, streaming=data_args.streaming)
     check_settings(args, config)
     _check_metric(args)
+    check_workers(args, data_args.streaming)
     check_loggers(args)
     check_hub(args)
     check_cache()

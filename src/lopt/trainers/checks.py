@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterable
@@ -122,6 +123,22 @@ def check_before(given: Iterable[Any], config: LoPTConfig, model: Any, adapters:
         check_settings(args, config if adapters is None else config.replace(tied_embeddings="freeze"), known)
     if isinstance(model, nn.Module):
         Blocks(model, config)
+
+
+def check_workers(args: TrainingArguments, streaming: bool) -> None:
+    """Refuse workers for a stream where processes start anew, as on macOS and Windows.
+
+    TRL's preparation of a stream holds functions that cannot be sent to a new process.
+
+    Raises:
+        ValueError: with the argument to change.
+    """
+    method = multiprocessing.get_start_method()
+    if streaming and args.dataloader_num_workers > 0 and method != "fork":
+        raise ValueError(
+            f"`dataloader_num_workers` must be 0 for a stream where Python starts processes by {method} "
+            f"(got {args.dataloader_num_workers})"
+        )
 
 
 def _check_gpus(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
