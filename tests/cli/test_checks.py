@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lopt.cli import checks
-from lopt.cli.checks import check_batches, check_evaluation, check_hub, check_loggers
+from lopt.cli.checks import check_batches, check_cache, check_evaluation, check_hub, check_loggers
 from lopt.cli.flags import DataArguments
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 
@@ -66,6 +66,15 @@ def test_rows_of_a_batch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the 7 training rows are fewer than the 8 prompts"):
         check_batches(grpo, rows, None)
     check_batches(grpo, [*rows, 7], None)
+
+
+def test_a_cache_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "new/cache")
+    check_cache()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/cache")
+    with pytest.raises(ValueError, match=r"/proc/cache cannot be written to .*: set HF_DATASETS_CACHE"):
+        check_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -72,10 +72,19 @@ def test_a_resumed_run_says_what_is_other(
     flags += ["--head_warmup_steps", 2, "--save_steps", 1]
     assert run("sft", *flags, "--max_steps", 2) == 0
     capsys.readouterr()
-    assert run("sft", *flags, "--max_steps", 3, "--max_samples", 20, "--weight_decay", 0.1, "--resume") == 0
+    flags += ["--max_samples", 20, "--weight_decay", 0.1, "--gradient_accumulation_steps", 2]
+    assert run("sft", *flags, "--max_steps", 3, "--resume") == 0
     said = capsys.readouterr().out
     assert "Resume: other settings than before: max_samples was null and is 20; " in said
     assert "max_steps was 2 and is 3; weight_decay was 0.0 and is 0.1" in said
+    assert (
+        "Resume: a step had 8 rows and has 16, so after 2 steps the run goes on at row 32 where it had"
+        in said
+    )
+    assert (
+        "come to row 16: 16 rows are skipped, which the run has not seen; the learning rate goes from" in said
+    )
+    assert "from 0 to 6.67e-06 after the next step, as the schedule now has 3 steps" in said  # 2e-5 / 3
     assert "Resume: the checkpoint's own weight_decay go on: start anew to change that" in said
     assert "Resume: the rows are not those that the run began with" in said
     attempts = record(tmp_path / "out")["attempts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from trl import DPOConfig
 from conftest import tiny
 from lopt import LoPTConfig, LoPTDPOTrainer, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.cli.main import main
-from lopt.trainers.checks import check_before, check_settings
+from lopt.trainers.checks import check_before, check_settings, check_workers
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 
 
@@ -97,7 +98,7 @@ def test_only_an_embedding_that_is_untied_is_refused(tmp_path: Path) -> None:
     model = tiny("llama-tied")
     with pytest.raises(ValueError, match="`use_vllm`"):
         check_settings(args, LoPTConfig(), model)
-    check_before(args, LoPTConfig(), model, adapters=LoraConfig())
+    check_before([args], LoPTConfig(), model, adapters=LoraConfig())
     check_settings(args, LoPTConfig(), get_peft_model(model, LoraConfig(target_modules="all-linear")))
     for config in (LoPTConfig(num_blocks=1), LoPTConfig(tied_embeddings="freeze"), LoPTConfig(method="e2e")):
         check_settings(args, config, tiny("llama-tied"))
@@ -138,5 +139,17 @@ def test_precision_and_weights_under_fsdp2(monkeypatch: pytest.MonkeyPatch, tmp_
             check_settings(args, config, tiny("llama"))
             args = LoPTSFTConfig(output_dir=str(tmp_path), master_weights=masters, bf16=True, use_cpu=True)
             check_settings(args, config, model)
+    with pytest.raises(ValueError, match="does not find the final norm of OPTForCausalLM"):
+        check_settings(LoPTSFTConfig(output_dir=str(tmp_path)), LoPTConfig(), tiny("opt"))
+    check_settings(LoPTSFTConfig(output_dir=str(tmp_path)), LoPTConfig(method="e2e"), tiny("opt"))
     with pytest.raises(ValueError, match="this process has no weights"):
         check_settings(LoPTSFTConfig(output_dir=str(tmp_path)), LoPTConfig(), tiny("llama").to("meta"))
+
+
+def test_a_stream_has_no_workers_where_processes_start_anew(tmp_path: Path, monkeypatch) -> None:
+    args = LoPTSFTConfig(output_dir=str(tmp_path), dataloader_num_workers=2)
+    for method in ("fork", "spawn", "forkserver"):
+        monkeypatch.setattr("multiprocessing.get_start_method", lambda method=method: method)
+        check_workers(args, streaming=False)
+        with nullcontext() if method == "fork" else pytest.raises(ValueError, match=f"by {method}"):
+            check_workers(args, streaming=True)

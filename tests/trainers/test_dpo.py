@@ -97,3 +97,12 @@ def test_the_two_lines_of_the_readme_make_any_trainer_one(tiny_folder: Path, tmp
 def test_predicting_rejected_answers_is_refused(run) -> None:
     with pytest.raises(ValueError, match=r"`aux_loss` next_token .* `aux_loss` recon"):
         run(LoPTDPOTrainer, LoPTConfig(aux_loss="next_token"))
+
+
+def test_arguments_may_come_by_position(tiny_folder: Path, tmp_path: Path) -> None:
+    args = DPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing_kwargs={"use_reentrant": True}
+    )
+    model = LlamaForCausalLM.from_pretrained(tiny_folder)
+    with pytest.raises(ValueError, match="use_reentrant=true gives no gradient"):
+        LoPTDPOTrainer(model, None, args)

@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gemma3")
     gemma3().save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
+    (path / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
     return path
 
 
@@ -62,6 +63,8 @@ def test_sft_saves_it_as_it_came(folder: Path, sums_file: Path, tmp_path: Path, 
     assert main([str(part) for part in command]) == 0
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["Gemma3ForConditionalGeneration"] and config["model_type"] == "gemma3"
+    name = "preprocessor_config.json"
+    assert (out / name).read_text() == (folder / name).read_text()
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() <= after.keys()
     for name, value in before.items():

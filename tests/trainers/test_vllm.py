@@ -124,8 +124,9 @@ def test_vllm_samples_from_the_model_that_is_trained(arm: str, tiny_folder: Path
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     for part in (LlamaForCausalLM(shape), tokenizer):
         part.save_pretrained(tmp_path / "model")
+    name = str(tmp_path / "model")
     trainer = LoPTGRPOTrainer(
-        LlamaForCausalLM.from_pretrained(tmp_path / "model"),
+        name if arm == "lopt" else LlamaForCausalLM.from_pretrained(name),
         reward_funcs=lambda completions, **_: [float(len(c) % 5) for c in completions],
         args=LoPTGRPOConfig(
             output_dir=str(tmp_path / "out"), use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64,

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Sized
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
+import datasets
 from huggingface_hub import whoami
 from transformers import TrainingArguments
 from transformers.integrations import (
@@ -22,11 +26,20 @@ from lopt.core.blocks import split
 from lopt.core.config import LoPTConfig
 from lopt.messages import error_text
 from lopt.models.load import load_config
-from lopt.trainers.checks import check_numbers, check_routers, check_settings
-from lopt.validation import check_number
+from lopt.trainers.checks import check_numbers, check_routers, check_settings, check_workers
+from lopt.validation import check, check_number
 
 # What transformers does not name as available even where it is.
 _NEVER_LISTED = ("azure_ml", "flyte")
+
+METRICS = {
+    "sft": ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
+    "grpo": (
+        *("loss", "reward", "reward_std", "frac_reward_zero_std", "rewards/*/mean", "rewards/*/std", "kl"),
+        *("entropy", "completions/*", "clip_ratio/*", "sampling/*", "num_tokens", "aux_loss", "step_time"),
+    ),
+}
+"""Figures of a command's evaluation, by which a best model can be chosen; `*` stands for a name."""
 
 
 def check_run(
@@ -35,21 +48,66 @@ def check_run(
     """Refuse what is known to be impossible before anything is read.
 
     Raises:
-        ValueError: no model, no peft, settings that do not go with the method or have no effect, a hub or
-            a logger that cannot be used.
+        ValueError: no model, no peft, settings that do not go with the method or have no effect, a metric
+            that no evaluation has, a hub or a logger that cannot be used.
     """
     check_model(model_args)
     check_numbers(args)
+    _check_more_numbers(args)
     check_effects(args, streaming=data_args.streaming)
     check_settings(args, config)
+    _check_metric(args)
+    check_workers(args, data_args.streaming)
     check_loggers(args)
     check_hub(args)
+    check_cache()
     if config.method == "lora":
         check_number("lora_r", model_args.lora_r, minimum=1)
+        check_number("lora_alpha", model_args.lora_alpha, above=0)
         if importlib.util.find_spec("peft") is None:
             raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
     if args.log_level != "passive":
         logging.getLogger("lopt").setLevel(args.get_process_log_level())
+
+
+def _check_more_numbers(args: Any) -> None:
+    """Refuse numbers that transformers and TRL take, and fail on or ignore later."""
+    check(bool(str(args.output_dir).strip()), "output_dir", repr(args.output_dir), "the name of a folder")
+    check_number("save_steps", args.save_steps, above=0)
+    check_number("pad_to_multiple_of", getattr(args, "pad_to_multiple_of", None), minimum=1)
+    check_number("neftune_noise_alpha", args.neftune_noise_alpha, minimum=0)
+    check_number("label_smoothing_factor", args.label_smoothing_factor, minimum=0, below=1)
+
+
+def _check_metric(args: TrainingArguments) -> None:
+    """Refuse to choose the best model by a figure that no evaluation has.
+
+    A trainer in Python may have more figures: of several data sets, or of a function of its own.
+    """
+    metric = args.metric_for_best_model
+    figures = METRICS["grpo" if hasattr(args, "num_generations") else "sft"]
+    if metric is not None and not any(fnmatch(metric.removeprefix("eval_"), figure) for figure in figures):
+        raise ValueError(
+            f"`metric_for_best_model` {metric} is no figure of an evaluation: use one of {', '.join(figures)}"
+        )
+
+
+def check_cache() -> None:
+    """Refuse a cache of rows that cannot be written to, before anything is read.
+
+    Raises:
+        ValueError: with the folder, the reason and the variable that moves it.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the cache of rows {folder} cannot be written to ({error.strerror}): set HF_DATASETS_CACHE to a "
+            "folder that can"
+        ) from error
 
 
 def check_loggers(args: TrainingArguments) -> None:

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from lopt.cli.checks import check_cut
 from lopt.cli.flag_names import renamed
-from lopt.cli.flags import DataArguments, ModelArguments
+from lopt.cli.flags import DataArguments, ModelArguments, RunArguments
 from lopt.cli.output import check_writable, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.cli.report_flags import CompareArguments
 from lopt.cli.rows import SFTRows, sft_rows
 from lopt.cli.sft import check
+from lopt.cli.training import load
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.compare.arms import Arm, parse_arms
 from lopt.evaluation.texts import read_texts
-from lopt.models.load import load_model, resolve_model
+from lopt.models.load import resolve_model
 from lopt.reliability.provenance import fingerprint
 from lopt.reliability.record import RUN_JSON, RUN_YAML
 from lopt.reliability.secrets import redacted
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     data_args.held_out = data_args.held_out or HELD_OUT_ROWS
     check(model_args, data_args, args)
     _check(compare, arms, config, args)
+    _check_run(run_args, args)
     texts = read_texts(compare.retention_text, compare.text_tokens, "retention_text")
     folder = _folder(args)
 
@@ -106,6 +108,22 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
             check_tasks(tasks, compare.data_dir)
 
 
+def _check_run(run_args: RunArguments, args: LoPTSFTConfig) -> None:
+    """Refuse flags of a single run, which a comparison does not look at."""
+    given = (
+        ("max_time", run_args.max_time),
+        ("resume", run_args.resume not in (None, "auto")),
+        ("resume_from_checkpoint", args.resume_from_checkpoint),
+        ("push_to_hub", args.push_to_hub),
+        ("load_best_model_at_end", args.load_best_model_at_end),
+    )
+    for name, asked in given:
+        if asked:
+            raise ValueError(
+                f"--{name} is for a single run: leave it out (a comparison that is started again goes on)"
+            )
+
+
 def _folder(args: LoPTSFTConfig) -> Path:
     """Return the output folder: new, empty, or of a comparison that is continued."""
     folder = Path(str(args.output_dir))
@@ -129,13 +147,7 @@ def _setup(
 
     held_out = itertools.islice(rows.held_out, DRIFT_ROWS)
     return Setup(
-        load=lambda: load_model(
-            str(model_args.model_name_or_path),
-            dtype=model_args.param_dtype,
-            revision=model_args.model_revision,
-            attn_implementation=model_args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-        ),
+        load=lambda: load(model_args, args),
         args=args,
         train=rows.train,
         held_out=rows.held_out,

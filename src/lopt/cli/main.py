@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
+from traceback import walk_tb
 
 from lopt.cli.flag_names import flags_in_logs, with_flags
 from lopt.cli.noise import quiet
@@ -145,6 +147,11 @@ def _culprit(error: Exception) -> str | None:
         return "the model's chat template failed"
     if isinstance(error, pickle.UnpicklingError):  # torch.load(weights_only=True)
         return "a file was refused that holds more than data; nothing of it was run"
+    if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "huggingface_hub"):
+        return "the hub cannot be used"
+    places = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
+    if any(Path(place).match("transformers/integrations/integration_utils.py") for place in places):
+        return "what the run is reported to (`report_to`) failed"
     return None
 
 

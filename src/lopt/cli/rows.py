@@ -45,12 +45,14 @@ class GRPORows(NamedTuple):
 
 def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
     """Return rows and tokenizer of an SFT run; rows are read first, since they fail first."""
-    rows = _read_rows(data_args, args.seed, _choose(args.dataset_text_field))
-    if args.dataset_text_field != "text":
-        rows, args.dataset_text_field = rows.rename_column(args.dataset_text_field, "text"), "text"
+    field, choose = args.dataset_text_field, _choose(args.dataset_text_field)
+    rows = _read_rows(data_args, args.seed, choose)
+    if field != "text":
+        # Rows of the hub still have their other columns, which may be those of another format.
+        rows = rows.select_columns(choose(column_names(rows))).rename_column(field, "text")
+        args.dataset_text_field = "text"
     read = None if data_args.streaming else len(rows)
     tokenizer = _tokenizer(model_args, args)
-    _set_tokens(tokenizer, args)
     rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
     if args.completion_only_loss and "completion" not in column_names(rows):
         raise ValueError(
@@ -72,6 +74,8 @@ def grpo_rows(
     else:
         rows = _read_rows(data_args, args.seed)
     tokenizer = _tokenizer(model_args, args)
+    if args.chat_template_kwargs and not tokenizer.chat_template:
+        raise ValueError("`chat_template_kwargs` has no effect without a chat template: leave it out")
     rows = question_rows(
         rows,
         tokenizer,
@@ -92,6 +96,8 @@ def check_rows(data_args: DataArguments, max_steps: int) -> None:
     Raises:
         ValueError: `--streaming` without `--max_steps`, or a `--held_out` that is impossible.
     """
+    if not data_args.streaming and data_args.shuffle_buffer != DataArguments().shuffle_buffer:
+        raise ValueError("--shuffle_buffer has no effect without --streaming: add it, or leave it out")
     if data_args.streaming and max_steps < 1:
         raise ValueError("--streaming needs --max_steps: the number of rows of a stream is unknown")
     check_held_out(data_args.held_out, data_args.streaming)
@@ -154,17 +160,6 @@ def _choose(text_field: str) -> Choose:
     return needed_columns if text_field == "text" else choose
 
 
-def _set_tokens(tokenizer: Any, args: Any) -> None:
-    """Set the tokens that flags name, as TRL does when the model is loaded, and refuse unknown ones."""
-    for name in ("eos_token", "pad_token"):
-        token = getattr(args, name)
-        if token is None:
-            continue
-        if token not in tokenizer.get_vocab():
-            raise ValueError(f"`{name}` {token} is not in the tokenizer's vocabulary: give a token that is")
-        setattr(tokenizer, name, token)
-
-
 def _tokenizer(model_args: ModelArguments, args: Any) -> Any:
     """Return the model's tokenizer, with the chat template that the run trains with.
 
@@ -180,11 +175,13 @@ def _tokenizer(model_args: ModelArguments, args: Any) -> Any:
     source = getattr(args, "chat_template_path", None)
     if source is not None:
         tokenizer.chat_template = load_chat_template(source, tokenizer)
-    eos = getattr(args, "eos_token", None)
-    if eos is not None:
-        if eos not in tokenizer.get_vocab():
-            raise ValueError(f"--eos_token {eos} is no token of the model's tokenizer: name one that is")
-        tokenizer.eos_token = eos
+    for name in ("eos_token", "pad_token"):
+        token = getattr(args, name, None)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"--{name} {token} is no token of the model's tokenizer: name one that is")
+        setattr(tokenizer, name, token)
     return tokenizer
 
 

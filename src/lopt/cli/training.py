@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lopt.architectures import base_model
 from lopt.cli.checks import check_batches, check_cut
 from lopt.cli.flags import ModelArguments, RunArguments, checkpoint_named
 from lopt.cli.output import check_output, spare_model, start_anew
@@ -17,7 +18,8 @@ from lopt.cli.retention import MakeCallback
 from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
-from lopt.models.load import load_model, resolve_model
+from lopt.models.load import auto_class, load_model, resolve_model
+from lopt.models.processor import copy_processor
 from lopt.models.shapes import model_config
 from lopt.reliability.advice import Attempt
 from lopt.reliability.machine_errors import memory_errors_explained
@@ -57,15 +59,20 @@ def prepare(model_args: ModelArguments, run_args: RunArguments, config: LoPTConf
     return checkpoint
 
 
-def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
-    """Load the model and print how it is cut."""
-    model = load_model(
+def load(model_args: ModelArguments, args: Any) -> PreTrainedModel:
+    """Load the model that the flags name, as they say."""
+    return load_model(
         str(model_args.model_name_or_path),
         dtype=model_args.param_dtype,
         revision=model_args.model_revision,
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
     )
+
+
+def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
+    """Load the model and print how it is cut."""
+    model = load(model_args, args)
     blocks = Blocks(model, config)
     if args.process_index == 0:
         parts = [f"block {b.index + 1} (layers {b.start}-{b.stop - 1})" for b in blocks]
@@ -129,7 +136,7 @@ def run(
         data = data_facts({"train": rows.train, "held_out": rows.held_out})
         record.write(Path(str(args.output_dir)), data, checkpoint)
     try:
-        _train_and_save(trainer, checkpoint)
+        _train_and_save(trainer, checkpoint, model_args)
     except Stopped:
         end_training(trainer)
         raise
@@ -137,7 +144,7 @@ def run(
         print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
 
 
-def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
+def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArguments) -> None:
     if checkpoint is not None:
         trainer.checkpoints.proven.add(checkpoint)  # every byte of it was read when it was chosen
     elif trainer.is_world_process_zero():
@@ -149,7 +156,10 @@ def _train_and_save(trainer: Any, checkpoint: str | None) -> None:
     if trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir))
         write_text(folder / "lopt_config.json", json.dumps(asdict(trainer.lopt.config), indent=2) + "\n")
-        print(f"The model is in {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+        config = base_model(trainer.lopt.model).config
+        copy_processor(str(model_args.model_name_or_path), config, folder, model_args.model_revision)
+        loader = auto_class(config).__name__
+        print(f"The model is in {folder}: {loader}.from_pretrained({str(folder)!r}) loads it")
     if trainer.eval_dataset is not None:
         try:
             metrics = _metrics_of_the_end(trainer) or trainer.evaluate()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
-from lopt.architectures import base_model
+from lopt.architectures import base_model, find_decoder
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
-from lopt.tied_embeddings import will_untie
+from lopt.tied_embeddings import shares_embeddings, will_untie
 from lopt.trainers.inherited import check_inherited
 from lopt.trainers.vllm import check_vllm
 from lopt.validation import check, check_number
@@ -69,7 +71,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         check_installed(OLDEST_FOR_FSDP2, "FSDP2")
     check_vllm(args)
     _check_gpus(args, config, model)
-    _check_sharded(args, model)
+    _check_sharded(args, config, model)
     _check_adapters(args, config, model)
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         raise ValueError(
@@ -100,15 +102,17 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
     _check_untied(args, config, model)
 
 
-def check_before(args: TrainingArguments | None, config: LoPTConfig, model: Any, adapters: Any) -> None:
+def check_before(given: Iterable[Any], config: LoPTConfig, model: Any, adapters: Any) -> None:
     """Check what a trainer is given, before it loads a model that is given by name, and before its data.
 
     Args:
+        given: the trainer's other arguments, among them its TrainingArguments, in any order.
         adapters: the PEFT config that the trainer will wrap the model in; None if there is none.
 
     Raises:
         ValueError: the model cannot be cut, or of `check_settings`.
     """
+    args = next((value for value in given if isinstance(value, TrainingArguments)), None)
     known = model
     if isinstance(model, str) and args is not None:
         options: dict[str, Any] = dict(getattr(args, "model_init_kwargs", None) or {})
@@ -120,6 +124,22 @@ def check_before(args: TrainingArguments | None, config: LoPTConfig, model: Any,
         check_settings(args, config if adapters is None else config.replace(tied_embeddings="freeze"), known)
     if isinstance(model, nn.Module):
         Blocks(model, config)
+
+
+def check_workers(args: TrainingArguments, streaming: bool) -> None:
+    """Refuse workers for a stream where processes start anew, as on macOS and Windows.
+
+    TRL's preparation of a stream holds functions that cannot be sent to a new process.
+
+    Raises:
+        ValueError: with the argument to change.
+    """
+    method = multiprocessing.get_start_method()
+    if streaming and args.dataloader_num_workers > 0 and method != "fork":
+        raise ValueError(
+            f"`dataloader_num_workers` must be 0 for a stream where Python starts processes by {method} "
+            f"(got {args.dataloader_num_workers})"
+        )
 
 
 def _check_gpus(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
@@ -140,7 +160,7 @@ def _check_gpus(args: TrainingArguments, config: LoPTConfig, model: Any) -> None
         )
 
 
-def _check_sharded(args: TrainingArguments, model: Any) -> None:
+def _check_sharded(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
     """Refuse what an optimizer under FSDP2, whose parameters accelerate replaces, would not do."""
     if fsdp_version(args) is None:
         return
@@ -151,6 +171,14 @@ def _check_sharded(args: TrainingArguments, model: Any) -> None:
             "load the model in every process, as from_pretrained does, also with "
             "fsdp_cpu_ram_efficient_loading"
         )
+    if config.method != "lora" and isinstance(model, nn.Module):
+        base = base_model(model)
+        untied = config.is_cut or not shares_embeddings(base)
+        if untied and find_decoder(base).module is not base.base_model:
+            raise ValueError(
+                f"FSDP2: accelerate does not find the final norm of {type(base).__name__}, so that the LM "
+                "head would get a wrong gradient: use DDP"
+            )
     state = getattr(args, "state_dtype", "float32")
     if state != "float32":
         raise ValueError(f"`state_dtype` {state} does not go with FSDP2: leave it out, or use DDP")

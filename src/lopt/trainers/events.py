@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from lopt.core.attach import LoPT
 from lopt.trainers.heads import warm_up_heads
+from lopt.trainers.resume import resumed_otherwise
 
 
 class LoopEvents(TrainerCallback):
@@ -25,6 +26,10 @@ class LoopEvents(TrainerCallback):
             NonFiniteError: a local loss of the warm-up is not finite.
         """
         _check_batches(kwargs.get("train_dataloader"), args)
+        if self._trainer.resumed_from and self._trainer.is_world_process_zero():
+            change = resumed_otherwise(self._trainer, self._trainer.resumed_from)
+            if change is not None:
+                print(f"Resume: {change}")
         self._trainer.stops.begin_training()
         lopt: LoPT = self._trainer.lopt
         lopt.heads.zero_grad()  # the gradients of a batch that did not fit (`auto_find_batch_size`)

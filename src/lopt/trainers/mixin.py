@@ -85,7 +85,7 @@ class LoPTMixin(Trainer):
     def __init__(self, model: Any, *args: Any, lopt_config: LoPTConfig | None = None, **kwargs: Any) -> None:
         config = lopt_config or LoPTConfig()
         # Before the trainer spends time on data:
-        check_before(args[0] if args else kwargs.get("args"), config, model, kwargs.get("peft_config"))
+        check_before((*args, *kwargs.values()), config, model, kwargs.get("peft_config"))
         self.weights_offloaded = config.offload == "block"
         super().__init__(model, *args, **kwargs)
         check_settings(self.args, config, self.model)  # again: it may have been a name, or without adapters
@@ -138,6 +138,7 @@ class LoPTMixin(Trainer):
         with self.guard.machine_errors():
             checkpoint = self.checkpoints.find(resume_from_checkpoint)
             self.guard.start(checkpoint)
+            self.resumed_from = checkpoint
             self.stops.start(checkpoint)
             self.synchronize_weights()  # a checkpoint is loaded into the weights in host memory
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.reduction import heads_apart, load_heads_optimizer, save_heads_optimizer
+from lopt.models.pickles import UntrustedError
 
 
 def save_optimizer(trainer: Any, folder: Path, write: Callable[[str], None]) -> None:
@@ -43,6 +45,7 @@ def load_optimizer(trainer: Any, folder: Path, read: Callable[[str], None]) -> N
 
     Raises:
         ValueError: the checkpoint has no optimizer.
+        UntrustedError: its files are not what `torch.save` writes.
     """
     if trainer.is_fsdp_enabled:
         with heads_apart(trainer.bare_optimizer()):
@@ -58,7 +61,18 @@ def load_optimizer(trainer: Any, folder: Path, read: Callable[[str], None]) -> N
                     f"{folder} has no {name}, so `save_only_model` wrote it and no run can go on from it: "
                     "leave `resume` out, and start from it as `model_name_or_path`"
                 )
-            owner.load_state_dict(torch.load(folder / name, map_location="cpu", mmap=True, weights_only=True))
+            owner.load_state_dict(_read(folder / name))
+
+
+def _read(path: Path) -> Any:
+    """Return what `torch.save` wrote, mapped into memory.
+
+    Raises:
+        UntrustedError: it is a pickle of another kind.
+    """
+    if not zipfile.is_zipfile(path):
+        raise UntrustedError(f"{path} is refused: it is not as torch.save writes it, and could run code")
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _is_plain(trainer: Any) -> bool:

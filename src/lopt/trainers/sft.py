@@ -17,6 +17,7 @@ from lopt.data.batches import IGNORED
 from lopt.data.cells import kept_as_cells
 from lopt.data.notes import Notes
 from lopt.data.rows import column_names
+from lopt.trainers.checks import check_workers
 from lopt.trainers.mixin import LoPTMixin
 from lopt.trainers.rows import (
     as_tokens,
@@ -66,6 +67,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         self.whole_rows: dict[str, Dataset] = {}
         self._tokenized: dict[str, Dataset] = {}
         super().__init__(*args, **kwargs)
+        check_workers(self.args, isinstance(self.train_dataset, IterableDataset))
         for name, rows in self._tokenized.items():
             config = getattr(self.model, "generation_config", None)
             say_where_rows_do_not_end(rows, self.processing_class, config, name)
