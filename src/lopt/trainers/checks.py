@@ -37,11 +37,15 @@ def check_numbers(args: TrainingArguments) -> None:
         ("weight_decay", 0),
         ("max_grad_norm", 0),
         ("warmup_steps", 0),
+        ("save_total_limit", 1),
     ):
         check_number(name, getattr(args, name), minimum=minimum)
     check_number("seed", args.seed, minimum=0, maximum=2**32 - 1)  # NumPy's
     check_number("learning_rate", args.learning_rate, above=0)
-    check_number("num_train_epochs", args.num_train_epochs, above=0)
+    for name in ("num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps"):
+        check_number(name, getattr(args, name), above=0)
+    for name in ("adam_beta1", "adam_beta2"):
+        check_number(name, getattr(args, name), minimum=0, below=1)
     rule = ">= 1, or left out for `num_train_epochs`"
     check(args.max_steps >= 1 or args.max_steps == -1, "max_steps", args.max_steps, rule)
     if args.fp16 and args.use_cpu:
