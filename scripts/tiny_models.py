@@ -62,8 +62,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def small_configs() -> Iterator[tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
-    """Yield every config class and its causal LM."""
-    for config, classes in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+    """Yield every config class and its causal LM; a class that stands for several model types once."""
+    for config, classes in dict(MODEL_FOR_CAUSAL_LM_MAPPING.items()).items():
         model = classes[0] if isinstance(classes, tuple | list) else classes
         if issubclass(config, model.config_class):  # or the model takes the text part of this config
             yield config, model

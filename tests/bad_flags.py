@@ -24,6 +24,7 @@ FLAGS: list[tuple[str, str, str]] = [
     ("sft", "--load_best_model_at_end --held_out 4", "add --eval_strategy steps and --eval_steps"),
     ("sft", "--save_strategy best --held_out 4", "needs a metric: add --metric_for_best_model loss"),
     ("sft", "--hub_model_id org/name", "--hub_model_id has no effect without --push_to_hub: add it"),
+    ("sft", "--hub_private_repo", "--hub_private_repo has no effect without --push_to_hub: add it"),
     ("sft", "--trackio_space_id a", "--trackio_space_id has no effect without --report_to trackio"),
     ("sft", "--do_eval --held_out 4", "--do_eval alone asks for no training: use lopt eval"),
     ("sft", "--do_train --do_eval", "--do_eval has no rows to evaluate on: add --held_out"),

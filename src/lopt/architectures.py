@@ -211,9 +211,7 @@ def _run(
                 stack.enter_context(_passing_through(layer, form, inputs))
             try:
                 model(**given, use_cache=False)
-            except (
-                Exception
-            ) as error:  # of any kind: it is the model's own code on an input it may not expect
+            except Exception as error:  # of any kind: the model's own code on an input it may not expect
                 reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
                 continue
         if [module for module in calls if module in layers] != layers:

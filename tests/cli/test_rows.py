@@ -1,4 +1,4 @@
-"""`--chat_template_path`: the template comes first, then the rows."""
+"""Flags that say which columns and which template rows are made with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from conftest import save_tiny
+from lopt.cli import rows as cli_rows
+from lopt.cli.flags import DataArguments, ModelArguments
 from lopt.cli.main import main
+from lopt.trainers.config import LoPTSFTConfig
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
@@ -73,3 +77,18 @@ def test_mistakes(
     given = [flag.format(rows=rows, model=tiny_folder) for flag in flags]
     assert preview(tiny_folder, rows, *given) == 2
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_dataset_text_field_of_rows_that_have_another_format_as_well(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the hub are read with all their columns."""
+    found = Dataset.from_dict({"question": ["Q?"], "answer": ["A"], "body": ["The text"], "text": ["Other"]})
+    monkeypatch.setattr(cli_rows, "load_rows", lambda **_: found)
+    args = LoPTSFTConfig(output_dir=str(tmp_path), use_cpu=True, dataset_text_field="body")
+    model = ModelArguments(model_name_or_path=str(tiny_folder))
+    made = cli_rows.sft_rows(model, DataArguments(dataset_name="a/b"), args)
+    assert list(made.train) == [{"text": "The text"}]
+    args.dataset_text_field = "nothing"
+    with pytest.raises(ValueError, match="`dataset_text_field` nothing is no column of the rows, which have"):
+        cli_rows.sft_rows(model, DataArguments(dataset_name="a/b"), args)

@@ -168,6 +168,8 @@ def test_a_large_list_is_read_in_parts(tmp_path: Path) -> None:
         ('[{"a": 1}, {"a": 2}', "is not valid JSON (a comma or ] is missing): add it"),
         ('[{"a": 1}] []', "line 1 goes on after the list"),
         ('{"a": 1}\n{"a": tru}', "line 2 is not valid JSON (Expecting value, column 7)"),
+        ('[{"a": 1}, ]', "line 1 is not valid JSON (Expecting value, column 12)"),
+        ('[{"a": 1},\n{"a": 2}, {"a" 3}]', "line 2 is not valid JSON (Expecting ':' delimiter, column 16)"),
         ('{"a": 1}\n{"a": "b\n"}', "line 2 is not valid JSON (Invalid control character at, column 9)"),
     ],
 )

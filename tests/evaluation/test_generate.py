@@ -19,4 +19,5 @@ def test_completions_do_not_depend_on_the_batch(tmp_path: Path, name: str) -> No
     together = complete(model, tokenizer, prompts, max_new_tokens=6, batch_size=3, progress="test")
     alone = [complete(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
     assert getattr(model.config, "output_router_logits", True)
+    assert complete(model, tokenizer, [], max_new_tokens=6) == []
     assert together == alone and tokenizer.padding_side == "right" and not model.training

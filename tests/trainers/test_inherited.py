@@ -71,6 +71,7 @@ def test_no_override_forgets_the_original() -> None:
 
 def test_rules_name_fields_that_exist() -> None:
     names = {field.name for config in CONFIGS for field in fields(config)}
+    names |= {"activation_checkpointing", "activation_checkpointing_kwargs"}  # since transformers 5.23
     ruled = [*REFUSED, *LABELS, *(n for need in NEEDS for n in (*need.names, *need.needed.split()))]
     for name in [*ruled, *(n for conflict in CONFLICTS for n in conflict.names)]:
         assert any(re.fullmatch(name.replace("*", ".*"), known) for known in names), name
@@ -114,3 +115,5 @@ def test_trainers_refuse_what_they_cannot_obey_also_without_a_command(tmp_path: 
     args = config(tmp_path, LoPTSFTConfig, optim="adamw_torch_4bit", weight_decay=0.1)
     check_inherited(args, lopt)
     check_inherited(config(tmp_path, optim="NAdam", optim_args="momentum_decay=0.1"), lopt)
+    # Of one of several data sets, or of a function of its own: only a command knows all figures.
+    check_inherited(config(tmp_path, eval_strategy="steps", metric_for_best_model="eval_first_loss"), lopt)

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Sized
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ from lopt.validation import check, check_number
 # What transformers does not name as available even where it is.
 _NEVER_LISTED = ("azure_ml", "flyte")
 
+METRICS = {
+    "sft": ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
+    "grpo": (
+        *("loss", "reward", "reward_std", "frac_reward_zero_std", "rewards/*/mean", "rewards/*/std", "kl"),
+        *("entropy", "completions/*", "clip_ratio/*", "sampling/*", "num_tokens", "aux_loss", "step_time"),
+    ),
+}
+"""Figures of a command's evaluation, by which a best model can be chosen; `*` stands for a name."""
+
 
 def check_run(
     model_args: ModelArguments, data_args: DataArguments, config: LoPTConfig, args: TrainingArguments
@@ -38,14 +48,15 @@ def check_run(
     """Refuse what is known to be impossible before anything is read.
 
     Raises:
-        ValueError: no model, no peft, settings that do not go with the method or have no effect, a hub or
-            a logger that cannot be used.
+        ValueError: no model, no peft, settings that do not go with the method or have no effect, a metric
+            that no evaluation has, a hub or a logger that cannot be used.
     """
     check_model(model_args)
     check_numbers(args)
     _check_more_numbers(args)
     check_effects(args, streaming=data_args.streaming)
     check_settings(args, config)
+    _check_metric(args)
     check_workers(args, data_args.streaming)
     check_loggers(args)
     check_hub(args)
@@ -66,6 +77,19 @@ def _check_more_numbers(args: Any) -> None:
     check_number("pad_to_multiple_of", getattr(args, "pad_to_multiple_of", None), minimum=1)
     check_number("neftune_noise_alpha", args.neftune_noise_alpha, minimum=0)
     check_number("label_smoothing_factor", args.label_smoothing_factor, minimum=0, below=1)
+
+
+def _check_metric(args: TrainingArguments) -> None:
+    """Refuse to choose the best model by a figure that no evaluation has.
+
+    A trainer in Python may have more figures: of several data sets, or of a function of its own.
+    """
+    metric = args.metric_for_best_model
+    figures = METRICS["grpo" if hasattr(args, "num_generations") else "sft"]
+    if metric is not None and not any(fnmatch(metric.removeprefix("eval_"), figure) for figure in figures):
+        raise ValueError(
+            f"`metric_for_best_model` {metric} is no figure of an evaluation: use one of {', '.join(figures)}"
+        )
 
 
 def check_cache() -> None:

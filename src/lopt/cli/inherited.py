@@ -14,7 +14,7 @@ class Need(NamedTuple):
     Attributes:
         names: The flags; a name that ends in `*` stands for all that begin so.
         needed: The flag that they need; the words of several of which one will do.
-        values: The values of it that will do; empty for any but its default.
+        values: The values of it that will do; empty for any but its default, false and none.
     """
 
     names: tuple[str, ...]
@@ -151,4 +151,5 @@ def _is_met(need: Need, args: Any, changed: Collection[str]) -> bool:
     if need.values:
         value = getattr(args, need.needed)
         return getattr(value, "value", value) in need.values
-    return any(name in changed for name in need.needed.split())
+    # Configs themselves make false or an empty list of some that were not given.
+    return any(name in changed and getattr(args, name) for name in need.needed.split())

@@ -45,9 +45,12 @@ class GRPORows(NamedTuple):
 
 def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
     """Return rows and tokenizer of an SFT run; rows are read first, since they fail first."""
-    rows = _read_rows(data_args, args.seed, _choose(args.dataset_text_field))
-    if args.dataset_text_field != "text":
-        rows, args.dataset_text_field = rows.rename_column(args.dataset_text_field, "text"), "text"
+    field, choose = args.dataset_text_field, _choose(args.dataset_text_field)
+    rows = _read_rows(data_args, args.seed, choose)
+    if field != "text":
+        # Rows of the hub still have their other columns, which may be those of another format.
+        rows = rows.select_columns(choose(column_names(rows))).rename_column(field, "text")
+        args.dataset_text_field = "text"
     read = None if data_args.streaming else len(rows)
     tokenizer = _tokenizer(model_args, args)
     rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)

@@ -68,7 +68,8 @@ class _Text:
         self.handle = handle
         self.bytes = codecs.getincrementaldecoder("utf-8-sig")()
         self.json = json.JSONDecoder(object_pairs_hook=_unique, **DECODER)
-        self.buffer, self.place, self.line = "", 0, 1  # `line` is that of the buffer's start
+        self.buffer, self.place = "", 0
+        self.line, self.before = 1, 0  # the line of the buffer's start, and characters before it there
         self.ended = False
 
     def next_character(self) -> str:
@@ -117,7 +118,7 @@ class _Text:
                     continue
                 # Where the last line breaks off, the error is noticed behind it.
                 place = min(self.place + ahead, len(self.buffer.rstrip()))
-                column = place - self.buffer.rfind("\n", 0, place)
+                column = self._before(place) + 1
                 raise self.error(
                     f"is not valid JSON ({error.msg}, column {column}): correct it, one object a line or a "
                     "list of objects",
@@ -133,7 +134,7 @@ class _Text:
         if self.ended:
             return False
         read = self.handle.read(CHUNK)
-        self.line += self.buffer.count("\n", 0, self.place)
+        self.line, self.before = self.line + self.buffer.count("\n", 0, self.place), self._before(self.place)
         self.buffer, self.place = self.buffer[self.place :], 0
         try:
             new = self.bytes.decode(read, final=not read)
@@ -145,6 +146,11 @@ class _Text:
         self.buffer += new
         self.ended = not read
         return bool(read)
+
+    def _before(self, place: int) -> int:
+        """Return how many characters are before `place` of the buffer in its line."""
+        line_end = self.buffer.rfind("\n", 0, place)
+        return self.before + place if line_end < 0 else place - line_end - 1
 
     def error(self, problem: str, place: int | None = None) -> BrokenFileError:
         """Return the error to raise for what is at `place` of the buffer; by default, where reading is."""

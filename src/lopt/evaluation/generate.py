@@ -28,8 +28,11 @@ def complete(
     Args:
         progress: label of a progress bar with an ETA; no bar if None.
     """
-    longest = max((len(ids) for ids in tokenizer(list(prompts))["input_ids"]), default=0)
-    check_positions(model, longest + max_new_tokens, "prompt and completion together have {limit} at most")
+    if prompts:  # a tokenizer takes no empty list
+        longest = max(len(ids) for ids in tokenizer(list(prompts))["input_ids"])
+        check_positions(
+            model, longest + max_new_tokens, "prompt and completion together have {limit} at most"
+        )
     generate: Any = model.generate
     training, side = model.training, tokenizer.padding_side
     model.eval()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 import torch
@@ -103,16 +102,6 @@ CONFLICTS = (
 """Arguments that are refused where they are asked for, in any LoPT trainer."""
 
 
-METRICS = {
-    "sft": ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
-    "grpo": (
-        *("loss", "reward", "reward_std", "frac_reward_zero_std", "rewards/*/mean", "rewards/*/std", "kl"),
-        *("entropy", "completions/*", "clip_ratio/*", "sampling/*", "num_tokens", "aux_loss", "step_time"),
-    ),
-}
-"""Figures of an evaluation that a best model can be chosen by, in TRL's trainers; `*` stands for a name."""
-
-
 def check_inherited(args: TrainingArguments, config: LoPTConfig) -> None:
     """Refuse arguments of transformers and TRL that a LoPT trainer would not obey.
 
@@ -196,14 +185,3 @@ def check_best_model(args: TrainingArguments) -> None:
         raise ValueError(
             "`save_strategy` best compares evaluations, and there are none: add `eval_strategy` steps"
         )
-    metric, figures = args.metric_for_best_model, METRICS.get(_kind(args), ())
-    if metric is None or not figures:
-        return
-    if not any(fnmatch(metric.removeprefix("eval_"), figure) for figure in figures):
-        raise ValueError(
-            f"`metric_for_best_model` {metric} is no figure of an evaluation: use one of {', '.join(figures)}"
-        )
-
-
-def _kind(args: TrainingArguments) -> str:
-    return "grpo" if hasattr(args, "num_generations") else "sft" if hasattr(args, "packing") else ""

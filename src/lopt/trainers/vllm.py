@@ -72,8 +72,8 @@ def _merged(layer: Any) -> Iterator[None]:
     kept = [(parameter, parameter.data) for parameter in layer.base_layer.parameters()]
     for parameter, data in kept:
         parameter.data = data.clone()
-    layer.merge()
     try:
+        layer.merge()
         yield
     finally:
         layer.unmerge()
