@@ -7,7 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from conftest import save_tiny, tiny
@@ -66,6 +69,7 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
     "quote.csv": ('question,answer\na,b\nc,"d\n', "quote.csv"),
     "ragged.csv": ("question,answer\na,b\nc,d,e\n", "ragged.csv"),
     "truncated.parquet": (b"", "truncated.parquet"),
+    "twice.parquet": (b"", "twice.parquet has two columns called 'question': rename one"),
     "silent.jsonl": (talk(("user", "Hi")), "no assistant message (roles: user)"),
     "roles.jsonl": (talk(("narrator", "Hi"), ("oracle", "Hello")), "(roles: narrator, oracle)"),
     "first.jsonl": (talk(("assistant", "Hello")), "has no message before its assistant message"),
@@ -106,6 +110,8 @@ def build(folder: Path) -> None:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     Dataset.from_list([{"question": "a", "answer": "b"}] * 50).to_parquet(folder / "truncated.parquet")
     (folder / "truncated.parquet").write_bytes((folder / "truncated.parquet").read_bytes()[:-100])
+    texts = [["a"], ["b"], ["c"]]
+    pq.write_table(pa.table(texts, names=["question", "question", "answer"]), folder / "twice.parquet")
     os.mkfifo(folder / "pipe.jsonl")
     (folder / "dangling").symlink_to("nowhere")
     build_models(folder)
@@ -153,6 +159,19 @@ def build_models(folder: Path) -> None:
     save_tiny(folder / "strict", chat_template="{{ raise_exception('no such role as assistant') }}")
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertForMaskedLM(BertConfig(**sizes, vocab_size=300)).save_pretrained(folder / "encoder")
+    like_it("layers_as_text", num_hidden_layers="4")
+    like_it("odd_heads", num_attention_heads=5)
+    like_it("no_layers", num_hidden_layers=0)
+    like_it("unknown_rope", rope_parameters={"rope_type": "magic"})
+    like_it("unknown_act", hidden_act="magic")
+    like_it("pad_beyond", pad_token_id=99_999)
+    (like_it("tokenless") / "tokenizer.json").write_text("{}")
+    adapter = json.dumps({"base_model_name_or_path": str(folder / "model"), "peft_type": "LORA"})
+    (like_it("adapted") / "adapter_config.json").write_text(adapter)
+    save_file({}, folder / "adapted/adapter_model.safetensors")
+    weights = load_file(folder / "model/model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, like_it("not_finite") / "model.safetensors", metadata={"format": "pt"})
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_config.json").write_text("[")
     (folder / "probed").mkdir()

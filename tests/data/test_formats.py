@@ -176,7 +176,7 @@ def test_the_row_number_counts_from_the_start_of_the_data():
         format_rows(rows, PLAIN)
 
 
-def test_a_stream_gives_the_same_examples():
+def test_a_stream_gives_the_same_examples(caplog):
     answers = [None, "", " "] * 400 + ["a", "2"]
     sums = Dataset.from_list([{"question": "q", "answer": answer, "id": 1} for answer in answers])
     alpaca = Dataset.from_list([{"instruction": "do", "input": "x", "output": "o"}] * 3)
@@ -185,6 +185,8 @@ def test_a_stream_gives_the_same_examples():
             stream = format_rows(rows.to_iterable_dataset(), tokenizer)
             assert list(stream) == list(format_rows(rows, tokenizer))
             assert stream.column_names == ["prompt", "completion"]
+    said = [record.message for record in caplog.records if "rows of the stream" in record.message]
+    assert said == ["rows of the stream: left out, their `answer` has nothing to train on"] * 2
     empty = Dataset.from_list([{"question": "q", "answer": ""}] * 3).to_iterable_dataset()
     with pytest.raises(ValueError, match="`answer` is empty in every row of the stream"):
         format_rows(empty, PLAIN)

@@ -92,5 +92,6 @@ def test_long_rows_can_be_left_out(tiny_folder: Path, tmp_path: Path, caplog) ->
     assert "2 of 4 train rows are left out: longer than `max_length` 8" in caplog.text
     stream = trainer(Dataset.from_list(rows).to_iterable_dataset()).train_dataset
     assert [len(row["input_ids"]) for row in stream] == lengths
+    assert caplog.text.count("rows of the stream: longer than `max_length` 8, left out") == 1
     with pytest.raises(ValueError, match="`drop_long_rows` leaves none of the 4 train rows"):
         trainer(Dataset.from_list(rows), max_length=3)

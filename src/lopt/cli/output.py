@@ -36,6 +36,8 @@ def check_output(
     folder = Path(output_dir)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite_output_dir contradict each other: give one of them")
+    if not output_dir.strip():
+        raise ValueError("--output_dir is empty: name a folder, or leave it out")
     check_writable(folder)
     if resume:
         return find_checkpoint(str(folder), resume, verify)

@@ -38,6 +38,11 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTCon
     """
     check_model(model_args)
     if data_args.max_seq_length is not None:
+        if args.max_length not in (LoPTSFTConfig.max_length, data_args.max_seq_length):
+            raise ValueError(
+                f"--max_seq_length {data_args.max_seq_length} and --max_length {args.max_length} are two "
+                "names of one length: give one of them"
+            )
         args.max_length = data_args.max_seq_length
     check_number("max_length", args.max_length, minimum=2)
     check_rows(data_args, args.max_steps)

@@ -93,6 +93,8 @@ class Examples:
 
     def __call__(self, row: dict[str, Any]) -> Example | None:
         made = self._sides(row)
+        if made is None and self.notes.streamed:  # other rows are counted by whoever has all of them
+            self.notes.add(f"left out, their `{self.fmt.columns[-1]}` has nothing to train on")
         if made is None or self.fmt.kind == "text":
             return made
         self._note_left_out(row)

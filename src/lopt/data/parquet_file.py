@@ -18,7 +18,7 @@ def parquet_columns(paths: Sequence[Path]) -> list[str]:
     """Return the columns of all files, in the order of their appearance.
 
     Raises:
-        BrokenFileError: no Parquet, or no row in any of the files.
+        BrokenFileError: no Parquet, or two columns of one name.
     """
     rows, found = 0, dict[str, None]()
     for path in paths:
@@ -26,9 +26,13 @@ def parquet_columns(paths: Sequence[Path]) -> list[str]:
             with path.open("rb") as handle:
                 file = pq.ParquetFile(handle)
                 rows += file.metadata.num_rows
-                found |= dict.fromkeys(file.schema_arrow.names)
+                names = file.schema_arrow.names
         except (pa.ArrowException, OSError) as error:
             raise BrokenFileError(f"cannot load {path}: {error}: write it anew as Parquet") from error
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise BrokenFileError(f"{path} has two columns called {twice[0]!r}: rename one")
+        found |= dict.fromkeys(names)
         if "::" in str(path):
             raise BrokenFileError(f"{path} has :: in its path, a sign of its own for `datasets`: rename it")
     return list(found) if rows else []

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.files import read_json
 from lopt.instruments.memory import HOST, format_bytes, free_memory
+from lopt.messages import error_text
 from lopt.models.load import empty_model, load_model, load_tokenizer, read_config, resolve_model
 from lopt.models.untrusted import UntrustedError, check_folder
+from lopt.reliability.guards import non_finite_weights
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Loading:
         """Return the model at `path`, on the GPU if there is one; an adapter is put into its base.
 
         Raises:
-            ValueError: see `load_model`; the weights need more memory than is free.
+            ValueError: see `load_model`; the weights need more memory than is free, or are not finite.
         """
         self.check_memory(path)
         base = adapter_base(path)
@@ -48,7 +51,18 @@ class Loading:
             **self._source(base),
         )
         if base is not None:
-            model.load_adapter(path)
+            try:
+                model.load_adapter(path)
+            except (SafetensorError, RuntimeError) as error:  # damaged, or of other sizes
+                raise ValueError(
+                    f"the adapter {path} cannot be loaded onto {base} ({error_text(error)}): get both again, "
+                    "from one place"
+                ) from error
+        if bad := non_finite_weights(model):
+            raise ValueError(
+                f"the model {path} holds numbers that are not finite: {bad}. Its files are damaged, or the "
+                "run that wrote them had diverged: take another copy of it"
+            )
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def tokenizer(self, path: str) -> PreTrainedTokenizerBase:

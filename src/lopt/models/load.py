@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -28,6 +29,10 @@ from lopt.models.chat_template import check_chat_template
 from lopt.models.names import DTYPES, resolve_model
 from lopt.models.untrusted import UntrustedError, check_folder, check_kernels, remote_code_error
 from lopt.validation import check_choice
+
+_ADAPTER = "adapter_config.json"
+_BAD_CONFIG = (KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError)
+"""What transformers raises besides OSError and ValueError where a JSON file of a model holds anything."""
 
 
 def read_config(
@@ -52,6 +57,8 @@ def read_config(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+    except (StrictDataclassError, KeyError) as error:  # no ValueError, and of several lines
+        raise ValueError(" ".join(str(error).split())) from error
     except ValueError as error:
         raise remote_code_error(name, error) or error from error
 
@@ -95,6 +102,8 @@ def load_model(
     check_choice("param_dtype", dtype, DTYPES)
     source: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
     config = load_config(name, weights=True, **source)
+    if (Path(resolve_model(name)) / _ADAPTER).is_file():  # it would be loaded too, and nothing else trained
+        raise _adapter_error(name)
     check_kernels(name, config, attn_implementation)
     try:
         loaded: Any = auto_class(config).from_pretrained(
@@ -106,7 +115,7 @@ def load_model(
             output_loading_info=True,
             **source,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *_BAD_CONFIG) as error:
         raise _loading_error(name, error) from error
     except SafetensorError as error:
         raise ValueError(
@@ -119,10 +128,12 @@ def load_model(
 
 def load_config(name: str, **options: Any) -> PreTrainedConfig:
     """Return the config of a decoder-only causal LM; options as of `read_config`, errors of `load_model`."""
-    resolve_model(name)  # a folder or a hub id, not a config.json
+    folder = Path(resolve_model(name))  # or a hub id, but not a config.json
+    if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise _adapter_error(name)
     try:
         config = read_config(name, **options)
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # a config.json may hold anything
+    except (OSError, ValueError, *_BAD_CONFIG) as error:
         raise _loading_error(name, error) from error
     check_causal(name, config)
     return config
@@ -146,7 +157,7 @@ def load_tokenizer(
         config = load_config(name, **source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *_BAD_CONFIG) as error:
         raise remote_code_error(name, error) or ValueError(
             f"the tokenizer of {name} cannot be loaded: {_first_line(error)}: put its files "
             "beside config.json"
@@ -223,6 +234,13 @@ def check_causal(name: str, config: Any) -> None:
             f"`model_name_or_path` {name} is a {architecture or config.model_type}, "
             "not a decoder-only causal LM: use a model whose architecture ends in ForCausalLM or LMHeadModel"
         )
+    for size in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        value = getattr(config.get_text_config(), size, None)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(
+                f"`model_name_or_path` {name} has {size} {value} in its config.json: correct it, or get the "
+                "file again"
+            )
 
 
 def _check_complete(name: str, loading_info: Mapping[str, Any]) -> None:
@@ -255,6 +273,13 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) 
         )
 
 
+def _adapter_error(name: str) -> ValueError:
+    return ValueError(
+        f"`model_name_or_path` {name} holds an adapter ({_ADAPTER}), and a whole model is needed: merge it "
+        "into its base (merge_and_unload of peft), save that, and name its folder"
+    )
+
+
 def _loading_error(name: str, error: Exception) -> ValueError:
     """Return the error to raise where transformers raised `error`."""
     if isinstance(error, UntrustedError):
@@ -275,4 +300,6 @@ def _loading_error(name: str, error: Exception) -> ValueError:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, KeyError):  # whose text is the key
+        return f"a file of it has an unknown or missing {lines[0]}"
     return lines[0].rstrip(".: ")

@@ -39,6 +39,7 @@ def check_numbers(args: TrainingArguments) -> None:
         ("warmup_steps", 0),
     ):
         check_number(name, getattr(args, name), minimum=minimum)
+    check_number("seed", args.seed, minimum=0, maximum=2**32 - 1)  # NumPy's
     check_number("learning_rate", args.learning_rate, above=0)
     check_number("num_train_epochs", args.num_train_epochs, above=0)
     rule = ">= 1, or left out for `num_train_epochs`"

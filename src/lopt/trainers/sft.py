@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from lopt.data.batches import IGNORED
 from lopt.data.cells import kept_as_cells
+from lopt.data.notes import Notes
 from lopt.data.rows import column_names
 from lopt.trainers.checks import check_workers
 from lopt.trainers.mixin import LoPTMixin
@@ -54,7 +55,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
     Rows that `max_length` leaves without a trainable token (the prompt alone is too long) are
     counted and reported, never trained on; nothing left is a ValueError. A stream
     (`datasets.IterableDataset`) is trained on pass after pass until `max_steps`, each in the same
-    order; such rows of it are skipped without a count.
+    order; what is lost of it is said once, without a count.
 
     Attributes:
         row_counts: What was reported, by name of the data set; streams have no entry.
@@ -146,8 +147,8 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         limit = args.max_length if getattr(args, "drop_long_rows", False) else None
         if isinstance(dataset, IterableDataset):
             dataset = tokenized(dataset)
-            if limit is not None:
-                dataset = dataset.filter(lambda row: len(row["input_ids"]) <= limit)
+            if args.max_length is not None:
+                dataset = dataset.filter(_Fitting(args.max_length, limit is not None, Notes(streamed=True)))
             if next(iter(prepare(dataset.take(LOOK_AHEAD))), None) is None:
                 raise ValueError(_nothing_left(name, f"first {LOOK_AHEAD:,}", args.max_length))
             return prepare(prepare(dataset), packing=True) if packing else prepare(dataset)
@@ -165,6 +166,22 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         self.whole_rows[name] = whole
         self.row_counts[name] = RowCounts(len(every), len(every) - len(made), cut)
         return prepare(made, packing=True) if packing else made
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """Whether a tokenized row of a stream is kept; says when it has found the first that is too long."""
+
+    max_length: int
+    drop: bool
+    notes: Notes
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        if len(row["input_ids"]) <= self.max_length:
+            return True
+        what = "left out" if self.drop else "cut there, or left out if their prompt alone reaches it"
+        self.notes.add(f"longer than `max_length` {self.max_length}, {what}")
+        return not self.drop
 
 
 def longer_rows(whole: Dataset, max_length: int) -> Dataset:
