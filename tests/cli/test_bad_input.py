@@ -125,6 +125,7 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--eval_strategy steps --eval_steps 2", "--eval_strategy steps has no rows to evaluate on"),
     ("sft", "--lr_scheduler_type magic", "magic"),
     ("sft", "--report_to magic", "--report_to: magic is not supported, only"),
+    ("sft", "--report_to tensorboard none", "--report_to none cannot be given beside another name"),
     ("sft", "--optim adamm", "--optim adamm is no class of torch.optim and none of"),
     ("sft", "--optim NAdam --optim_args speed=9", "--optim_args speed=9: torch.optim.NAdam takes"),
     ("sft", "--optim SGD --optim_args momentum", "--optim_args momentum: write name=value, for"),

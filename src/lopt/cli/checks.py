@@ -116,6 +116,8 @@ def check_loggers(args: TrainingArguments) -> None:
     Raises:
         ValueError: with the name and what to do.
     """
+    if "none" in (args.report_to or ()):  # alone it has become an empty list
+        raise ValueError("--report_to none cannot be given beside another name: give one or the other")
     try:
         get_reporting_integration_callbacks(args.report_to)
     except ValueError as error:
