@@ -4,7 +4,8 @@
     python benchmarks/stop.py --moments 2 --phases data saving --output /tmp/stop.json
 
 A moment is drawn uniformly over the time that a whole run spends in the phase. What has to hold: exit code
-75, no checkpoint that is not whole, and in the end the weights of the run that nobody stopped. A run is a
+75, or 0 of a run that had nothing left to do but to end, which then has its weights at once; no checkpoint
+that is not whole, and in the end the weights of the run that nobody stopped. A run is a
 process forked off this one, which has imported everything already. Interrupted itself, the script goes on
 where it was.
 """
@@ -212,9 +213,10 @@ def stopped_run(job: Job, command: str, folder: Path, phase: str, draw: random.R
         "seconds": round(took, 3),
         "checkpoints": {path.name: damage(path) for path in there},
     }
-    again = run(command, [*job.arguments, *(["--resume"] if there else [])], folder)[0]
+    result["finished"] = code == 0
+    again = code and run(command, [*job.arguments, *(["--resume"] if there else [])], folder)[0]
     result["identical"] = again == 0 and weights(folder) == job.weights
-    if not result["identical"] or code != EXIT_STOPPED:
+    if not result["identical"] or code not in (0, EXIT_STOPPED):
         result["log"] = folder.with_suffix(".log").read_text()[-2000:]
     shutil.rmtree(folder)
     folder.with_suffix(".log").unlink()
@@ -247,6 +249,7 @@ def summary(phases: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         phase: {
             "moments": len(runs),
             "exit_code_75": sum(run["exit_code"] == EXIT_STOPPED for run in runs),
+            "finished": sum(run.get("finished", False) for run in runs),
             "identical": sum(run["identical"] for run in runs),
             "damaged_checkpoints": sum(
                 why is not None for run in runs for why in run["checkpoints"].values()

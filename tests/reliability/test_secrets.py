@@ -39,7 +39,7 @@ def test_tokens_are_written_nowhere(
 ) -> None:
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("HF_TOKEN", IN_ENVIRONMENT)
-    flags = ["--hub_token", SECRET, "--model_init_kwargs", json.dumps({"token": SECRET}), "--save_steps", "1"]
+    flags = ["--hub_token", SECRET, "--save_steps", "1"]
     flags += ["--report_to", "tensorboard", "--logging_steps", "1"]
     flags += ["--num_blocks", "2", "--head_warmup_steps", "1", "--log_level", "debug"]
     assert sft(model, *flags, "--output_dir", str(tmp_path / "out")) == 0
@@ -54,6 +54,7 @@ IN_ERRORS = (
     ["--hub_tokn", SECRET],
     [f"--hub-tokn={SECRET}"],
     ["--hub_token", SECRET, "x"],
+    ["--model_init_kwargs", json.dumps({"token": SECRET})],
     ["--hub_token", SECRET, "--train_file", f"/nowhere/{SECRET}.jsonl"],
     ["--config", "{tmp}/unknown.yaml"],
     ["--config", "{tmp}/broken.yaml"],
