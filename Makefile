@@ -50,7 +50,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 lint: $(STAMP)  ## ruff, mypy and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --platform win32 & windows=$$!; $(BIN)/mypy && wait $$windows
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/windows & windows=$$!; $(BIN)/mypy && wait $$windows
 	$(BIN)/lint-imports
 
 audit: $(STAMP)  ## known vulnerabilities of the installed packages (needs the internet)

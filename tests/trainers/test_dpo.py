@@ -106,3 +106,13 @@ def test_arguments_may_come_by_position(tiny_folder: Path, tmp_path: Path) -> No
     model = LlamaForCausalLM.from_pretrained(tiny_folder)
     with pytest.raises(ValueError, match="use_reentrant=true gives no gradient"):
         LoPTDPOTrainer(model, None, args)
+
+
+def test_a_misspelt_column_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs the columns `chosen` and `rejected`.*rejcted"):
+        LoPTDPOTrainer(
+            LlamaForCausalLM.from_pretrained(tiny_folder),
+            args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False),
+            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejcted": "c"}]),
+            processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+        )

@@ -189,7 +189,8 @@ class Examples:
         """Count what the row has for a template that does not use it."""
         for name in self.extra:
             if row.get(name) and (self.chat is None or self.rendered or not _uses(self.chat, name)):
-                self.notes.add(f"the column `{name}` is left out, the template does not use it")
+                why = "there is no chat template" if self.chat is None else "the template does not use it"
+                self.notes.add(f"the column `{name}` is left out, {why}")
         if self.rendered and row.get("system"):
             self.notes.add("the column `system` is left out, `prompt` is rendered already")
 

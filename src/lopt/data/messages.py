@@ -61,7 +61,8 @@ def read_messages(value: Any, column: str, chat: Chat | None, notes: Notes) -> l
                 raise column_error(column, f"has a message whose `{name}` is not text")
         read = {name: turn[name] for name in turn if name in keys}
         lost = keys if chat is None else {name for name in keys if not chat.knows(name)}
-        said += [f"`{name}` of a message is left out, the template does not use it" for name in sorted(lost)]
+        why = "there is no chat template" if chat is None else "the template does not use it"
+        said += [f"`{name}` of a message is left out, {why}" for name in sorted(lost)]
         content = _content(turn, named, column, calls=chat is not None and "tool_calls" in read)
         found.append({"role": named, "content": content, **(read if chat is not None else {})})
     notes.add(*said)

@@ -8,6 +8,7 @@ from trl import DPOTrainer
 
 from lopt.core.config import LoPTConfig
 from lopt.data.cells import kept_as_cells
+from lopt.data.rows import column_names
 from lopt.trainers.mixin import LoPTMixin
 from lopt.trainers.rows import say_what_is_lost
 
@@ -24,5 +25,9 @@ class LoPTDPOTrainer(LoPTMixin, DPOTrainer):
         super().__init__(*args, lopt_config=lopt_config, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
+        names = column_names(dataset)
+        missing = [name for name in ("chosen", "rejected") if name not in names]
+        if missing and "chosen_ids" not in names:  # or the rows are tokens already
+            raise ValueError(f"DPO needs the columns `chosen` and `rejected` (got {', '.join(names)})")
         say_what_is_lost(dataset, processing_class, None, rest[-1] if rest else "train")
         return super()._prepare_dataset(kept_as_cells(dataset), processing_class, args, *rest)
