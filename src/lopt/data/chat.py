@@ -92,6 +92,11 @@ class Chat:
         return user in prompt and assistant in (prompt + completion)[prompt.rindex(user) + len(user) :]
 
 
+def why_unused(chat: Chat | None) -> str:
+    """Return why a key or column that the template does not know is left out."""
+    return "there is no chat template" if chat is None else "the template does not use it"
+
+
 def common_start(one: str, other: str) -> str:
     """Return the text that both begin with."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))

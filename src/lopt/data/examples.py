@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lopt.data.chat import Chat, check_alike
+from lopt.data.chat import Chat, check_alike, why_unused
 from lopt.data.columns import Format
 from lopt.data.messages import (
     check_only_last,
@@ -189,8 +189,7 @@ class Examples:
         """Count what the row has for a template that does not use it."""
         for name in self.extra:
             if row.get(name) and (self.chat is None or self.rendered or not _uses(self.chat, name)):
-                why = "there is no chat template" if self.chat is None else "the template does not use it"
-                self.notes.add(f"the column `{name}` is left out, {why}")
+                self.notes.add(f"the column `{name}` is left out, {why_unused(self.chat)}")
         if self.rendered and row.get("system"):
             self.notes.add("the column `system` is left out, `prompt` is rendered already")
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lopt.data.chat import REASONING, Chat
+from lopt.data.chat import REASONING, Chat, why_unused
 from lopt.data.notes import Notes
 from lopt.data.rows import column_error
 from lopt.data.templates import Message
@@ -61,8 +61,7 @@ def read_messages(value: Any, column: str, chat: Chat | None, notes: Notes) -> l
                 raise column_error(column, f"has a message whose `{name}` is not text")
         read = {name: turn[name] for name in turn if name in keys}
         lost = keys if chat is None else {name for name in keys if not chat.knows(name)}
-        why = "there is no chat template" if chat is None else "the template does not use it"
-        said += [f"`{name}` of a message is left out, {why}" for name in sorted(lost)]
+        said += [f"`{name}` of a message is left out, {why_unused(chat)}" for name in sorted(lost)]
         content = _content(turn, named, column, calls=chat is not None and "tool_calls" in read)
         found.append({"role": named, "content": content, **(read if chat is not None else {})})
     notes.add(*said)
@@ -159,11 +158,7 @@ def read_tools(value: Any, column: str = "tools") -> list[Any] | None:
     Raises:
         ValueError: they are no list of objects.
     """
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise column_error(column, f"is text but no JSON ({error}): give a list of tools") from error
+    value = _from_json(value, column, "a list of tools")
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
@@ -177,13 +172,19 @@ def read_options(value: Any, column: str = "chat_template_kwargs") -> dict[str, 
     Raises:
         ValueError: they are no object.
     """
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise column_error(column, f"is text but no JSON ({error}): give an object") from error
+    value = _from_json(value, column, "an object")
     if not value:
         return {}
     if not isinstance(value, Mapping):
         raise column_error(column, "must be an object")
     return dict(value)
+
+
+def _from_json(value: Any, column: str, wanted: str) -> Any:
+    """Return the value that JSON text stands for; other values, and blank text, as they are."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise column_error(column, f"is text but no JSON ({error}): give {wanted}") from error
