@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from lopt.cli import checks
-from lopt.cli.checks import check_batches, check_cache, check_evaluation, check_hub, check_loggers
+from lopt.cli.checks import check_cache, check_evaluation, check_hub, check_loggers
 from lopt.cli.flags import DataArguments
+from lopt.trainers.checks import check_batches
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 
 

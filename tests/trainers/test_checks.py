@@ -153,3 +153,17 @@ def test_a_stream_has_no_workers_where_processes_start_anew(tmp_path: Path, monk
         check_workers(args, streaming=False)
         with nullcontext() if method == "fork" else pytest.raises(ValueError, match=f"by {method}"):
             check_workers(args, streaming=True)
+
+
+def test_too_few_rows_are_refused_in_python_too(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"prompt": "1?", "answer": "1"}])
+    args = LoPTGRPOConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, num_generations=4, use_cpu=True
+    )
+    trainer = LoPTGRPOTrainer(
+        str(tiny_folder), lambda completions, **_: [0.0] * len(completions), args, train_dataset=rows
+    )
+    with pytest.raises(
+        ValueError, match="the 1 training rows are fewer than the 2 prompts of one generation"
+    ):
+        trainer.train()

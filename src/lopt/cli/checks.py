@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -185,32 +185,3 @@ def check_cut(model: str, configs: Iterable[LoPTConfig], **where: Any) -> None:
     for config in configs:
         split(shape.get_text_config().num_hidden_layers, config)
         check_routers(config, shape)
-
-
-def check_batches(args: Any, train: Any, held_out: Any) -> None:
-    """Refuse rows that make no whole batch where incomplete ones are left out: a run of 0 steps would follow.
-
-    Args:
-        train: Rows as the trainer has prepared them; a stream has no length.
-        held_out: Those to evaluate on, or None.
-
-    Raises:
-        ValueError: With the numbers and the flag that helps.
-    """
-    if isinstance(train, Sized) and hasattr(args, "num_generations"):
-        prompts = args.generation_batch_size // args.num_generations
-        if len(train) < prompts:
-            raise ValueError(
-                f"the {len(train)} training rows are fewer than the {prompts} prompts of one generation: "
-                "give more rows, or lower --per_device_train_batch_size or --gradient_accumulation_steps"
-            )
-    if not args.dataloader_drop_last:
-        return
-    for rows, flag in ((train, "per_device_train_batch_size"), (held_out, "per_device_eval_batch_size")):
-        batch = getattr(args, flag) * args.world_size
-        if isinstance(rows, Sized) and len(rows) < batch:
-            what = "training" if rows is train else "held-out"
-            raise ValueError(
-                f"the {len(rows)} {what} rows make no batch of {batch}, and --dataloader_drop_last drops an "
-                f"incomplete one: leave it out, lower --{flag}, or give more rows"
-            )

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lopt.architectures import base_model
-from lopt.cli.checks import check_batches, check_cut
+from lopt.cli.checks import check_cut
 from lopt.cli.flags import ModelArguments, RunArguments, checkpoint_named
 from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.retention import MakeCallback
@@ -27,6 +27,7 @@ from lopt.reliability.ranks import on_first_rank, together
 from lopt.reliability.record import Record, data_facts
 from lopt.reliability.stop import Stopped
 from lopt.reports.retention import write_curves
+from lopt.trainers.checks import check_batches
 from lopt.trainers.lora import lora_config
 from lopt.trainers.vllm import end_training
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,35 @@ def check_before(given: Iterable[Any], config: LoPTConfig, model: Any, adapters:
         check_settings(args, config if adapters is None else config.replace(tied_embeddings="freeze"), known)
     if isinstance(model, nn.Module):
         Blocks(model, config)
+
+
+def check_batches(args: Any, train: Any, held_out: Any) -> None:
+    """Refuse rows that make no whole batch where incomplete ones are left out: a run of 0 steps would follow.
+
+    Args:
+        train: Rows as the trainer has prepared them; a stream has no length.
+        held_out: Those to evaluate on, or None.
+
+    Raises:
+        ValueError: with the numbers and the argument that helps.
+    """
+    if isinstance(train, Sized) and hasattr(args, "num_generations"):
+        prompts = args.generation_batch_size // args.num_generations
+        if len(train) < prompts:
+            raise ValueError(
+                f"the {len(train)} training rows are fewer than the {prompts} prompts of one generation: "
+                "give more rows, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`"
+            )
+    if not args.dataloader_drop_last:
+        return
+    for rows, flag in ((train, "per_device_train_batch_size"), (held_out, "per_device_eval_batch_size")):
+        batch = getattr(args, flag) * args.world_size
+        if isinstance(rows, Sized) and len(rows) < batch:
+            what = "training" if rows is train else "held-out"
+            raise ValueError(
+                f"the {len(rows)} {what} rows make no batch of {batch}, and `dataloader_drop_last` drops an "
+                f"incomplete one: leave it out, lower `{flag}`, or give more rows"
+            )
 
 
 def check_workers(args: TrainingArguments, streaming: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lopt.core.attach import LoPT
+from lopt.trainers.checks import check_batches
 from lopt.trainers.heads import warm_up_heads
 from lopt.trainers.resume import resumed_otherwise
 
@@ -25,7 +26,12 @@ class LoopEvents(TrainerCallback):
             ValueError: there is no batch to train on.
             NonFiniteError: a local loss of the warm-up is not finite.
         """
-        _check_batches(kwargs.get("train_dataloader"), args)
+        loader: Any = kwargs.get("train_dataloader")
+        if isinstance(getattr(loader, "dataset", None), Sized) and not len(loader):  # a stream has no length
+            check_batches(args, self._trainer.train_dataset, None)  # knows most of the reasons
+            raise ValueError(
+                "the training rows make no batch: give more rows, or lower `per_device_train_batch_size`"
+            )
         if self._trainer.resumed_from and self._trainer.is_world_process_zero():
             change = resumed_otherwise(self._trainer, self._trainer.resumed_from)
             if change is not None:
@@ -67,13 +73,3 @@ class LoopEvents(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that the evaluation of an epoch may follow."""
         self._trainer.stops.begin_following("epoch")
-
-
-def _check_batches(loader: Any, args: Any) -> None:
-    """Refuse to train on no batch, which Trainer reports as success after 0 steps."""
-    if isinstance(getattr(loader, "dataset", None), Sized) and not len(loader):  # a stream has no length
-        rows = args.per_device_train_batch_size * args.world_size
-        raise ValueError(
-            f"the training rows make no batch of {rows}, and an incomplete one is dropped: leave out "
-            "`dataloader_drop_last`, lower `per_device_train_batch_size`, or give more rows"
-        )
