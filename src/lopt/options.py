@@ -15,6 +15,8 @@ def documented(cls: type[T]) -> type[T]:
     section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
     texts = dict(re.findall(r"^    (\w+): (.*(?:\n {6,}.*)*)", section, re.MULTILINE))
     for part in fields(cls):  # type: ignore[arg-type]
+        if "help" in part.metadata:  # of a base class
+            continue
         assert part.name in texts, f"{cls.__name__}.{part.name} is not in the docstring"
         part.metadata = {"help": " ".join(texts[part.name].split())}  # type: ignore[assignment]
     return cls

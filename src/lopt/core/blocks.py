@@ -29,6 +29,7 @@ class Blocks(Sequence[Block]):
     Attributes:
         decoder: The decoder's module.
         layers: All of its layers.
+        front: The modules that run before the first layer: embeddings and their norms.
         others: What text does not run through, in a model of pictures as well; it is not trained.
         tail: The modules between the last layer and the LM head: the final norm, and what follows it.
 
@@ -38,9 +39,9 @@ class Blocks(Sequence[Block]):
 
     def __init__(self, model: nn.Module, config: LoPTConfig) -> None:
         self._base = base_model(model)
-        found = find_decoder(self._base, config.is_local)
+        found = find_decoder(self._base, config.is_local or config.schedule == "block_major")
         self.decoder, self.layers = found.module, found.layers
-        self.tail, self._front, self.others = found.tail, found.front, found.others
+        self.tail, self.front, self.others = found.tail, found.front, found.others
         spans = split(len(self.layers), config)
         self._blocks = [Block(index, start, stop) for index, (start, stop) in enumerate(spans)]
         self._check_owners(model)
@@ -67,7 +68,7 @@ class Blocks(Sequence[Block]):
         yield from ((len(self) - 1, module) for module in (*self.tail, self._base.get_output_embeddings()))
         embedding = self._base.get_input_embeddings()
         # After the head, so that a matrix which they share belongs to the first block: see `_owners`.
-        yield from ((0, module) for module in (*self._front, *self.others, embedding))
+        yield from ((0, module) for module in (*self.front, *self.others, embedding))
         yield from ((b.index, layer) for b in self for layer in self.layers[b.start : b.stop])
 
     def _owners(self) -> dict[int, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lopt.options import documented
+from lopt.residency import Residency
 from lopt.validation import check, check_choice, check_number
 
 METHODS = ("lopt", "e2e", "frozen", "lora")
@@ -18,17 +19,15 @@ LR_K1_RATIO = {"recon": 0.1, "next_token": 1.0}
 _CHOICES: dict[str, Any] = {
     "method": [*METHODS, *METHOD_ALIASES],
     "aux_loss": tuple(LR_K1_RATIO),
-    "schedule": ("eager", "block_major"),
-    "offload": ("none", "optimizer", "block"),
     "tied_embeddings": ("untie", "freeze"),
     "clip": ("global", "block"),
 }
-_AT_LEAST_0 = ("frozen_blocks", "lambda_aux", "lr_k1", "prefetch_gib", "head_warmup_steps", "head_warmup_lr")
+_AT_LEAST_0 = ("frozen_blocks", "lambda_aux", "lr_k1", "head_warmup_steps", "head_warmup_lr")
 
 
 @documented
 @dataclass(frozen=True)
-class LoPTConfig:
+class LoPTConfig(Residency):
     """How the model is cut and what each block learns from (arXiv 2605.04913).
 
     Attributes:
@@ -45,12 +44,6 @@ class LoPTConfig:
         lambda_aux: λ, the weight of the mean local loss beside the task loss.
         lr_k1: Learning rate of blocks 1 to k−1, the embedding and the heads. Default: a tenth of
             `learning_rate`, or the same with `aux_loss` next_token (the published recipe uses the same).
-        schedule: 'eager': each micro-batch runs through all blocks. 'block_major': all micro-batches of an
-            optimizer step run through one block, which is stepped before the next one begins.
-        offload: What `schedule` block_major keeps in host memory while the device does not need it:
-            'optimizer' state, or 'block': weights and optimizer state of every block but the current one.
-        prefetch_gib: With `offload`: GiB of device memory for tensors on their way in or out, beside the
-            current block. A larger value hides more of the copying.
         local_every: Earlier blocks learn on every N-th optimizer step and run without gradients on the
             others, which makes those faster. 1 is the published recipe.
         head_warmup_steps: Steps in which the heads alone learn, before the first optimizer
@@ -72,9 +65,6 @@ class LoPTConfig:
     frozen_blocks: int = 0
     lambda_aux: float = 10.0
     lr_k1: float | None = None
-    schedule: Literal["eager", "block_major"] = "eager"
-    offload: Literal["none", "optimizer", "block"] = "none"
-    prefetch_gib: float = 2.0
     local_every: int = 1
     head_warmup_steps: int = 60
     head_warmup_lr: float = 1e-2
@@ -82,6 +72,7 @@ class LoPTConfig:
     clip: Literal["global", "block"] = "block"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
@@ -96,15 +87,9 @@ class LoPTConfig:
             check(rising, "block_boundaries", starts, "increasing layer numbers from 1 on, for example 6 12")
         if self.frozen_blocks and not self.is_local:
             raise ValueError(f"`frozen_blocks` needs `method` lopt (got {self.method}): leave it out")
-        if self.schedule == "block_major" and not self.is_local:
-            raise ValueError(f"`schedule` block_major needs `method` lopt (got {self.method}): use eager")
-        if self.schedule == "block_major" and self.clip != "block":
-            raise ValueError(
-                "`schedule` block_major needs `clip` block (got global): a block is stepped before the other "
-                "blocks' gradients exist"
-            )
-        if self.offload != "none" and self.schedule != "block_major":
-            raise ValueError(f"`offload` {self.offload} needs `schedule` block_major: add it")
+        if self.stages is not None and self.stages < self.block_count:
+            rule = f">= {self.block_count}, the number of blocks"
+            check(False, "stages", self.stages, rule)
 
     @property
     def is_local(self) -> bool:
@@ -115,6 +100,13 @@ class LoPTConfig:
     def is_cut(self) -> bool:
         """True if the task gradient stops at a boundary."""
         return self.method in ("lopt", "frozen")
+
+    @property
+    def block_count(self) -> int:
+        """The number of blocks that the fields ask for."""
+        if not self.is_cut:
+            return 1
+        return self.num_blocks if self.block_boundaries is None else len(self.block_boundaries) + 1
 
     def early_learning_rate(self, learning_rate: float) -> float:
         """Return the learning rate of earlier blocks, the embedding and the heads."""

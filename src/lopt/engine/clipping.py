@@ -38,6 +38,13 @@ def clip_block(lopt: LoPT, index: int, max_norm: float = math.inf) -> Tensor:
     return norm
 
 
+def total_norm(norms: list[Tensor], device: torch.device) -> Tensor:
+    """Return the norm () of all gradients whose own norms are given; 0 if there are none."""
+    if not norms:
+        return torch.zeros((), device=device)
+    return torch.linalg.vector_norm(torch.stack(norms)).float()
+
+
 def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Parameters with a gradient: whole ones, then those of each mesh; one operation takes one of these."""
     kinds: dict[Any, list[nn.Parameter]] = {None: []}

@@ -138,6 +138,16 @@ class HostTransfer:
         group.put(group.host)
         self._prefetch_within_budget()
 
+    def send(self, group: TensorGroup) -> torch.cuda.Event | None:
+        """Copy tensors that the owner of `group` has made on the device to host memory.
+
+        Returns:
+            What has passed when they are there; None if they are there at once.
+        """
+        self._in_use.add(group)
+        self.release(group)
+        return self._outgoing[-1].copied if self._on_gpu else None
+
     def synchronize(self) -> None:
         """Wait until all that leaves is in host memory, and drop what was prefetched or announced."""
         while self._outgoing:

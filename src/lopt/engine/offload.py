@@ -1,4 +1,4 @@
-"""Offload: host memory holds the optimizer state, and if asked for the weights, that no block needs now."""
+"""Offload: host memory holds the optimizer state, and if asked for the weights, that no stage needs now."""
 
 from __future__ import annotations
 
@@ -11,45 +11,70 @@ from lopt.architectures import base_model
 from lopt.core.attach import LoPT
 from lopt.engine.host_transfer import HostTransfer, TensorGroup
 from lopt.engine.optimizer import BlockOptimizer
+from lopt.engine.stages import Stage, Stages
 from lopt.instruments.memory import free_memory
 
 
 class Offload:
-    """Decides what the device holds in the block-major schedule: one block, or its optimizer state at least.
+    """Decides what the device holds in the block-major schedule: one stage, or its optimizer state at least.
 
     Args:
         lopt: the handle on the model.
+        stages: its stages.
         device: where it is trained.
         prefetch_bytes: device memory for what is on its way in or out.
         weights: whether weights are offloaded too (`offload="block"`), or optimizer state alone.
 
     Attributes:
-        transfer: moves the tensors; pass it to the optimizer.
+        transfer: moves the tensors; pass it to an optimizer that steps on the device.
         optimizer: that optimizer, to be set when it exists.
         weights: the offload of the weights, None if they stay on the device.
+        stage: the stage that the device works on; None between optimizer steps.
     """
 
-    def __init__(self, lopt: LoPT, device: torch.device, prefetch_bytes: int, weights: bool) -> None:
+    def __init__(
+        self, lopt: LoPT, stages: Stages, device: torch.device, prefetch_bytes: int, weights: bool
+    ) -> None:
         self.transfer = HostTransfer(device, prefetch_bytes)
         self.optimizer: BlockOptimizer | None = None
-        self.weights = WeightsOffload(lopt, self.transfer) if weights else None
+        self.weights = WeightsOffload(lopt, stages, self.transfer) if weights else None
+        self.stage: Stage | None = None
+        self._changed = False
 
-    def enter(self, block: int, learns: bool) -> None:
-        """Fetch the weights of block `block` (from 0); prefetch its state if it learns, and the next one."""
-        following = self.weights.enter(block) if self.weights is not None else []
-        if learns and self.optimizer is not None:
-            self.transfer.prefetch(self.optimizer.state_groups(block))
-        self.transfer.prefetch(following)
+    def enter(self, stage: Stage, will_step: bool, following: Stage | None) -> None:
+        """Turn to `stage`: fetch its weights, prefetch its state if it is stepped now, and `following`'s weights.
 
-    def leave(self, block: int, learns: bool) -> None:
-        """Release the weights of block `block`, which has been stepped if it learns."""
-        if self.weights is not None:
-            self.weights.leave(block, changed=learns)
+        The stage before is released.
+        """
+        if stage is not self.stage:
+            self.leave()
+            self.stage = stage
+            if self.weights is not None:
+                self.weights.enter(stage)
+        if will_step and self.optimizer is not None:
+            self.transfer.prefetch(self.optimizer.state_groups(stage.index))
+        if following is not None and self.weights is not None:
+            self.transfer.prefetch(self.weights.groups(following))
+
+    def has_changed(self) -> None:
+        """Note that the weights of the present stage have been stepped on the device."""
+        self._changed = True
+
+    def leave(self) -> None:
+        """Release the weights of the present stage."""
+        if self.weights is not None and self.stage is not None:
+            self.weights.leave(self.stage, self._changed)
+        self.stage, self._changed = None, False
+
+    def end_step(self) -> None:
+        """End an optimizer step."""
+        self.leave()
+        self.transfer.synchronize()
 
     def synchronize(self) -> None:
         """Bring the values of all that is offloaded into host memory."""
+        self.leave()
         if self.weights is not None:
-            self.weights.leave(len(self.weights.blocks) - 1, changed=True)
             self.weights.release_all()
         self.transfer.synchronize()
 
@@ -63,42 +88,41 @@ class Offload:
 
 
 class WeightsOffload:
-    """Keeps the large weights of an attached model in host memory except those of the active block.
+    """Keeps the weights of an attached model in host memory except those of the active stage.
 
-    Layers, the token embedding and the LM head are offloaded, and from the first optimizer step on a
-    block's reconstruction head with it; norms and position embeddings are small and stay. Between
-    optimizer steps every offloaded weight is in host memory, so callbacks and checkpoints see the real
-    values.
+    From the first optimizer step on a block's reconstruction head is offloaded with the block's last stage. Between
+    optimizer steps every weight is in host memory, so callbacks and checkpoints see the real values.
 
-    A forward outside the block-major schedule (evaluation, generation, the head warm-up) fetches all
-    weights if the device has room for them, and one layer after the other if not; then it can only run
-    without gradients.
-
-    Attributes:
-        blocks: the groups of every block, in order.
+    A forward outside the block-major schedule (evaluation, generation, a reference model that shares the weights, the
+    head warm-up) fetches all weights if the device has room for them, and one layer after the other if not; then it
+    can only run without gradients.
     """
 
-    def __init__(self, lopt: LoPT, transfer: HostTransfer) -> None:
+    def __init__(self, lopt: LoPT, stages: Stages, transfer: HostTransfer) -> None:
         self._lopt = lopt
         self._transfer = transfer
-        base, blocks = base_model(lopt.model), lopt.blocks
-        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-        self._by_module: dict[nn.Module, TensorGroup] = {}
+        blocks = lopt.blocks
+        self._by_layer: dict[nn.Module, TensorGroup] = {}
+        self._groups: list[list[TensorGroup]] = []
+        self._learning: dict[TensorGroup, bool] = {}
         offloaded: dict[nn.Parameter, TensorGroup] = {}
-        for module in (embedding, *blocks.layers, head):
-            own = [p for p in module.parameters() if p not in offloaded]
-            # A head tied to the embedding has none of its own.
-            group = TensorGroup.of_parameters(own) if own else offloaded[next(module.parameters())]
-            offloaded |= dict.fromkeys(own, group)
-            self._by_module[module] = group
-        self._ends = [self._by_module[embedding], self._by_module[head]]
-        self.blocks = [
-            [self._by_module[layer] for layer in blocks.layers[block.start : block.stop]] for block in blocks
-        ]
-        self.blocks[0].insert(0, self._ends[0])
-        self.blocks[-1].append(self._ends[1])
-        self._learning = dict.fromkeys(offloaded.values(), False)
-        self._learning |= {group: True for p, group in offloaded.items() if p.requires_grad}
+        for stage in stages:
+            groups: dict[TensorGroup, None] = {}
+            for modules in stages.modules(stage):
+                parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
+                own = [p for p in parameters if p not in offloaded]
+                if own:
+                    group = TensorGroup.of_parameters(own)
+                    offloaded |= dict.fromkeys(own, group)
+                    self._learning[group] = any(p.requires_grad for p in own)
+                groups |= dict.fromkeys(offloaded[p] for p in parameters)  # a shared matrix is in two stages
+                if len(modules) == 1 and own:
+                    self._by_layer[modules[0]] = group
+            self._groups.append(list(groups))
+        layers = set(blocks.layers)
+        self._ends = [g for g in self._learning if g not in {self._by_layer[x] for x in layers}]
+        self._stages = stages
+        self._entered: set[TensorGroup] = set()  # of the present stage, whose graph holds on to its weights
         self._all_fetched = False
         self._heads_offloaded = False
         for group in self._learning:
@@ -115,30 +139,23 @@ class WeightsOffload:
         """Bytes of all that is offloaded."""
         return sum(group.nbytes for group in self._learning)
 
-    def enter(self, block: int) -> list[TensorGroup]:
-        """Fetch the weights of block `block` and return the groups of the next block."""
-        if block == 0:
-            self.release_all()
-            self._offload_heads()
-        for group in self.blocks[block]:
+    def groups(self, stage: Stage) -> list[TensorGroup]:
+        """Return the weights of `stage`, its block's head included where it is offloaded."""
+        return self._groups[stage.index]
+
+    def enter(self, stage: Stage) -> None:
+        """Fetch the weights of `stage`."""
+        self.release_all()
+        self._offload_heads()
+        self._entered = set(self._groups[stage.index])
+        for group in self._groups[stage.index]:
             self._transfer.fetch(group)
-        return self.blocks[block + 1] if block + 1 < len(self.blocks) else []
 
-    def _offload_heads(self) -> None:
-        """Offload each head with its block; before the first optimizer step they warm up together."""
-        if self._heads_offloaded:
-            return
-        self._heads_offloaded = True
-        for index, head in enumerate(self._lopt.heads):
-            group = TensorGroup.of_parameters(head.parameters())
-            self._transfer.store(group)
-            self.blocks[index].append(group)
-            self._learning[group] = True
-
-    def leave(self, block: int, changed: bool) -> None:
-        """Release the weights of block `block`."""
-        for group in self.blocks[block]:
+    def leave(self, stage: Stage, changed: bool) -> None:
+        """Release the weights of `stage`."""
+        for group in self._groups[stage.index]:
             self._transfer.release(group, changed and self._learning[group])
+        self._entered = set()
 
     def fetch_all(self) -> bool:
         """Fetch all weights if the device has room for them; returns whether they are there."""
@@ -154,6 +171,17 @@ class WeightsOffload:
             self._transfer.release(group, changed=self._all_fetched)
         self._all_fetched = False
 
+    def _offload_heads(self) -> None:
+        """Offload each head with its block; before the first optimizer step they warm up together."""
+        if self._heads_offloaded:
+            return
+        self._heads_offloaded = True
+        for index, head in enumerate(self._lopt.heads):
+            group = TensorGroup.of_parameters(head.parameters())
+            self._transfer.store(group)
+            self._groups[self._stages.of_block(index)[-1].index].append(group)
+            self._learning[group] = True
+
     def _before_decoder(self, module: nn.Module, args: tuple) -> None:
         if self._lopt.active_block is not None or self.fetch_all():
             return
@@ -164,11 +192,12 @@ class WeightsOffload:
 
     def _before_layer(self, layer: nn.Module, args: tuple) -> None:
         if self._lopt.active_block is None and not self._all_fetched:
-            self._transfer.fetch(self._by_module[layer])
+            self._transfer.fetch(self._by_layer[layer])
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        if self._lopt.active_block is None and not self._all_fetched:
-            self._transfer.release(self._by_module[layer], changed=False)
+        group = self._by_layer[layer]
+        if self._lopt.active_block is None and not self._all_fetched and group not in self._entered:
+            self._transfer.release(group, changed=False)
 
 
 def _move_rest(model: nn.Module, offloaded: Any, device: torch.device) -> None:

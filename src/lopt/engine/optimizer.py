@@ -43,18 +43,18 @@ class Precision:
 
 @dataclass
 class _Part:
-    """Parameters of one block that are stepped together."""
+    """Parameters of one stage that are stepped together."""
 
     parameters: list[nn.Parameter]
     proxies: list[list[nn.Parameter]]  # by parameter group
-    block: int
+    stage: int
     state: TensorGroup
 
 
 class BlockOptimizer(Optimizer):
     """Wraps any optimizer so that it steps part by part, in the precision that the weights need.
 
-    A part is some consecutive parameters of one block. Whatever the optimizer allocates for a step, and
+    A part is some consecutive parameters of one stage. Whatever the optimizer allocates for a step, and
     every float32 copy of bfloat16 weights, is as large as a part; the state of parts may stay in host
     memory but for the one that is being stepped. The inner optimizer, `.optimizer`, steps proxies,
     which hold a parameter's values during the step and nothing otherwise.
@@ -66,7 +66,8 @@ class BlockOptimizer(Optimizer):
         part_bytes: the size of a part; a single larger parameter is one. Default: `PART_BYTES`, or less
             if the budget of `transfer` is small (`part_bytes_within`).
         transfer: moves optimizer state between host memory and device, and frees every gradient as soon
-            as it is used; None keeps both on the device.
+            as it is used; None leaves both where they are.
+        stage_of: returns the index of the stage of a parameter. Default: a block is a stage.
 
     Attributes:
         optimizer: the inner optimizer.
@@ -81,6 +82,7 @@ class BlockOptimizer(Optimizer):
         precision: Precision | None = None,
         part_bytes: int | None = None,
         transfer: HostTransfer | None = None,
+        stage_of: Callable[[nn.Parameter], int] | None = None,
     ) -> None:
         super().__init__(groups, {})
         self._precision = precision or Precision()
@@ -94,22 +96,32 @@ class BlockOptimizer(Optimizer):
         _copy_settings(self.optimizer.param_groups, self.param_groups)
         for group in self.param_groups:
             group.setdefault("updates", 0)
+        self._stepped: list[set[int]] = [set() for _ in self.param_groups]  # parts since a group's last update
         self.defaults = self.optimizer.defaults
         self.state = self.optimizer.state
         self._group = {p: group for group in self.param_groups for p in group["params"]}
         self._numbers = {p: number for number, p in enumerate(self._proxies)}
         if part_bytes is None:
             part_bytes = PART_BYTES if transfer is None else part_bytes_within(transfer.budget)
-        self.parts = [self._part(members) for members in split_into_parts(self.param_groups, part_bytes)]
+        blocks = {p: group.get("block", 0) for group in self.param_groups for p in group["params"]}
+        self._stage_of = stage_of or blocks.__getitem__
+        split = split_into_parts(self.param_groups, part_bytes, self._stage_of)
+        self.parts = [self._part(members) for members in split]
         self._store_state()
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step every parameter that has a gradient."""
         assert closure is None, "a block's gradients are final when it is stepped"
-        active = [part for part in self.parts if any(p.grad is not None for p in part.parameters)]
-        for index in {i for part in active for i, proxies in enumerate(part.proxies) if proxies}:
-            self.param_groups[index]["updates"] += 1
+        self._step(self.parts)
+
+    def step_stage(self, index: int) -> None:
+        """Step every parameter of one stage that has a gradient."""
+        self._step([part for part in self.parts if part.stage == index])
+
+    @torch.no_grad()
+    def _step(self, parts: list[_Part]) -> None:
+        active = [part for part in parts if any(p.grad is not None for p in part.parameters)]
+        self._count_updates(active)
         _copy_settings(self.param_groups, self.optimizer.param_groups)
         for part in active:
             if self._transfer is not None:
@@ -119,9 +131,18 @@ class BlockOptimizer(Optimizer):
             if self._transfer is not None:
                 self._transfer.release(part.state)
 
-    def state_groups(self, block: int) -> list[TensorGroup]:
-        """Return the state of block `block`, part by part in the order of its step."""
-        return [part.state for part in self.parts if part.block == block]
+    def state_groups(self, stage: int) -> list[TensorGroup]:
+        """Return the state of stage `stage`, part by part in the order of its step."""
+        return [part.state for part in self.parts if part.stage == stage]
+
+    def _count_updates(self, active: list[_Part]) -> None:
+        """Count an update of each group of `active`, one for all of its parts, which may be stepped apart."""
+        for index, stepped in enumerate(self._stepped):
+            numbers = {id(part) for part in active if part.proxies[index]}
+            if numbers and (not stepped or stepped & numbers):
+                self.param_groups[index]["updates"] += 1
+                stepped.clear()
+            stepped |= numbers
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's, with all state where it is kept between steps."""
@@ -139,6 +160,7 @@ class BlockOptimizer(Optimizer):
             small[number] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in rest.items()}
             large += [(number, key, value) for key, value in entries.items() if _has_dimensions(value)]
         self.optimizer.load_state_dict(state_dict | {"state": small})
+        self._stepped = [set() for _ in self.param_groups]
         _copy_settings(self.optimizer.param_groups, self.param_groups)
         self.state = self.optimizer.state
         proxies = list(self._proxies.values())
@@ -234,7 +256,6 @@ class BlockOptimizer(Optimizer):
     def _part(self, members: list[nn.Parameter]) -> _Part:
         wanted = set(members)
         proxies = [[self._proxies[p] for p in group["params"] if p in wanted] for group in self.param_groups]
-        index = next(i for i, group in enumerate(proxies) if group)
 
         def get() -> Tensors:
             return {(proxy, key): value for proxy, key, value in self._state_tensors(proxies)}
@@ -243,7 +264,7 @@ class BlockOptimizer(Optimizer):
             for (proxy, key), tensor in tensors.items():
                 self.state[proxy][key] = tensor
 
-        return _Part(members, proxies, self.param_groups[index].get("block", 0), TensorGroup(get, put))
+        return _Part(members, proxies, self._stage_of(members[0]), TensorGroup(get, put))
 
     def _state_tensors(self, proxies: list[list[nn.Parameter]]) -> list[tuple[nn.Parameter, str, Tensor]]:
         """The state of proxies by proxy and name, without step counters and other scalars."""
@@ -262,15 +283,18 @@ def part_bytes_within(budget: int) -> int:
     return min(PART_BYTES, budget // 8)
 
 
-def split_into_parts(groups: list[dict[str, Any]], part_bytes: int) -> list[list[nn.Parameter]]:
-    """Return the parameters of optimizer groups in parts of at most `part_bytes`, none across blocks.
+def split_into_parts(
+    groups: list[dict[str, Any]], part_bytes: int, stage_of: Callable[[nn.Parameter], int]
+) -> list[list[nn.Parameter]]:
+    """Return the parameters of optimizer groups in parts of at most `part_bytes`, none across stages.
 
-    Within a block the largest part comes last: what its step adds meets fewest gradients then.
+    Within a stage the largest part comes last: what its step adds meets fewest gradients then.
     """
-    blocks: dict[int, list[nn.Parameter]] = {}
+    stages: dict[int, list[nn.Parameter]] = {}
     for group in groups:
-        blocks.setdefault(group.get("block", 0), []).extend(group["params"])
-    return [part for index in sorted(blocks) for part in sorted(_pack(blocks[index], part_bytes), key=_bytes)]
+        for parameter in group["params"]:
+            stages.setdefault(stage_of(parameter), []).append(parameter)
+    return [part for index in sorted(stages) for part in sorted(_pack(stages[index], part_bytes), key=_bytes)]
 
 
 def _pack(parameters: list[nn.Parameter], part_bytes: int) -> list[list[nn.Parameter]]:

@@ -59,7 +59,7 @@ def parts_of(block: BlockSizes, part_bytes: int = PART_BYTES) -> Sequence[Sequen
         for tensors in (block.tensors, block.head)
         for matrices in (True, False)
     ]
-    return split_into_parts(groups, part_bytes)
+    return split_into_parts(groups, part_bytes, lambda tensor: 0)
 
 
 def follow_offload(

@@ -1,0 +1,64 @@
+"""How much of a model the device holds at a time: the part of a config that says how, and not what, is learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lopt.options import documented
+from lopt.validation import check_choice, check_number
+
+_CHOICES: dict[str, Any] = {
+    "schedule": ("eager", "block_major"),
+    "offload": ("none", "optimizer", "block"),
+    "optimizer_device": ("auto", "cpu"),
+}
+
+
+@documented
+@dataclass(frozen=True)
+class Residency:
+    """How an optimizer step is run, and what the device holds meanwhile.
+
+    Attributes:
+        schedule: 'eager': each micro-batch runs through the whole model. 'block_major': all micro-batches of an
+            optimizer step run through one stage of the model before the next one begins.
+        stages: With `schedule` block_major: the number of stages, at least one per block. The device works on
+            one at a time. Boundaries are chosen by size; the token embedding and the LM head may become
+            stages of their own. Default: as many as blocks.
+        stage_layers: Instead of `stages`: the largest number of layers of a stage.
+        offload: What `schedule` block_major keeps in host memory while the device does not need it:
+            'optimizer' state, or 'block': weights and optimizer state of every stage but the current one.
+        optimizer_device: Where the optimizer steps. 'auto': where the model is trained. 'cpu', with `offload`
+            block: in host memory, in a thread beside the device's work; gradients are copied out, and
+            optimizer state never moves.
+        prefetch_gib: With `offload`: GiB of device memory for tensors on their way in or out, beside the
+            current stage. A larger value hides more of the copying.
+
+    Raises:
+        ValueError: A value is out of range, or needs another one; the message names the field and the rule.
+    """
+
+    schedule: Literal["eager", "block_major"] = "eager"
+    stages: int | None = None
+    stage_layers: int | None = None
+    offload: Literal["none", "optimizer", "block"] = "none"
+    optimizer_device: Literal["auto", "cpu"] = "auto"
+    prefetch_gib: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for name in ("stages", "stage_layers"):
+            check_number(name, getattr(self, name), minimum=1)
+        check_number("prefetch_gib", self.prefetch_gib, minimum=0)
+        if self.stages is not None and self.stage_layers is not None:
+            raise ValueError("`stages` and `stage_layers` say the same thing: give one of them")
+        for name, none in (("offload", "none"), ("stages", None), ("stage_layers", None)):
+            given = getattr(self, name)
+            if given != none and self.schedule != "block_major":
+                raise ValueError(f"`{name}` {given} needs `schedule` block_major: add it")
+        if self.optimizer_device == "cpu" and self.offload != "block":
+            raise ValueError(
+                "`optimizer_device` cpu steps weights that are in host memory: add `offload` block"
+            )
