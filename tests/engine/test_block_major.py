@@ -23,11 +23,18 @@ from lopt.engine.updates import Updates
 from lopt.instruments.memory import in_host_memory
 
 CPU = torch.device("cpu")
-BATCHES = [batch_of([9, 5, 2]), batch_of([4], seed=1), batch_of([3, 11], side="left", seed=2), batch_of([6, 6])]
+BATCHES = [
+    batch_of([9, 5, 2]),
+    batch_of([4], seed=1),
+    batch_of([3, 11], side="left", seed=2),
+    batch_of([6, 6]),
+]
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 
 
-def eager_steps(model: nn.Module, config: LoPTConfig, steps: int, slots: int, max_norm: float, **optimizer: Any):
+def eager_steps(
+    model: nn.Module, config: LoPTConfig, steps: int, slots: int, max_norm: float, **optimizer: Any
+):
     """Train by a plain loop; return the handle and the losses."""
     handle = attach(model, config)
     optimizer_ = BlockOptimizer(handle.parameter_groups(1e-2, 1e-3, 0.1), ADAMW, **optimizer)
@@ -49,14 +56,20 @@ def eager_steps(model: nn.Module, config: LoPTConfig, steps: int, slots: int, ma
 class Staged:
     """The block-major schedule in a plain loop."""
 
-    def __init__(self, model: nn.Module, config: LoPTConfig, max_norm: float, budget: int = 4096, **optimizer: Any) -> None:
+    def __init__(
+        self, model: nn.Module, config: LoPTConfig, max_norm: float, budget: int = 4096, **optimizer: Any
+    ) -> None:
         self.model, self.handle = model, attach(model, config)
         stages, offload = Stages(self.handle), None
         if config.offload != "none":
             offload = Offload(self.handle, stages, CPU, budget, weights=config.offload == "block")
         self.optimizer = BlockOptimizer(
-            self.handle.parameter_groups(1e-2, 1e-3, 0.1), ADAMW, stage_of=stages.owner,
-            part_bytes=max(budget // 8, 1), transfer=offload and offload.transfer, **optimizer,
+            self.handle.parameter_groups(1e-2, 1e-3, 0.1),
+            ADAMW,
+            stage_of=stages.owner,
+            part_bytes=max(budget // 8, 1),
+            transfer=offload and offload.transfer,
+            **optimizer,
         )
         if offload is not None:
             offload.optimizer = self.optimizer

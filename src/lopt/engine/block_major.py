@@ -35,7 +35,13 @@ from lopt.core.attach import LoPT
 from lopt.core.blocks import Block
 from lopt.core.boundaries import BoundaryReached
 from lopt.engine.offload import Offload
-from lopt.engine.random_state import RandomState, micro_batch_seed, random_numbers, random_state
+from lopt.engine.random_state import (
+    RandomState,
+    micro_batch_seed,
+    random_numbers,
+    random_state,
+    set_random_state,
+)
 from lopt.engine.stages import Stage, Stages
 from lopt.engine.stash import Stash
 from lopt.engine.updates import Updates
@@ -226,9 +232,8 @@ class BlockMajor:
     def _passing(self, stage: Stage, slot: int, with_graph: bool) -> Iterator[Pass]:
         """Within, a forward with gradients on runs `stage` alone."""
         self._pass = Pass(stage, slot, with_graph)
-        state = self.seed_of(slot) if stage.index == 0 else self._random[stage.index, slot]
         try:
-            with random_numbers(self._lopt.device, state):
+            with random_numbers(self._lopt.device, self.seed_of(slot)):
                 yield self._pass
                 self._random.setdefault((stage.index + 1, slot), random_state(self._lopt.device))
         finally:
@@ -323,12 +328,20 @@ class BlockMajor:
             raise BoundaryReached
         if index not in one.feeds:
             return None
+        if index == one.stage.start:
+            self._continue_random(one)
         hidden = one.feeds[index]
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    def _continue_random(self, one: Pass) -> None:
+        """Go on with the random numbers after the stage before; what feeds the first layer may have drawn some."""
+        set_random_state(self._lopt.device, self._random[one.stage.index, one.slot])
 
     def _leave_last_layer(self, module: Any, args: tuple, output: Any) -> None:
         one = self._running
         layers = len(self._lopt.blocks.layers)
+        if one is not None and one.stage.start == layers:
+            self._continue_random(one)
         if one is not None and one.stage.stop == layers and one.stage.index + 1 < len(self.stages):
             one.output = output[0] if isinstance(output, tuple | list) else output
             raise BoundaryReached

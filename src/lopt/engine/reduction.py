@@ -26,7 +26,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -44,18 +44,27 @@ class GradientReduction:
             weights. The heads of rank 0 become everyone's.
         is_last: returns, in the backward, whether this is the last micro-batch of the optimizer step,
             after which gradients are reduced. Default: every micro-batch is.
+        in_backward: reduce at all; the block-major schedule averages each stage's gradients by itself
+            (`average_gradients`), and its model is not wrapped in DDP.
     """
 
-    def __init__(self, lopt: LoPT, is_last: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self, lopt: LoPT, is_last: Callable[[], bool] = lambda: True, in_backward: bool = True
+    ) -> None:
         self._lopt = lopt
         self._is_last = is_last
         self._running: list[dist.Work] = []
+        if in_backward:
+            self._keep_out_of_ddp()
+        self.broadcast_heads()
+
+    def _keep_out_of_ddp(self) -> None:
+        lopt = self._lopt
         names = [
             name for block in lopt.blocks[:-1] for name, _ in lopt.blocks.parameters(lopt.model, block.index)
         ]
         compat.leave_out_of_ddp(lopt.model, names)
         lopt.after_local_backward = self._start
-        self.broadcast_heads()
 
     def broadcast_heads(self) -> None:
         """Give every rank the heads of rank 0."""
@@ -66,21 +75,32 @@ class GradientReduction:
         compat.keep_fsdp_root(self._lopt.model)
         if not self._is_last():
             return
-        ranks = dist.get_world_size()
-        for parameter in self._lopt.block_parameters(block):
-            if isinstance(parameter, DTensor):
-                continue
-            if parameter.grad is None:  # unused here, perhaps not elsewhere: all ranks must take part
-                parameter.grad = torch.zeros_like(parameter)
-            work = dist.all_reduce(parameter.grad.div_(ranks), async_op=True)
-            assert work is not None
-            self._running.append(work)
+        whole = [p for p in self._lopt.block_parameters(block) if not isinstance(p, DTensor)]
+        self._running += _all_reduce(whole)
 
     def wait(self) -> None:
         """Wait until every gradient is the average; call it before clipping and the optimizer step."""
         for work in self._running:
             work.wait()
         self._running = []
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average the gradients of `parameters` over all ranks, which must all call this."""
+    for work in _all_reduce(parameters):
+        work.wait()
+
+
+def _all_reduce(parameters: list[nn.Parameter]) -> list[dist.Work]:
+    """Begin to average gradients; one that is unused here may not be elsewhere, so all ranks take part."""
+    ranks, running = dist.get_world_size(), []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        work = dist.all_reduce(parameter.grad.div_(ranks), async_op=True)
+        assert work is not None
+        running.append(work)
+    return running
 
 
 @contextmanager

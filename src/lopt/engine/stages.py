@@ -101,7 +101,9 @@ class Stages(Sequence[Stage]):
         """Look again at what learns; untying and freezing come before."""
         claims: dict[nn.Parameter, int] = {}
         for stage in reversed(self._stages):  # so that a shared matrix belongs to the first
-            claims |= {p: stage.index for modules in self.modules(stage) for m in modules for p in m.parameters()}
+            claims |= {
+                p: stage.index for modules in self.modules(stage) for m in modules for p in m.parameters()
+            }
         for stage in self._stages:
             if stage.closes and stage.block < len(self._lopt.heads):
                 claims |= dict.fromkeys(self._lopt.heads[stage.block].parameters(), stage.index)

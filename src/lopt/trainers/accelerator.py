@@ -44,14 +44,17 @@ def adapt_accelerator(trainer: Any) -> None:
     """Replace two public methods of the accelerator of a `LoPTMixin` trainer.
 
     `clip_grad_norm_`, with which Trainer clips and, by an infinite `max_norm`, takes the norm, clips as the
-    blocks need it. `prepare_model` leaves the model that is trained where it is if its weights are offloaded;
-    a reference model is placed on the device.
+    blocks need it. `prepare_model` leaves the model that is trained where it is if its weights are offloaded,
+    and without DDP in the block-major schedule; a reference model is placed on the device.
     """
     accelerator = trainer.accelerator
     prepare_model = accelerator.prepare_model
 
     def prepare(model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
-        stays = trainer.weights_offloaded and model is getattr(trainer, "model", None)
+        is_trained = model is getattr(trainer, "model", None)
+        if is_trained and getattr(trainer, "block_major", None) is not None:
+            evaluation_mode = True  # not wrapped in DDP: the schedule averages gradients itself
+        stays = trainer.weights_offloaded and is_trained
         return prepare_model(model, False if stays else device_placement, evaluation_mode)
 
     accelerator.prepare_model = prepare

@@ -1,8 +1,9 @@
 """The block-major schedule in a trainer's loop.
 
-The loop still asks for one micro-batch after the other. At the first of an optimizer step all of them pass
-through the earlier blocks, each of which is clipped and stepped when its last micro-batch is through; after
-that the loop's own forwards and backwards are those of the last block alone.
+The loop still asks for one micro-batch after the other. At the first of an optimizer step all of them pass through
+every stage but the model's last; after that the loop's own forwards and backwards are those of the last stage alone;
+after the last of them the backward of the last block's other stages follows. Stages are clipped and stepped on the
+way, as soon as they can be; the loop's own step finds nothing left to do.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt.core.blocks import Block
 from lopt.engine.block_major import BlockMajor
-from lopt.engine.clipping import clip_block
+from lopt.engine.offload import Offload
+from lopt.engine.random_state import micro_batch_seed
+from lopt.engine.reduction import average_gradients
+from lopt.engine.stages import Stage, Stages
+from lopt.engine.updates import Updates
 
 
 @dataclass
@@ -36,62 +40,77 @@ class BlockMajorSteps:
         trainer: a trainer with `LoPTMixin`, which calls this class from its loop.
 
     Attributes:
-        norms: gradient norms of the earlier blocks in this optimizer step, before clipping; empty where they
-            do not learn.
-        stepped: indices of the blocks that have been stepped in this optimizer step.
+        stages: the stages of its model.
+        offload: moves what no stage needs now to host memory; None if nothing moves.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._schedule = BlockMajor(trainer.lopt, trainer.offload)
+        config = trainer.lopt.config
+        self.stages = Stages(trainer.lopt)
+        self.offload: Offload | None = None
+        if config.offload != "none":
+            budget, weights = int(config.prefetch_gib * 2**30), config.offload == "block"
+            self.offload = Offload(trainer.lopt, self.stages, trainer.args.device, budget, weights)
+        self._updates = Updates(trainer.lopt, self.stages, offload=self.offload)
+        self._updates.before_step = self._before_step
+        if torch.distributed.is_initialized():
+            self._updates.reduce = average_gradients
+        self._schedule = BlockMajor(trainer.lopt, self._updates, self.offload)
+        self._schedule.seed_of = lambda slot: random_seed(trainer, slot)
+        self._schedule.after_pass = self._after_pass
         self.begin_step()
+
+    @property
+    def stepped(self) -> list[int]:
+        """Blocks that have been stepped in this optimizer step, at least in part."""
+        return self._updates.stepped
 
     def begin_step(self) -> None:
         """Begin an optimizer step."""
-        self.norms: list[Tensor] = []
-        self.stepped: list[int] = []
+        self._updates.begin()
         self._prepared: list[Prepared] = []
-        self._slot: int | None = None
-        self._ready = False
+        self._items: Any = None
+        self._in_loop = False  # the loop's own forwards are those of the last stage
 
     def end_step(self) -> None:
-        """End an optimizer step, in which the last block has been stepped as well."""
+        """End an optimizer step."""
         self._schedule.end_step()
+        self.begin_step()
 
-    def run_early_blocks(self, batches: list[Any], items: Any) -> None:
-        """Run all micro-batches through all blocks but the last, and step each block that learns.
+    def run_to_last_stage(self, batches: list[Any], items: Any) -> None:
+        """Run all micro-batches through all stages but the last.
 
         Args:
             items: number of labels in the optimizer step, as the trainer's loss takes it.
         """
         trainer = self._trainer
         trainer.model.train()
-        self._prepared = self._prepare(batches)
-        for block in trainer.lopt.blocks[:-1]:
-            self._schedule.enter(block)
-            for slot in range(len(batches)):
-                self._run(block, slot, items)
-            if trainer.lopt.learns_locally:
-                self._step(block)
-            self._schedule.leave(block)
-        trainer.micro_batch = 1
-        self._schedule.enter(trainer.lopt.blocks[-1])
-        self._ready = True
+        self._updates.optimizer = trainer.bare_optimizer()
+        self._updates.max_norm = trainer.args.max_grad_norm or math.inf
+        self._items, self._prepared = items, self._prepare(batches)
+        self._schedule.run_to_last_stage(len(batches), self._forward)
+        self._set_slot(0)
+        self._in_loop = True
+
+    def run_back(self) -> None:
+        """Run the rest of the last block's backward, after that of its last stage."""
+        self._in_loop = False
+        self._schedule.run_back(len(self._prepared), self._forward)
+
+    def finish(self) -> Tensor:
+        """Step what is left and return the norms (k,) of all blocks, before clipping."""
+        return self._updates.finish()
 
     def inputs(self) -> Any:
         """Return the prepared inputs of the current micro-batch; None if nothing is prepared."""
         return self._prepared[self._trainer.micro_batch - 1].inputs if self._prepared else None
 
     def stage(self) -> AbstractContextManager[None]:
-        """Return what a training forward runs in: the last block alone, if the earlier ones are done."""
-        early = self._trainer.lopt.active_block is not None
-        if early or not self._ready or not torch.is_grad_enabled():
+        """Return what a training forward of the loop runs in: the last stage alone."""
+        if not self._in_loop or not torch.is_grad_enabled():
             return nullcontext()
-        return self._schedule.last_block(self._trainer.micro_batch - 1)
-
-    def is_last_micro_batch(self) -> bool:
-        """Return whether an earlier block's gradients are complete after the current backward."""
-        return self._slot == len(self._prepared) - 1
+        return self._schedule.last_stage(self._trainer.micro_batch - 1)
 
     def _prepare(self, batches: list[Any]) -> list[Prepared]:
         trainer, prepared = self._trainer, []
@@ -104,33 +123,37 @@ class BlockMajorSteps:
         trainer.micro_batch = 1
         return prepared
 
-    def _run(self, block: Block, slot: int, items: Any) -> None:
+    def _set_slot(self, slot: int) -> None:
         trainer, prepared = self._trainer, self._prepared[slot]
         trainer.lopt.loss_scale, trainer.share = prepared.loss_scale, prepared.share
-        self._slot, trainer.micro_batch = slot, slot + 1
+        trainer.micro_batch = slot + 1
 
-        def forward() -> None:
-            copy = dict(prepared.inputs)  # some losses take things out of it
-            with trainer.compute_loss_context_manager():
-                trainer.compute_loss(trainer.model, copy, num_items_in_batch=items)
+    def _forward(self, slot: int) -> None:
+        trainer = self._trainer
+        self._set_slot(slot)
+        trainer.guard.phase = "step"
+        inputs = dict(self._prepared[slot].inputs)  # some losses take things out of it
+        with trainer.compute_loss_context_manager():
+            trainer.compute_loss(trainer.model, inputs, num_items_in_batch=self._items)
 
-        loss = self._schedule.run_early(block, slot, forward)
+    def _after_pass(self, stage: Stage, slot: int, loss: Tensor | None) -> None:
+        trainer = self._trainer
         if loss is not None:
-            trainer.guard.note_losses({block.index: loss}, inputs=prepared.inputs)
+            trainer.guard.note_losses({stage.block: loss}, inputs=self._prepared[slot].inputs)
         trainer.stops.obey_within_step()
 
-    def _step(self, block: Block) -> None:
+    def _before_step(self, norms: dict[int, Tensor]) -> None:
         trainer = self._trainer
-        if trainer.reduction is not None:
-            trainer.reduction.wait()
         trainer.guard.look()
-        norm = clip_block(trainer.lopt, block.index, trainer.args.max_grad_norm or math.inf)
-        self.norms.append(norm)
-        trainer.guard.check_norms(torch.stack(self.norms))
+        zero = torch.zeros((), device=trainer.args.device)
+        trainer.guard.check_norms(
+            torch.stack([norms.get(block.index, zero) for block in trainer.lopt.blocks])
+        )
         trainer.stops.partly_stepped = True
         trainer.guard.phase = "optimizer"
-        trainer.bare_optimizer().step()  # only this block has gradients
-        trainer.guard.phase = "step"
-        self.stepped.append(block.index)
-        for parameter in trainer.lopt.block_parameters(block.index):
-            parameter.grad = None
+
+
+def random_seed(trainer: Any, slot: int) -> int:
+    """Return the seed of the random numbers that micro-batch `slot` (from 0) of this optimizer step draws."""
+    args = trainer.args
+    return micro_batch_seed(args.seed, trainer.state.global_step, slot, args.process_index)

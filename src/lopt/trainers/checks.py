@@ -83,7 +83,9 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
         )
     check_inherited(args, config)
-    if not config.is_cut:
+    if config.schedule == "block_major":
+        _check_block_major(args, config, model)
+    elif not config.is_cut:
         return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     if checkpointing.get("use_reentrant"):
@@ -101,8 +103,6 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             "`aux_loss` next_token reads rows of the LM head, which FSDP2 shards: "
             "use `aux_loss` recon, or DDP"
         )
-    if config.schedule == "block_major":
-        _check_block_major(args, config, model)
     _check_untied(args, config, model)
 
 
@@ -276,10 +276,10 @@ def fsdp_version(args: TrainingArguments) -> int | None:
 def _check_untied(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
     """Refuse what holds on to the tied LM head of a model whose embedding is untied for training."""
     if isinstance(model, nn.Module):
-        unties = will_untie(base_model(model), config.tied_embeddings, _num_blocks(config))
+        unties = will_untie(base_model(model), config.tied_embeddings, config.block_count)
     else:
         tied = getattr(model, "tie_word_embeddings", False)
-        unties = tied and config.tied_embeddings == "untie" and _num_blocks(config) > 1
+        unties = tied and config.tied_embeddings == "untie" and config.block_count > 1
     if unties and getattr(args, "use_vllm", False):
         raise ValueError(
             "`use_vllm`: vLLM would go on generating with the tied LM head while training unties it: "
@@ -290,7 +290,3 @@ def _check_untied(args: TrainingArguments, config: LoPTConfig, model: Any) -> No
             "`sync_ref_model`: the reference model has a tied LM head, and training unties the model's: "
             "add `tied_embeddings` freeze"
         )
-
-
-def _num_blocks(config: LoPTConfig) -> int:
-    return config.num_blocks if config.block_boundaries is None else len(config.block_boundaries) + 1

@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from lopt.core.attach import LoPT, attach
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens
 from lopt.engine.offload import Offload
+from lopt.engine.random_state import random_numbers
 from lopt.engine.reduction import GradientReduction
 from lopt.reliability.guards import Guard
 from lopt.reliability.ranks import together
@@ -43,7 +44,7 @@ from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
 from lopt.trainers.accelerator import adapt_accelerator, find_unused_if_needed
-from lopt.trainers.block_major import BlockMajorSteps
+from lopt.trainers.block_major import BlockMajorSteps, random_seed
 from lopt.trainers.checks import check_before, check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
@@ -72,7 +73,7 @@ class LoPTMixin(Trainer):
         reduction: averages gradients over ranks; None without a launcher.
         block_major: the block-major schedule; None in the eager one.
         offload: moves weights or optimizer state between host memory and the device; None if nothing moves.
-        weights_offloaded: whether weights are in host memory but for the block at work.
+        weights_offloaded: whether weights are in host memory but for the stage at work.
         head_warmup_history: the local losses of every step of the head warm-up.
         checkpoints, stops, guard: see `lopt.reliability`.
     """
@@ -100,14 +101,11 @@ class LoPTMixin(Trainer):
         self.checkpoints, self.stops, self.guard = Checkpoints(self), Stops(self), Guard(self)
         self.lopt.hooks.append(self.model.register_forward_pre_hook(self.stops.before_forward))
         self.reduction: GradientReduction | None = None
+        staged = config.schedule == "block_major"
         if dist.is_initialized() and self.lopt.heads:  # a launcher's single process is in DDP as well
-            self.reduction = GradientReduction(self.lopt, is_last=self._is_last_micro_batch)
-        staged = config.schedule == "block_major" and self.lopt.heads
-        self.offload: Offload | None = None
-        if staged and config.offload != "none":
-            budget = int(config.prefetch_gib * 2**30)
-            self.offload = Offload(self.lopt, self.args.device, budget, weights=self.weights_offloaded)
+            self.reduction = GradientReduction(self.lopt, self._is_last_micro_batch, in_backward=not staged)
         self.block_major = BlockMajorSteps(self) if staged else None
+        self.offload: Offload | None = self.block_major.offload if self.block_major is not None else None
         self.batches: list[Any] = []
         self.micro_batch = 0
         self.share = 1.0
@@ -256,14 +254,16 @@ class LoPTMixin(Trainer):
         self.micro_batch += 1
         with self.throughput.micro_batch(padded_tokens(inputs), self.model, self.optimizer):
             if self.block_major is not None and self.micro_batch == 1:
-                self.block_major.run_early_blocks(self.batches, num_items_in_batch)
+                self.block_major.run_to_last_stage(self.batches, num_items_in_batch)
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.reduction is not None:
-            self.reduction.wait()
-        local = dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False))
-        self.guard.note_losses(local, loss, inputs)
-        if self._is_last_micro_batch():
-            self.guard.look()
+            if self.reduction is not None:
+                self.reduction.wait()
+            local = dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False))
+            self.guard.note_losses(local, loss, inputs)
+            if self._is_last_micro_batch():
+                self.guard.look()
+                if self.block_major is not None:
+                    self.block_major.run_back()
         self.stops.obey_within_step()
         return loss
 
@@ -284,17 +284,20 @@ class LoPTMixin(Trainer):
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the trainer's loss; on a CPU the LM head scores only the positions that have a label."""
-        stage = nullcontext() if self.block_major is None else self.block_major.stage()
-        on_cpu = self.args.device.type == "cpu"
-        with stage, labelled_positions_only() if on_cpu else nullcontext():
+        with ExitStack() as stack:
+            if self.block_major is not None:
+                stack.enter_context(self.block_major.stage())
+            elif self.model.training and torch.is_grad_enabled():
+                seed = random_seed(self, self.micro_batch - 1)
+                stack.enter_context(random_numbers(self.args.device, seed))
+            if self.args.device.type == "cpu":
+                stack.enter_context(labelled_positions_only())
             return super().compute_loss(model, *args, **kwargs)
 
     def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
         return False  # or Trainer would clip by itself, and not by blocks
 
     def _is_last_micro_batch(self) -> bool:
-        if self.block_major is not None and self.lopt.active_block is not None:
-            return self.block_major.is_last_micro_batch()
         return self.accelerator.gradient_state.sync_gradients
 
     # -- offloaded weights ---------------------------------------------------------------------------

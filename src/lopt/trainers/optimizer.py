@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopt.engine.clipping import clip_block, clip_gradients
+from lopt.engine.clipping import clip_gradients
 from lopt.engine.optimizer import BlockOptimizer, Precision, state_bytes
 from lopt.instruments.memory import HOST, format_bytes, free_memory, unwrap_optimizer
 from lopt.reliability.ranks import processes_here
@@ -38,10 +38,13 @@ def block_optimizer(trainer: Any) -> Optimizer:
         state_dtype=getattr(torch, getattr(args, "state_dtype", "float32")),
         seed=args.seed,
     )
+    stage_of = trainer.block_major.stages.owner if trainer.block_major is not None else None
     if offload is None:
-        return BlockOptimizer(groups, make, precision=precision)
+        return BlockOptimizer(groups, make, precision=precision, stage_of=stage_of)
     _check_host_memory([p for group in groups for p in group["params"]], make, precision)
-    offload.optimizer = BlockOptimizer(groups, make, precision=precision, transfer=offload.transfer)
+    offload.optimizer = BlockOptimizer(
+        groups, make, precision=precision, transfer=offload.transfer, stage_of=stage_of
+    )
     return offload.optimizer
 
 
@@ -67,10 +70,7 @@ def clip(trainer: Any, max_norm: float) -> Tensor:
     """
     lopt, steps = trainer.lopt, trainer.block_major
     trainer.accelerator.unscale_gradients()
-    if steps is not None and steps.norms:  # all but the last block are stepped already
-        norms = torch.stack([*steps.norms, clip_block(lopt, len(lopt.blocks) - 1, max_norm)])
-    else:
-        norms = clip_gradients(lopt, max_norm)
+    norms = clip_gradients(lopt, max_norm) if steps is None else steps.finish()
     trainer.guard.check_norms(norms)
     total = torch.linalg.vector_norm(norms)
     if len(norms) > 1:
