@@ -4,8 +4,7 @@ Fake tensors have shapes and no data, so a 72B model is trained here as it would
 model code, schedule, offload and optimizer, every tensor counted while it lives, host memory apart.
 Weights and gradients in bfloat16, updated in float32 and rounded stochastically; AdamW state in float32 or
 bfloat16; 4 x 1,024 tokens a micro-batch, 8 micro-batches an optimizer step; TRL's fused LM head. The second
-optimizer step is measured, when the state is there. Micro-batches after the second only repeat what it did,
-so of those the boundaries are stashed and nothing is run (a test compares this with running them all).
+optimizer step is measured, when the state is there.
 
     python benchmarks/block_memory.py [--only qwen2.5-7b]
 """
@@ -26,10 +25,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lopt import LoPTConfig, attach
 from lopt.compat import checkpoint_activations
-from lopt.engine.block_major import BlockMajor
-from lopt.engine.clipping import clip_block, clip_gradients
-from lopt.engine.offload import Offload
+from lopt.engine.clipping import clip_gradients
 from lopt.engine.optimizer import BlockOptimizer, Precision
+from lopt.engine.plain_loop import block_major
 from lopt.instruments.memory import MemoryPeak, MemoryTracker
 from lopt.models import shapes
 from small_model import flags, keep
@@ -59,77 +57,63 @@ class Loop:
         add_fused_lm_head(self.model)
         if s["checkpointing"]:
             checkpoint_activations(self.model)
+        names = ("schedule", "stages", "offload", "optimizer_device")
+        residency = {name: s[name] for name in names if name in s}
         method = LoPTConfig(
-            method=s["method"], num_blocks=s["k"], schedule=s["schedule"], offload=s["offload"]
+            method=s["method"], num_blocks=s["k"], prefetch_gib=s.get("prefetch", 2.0), **residency
         )
         self.handle = attach(self.model, method)
-        self.offload = None
-        if s["offload"] != "none":
-            budget = int(s.get("prefetch", 2.0) * 2**30)
-            self.offload = Offload(self.handle, torch.device(device), budget, s["offload"] == "block")
-        self.optimizer = BlockOptimizer(
-            self.handle.parameter_groups(1e-5),
-            lambda groups: torch.optim.AdamW(groups, fused=True),
-            precision=Precision(state_dtype=s.get("state", torch.float32)),
-            transfer=self.offload and self.offload.transfer,
-        )
-        if self.offload is not None:
-            self.offload.optimizer = self.optimizer
-        self.schedule = BlockMajor(self.handle, self.offload) if s["schedule"] == "block_major" else None
+        groups = self.handle.parameter_groups(1e-5)
+        precision = Precision(masters=s.get("masters", False), state_dtype=s.get("state", torch.float32))
+        self.schedule = None
+        if s["schedule"] == "block_major":
+            self.schedule = block_major(
+                self.handle,
+                groups,
+                adamw,
+                device=torch.device(device),
+                max_norm=s.get("max_norm", 1.0),
+                precision=precision,
+                threads=0,  # a tracker follows one thread
+            )
+            self.optimizer = self.schedule.optimizer
+        else:
+            self.optimizer = BlockOptimizer(groups, adamw, precision=precision)
         self.ids = torch.ones(args.batch, args.tokens, dtype=torch.long, device=device)
 
     def forward(self) -> torch.Tensor:
         return self.model(input_ids=self.ids, labels=self.ids, fused_lm_head=True).loss
 
-    def step(self, micro_batches: int, run: int) -> None:
-        """An optimizer step of which `run` micro-batches are run, all that follow being alike."""
-        if self.schedule is None:
-            for _ in range(run):
-                self.forward().backward()
-            clip_gradients(self.handle, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+    def step(self, micro_batches: int) -> None:
+        """An optimizer step of so many micro-batches."""
+        if self.schedule is not None:
+            self.schedule.step(micro_batches, lambda slot: self.forward())
             return
-        for block in self.handle.blocks:
-            self.schedule.enter(block)
-            last = block.index == len(self.handle.blocks) - 1
-            for slot in range(run):
-                if not last:
-                    self.schedule.run_early(block, slot, self.forward)
-                    continue
-                with self.schedule.last_block(slot):
-                    loss = self.forward()
-                loss.backward()
-                del loss
-            for slot in range(run, micro_batches):
-                if last:
-                    del self.schedule.stash[slot]
-                elif block.index == 0:
-                    self.schedule.stash[slot] = torch.empty_like(self.schedule.stash[0])
-            clip_block(self.handle, block.index, 1.0)
-            self.optimizer.step()
-            for parameter in self.handle.block_parameters(block.index):
-                parameter.grad = None
-            self.schedule.leave(block)
-        self.schedule.end_step()
+        for _ in range(micro_batches):
+            self.forward().backward()
+        clip_gradients(self.handle, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def peak(
-    shape: dict, args: argparse.Namespace, fake: bool = True, run: int = 2, **setting: Any
-) -> MemoryPeak:
-    """The peak of the second optimizer step, of which `run` micro-batches are run."""
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def peak(shape: dict, args: argparse.Namespace, fake: bool = True, **setting: Any) -> MemoryPeak:
+    """The peak of the second optimizer step."""
     # transformers reads position_ids to find out whether rows are packed, which fake tensors cannot
     # answer; it would then build a mask that a real run does not have.
     transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         loop = Loop(shape, args, setting)
-        loop.step(1, 1)
+        loop.step(1)
         with MemoryTracker(loop.model, loop.handle.heads, optimizer=loop.optimizer) as tracker:
-            loop.step(args.micro_batches, min(run, args.micro_batches))
+            loop.step(args.micro_batches)
     return tracker.peak
 
 
-def block_major(k: int, offload: str, **more: Any) -> dict[str, Any]:
+def staged(k: int, offload: str, **more: Any) -> dict[str, Any]:
     return dict(k=k, schedule="block_major", offload=offload, **more)
 
 
@@ -138,28 +122,28 @@ SMALL = {
     "end to end": dict(method="e2e"),
     "end to end, checkpointed": dict(method="e2e", checkpointing=True),
     "eager k=4": dict(k=4),
-    "block-major k=4": block_major(4, "none"),
-    "block-major k=4, optimizer offload": block_major(4, "optimizer"),
-    "block-major k=4, block offload": block_major(4, "block"),
-    "block-major k=4, block offload, checkpointed": block_major(4, "block", checkpointing=True),
-    "block-major k=4, block offload, bfloat16 state": block_major(4, "block", **BF16),
+    "block-major k=4": staged(4, "none"),
+    "block-major k=4, optimizer offload": staged(4, "optimizer"),
+    "block-major k=4, block offload": staged(4, "block"),
+    "block-major k=4, block offload, checkpointed": staged(4, "block", checkpointing=True),
+    "block-major k=4, block offload, bfloat16 state": staged(4, "block", **BF16),
     "block-major k=4, block offload, bfloat16 state, checkpointed": block_major(
         4, "block", checkpointing=True, **BF16
     ),
 }
 LARGE = {
     "end to end, checkpointed": SMALL["end to end, checkpointed"],
-    "block-major k=4, block offload": block_major(4, "block"),
-    "block-major k=4, block offload, checkpointed": block_major(4, "block", checkpointing=True),
-    "block-major k=8, block offload": block_major(8, "block"),
-    "block-major k=8, block offload, checkpointed": block_major(8, "block", checkpointing=True),
+    "block-major k=4, block offload": staged(4, "block"),
+    "block-major k=4, block offload, checkpointed": staged(4, "block", checkpointing=True),
+    "block-major k=8, block offload": staged(8, "block"),
+    "block-major k=8, block offload, checkpointed": staged(8, "block", checkpointing=True),
 }
 
 
 def deeper(per_block: int, *depths: int) -> dict[str, dict[str, Any]]:
     """Blocks of the same size at several depths."""
     return {
-        f"{n} layers, k={n // per_block}": block_major(n // per_block, "block", layers=n, checkpointing=True)
+        f"{n} layers, k={n // per_block}": staged(n // per_block, "block", layers=n, checkpointing=True)
         for n in depths
     }
 

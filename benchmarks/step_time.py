@@ -21,10 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopt import LoPTConfig, attach
 from lopt.compat import checkpoint_activations
-from lopt.engine.block_major import BlockMajor
-from lopt.engine.clipping import clip_block, clip_gradients
-from lopt.engine.offload import Offload
+from lopt.engine.clipping import clip_gradients
 from lopt.engine.optimizer import PART_BYTES, BlockOptimizer
+from lopt.engine.plain_loop import block_major
 from lopt.instruments.memory import peak_memory
 from small_model import flags, keep
 
@@ -75,55 +74,41 @@ def make_accumulated(vocabulary: int, k: int, offload: str | None, args: argpars
     """An optimizer step of ACCUMULATION micro-batches, clipped by block; eager if `offload` is None."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=vocabulary)).to(args.device).train()
-    handle = attach(model, LoPTConfig(num_blocks=k))
+    config = LoPTConfig(num_blocks=k)
+    if offload is not None:
+        config = config.replace(schedule="block_major", offload=offload, prefetch_gib=PREFETCH / 2**30)
+    handle = attach(model, config)
     handle.loss_scale = 1 / ACCUMULATION
-    device = torch.device(args.device)
-    offloaded = (
-        Offload(handle, device, PREFETCH, offload == "block") if offload in ("optimizer", "block") else None
-    )
-    optimizer = BlockOptimizer(
-        handle.parameter_groups(1e-4),
-        lambda groups: torch.optim.AdamW(groups, fused=True),
-        part_bytes=PART_BYTES,
-        transfer=offloaded and offloaded.transfer,
-    )
-    if offloaded is not None:
-        offloaded.optimizer = optimizer
+    groups, device = handle.parameter_groups(1e-4), torch.device(args.device)
     ids = torch.randint(0, vocabulary, (ACCUMULATION, args.batch, args.tokens), device=args.device)
-    schedule = BlockMajor(handle, offloaded) if offload else None
 
     def loss(slot: int) -> torch.Tensor:
         logits = model(input_ids=ids[slot], use_cache=False).logits[:, :-1].flatten(0, 1)
         return cross_entropy(logits.float(), ids[slot][:, 1:].flatten()) / ACCUMULATION
 
-    def eager() -> None:
+    if offload is None:
+        optimizer = BlockOptimizer(groups, adamw, part_bytes=PART_BYTES)
+    else:
+        schedule = block_major(handle, groups, adamw, device=device, max_norm=1.0)
+        optimizer = schedule.optimizer
+
+    def step() -> None:
+        if offload is not None:
+            schedule.step(ACCUMULATION, loss)
+            return
         for slot in range(ACCUMULATION):
             loss(slot).backward()
         clip_gradients(handle, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    def block_major() -> None:
-        assert schedule is not None
-        for block in handle.blocks:
-            schedule.enter(block)
-            for slot in range(ACCUMULATION):
-                if block is not handle.blocks[-1]:
-                    schedule.run_early(block, slot, lambda slot=slot: loss(slot))
-                    continue
-                with schedule.last_block(slot):
-                    last = loss(slot)
-                last.backward()
-            clip_block(handle, block.index, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.leave(block)
-        schedule.end_step()
-
-    step = block_major if schedule else eager
     step()
     peak = peak_memory(step, model, handle.heads, optimizer=optimizer)
     return step, {"activations": peak.activations, "peak memory": peak.total}
+
+
+def adamw(groups: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def repeat(step: Callable[[], None], times: int) -> Callable[[], None]:

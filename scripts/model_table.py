@@ -25,6 +25,8 @@ from lopt import LoPTConfig, attach
 from lopt.architectures import find_decoder
 from lopt.core.blocks import Blocks
 from lopt.engine.block_major import BlockMajor
+from lopt.engine.stages import Stages
+from lopt.engine.updates import Updates
 from lopt.trainers.packing import rows_see_each_other
 from tiny_models import small_config, small_configs, small_model
 
@@ -98,12 +100,19 @@ def plain_step(model: nn.Module) -> None:
 
 def block_major_step(handle: Any, model: nn.Module) -> None:
     """Run a forward and a backward of one micro-batch, block by block."""
-    schedule = BlockMajor(handle)
-    for block in handle.blocks[:-1]:
-        schedule.run_early(block, 0, lambda: seeded(lambda: model(**batch())))
-    with schedule.last_block(0):
-        loss = seeded(lambda: model(**batch())).loss
+    stages = Stages(handle)
+    updates = Updates(handle, stages)
+    updates.stage_done = lambda stage: None  # type: ignore[method-assign]
+    schedule = BlockMajor(handle, updates)
+
+    def forward(slot: int) -> Any:
+        return seeded(lambda: model(**batch())).loss
+
+    schedule.run_to_last_stage(1, forward)
+    with schedule.last_stage(0):
+        loss = forward(0)
     loss.backward()
+    schedule.run_back(1, forward)
 
 
 def check_parts(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""How much of a model the device holds at a time: the part of a config that says how, and not what, is learned."""
+"""How much of a model the device holds at a time, which does not change what is learned."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Residency:
     """How an optimizer step is run, and what the device holds meanwhile.
 
     Attributes:
-        schedule: 'eager': each micro-batch runs through the whole model. 'block_major': all micro-batches of an
-            optimizer step run through one stage of the model before the next one begins.
+        schedule: 'eager': each micro-batch runs through the whole model. 'block_major': all micro-batches of
+            an optimizer step run through one stage of the model before the next one begins.
         stages: With `schedule` block_major: the number of stages, at least one per block. The device works on
             one at a time. Boundaries are chosen by size; the token embedding and the LM head may become
             stages of their own. Default: as many as blocks.

@@ -47,9 +47,11 @@ def test_defaults_and_alias() -> None:
     ("settings", "message"),
     [
         (dict(method="frozen", frozen_blocks=1), "`frozen_blocks` needs `method` lopt"),
-        (dict(method="e2e", schedule="block_major"), "`schedule` block_major needs `method` lopt"),
-        (dict(schedule="block_major", clip="global"), "needs `clip` block"),
         (dict(offload="block"), "`offload` block needs `schedule` block_major"),
+        (dict(stages=4), "`stages` 4 needs `schedule` block_major"),
+        (dict(schedule="block_major", stages=2, stage_layers=2), "give one of them"),
+        (dict(schedule="block_major", num_blocks=4, stages=3), "`stages` must be >= 4, the number of blocks"),
+        (dict(schedule="block_major", optimizer_device="cpu"), "add `offload` block"),
     ],
 )
 def test_settings_that_exclude_each_other(settings: dict, message: str) -> None:

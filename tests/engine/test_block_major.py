@@ -1,4 +1,4 @@
-"""The block-major schedule in a plain loop: the eager weights for any method and any stages, and no trace left behind."""
+"""The block-major schedule: the eager weights for any method and stages, and no trace left behind."""
 
 from __future__ import annotations
 
@@ -9,141 +9,220 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
-from lopt.engine.block_major import BlockMajor
+from lopt.core.attach import LoPT
 from lopt.engine.clipping import clip_gradients
-from lopt.engine.offload import Offload
 from lopt.engine.optimizer import BlockOptimizer, Precision
+from lopt.engine.plain_loop import block_major
 from lopt.engine.random_state import micro_batch_seed, random_numbers
-from lopt.engine.stages import Stages
-from lopt.engine.updates import Updates
-from lopt.instruments.memory import in_host_memory
 
-CPU = torch.device("cpu")
 BATCHES = [
     batch_of([9, 5, 2]),
     batch_of([4], seed=1),
     batch_of([3, 11], side="left", seed=2),
-    batch_of([6, 6]),
+    batch_of([6, 6], seed=3),
 ]
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
+# Adam makes a step of a gradient that is 0 but for rounding, as that of a key's bias.
+SGD = functools.partial(torch.optim.SGD, momentum=0.9)
+CLIP = 0.5
+STEPS = 3
 
 
-def eager_steps(
-    model: nn.Module, config: LoPTConfig, steps: int, slots: int, max_norm: float, **optimizer: Any
-):
-    """Train by a plain loop; return the handle and the losses."""
-    handle = attach(model, config)
-    optimizer_ = BlockOptimizer(handle.parameter_groups(1e-2, 1e-3, 0.1), ADAMW, **optimizer)
+def attached(model: nn.Module, **config: Any) -> LoPT:
+    torch.manual_seed(7)  # the same heads
+    return attach(model, LoPTConfig(**config))
+
+
+def run_eagerly(
+    handle: LoPT, slots: int, max_norm: float = CLIP, make: Any = ADAMW, **options: Any
+) -> list[float]:
+    model: Any = handle.model
+    stepped = BlockOptimizer(handle.parameter_groups(1e-2, 1e-3, 0.1), make, **options)
     handle.loss_scale = 1 / slots
     losses = []
-    for step in range(steps):
+    for step in range(STEPS):
         for slot in range(slots):
-            with random_numbers(CPU, micro_batch_seed(0, step, slot)):
+            with random_numbers(torch.device("cpu"), micro_batch_seed(0, step, slot)):
                 loss = model(**BATCHES[slot]).loss / slots
                 loss.backward()
             losses.append(loss.item())
         if max_norm < math.inf:
             clip_gradients(handle, max_norm)
-        optimizer_.step()
-        optimizer_.zero_grad()
-    return handle, losses
+        stepped.step()
+        stepped.zero_grad()
+    return losses
 
 
-class Staged:
-    """The block-major schedule in a plain loop."""
-
-    def __init__(
-        self, model: nn.Module, config: LoPTConfig, max_norm: float, budget: int = 4096, **optimizer: Any
-    ) -> None:
-        self.model, self.handle = model, attach(model, config)
-        stages, offload = Stages(self.handle), None
-        if config.offload != "none":
-            offload = Offload(self.handle, stages, CPU, budget, weights=config.offload == "block")
-        self.optimizer = BlockOptimizer(
-            self.handle.parameter_groups(1e-2, 1e-3, 0.1),
-            ADAMW,
-            stage_of=stages.owner,
-            part_bytes=max(budget // 8, 1),
-            transfer=offload and offload.transfer,
-            **optimizer,
-        )
-        if offload is not None:
-            offload.optimizer = self.optimizer
-        self.offload = offload
-        self.updates = Updates(self.handle, stages, self.optimizer, offload, max_norm=max_norm)
-        self.schedule = BlockMajor(self.handle, self.updates, offload)
-
-    def step(self, slots: int) -> list[float]:
-        self.handle.loss_scale = 1 / slots
-        losses = self.schedule.step(slots, lambda slot: self.model(**BATCHES[slot]).loss / slots)
-        return [loss.item() for loss in losses]
+def run_in_stages(
+    handle: LoPT, slots: int, max_norm: float = CLIP, make: Any = ADAMW, **options: Any
+) -> list[float]:
+    """Like `run_eagerly`, by the schedule of the handle's config."""
+    model: Any = handle.model
+    groups = handle.parameter_groups(1e-2, 1e-3, 0.1)
+    schedule = block_major(handle, groups, make, max_norm=max_norm, **options)
+    handle.loss_scale = 1 / slots
+    losses = []
+    for _ in range(STEPS):
+        losses += schedule.step(slots, lambda slot: model(**BATCHES[slot]).loss / slots)
+        assert not schedule.stashed_bytes
+    schedule.synchronize()
+    return [loss.item() for loss in losses]
 
 
-def assert_same(one: Any, other: Any, tolerance: float = 0.0) -> None:
-    for handle in (one, other):
-        assert all(p.grad is None for p in handle.model.parameters())
-    named = [{**dict(h.model.named_parameters()), **dict(h.heads.named_parameters())} for h in (one, other)]
-    assert named[0].keys() == named[1].keys()
-    for name, value in named[0].items():
-        if tolerance:
-            error = (value - named[1][name]).norm() / value.norm().clamp(min=1e-12)
-            assert error <= tolerance, (name, float(error))
-        else:
-            assert torch.equal(value, named[1][name]), (name, (value - named[1][name]).abs().max())
+def compare(
+    model: nn.Module,
+    slots: int = 4,
+    tolerance: float = 0.0,
+    max_norm: float = CLIP,
+    make: Any = ADAMW,
+    **config: Any,
+) -> None:
+    """Train two copies, eagerly and in stages, and assert that losses and weights are the same."""
+    residency = ("stages", "stage_layers", "offload", "optimizer_device", "prefetch_gib")
+    eager = attached(copy.deepcopy(model), **{k: v for k, v in config.items() if k not in residency})
+    staged = attached(copy.deepcopy(model), schedule="block_major", **config)
+    start = {n: p.clone() for n, p in staged.model.named_parameters()}
+    expected = run_eagerly(eager, slots, max_norm, make)
+    losses = run_in_stages(staged, slots, max_norm, make)
+    assert losses == (pytest.approx(expected, rel=tolerance) if tolerance else expected)
+    heads = dict(staged.heads.named_parameters())
+    for handle in (eager, staged):
+        assert all(p.grad is None for p in [*handle.model.parameters(), *handle.heads.parameters()])
+    for name, value in [*eager.model.named_parameters(), *eager.heads.named_parameters()]:
+        other = heads[name] if name in heads else staged.model.get_parameter(name)
+        error = (value - other).float().norm() / value.float().norm().clamp(min=1e-12)
+        assert error <= tolerance, (name, float(error))
+        if name in start and other.requires_grad:
+            assert not torch.equal(other, start[name]), f"{name} was not trained"
 
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "e2e 1": dict(method="e2e"),
-    "e2e 3": dict(method="e2e", stages=3),
-    "e2e all": dict(method="e2e", stages=6),
-    "lopt 2": dict(num_blocks=2),
-    "lopt 2 x 2": dict(num_blocks=2, stages=4),
-    "lopt all": dict(num_blocks=2, stages=6),
-    "lopt 4": dict(num_blocks=4),
+METHODS: dict[str, dict[str, Any]] = {
+    "e2e": dict(method="e2e", stages=1),
+    "e2e x 3": dict(method="e2e", stages=3),
+    "e2e x all": dict(method="e2e", stages=6),
+    "e2e by layers": dict(method="e2e", stage_layers=1),
+    "lopt": dict(num_blocks=2),
+    "lopt x 2": dict(num_blocks=2, stages=4),
+    "lopt x all": dict(num_blocks=2, stages=6),
+    "lopt, 4 blocks": dict(num_blocks=4),
     "next token": dict(num_blocks=2, aux_loss="next_token", stages=5),
     "frozen": dict(method="frozen", num_blocks=2, stages=4),
     "frozen block": dict(num_blocks=3, frozen_blocks=1, stages=5),
-    "layers": dict(method="e2e", stage_layers=1),
     "global": dict(num_blocks=2, stages=4, clip="global"),
+}
+PLACES: dict[str, dict[str, Any]] = {
+    "on the device": {},
+    "optimizer": dict(offload="optimizer", prefetch_gib=1e-5),
+    "block": dict(offload="block", prefetch_gib=1e-5),
+    "host optimizer": dict(offload="block", optimizer_device="cpu", prefetch_gib=1e-5),
 }
 
 
-@pytest.mark.parametrize("offload", ["none", "block"])
-@pytest.mark.parametrize("slots", [1, 4])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_weights_are_the_eager_ones_bit_for_bit(name: str, slots: int, offload: str) -> None:
-    config = CONFIGS[name]
-    model = tiny("llama")
-    other = copy.deepcopy(model)
-    plain = LoPTConfig(**{k: v for k, v in config.items() if k not in ("stages", "stage_layers")})
-    staged = Staged(other, LoPTConfig(schedule="block_major", offload=offload, **config), 0.5)
-    heads = copy.deepcopy(staged.handle.heads.state_dict())
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_the_eager_ones_bit_for_bit(method: str, place: str) -> None:
+    for slots in (1, 4):
+        compare(tiny("llama"), slots, **METHODS[method], **PLACES[place])
+
+
+@pytest.mark.parametrize("place", ["block", "host optimizer"])
+@pytest.mark.parametrize("method", ["e2e x all", "lopt x 2", "frozen"])
+def test_without_clipping_every_stage_is_stepped_at_once(method: str, place: str) -> None:
+    compare(tiny("llama"), max_norm=math.inf, **METHODS[method], **PLACES[place])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_tied_matrix_stays_one(place: str) -> None:
+    """The LM head's gradient waits for the embedding's; the sum has another order than in one backward."""
+    compare(tiny("llama-tied"), tolerance=1e-6, **METHODS["e2e x all"], **PLACES[place])
+    compare(tiny("llama-tied"), tied_embeddings="freeze", **METHODS["lopt x all"], **PLACES[place])
+
+
+@pytest.mark.parametrize("method", ["e2e x all", "lopt x 2"])
+def test_dropout_and_checkpointing(method: str) -> None:
+    model = tiny("gpt2", tie_word_embeddings=False, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+    compare(model, **METHODS[method])
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    compare(model, **METHODS[method], **PLACES["block"])
+
+
+@pytest.mark.parametrize("method", ["e2e x 3", "lopt x 2"])
+def test_every_architecture(architecture: str, method: str) -> None:
+    if architecture in ("mixtral", "qwen3_moe"):
+        pytest.skip("routers are balanced over all layers at once: refused by the trainers")
+    compare(tiny(architecture), slots=2, tolerance=1e-6, make=SGD, **METHODS[method], **PLACES["block"])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_adapters(place: str) -> None:
     torch.manual_seed(0)
-    handle = attach(model, plain)
-    handle.heads.load_state_dict(heads)
-    model2 = model
+    targets = LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False)
+    model = get_peft_model(tiny("llama"), targets)
+    compare(model, method="lora", stages=6, **PLACES[place])
+
+
+@pytest.mark.parametrize(
+    "precision", [Precision(), Precision(masters=True), Precision(state_dtype=torch.bfloat16)]
+)
+@pytest.mark.parametrize("place", ["on the device", "block", "host optimizer"])
+def test_rounding_does_not_depend_on_stages(place: str, precision: Precision) -> None:
+    ends = []
+    for config in (dict(schedule="eager"), dict(schedule="block_major", stages=5, **PLACES[place])):
+        handle = attached(tiny("llama", torch.bfloat16), num_blocks=2, **config)
+        if config["schedule"] == "eager":
+            run_eagerly(handle, 4, precision=precision)
+        else:
+            run_in_stages(handle, 4, precision=precision)
+        ends.append(dict(handle.model.named_parameters()))
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+def test_a_forward_without_gradients_is_left_alone() -> None:
+    """As that of a reference model which shares the weights, in the midst of a loss."""
+    model: Any = tiny("llama")
+    batch = BATCHES[0]
+    with torch.no_grad():
+        expected = model(**batch).logits
+    handle = attached(model, schedule="block_major", method="e2e", stages=4, offload="block")
+    schedule = block_major(handle, handle.parameter_groups(1e-2), ADAMW, max_norm=1.0)
+
+    def forward(slot: int) -> torch.Tensor:
+        with torch.no_grad():
+            assert torch.equal(model(**batch).logits, expected)
+        return model(**batch).loss
+
+    schedule.step(1, forward)
+
+
+def test_an_error_in_a_stage_leaves_the_model_whole() -> None:
+    model: Any = tiny("llama")
+    batch = BATCHES[0]
+    plain = model(**batch).logits.detach()
+    handle = attached(model, schedule="block_major", num_blocks=2, stages=4)
+    schedule = block_major(handle, handle.parameter_groups(1e-2), ADAMW)
+    calls: list[int] = []
+
+    def forward(slot: int) -> torch.Tensor:
+        calls.append(slot)
+        if len(calls) > fails_after:
+            raise RuntimeError("no data")
+        return model(**batch).loss
+
+    for fails_after in range(8):
+        calls.clear()
+        with pytest.raises(RuntimeError, match="no data"):
+            schedule.step(2, forward)
+        model.zero_grad()
+        handle.heads.zero_grad()
+        assert torch.equal(model(**batch).logits, plain) or fails_after > 3  # block 1 has been stepped
+        model.zero_grad()
+        handle.heads.zero_grad()
     handle.detach()
-    # the eager run with the same heads
-    import lopt.core.attach as core
-
-    made = iter(range(1))
-    eager = None
-    real = core.LoPT.__init__
-
-    def init(self, m, c):
-        real(self, m, c)
-        self.heads.load_state_dict(heads)
-
-    core.LoPT.__init__ = init
-    try:
-        eager, losses = eager_steps(model2, plain, 3, slots, 0.5)
-    finally:
-        core.LoPT.__init__ = real
-    got = [x for _ in range(3) for x in staged.step(slots)]
-    print(losses, got)
-    assert losses == got
-    assert_same(eager, staged.handle)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

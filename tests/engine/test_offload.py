@@ -13,9 +13,10 @@ from torch import nn
 from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
 from lopt.engine.block_major import BlockMajor
-from lopt.engine.clipping import clip_block
 from lopt.engine.offload import Offload
 from lopt.engine.optimizer import BlockOptimizer
+from lopt.engine.stages import Stages
+from lopt.engine.updates import Updates
 from lopt.instruments.memory import in_host_memory
 
 BATCHES = [batch_of([9, 5, 2]), batch_of([4], seed=1), batch_of([3, 11], side="left", seed=2)]
@@ -29,36 +30,26 @@ class Loop:
         self, model: nn.Module, offload: str, budget: int = 4096, k: int = 3, **options: object
     ) -> None:
         self.model = model
-        self.handle = attach(model, LoPTConfig(num_blocks=k))
-        self.offload = Offload(self.handle, CPU, budget, offload == "block") if offload != "none" else None
+        self.handle = attach(model, LoPTConfig(num_blocks=k, schedule="block_major", offload=offload))
+        self.stages = Stages(self.handle)
+        self.offload = (
+            Offload(self.handle, self.stages, CPU, budget, offload == "block") if offload != "none" else None
+        )
         self.optimizer = BlockOptimizer(
             self.handle.parameter_groups(1e-2, 1e-3),
             lambda groups: torch.optim.AdamW(groups, fused=True),
             part_bytes=max(budget // 8, 1),
             transfer=self.offload and self.offload.transfer,
+            stage_of=self.stages.owner,
         )
         if self.offload is not None:
             self.offload.optimizer = self.optimizer
-        self.schedule = BlockMajor(self.handle, self.offload)
+        updates = Updates(self.handle, self.stages, self.optimizer, self.offload, max_norm=1.0)
+        self.schedule = BlockMajor(self.handle, updates, self.offload)
 
     def step(self) -> float:
         """One optimizer step over all micro-batches; the task loss."""
-        schedule, losses = self.schedule, []
-        for block in self.handle.blocks:
-            schedule.enter(block)
-            for slot, batch in enumerate(BATCHES):
-                if block.index < len(self.handle.blocks) - 1:
-                    schedule.run_early(block, slot, lambda batch=batch: self.model(**batch))
-                    continue
-                with schedule.last_block(slot):
-                    losses.append(self.model(**batch).loss)
-                losses[-1].backward()
-            clip_block(self.handle, block.index, 1.0)
-            self.optimizer.step()
-            for parameter in self.handle.block_parameters(block.index):
-                parameter.grad = None
-            schedule.leave(block)
-        schedule.end_step()
+        losses = self.schedule.step(len(BATCHES), lambda slot: self.model(**BATCHES[slot]).loss)
         return sum(loss.item() for loss in losses)
 
     def on_device(self) -> set[str]:
@@ -82,16 +73,15 @@ def test_values_do_not_depend_on_where_things_are(name: str, budget: int) -> Non
 
 def test_only_the_block_at_work_is_on_the_device() -> None:
     loop = Loop(tiny("llama"), "block", budget=0)
-    small = {name for name in loop.on_device()}
-    assert small == {"model.norm.weight"}
-    for block in loop.handle.blocks:
-        loop.schedule.enter(block)
-        own = {name for name, _ in loop.handle.blocks.parameters(loop.model, block.index)}
-        assert loop.on_device() == own | small, block
-        loop.schedule.leave(block)
-    assert loop.on_device() == small
+    assert not loop.on_device()
+    for stage in loop.stages:
+        loop.offload.enter(stage, will_step=True, following=None)
+        own = {name for name, _ in loop.handle.blocks.parameters(loop.model, stage.block)}
+        assert loop.on_device() == own, stage
+    loop.offload.leave()
+    assert not loop.on_device()
     loop.step()
-    assert loop.on_device() == small
+    assert not loop.on_device()
     assert all(map(in_host_memory, loop.handle.heads.parameters())) and loop.handle.device == CPU
     state = [t for s in loop.optimizer.state.values() for t in s.values() if t.ndim]
     assert state and all(map(in_host_memory, state))
@@ -135,7 +125,7 @@ def test_evaluation_brings_weights_in_and_the_next_step_takes_them_out() -> None
     with torch.no_grad():
         loop.model.get_output_embeddings().weight.mul_(2)  # changed while it is there
     loop.step()
-    assert len(loop.on_device()) < 4 * len(loop.handle.blocks.layers)
+    assert not loop.on_device()
     changed = loop.model.get_output_embeddings().weight
     assert (changed - 2 * plain["lm_head.weight"]).norm() < 0.1 * changed.norm()
 
@@ -174,13 +164,11 @@ def test_resting_blocks_keep_their_weights_and_state() -> None:
 
 def test_the_loop_of_the_docs_runs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "BlockMajor" in block]
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "block_major(" in block]
     model = tiny("llama")
-    names = dict(
-        torch=torch, model=model, handle=attach(model, LoPTConfig(num_blocks=2)), micro_batches=BATCHES
-    )
+    names = dict(torch=torch, model=model, steps=[BATCHES])
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     exec(code.replace('"cuda"', '"cpu"'), names)
-    assert names["loss"].isfinite()
+    assert all(loss.isfinite() for loss in names["losses"])
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter, start[name]), name

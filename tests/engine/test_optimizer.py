@@ -106,12 +106,12 @@ def test_parts_are_bounded_and_within_a_block() -> None:
     groups = handle.parameter_groups(1.0)
     whole = {id(p) for g in groups for p in g["params"]}
     owner = {id(p): g["block"] for g in groups for p in g["params"]}
-    made = split_into_parts(groups, 10_000)
+    made = split_into_parts(groups, 10_000, lambda p: owner[id(p)])
     assert sorted(id(p) for part in made for p in part) == sorted(whole)
     for part in made:
         assert len({owner[id(p)] for p in part}) == 1
         assert len(part) == 1 or sum(p.nbytes for p in part) <= 10_000
-    assert len(split_into_parts(groups, 2**30)) == 2
+    assert len(split_into_parts(groups, 2**30, lambda p: owner[id(p)])) == 2
 
 
 def test_rounding_keeps_the_average_and_the_representable(monkeypatch) -> None:

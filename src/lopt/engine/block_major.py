@@ -1,26 +1,27 @@
-"""The block-major schedule: all micro-batches of an optimizer step pass through one stage of the model at a time.
+"""The block-major schedule: all micro-batches of an optimizer step pass through one stage of the model at a
+time.
 
 For each block in order:
 
-1. forward sweep: every micro-batch runs without a graph through each stage but the block's last, and each stage's
-   input is stashed;
-2. in the last stage each micro-batch runs with a graph, and the block's loss (local or task) has its backward; the
-   gradient of the stage's input takes the input's place in the stash;
-3. backward sweep: stages in reverse, recomputed from their stashed input with the same random numbers, and the
-   backward continued from the stashed gradient;
+1. forward sweep: every micro-batch runs without a graph through each stage but the block's last, and each
+   stage's input is stashed;
+2. in the last stage each micro-batch runs with a graph, and the block's loss (local or task) has its
+   backward; the gradient of the stage's input takes the input's place in the stash;
+3. backward sweep: stages in reverse, recomputed from their stashed input with the same random numbers, and
+   the backward continued from the stashed gradient;
 4. a stage's gradient is final then: `Updates` clips and steps it.
 
 A block that does not learn is one forward sweep.
 
-Each pass is a forward of the model as the caller makes it, in which one stage runs: the layers before it return what
-they are given, its own input comes from the stash, and behind it the forward is ended. Masks, rotary embeddings and
-layer types stay the library's. A forward without gradients (of a reference model that shares the weights, of an
-evaluation) is left alone.
+Each pass is a forward of the model as the caller makes it, in which one stage runs: the layers before it
+return what they are given, its own input comes from the stash, and behind it the forward is ended. Masks,
+rotary embeddings and layer types stay the library's. A forward without gradients (of a reference model that
+shares the weights, of an evaluation) is left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,7 @@ from lopt.core.attach import LoPT
 from lopt.core.blocks import Block
 from lopt.core.boundaries import BoundaryReached
 from lopt.engine.offload import Offload
+from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.random_state import (
     RandomState,
     micro_batch_seed,
@@ -42,7 +44,7 @@ from lopt.engine.random_state import (
     random_state,
     set_random_state,
 )
-from lopt.engine.stages import Stage, Stages
+from lopt.engine.stages import Stage
 from lopt.engine.stash import Stash
 from lopt.engine.updates import Updates
 
@@ -78,8 +80,9 @@ class BlockMajor:
     Attributes:
         stages: The stages, in order.
         seed_of: Returns the seed of the random numbers of a micro-batch, by its number.
-        after_pass: Called after each pass of a micro-batch through a stage that is not the last, with the stage,
-            the number of the micro-batch and its local loss, detached and not weighted; None if there is none.
+        after_pass: Called after each pass of a micro-batch through a stage that is not the last, with the
+            stage, the number of the micro-batch and its local loss, detached and not weighted; None if there
+            is none.
     """
 
     def __init__(self, lopt: LoPT, updates: Updates, offload: Offload | None = None) -> None:
@@ -106,6 +109,17 @@ class BlockMajor:
             lopt.hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
         lopt.hooks.append(layers[0].register_forward_hook(self._note_kind))
         lopt.hooks.append(layers[-1].register_forward_hook(self._leave_last_layer))
+
+    @property
+    def optimizer(self) -> BlockOptimizer:
+        """The optimizer of all stages."""
+        assert self.updates.optimizer is not None
+        return self.updates.optimizer
+
+    def synchronize(self) -> None:
+        """Wait until host memory holds the current values of all that is offloaded, as before saving."""
+        if self._offload is not None:
+            self._offload.synchronize()
 
     @property
     def stashed_bytes(self) -> int:
@@ -260,7 +274,7 @@ class BlockMajor:
         return stage.closes and stage.block in self._lopt.learning
 
     def _keeps_first_input(self, one: Pass) -> bool:
-        """Return whether block 1's local loss, in a later stage, is about what its first layer is given now."""
+        """Return whether a later stage has the local loss of block 1, which is about this input."""
         stage = one.stage
         early = stage.index == 0 and stage.stop > 0 and not stage.closes and not one.with_graph
         return early and 0 in self._lopt.learning and self._learns(0)
@@ -334,7 +348,7 @@ class BlockMajor:
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     def _continue_random(self, one: Pass) -> None:
-        """Go on with the random numbers after the stage before; what feeds the first layer may have drawn some."""
+        """Go on where the stage before has ended; what feeds the first layer may have drawn some."""
         set_random_state(self._lopt.device, self._random[one.stage.index, one.slot])
 
     def _leave_last_layer(self, module: Any, args: tuple, output: Any) -> None:
@@ -364,4 +378,4 @@ class BlockMajor:
 
 
 _FIRST_INPUT = -1
-"""Place in the stash of the input of block 1's first layer, where its first stage has the embedding as well."""
+"""Place in the stash of the input of block 1's first layer, in the midst of its first stage."""

@@ -11,6 +11,7 @@ On a CPU the same code runs; every copy is real and done at once, in order.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,12 +36,14 @@ class TensorGroup:
 
     Attributes:
         host: their places in host memory; None until they have been there once.
+        pending: waits until their values in host memory are final; None if they are.
     """
 
     def __init__(self, get: Callable[[], Tensors], put: Callable[[Tensors], None]) -> None:
         self.get = get
         self.put = put
         self.host: Tensors | None = None
+        self.pending: Callable[[], Any] | None = None
 
     @classmethod
     def of_parameters(cls, parameters: Iterable[Tensor]) -> TensorGroup:
@@ -74,11 +77,15 @@ class HostTransfer:
         device: where groups are used.
         budget: bytes of device memory for groups on their way in or out. A group that is needed at once
             comes in whatever its size.
+
+    Attributes:
+        waited: seconds that fetches have waited for values in host memory to become final.
     """
 
     def __init__(self, device: torch.device, budget: int) -> None:
         self.device = device
         self.budget = budget
+        self.waited = 0.0
         self._on_gpu = device.type == "cuda"
         self._upcoming: deque[TensorGroup] = deque()
         self._prefetched: dict[TensorGroup, tuple[Tensors, torch.cuda.Event | None]] = {}
@@ -112,6 +119,7 @@ class HostTransfer:
         if group.host is None or group in self._in_use:
             return
         if group not in self._prefetched:
+            self.wait_until_final(group)
             while self._outgoing and self.bytes_in_flight + group.nbytes > self.budget:
                 self._finish_oldest()
             self._copy_in(group)
@@ -147,6 +155,14 @@ class HostTransfer:
         self._in_use.add(group)
         self.release(group)
         return self._outgoing[-1].copied if self._on_gpu else None
+
+    def wait_until_final(self, group: TensorGroup) -> None:
+        """Wait until the values of `group` in host memory are final."""
+        if group.pending is not None:
+            began = time.perf_counter()
+            group.pending()
+            self.waited += time.perf_counter() - began
+            group.pending = None
 
     def synchronize(self) -> None:
         """Wait until all that leaves is in host memory, and drop what was prefetched or announced."""
@@ -210,6 +226,8 @@ class HostTransfer:
         while self._upcoming:
             group = self._upcoming[0]
             if group.host is not None and group not in self._prefetched and group not in self._in_use:
+                if group.pending is not None:  # not waited for ahead of time
+                    return
                 if self.bytes_in_flight + group.nbytes > self.budget:
                     return
                 self._copy_in(group)

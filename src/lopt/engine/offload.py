@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopt.architectures import base_model
 from lopt.core.attach import LoPT
+from lopt.engine.host_optimizer import HostOptimizer
 from lopt.engine.host_transfer import HostTransfer, TensorGroup
 from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.stages import Stage, Stages
@@ -27,7 +27,8 @@ class Offload:
 
     Attributes:
         transfer: moves the tensors; pass it to an optimizer that steps on the device.
-        optimizer: that optimizer, to be set when it exists.
+        optimizer: that optimizer, to be set when it exists; None if none steps on the device.
+        host: steps in host memory; None if the device steps.
         weights: the offload of the weights, None if they stay on the device.
         stage: the stage that the device works on; None between optimizer steps.
     """
@@ -37,12 +38,14 @@ class Offload:
     ) -> None:
         self.transfer = HostTransfer(device, prefetch_bytes)
         self.optimizer: BlockOptimizer | None = None
+        self.host: HostOptimizer | None = None
         self.weights = WeightsOffload(lopt, stages, self.transfer) if weights else None
         self.stage: Stage | None = None
         self._changed = False
 
     def enter(self, stage: Stage, will_step: bool, following: Stage | None) -> None:
-        """Turn to `stage`: fetch its weights, prefetch its state if it is stepped now, and `following`'s weights.
+        """Turn to `stage`: fetch its weights, prefetch its state if it is stepped now, and `following`'s
+        weights.
 
         The stage before is released.
         """
@@ -63,7 +66,7 @@ class Offload:
     def leave(self) -> None:
         """Release the weights of the present stage."""
         if self.weights is not None and self.stage is not None:
-            self.weights.leave(self.stage, self._changed)
+            self.weights.leave(self._changed)
         self.stage, self._changed = None, False
 
     def end_step(self) -> None:
@@ -77,6 +80,8 @@ class Offload:
         if self.weights is not None:
             self.weights.release_all()
         self.transfer.synchronize()
+        if self.host is not None:
+            self.host.wait()
 
     def close(self) -> None:
         """Unpin host memory, which otherwise happens when nobody uses model and optimizer any more.
@@ -90,39 +95,40 @@ class Offload:
 class WeightsOffload:
     """Keeps the weights of an attached model in host memory except those of the active stage.
 
-    From the first optimizer step on a block's reconstruction head is offloaded with the block's last stage. Between
-    optimizer steps every weight is in host memory, so callbacks and checkpoints see the real values.
+    From the first optimizer step on a block's reconstruction head is offloaded with the block's last stage.
+    Between optimizer steps every weight is in host memory, so callbacks and checkpoints see the real values.
 
-    A forward outside the block-major schedule (evaluation, generation, a reference model that shares the weights, the
-    head warm-up) fetches all weights if the device has room for them, and one layer after the other if not; then it
-    can only run without gradients.
+    A forward outside the block-major schedule (evaluation, generation, a reference model that shares the
+    weights, the head warm-up) fetches all weights if the device has room for them, and one layer after the
+    other if not; then it can only run without gradients.
     """
 
     def __init__(self, lopt: LoPT, stages: Stages, transfer: HostTransfer) -> None:
         self._lopt = lopt
         self._transfer = transfer
         blocks = lopt.blocks
-        self._by_layer: dict[nn.Module, TensorGroup] = {}
+        self._by_module: dict[nn.Module, TensorGroup] = {}
         self._groups: list[list[TensorGroup]] = []
         self._learning: dict[TensorGroup, bool] = {}
         offloaded: dict[nn.Parameter, TensorGroup] = {}
         for stage in stages:
             groups: dict[TensorGroup, None] = {}
-            for modules in stages.modules(stage):
-                parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
-                own = [p for p in parameters if p not in offloaded]
+            for module in stages.modules(stage):
+                own = [p for p in module.parameters() if p not in offloaded]
                 if own:
-                    group = TensorGroup.of_parameters(own)
+                    group = self._by_module[module] = TensorGroup.of_parameters(own)
                     offloaded |= dict.fromkeys(own, group)
                     self._learning[group] = any(p.requires_grad for p in own)
-                groups |= dict.fromkeys(offloaded[p] for p in parameters)  # a shared matrix is in two stages
-                if len(modules) == 1 and own:
-                    self._by_layer[modules[0]] = group
+                # A shared matrix is in two stages.
+                groups |= dict.fromkeys(offloaded[p] for p in module.parameters())
             self._groups.append(list(groups))
-        layers = set(blocks.layers)
-        self._ends = [g for g in self._learning if g not in {self._by_layer[x] for x in layers}]
+        of_layers = {self._by_module[layer] for layer in blocks.layers}
+        self._ends = [group for group in self._learning if group not in of_layers]
+        self._lens = [self._by_module[module] for module in blocks.tail if module in self._by_module]
         self._stages = stages
-        self._entered: set[TensorGroup] = set()  # of the present stage, whose graph holds on to its weights
+        self._entered: dict[
+            TensorGroup, None
+        ] = {}  # of the present stage, whose graph holds on to its weights
         self._all_fetched = False
         self._heads_offloaded = False
         for group in self._learning:
@@ -144,18 +150,23 @@ class WeightsOffload:
         return self._groups[stage.index]
 
     def enter(self, stage: Stage) -> None:
-        """Fetch the weights of `stage`."""
+        """Fetch the weights of `stage`, and those that its local loss looks at."""
         self.release_all()
         self._offload_heads()
-        self._entered = set(self._groups[stage.index])
-        for group in self._groups[stage.index]:
+        groups = list(self._groups[stage.index])
+        if self._lopt.config.aux_loss == "next_token" and stage.closes and stage.block in self._lopt.learning:
+            for group in self._groups[-1]:  # rows of the LM head are read from host memory
+                self._transfer.wait_until_final(group)
+            groups += self._lens
+        self._entered = dict.fromkeys(groups)
+        for group in groups:
             self._transfer.fetch(group)
 
-    def leave(self, stage: Stage, changed: bool) -> None:
-        """Release the weights of `stage`."""
-        for group in self._groups[stage.index]:
+    def leave(self, changed: bool) -> None:
+        """Release the weights that were fetched for the present stage, stepped if `changed`."""
+        for group in self._entered:
             self._transfer.release(group, changed and self._learning[group])
-        self._entered = set()
+        self._entered = {}
 
     def fetch_all(self) -> bool:
         """Fetch all weights if the device has room for them; returns whether they are there."""
@@ -192,10 +203,10 @@ class WeightsOffload:
 
     def _before_layer(self, layer: nn.Module, args: tuple) -> None:
         if self._lopt.active_block is None and not self._all_fetched:
-            self._transfer.fetch(self._by_layer[layer])
+            self._transfer.fetch(self._by_module[layer])
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        group = self._by_layer[layer]
+        group = self._by_module[layer]
         if self._lopt.active_block is None and not self._all_fetched and group not in self._entered:
             self._transfer.release(group, changed=False)
 

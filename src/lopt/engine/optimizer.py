@@ -68,6 +68,7 @@ class BlockOptimizer(Optimizer):
         transfer: moves optimizer state between host memory and device, and frees every gradient as soon
             as it is used; None leaves both where they are.
         stage_of: returns the index of the stage of a parameter. Default: a block is a stage.
+        device: where parameters are stepped. Default: where `transfer` takes them, or where they are now.
 
     Attributes:
         optimizer: the inner optimizer.
@@ -83,11 +84,14 @@ class BlockOptimizer(Optimizer):
         part_bytes: int | None = None,
         transfer: HostTransfer | None = None,
         stage_of: Callable[[nn.Parameter], int] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(groups, {})
         self._precision = precision or Precision()
         self._transfer = transfer
+        self._device = device or (transfer.device if transfer is not None else None)
         self._proxies = {p: self._proxy(p) for group in self.param_groups for p in group["params"]}
+        self._parameters = {proxy: p for p, proxy in self._proxies.items()}
         self.optimizer = make(
             [group | {"params": [self._proxies[p] for p in group["params"]]} for group in self.param_groups]
         )
@@ -116,15 +120,21 @@ class BlockOptimizer(Optimizer):
         assert closure is None, "a block's gradients are final when it is stepped"
         self._step(self.parts)
 
-    def step_stage(self, index: int) -> None:
-        """Step every parameter of one stage that has a gradient."""
-        self._step([part for part in self.parts if part.stage == index])
+    def step_stage(self, index: int, settings: list[dict[str, Any]] | None = None) -> None:
+        """Step every parameter of one stage that has a gradient.
+
+        Args:
+            index: Of the stage.
+            settings: The learning rates and other settings of the parameter groups, if not their present
+                ones.
+        """
+        self._step([part for part in self.parts if part.stage == index], settings)
 
     @torch.no_grad()
-    def _step(self, parts: list[_Part]) -> None:
+    def _step(self, parts: list[_Part], settings: list[dict[str, Any]] | None = None) -> None:
         active = [part for part in parts if any(p.grad is not None for p in part.parameters)]
         self._count_updates(active)
-        _copy_settings(self.param_groups, self.optimizer.param_groups)
+        _copy_settings(settings or self.param_groups, self.optimizer.param_groups)
         for part in active:
             if self._transfer is not None:
                 self._transfer.fetch(part.state)
@@ -225,7 +235,7 @@ class BlockOptimizer(Optimizer):
             if value.dtype == torch.float32 and key != MASTER and not quantized:
                 place = kept.get((proxy, key))
                 place = torch.empty_like(value, dtype=narrow) if place is None else place
-                round_stochastically(value, place, self._noise(part.parameters[0], salt=key))
+                round_stochastically(value, place, self._noise(self._parameters[proxy], salt=key))
                 self.state[proxy][key] = place
 
     @contextmanager
@@ -250,8 +260,7 @@ class BlockOptimizer(Optimizer):
 
     def _proxy(self, p: nn.Parameter) -> nn.Parameter:
         """A proxy of the parameter's shape, without memory: some optimizers make their state at once."""
-        # Where it is stepped, even if its values are in host memory now.
-        device = p.device if self._transfer is None else self._transfer.device
+        device = self._device or p.device
         dtype = torch.float32 if _is_rounded(p) else p.dtype
         return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(p.shape))
 

@@ -1,7 +1,7 @@
 """Random numbers of a micro-batch (dropout), the same in every schedule.
 
-Each micro-batch draws from a state of its own, seeded by its place in the run. So its stages can run far apart, and
-be recomputed, with the numbers that one forward through the whole model would draw.
+Each micro-batch draws from a state of its own, seeded by its place in the run. So its stages can run far
+apart, and be recomputed, with the numbers that one forward through the whole model would draw.
 """
 
 from __future__ import annotations

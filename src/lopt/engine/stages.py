@@ -1,13 +1,15 @@
 """The stages of a model: what the device holds at a time in the block-major schedule.
 
-A block has one or more stages, each a run of its layers. What feeds the first layer (the token embedding) and what
-follows the last one (final norm, LM head) belong to the first and last stage, which may have no layers beside them.
+A block has one or more stages, each a run of its layers. What feeds the first layer (the token embedding) and
+what follows the last one (final norm, LM head) belong to the first and last stage, which may have no layers
+beside them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +79,10 @@ class Stages(Sequence[Stage]):
         """Return the stages of block `index` (from 0)."""
         return [stage for stage in self._stages if stage.block == index]
 
-    def modules(self, stage: Stage) -> Iterator[list[nn.Module]]:
-        """Yield the modules of `stage` in groups: each layer, and what is before the first or after the last."""
+    def modules(self, stage: Stage) -> list[nn.Module]:
+        """Return the modules of `stage`: its layers, and what is before or after all layers."""
         spans = [span for block in self._spans for span in block]
-        yield from self._parts[slice(*spans[stage.index])]
+        return _unique(module for part in self._parts[slice(*spans[stage.index])] for module in part)
 
     def parameters(self, stage: Stage) -> list[nn.Parameter]:
         """Return the parameters of `stage` that learn, its block's head with the block's last stage.
@@ -89,8 +91,12 @@ class Stages(Sequence[Stage]):
         """
         return self._learning[stage.index]
 
+    def borrowed(self, stage: Stage) -> list[nn.Parameter]:
+        """Return the parameters of modules of `stage` that learn and belong to another stage."""
+        return [] if stage.index + 1 < len(self) or stage.index == 0 else self._borrowed
+
     def reaches_back(self, stage: Stage) -> bool:
-        """Return whether an earlier stage of its block learns, so that the gradient of its input is needed."""
+        """Return whether an earlier stage of its block learns, which needs the gradient of its input."""
         return any(self._learning[s.index] for s in self.of_block(stage.block) if s.index < stage.index)
 
     def owner(self, parameter: nn.Parameter) -> int:
@@ -101,13 +107,13 @@ class Stages(Sequence[Stage]):
         """Look again at what learns; untying and freezing come before."""
         claims: dict[nn.Parameter, int] = {}
         for stage in reversed(self._stages):  # so that a shared matrix belongs to the first
-            claims |= {
-                p: stage.index for modules in self.modules(stage) for m in modules for p in m.parameters()
-            }
+            claims |= {p: stage.index for m in self.modules(stage) for p in m.parameters()}
         for stage in self._stages:
             if stage.closes and stage.block < len(self._lopt.heads):
                 claims |= dict.fromkeys(self._lopt.heads[stage.block].parameters(), stage.index)
         self._owners = {p: 0 for p in self._lopt.model.parameters()} | claims
+        head = [p for module in self._parts[-1] for p in module.parameters()]
+        self._borrowed = [p for p in head if claims[p] != len(self) - 1 and p.requires_grad]
         self._learning: list[list[nn.Parameter]] = [[] for _ in self._stages]
         for block in self._lopt.blocks:
             for parameter in self._lopt.block_parameters(block.index):
@@ -163,7 +169,7 @@ class _Splits:
         return found[::-1]
 
     def _solve(self, stop: int, number: int) -> tuple[int, int]:
-        """Return the largest span of the first `stop` costs in `number` spans, and where its last one starts."""
+        """Return the largest of `number` spans of the first `stop` costs, and where the last one starts."""
         if number == 1:
             return self._sums[stop], 0
         key = (stop, number)
@@ -187,7 +193,7 @@ def _by_layers(start: int, stop: int, costs: list[int], most: int) -> list[tuple
         edges = [start, *edges[int(costs[start] <= room) :]]
     if last:
         edges = [*edges[: len(edges) - int(costs[stop - 1] <= room)], stop]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def _cost(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""What waits between the stages: of each micro-batch a stage's input, and later the gradient at that place."""
+"""What waits between the stages: of each micro-batch a stage's input, later the gradient of it."""
 
 from __future__ import annotations
 

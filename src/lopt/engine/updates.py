@@ -1,16 +1,15 @@
 """Clip and step stages when their gradients are final.
 
-The norm that a gradient is clipped by is that of its block, or of all blocks (`LoPTConfig.clip`), however many stages
-there are: what the device holds must not change what is learned. Where that norm is known only after other stages have
-had their backward, a final gradient waits; if weights are offloaded, in host memory. Without clipping, and in a block
-of one stage, nothing waits.
+The norm that a gradient is clipped by is that of its block, or of all blocks (`LoPTConfig.clip`), however
+many stages there are: what the device holds must not change what is learned. Where that norm is known only
+after other stages have had their backward, a final gradient waits; if weights are offloaded, in host memory.
+Without clipping, and in a block of one stage, nothing waits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from lopt.core.attach import LoPT
 from lopt.engine.clipping import total_norm
+from lopt.engine.host_optimizer import HostOptimizer
 from lopt.engine.host_transfer import TensorGroup, Tensors
 from lopt.engine.offload import Offload
 from lopt.engine.optimizer import BlockOptimizer
@@ -91,9 +91,9 @@ class Updates:
         if self._offload is None:
             return
         for stage in self._held:
-            waiting = self._waiting.setdefault(stage.index, WaitingGradients(self._offload))
-            waiting.take(self.stages.parameters(stage))
-        self._shared.take(self._lopt.model.parameters())
+            self._waiting_of(stage).take(self.stages.parameters(stage))
+        if self._offload.stage is not None:
+            self._shared.take(self.stages.borrowed(self._offload.stage))
 
     def return_shared(self, stage: Stage) -> None:
         """Give parameters of `stage` the gradients that later stages have left for them."""
@@ -104,6 +104,9 @@ class Updates:
         self._step_held()
         zero = torch.zeros((), device=self._lopt.device)
         return torch.stack([self.norms.get(block.index, zero) for block in self._lopt.blocks])
+
+    def _waiting_of(self, stage: Stage) -> WaitingGradients:
+        return self._waiting.setdefault(stage.index, WaitingGradients(self._offload))
 
     def _norm(self, block: int) -> Tensor:
         """Return the norm of the gradients of a block that are final."""
@@ -124,7 +127,10 @@ class Updates:
             self._held = held[number + 1 :]
             norm = whole if self._lopt.config.clip == "global" else norms[stage.block]
             following = held[number + 1] if number + 1 < len(held) else None
-            self._step(stage, norm, following)
+            if self._offload is None or self._offload.host is None:
+                self._step(stage, norm, following)
+            else:
+                self._submit(stage, norm, self._offload.host)
 
     def _step(self, stage: Stage, norm: Tensor, following: Stage | None) -> None:
         parameters = self.stages.parameters(stage)
@@ -132,8 +138,7 @@ class Updates:
             if self._offload.stage is not stage:
                 self.put_away()
                 self._offload.enter(stage, will_step=True, following=following)
-            if stage.index in self._waiting:
-                self._waiting[stage.index].give(parameters)
+            self._waiting_of(stage).give(parameters)
         given = [p for p in parameters if p.grad is not None]
         if self.max_norm != math.inf and given:
             clip_grads_with_norm_(given, self.max_norm, norm)
@@ -143,6 +148,19 @@ class Updates:
             parameter.grad = None
         if self._offload is not None:
             self._offload.has_changed()
+
+    def _submit(self, stage: Stage, norm: Tensor, host: HostOptimizer) -> None:
+        assert self._offload is not None and self._offload.weights is not None
+        waiting = self._waiting_of(stage)
+        waiting.take(self.stages.parameters(stage))
+        if self._offload.stage is stage:
+            self.put_away()
+            self._offload.leave()
+        gradients, arrived = waiting.hand_over()
+        if gradients:
+            weights = self._offload.weights.groups(stage)
+            clipped = None if self.max_norm == math.inf else norm
+            host.submit(stage.index, gradients, arrived, weights, self.max_norm, clipped)
 
 
 class WaitingGradients:
@@ -155,7 +173,8 @@ class WaitingGradients:
     def __init__(self, offload: Offload | None) -> None:
         self._offload = offload
         self._values: Tensors = {}
-        self._group = TensorGroup(lambda: self._values, lambda tensors: self._values.update(tensors))
+        self._arrived: torch.cuda.Event | None = None
+        self._group = TensorGroup(lambda: dict(self._values), lambda tensors: self._values.update(tensors))
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take the gradients of `parameters` away, where there are any."""
@@ -166,15 +185,20 @@ class WaitingGradients:
         for parameter in values:
             parameter.grad = None
         self._values = values
-        self._offload.transfer.send(self._group)
+        self._arrived = self._offload.transfer.send(self._group)
+
+    def hand_over(self) -> tuple[Tensors, torch.cuda.Event | None]:
+        """Return the gradients in host memory by parameter, and what has passed when they are there."""
+        values, self._values = self._values, {}
+        return values, self._arrived
 
     def give(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give `parameters` on the device the gradients that were taken from them."""
-        if not self._values:
+        own = [p for p in parameters if p in self._values]
+        if not own:
             return
         assert self._offload is not None
         self._offload.transfer.fetch(self._group)
-        for parameter in parameters:
-            if parameter in self._values:
-                parameter.grad = self._values[parameter]
+        for parameter in own:
+            parameter.grad = self._values[parameter]
         self._values = {}

@@ -10,8 +10,10 @@ Not counted: what is no dense or COO tensor, allocator rounding (512 bytes on CU
 library workspaces, and scratch memory inside one kernel or one compiled region.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -171,17 +173,24 @@ def unwrap_optimizer(optimizer: Any, keep: type[Optimizer] | tuple[()] = ()) -> 
 
 # On a CPU the device and the host share one memory, so what stands for host memory has to be marked.
 _host_storages: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
-_making_host = False
+_this_thread = threading.local()
+
+
+@contextmanager
+def counted_as_host() -> Iterator[None]:
+    """Within, what this thread makes is counted by every tracker as host memory."""
+    before = getattr(_this_thread, "on_host", False)
+    _this_thread.on_host = True
+    try:
+        yield
+    finally:
+        _this_thread.on_host = before
 
 
 def host_tensor(make: Callable[[], Tensor]) -> Tensor:
     """Return what `make` makes, counted by every tracker as host memory from the first moment on."""
-    global _making_host
-    _making_host = True
-    try:
+    with counted_as_host():
         tensor = make()
-    finally:
-        _making_host = False
     _host_storages.update(part.untyped_storage() for part in dense_parts(tensor))
     return tensor
 
@@ -294,7 +303,11 @@ class _Ledger:
             want, device = self._device, tensor.device  # a fake tensor's storage is on "meta"
             if want and (device.type != want.type or want.index not in (None, device.index)):
                 return None
-            category = "host" if _making_host or storage in _host_storages else "activations"
+            category = (
+                "host"
+                if getattr(_this_thread, "on_host", False) or storage in _host_storages
+                else "activations"
+            )
             entry = _Entry(0, category, 0, weakref.ref(storage, partial(self._free, id(storage))))
             self.entries[id(storage)] = entry
         if entry.nbytes != (nbytes := storage.nbytes()):

@@ -1,9 +1,9 @@
 """The block-major schedule in a trainer's loop.
 
-The loop still asks for one micro-batch after the other. At the first of an optimizer step all of them pass through
-every stage but the model's last; after that the loop's own forwards and backwards are those of the last stage alone;
-after the last of them the backward of the last block's other stages follows. Stages are clipped and stepped on the
-way, as soon as they can be; the loop's own step finds nothing left to do.
+The loop still asks for one micro-batch after the other. At the first of an optimizer step all of them pass
+through every stage but the model's last; after that the loop's own forwards and backwards are those of the
+last stage alone; after the last of them the backward of the last block's other stages follows. Stages are
+clipped and stepped on the way, as soon as they can be; the loop's own step finds nothing left to do.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class LoPTMixin(Trainer):
         if dist.is_initialized() and self.lopt.heads:  # a launcher's single process is in DDP as well
             self.reduction = GradientReduction(self.lopt, self._is_last_micro_batch, in_backward=not staged)
         self.block_major = BlockMajorSteps(self) if staged else None
-        self.offload: Offload | None = self.block_major.offload if self.block_major is not None else None
+        self.offload: Offload | None = self.block_major.offload if self.block_major else None
         self.batches: list[Any] = []
         self.micro_batch = 0
         self.share = 1.0
@@ -268,10 +268,9 @@ class LoPTMixin(Trainer):
         return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        if self.block_major is not None and self.model.training:
-            prepared = self.block_major.inputs()
-            if prepared is not None:
-                return prepared
+        prepared = self.block_major.inputs() if self.block_major and self.model.training else None
+        if prepared is not None:
+            return prepared
         inputs = super()._prepare_inputs(inputs)
         if self.model.training:
             if self.accelerator.scaler is not None and self.micro_batch == 1:

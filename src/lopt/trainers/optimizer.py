@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lopt.engine.clipping import clip_gradients
 from lopt.engine.optimizer import BlockOptimizer, Precision, state_bytes
+from lopt.engine.plain_loop import staged_optimizer
 from lopt.instruments.memory import HOST, format_bytes, free_memory, unwrap_optimizer
 from lopt.reliability.ranks import processes_here
 
@@ -38,14 +39,13 @@ def block_optimizer(trainer: Any) -> Optimizer:
         state_dtype=getattr(torch, getattr(args, "state_dtype", "float32")),
         seed=args.seed,
     )
-    stage_of = trainer.block_major.stages.owner if trainer.block_major is not None else None
-    if offload is None:
-        return BlockOptimizer(groups, make, precision=precision, stage_of=stage_of)
-    _check_host_memory([p for group in groups for p in group["params"]], make, precision)
-    offload.optimizer = BlockOptimizer(
-        groups, make, precision=precision, transfer=offload.transfer, stage_of=stage_of
-    )
-    return offload.optimizer
+    steps = trainer.block_major
+    if steps is None:
+        return BlockOptimizer(groups, make, precision=precision)
+    if offload is not None:
+        _check_host_memory([p for group in groups for p in group["params"]], make, precision)
+    workers = args.dataloader_num_workers
+    return staged_optimizer(trainer.lopt, groups, make, steps.stages, offload, precision, workers)
 
 
 def bare_optimizer(optimizer: Any) -> Any:
