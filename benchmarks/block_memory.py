@@ -127,7 +127,7 @@ SMALL = {
     "block-major k=4, block offload": staged(4, "block"),
     "block-major k=4, block offload, checkpointed": staged(4, "block", checkpointing=True),
     "block-major k=4, block offload, bfloat16 state": staged(4, "block", **BF16),
-    "block-major k=4, block offload, bfloat16 state, checkpointed": block_major(
+    "block-major k=4, block offload, bfloat16 state, checkpointed": staged(
         4, "block", checkpointing=True, **BF16
     ),
 }

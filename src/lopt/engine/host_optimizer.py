@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from lopt.engine.host_transfer import TensorGroup
 from lopt.engine.optimizer import BlockOptimizer
-from lopt.instruments.memory import counted_as_host
+from lopt.instruments.memory import count_as_host, counted_as_host
 
 
 class HostOptimizer:
@@ -67,6 +67,8 @@ class HostOptimizer:
                 self.optimizer.step_stage(stage, settings)
                 for parameter in gradients:
                     parameter.grad = None
+            for group in self.optimizer.state_groups(stage):
+                count_as_host(group.get().values())
 
         if self._pool is None:
             step()

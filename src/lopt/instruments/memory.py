@@ -195,6 +195,11 @@ def host_tensor(make: Callable[[], Tensor]) -> Tensor:
     return tensor
 
 
+def count_as_host(tensors: Iterable[Tensor]) -> None:
+    """Count tensors of the CPU as host memory from now on, as what `host_tensor` made."""
+    _host_storages.update(part.untyped_storage() for tensor in tensors for part in dense_parts(tensor))
+
+
 def in_host_memory(tensor: Tensor) -> bool:
     """Return whether `tensor` counts as host memory, which is what `host_tensor` made."""
     return all(part.untyped_storage() in _host_storages for part in dense_parts(tensor))

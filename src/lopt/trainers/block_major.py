@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lopt.engine.block_major import BlockMajor
 from lopt.engine.offload import Offload
-from lopt.engine.random_state import micro_batch_seed
+from lopt.engine.random_state import micro_batch_seed, random_numbers
 from lopt.engine.reduction import average_gradients
 from lopt.engine.stages import Stage, Stages
 from lopt.engine.updates import Updates
@@ -151,6 +151,15 @@ class BlockMajorSteps:
         )
         trainer.stops.partly_stepped = True
         trainer.guard.phase = "optimizer"
+
+
+def loss_context(trainer: Any) -> AbstractContextManager[None]:
+    """Return what a trainer computes a loss in: the stage that it is for, and random numbers of its own."""
+    if trainer.block_major is not None:
+        return trainer.block_major.stage()
+    if not (trainer.model.training and torch.is_grad_enabled()):
+        return nullcontext()
+    return random_numbers(trainer.args.device, random_seed(trainer, trainer.micro_batch - 1))
 
 
 def random_seed(trainer: Any, slot: int) -> int:

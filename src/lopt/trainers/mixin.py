@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,6 @@ from lopt.core.attach import LoPT, attach
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens
 from lopt.engine.offload import Offload
-from lopt.engine.random_state import random_numbers
 from lopt.engine.reduction import GradientReduction
 from lopt.reliability.guards import Guard
 from lopt.reliability.ranks import together
@@ -44,7 +43,7 @@ from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
 from lopt.trainers.accelerator import adapt_accelerator, find_unused_if_needed
-from lopt.trainers.block_major import BlockMajorSteps, random_seed
+from lopt.trainers.block_major import BlockMajorSteps, loss_context
 from lopt.trainers.checks import check_before, check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
@@ -283,14 +282,8 @@ class LoPTMixin(Trainer):
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the trainer's loss; on a CPU the LM head scores only the positions that have a label."""
-        with ExitStack() as stack:
-            if self.block_major is not None:
-                stack.enter_context(self.block_major.stage())
-            elif self.model.training and torch.is_grad_enabled():
-                seed = random_seed(self, self.micro_batch - 1)
-                stack.enter_context(random_numbers(self.args.device, seed))
-            if self.args.device.type == "cpu":
-                stack.enter_context(labelled_positions_only())
+        on_cpu = self.args.device.type == "cpu"
+        with loss_context(self), labelled_positions_only() if on_cpu else nullcontext():
             return super().compute_loss(model, *args, **kwargs)
 
     def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
@@ -342,6 +335,7 @@ class LoPTMixin(Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.synchronize_weights()
         write = functools.partial(super()._save_checkpoint, model, trial)
         self.checkpoints.save(Path(self._get_output_dir(trial)), write, super()._push_from_checkpoint)
 
@@ -367,6 +361,7 @@ class LoPTMixin(Trainer):
             self._save(output_dir, whole)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.synchronize_weights()
         folder, write = Path(output_dir or str(self.args.output_dir)), super()._save
         if self.args.should_save:
             self.checkpoints.save_model(folder, lambda place: write(place, state_dict))
