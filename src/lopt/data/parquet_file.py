@@ -1,7 +1,7 @@
 """Read rows from Parquet files: the types are the file's own.
 
-`datasets` reads them at once. Its streams wait for 5 s at the end of every pass, for threads that read through
-a Python file and abort the process if it ends before them; here Arrow reads a stream without either.
+`datasets` reads them at once. Its streams wait for 5 s at the end of a pass, for threads that read through a
+Python file and abort the process if it ends before them; here Arrow reads a stream without either.
 """
 
 from __future__ import annotations

@@ -33,11 +33,12 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     _counted: Any = None  # the generation batch whose micro-batches these are the real tokens of:
     _own_tokens: list[int]  # on this rank
     _all_tokens: list[int]  # on all ranks
-    _metrics: dict[str, dict[str, list[float]]]  # TRL's: figures of each generation since the last log
+    _metrics: Any  # TRL's: figures of each generation since the last log
     _logs: dict[str, Any]  # TRL's: rows of the last generation
     _groups: Counter[str]  # of completions to one prompt in this run: all, and those with equal rewards
     _step: int  # TRL's: micro-batches so far
     num_iterations: int
+    num_generations: int
     use_vllm: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
