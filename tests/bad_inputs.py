@@ -156,6 +156,9 @@ def build_models(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
     shard.with_name("model.safetensors.index.json").write_text(json.dumps(index))
     save_tiny(folder / "experts", "mixtral")
+    save_tiny(
+        folder / "unmarked", chat_template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    )
     save_tiny(folder / "strict", chat_template="{{ raise_exception('no such role as assistant') }}")
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertForMaskedLM(BertConfig(**sizes, vocab_size=300)).save_pretrained(folder / "encoder")

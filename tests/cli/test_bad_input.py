@@ -58,6 +58,11 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--seed -1", "--seed must be >= 0 and <= 4294967295 (got -1)"),
     ("sft", "--max_length 1", "--max_length must be >= 2 (got 1)"),
     ("sft", "--assistant_only_loss", "--assistant_only_loss needs a tokenizer with a chat template"),
+    (
+        "sft",
+        "--train_file talk.jsonl --model_name_or_path unmarked --assistant_only_loss",
+        "around what the assistant says, and this one has none: give one with --chat_template_path, or",
+    ),
     ("sft", "--train_file talk.jsonl --model_name_or_path strict", "no such role as assistant"),
     # -- models
     ("sft", "!--model_name_or_path", "--model_name_or_path is missing: give a folder, a hub id or gemma3"),

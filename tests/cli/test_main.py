@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from lopt.cli.caches import cache_problem
 from lopt.cli.flag_names import renamed, with_flags
 from lopt.cli.main import main
 
@@ -24,6 +27,35 @@ def test_messages_name_the_flags_of_the_command() -> None:
     with pytest.raises(ValueError) as error, renamed(tasks="retention_tasks"):
         raise ValueError("`tasks` must be one of x; see --other_tasks")
     assert str(error.value) == "`retention_tasks` must be one of x; see --other_tasks"
+
+
+def test_a_cache_that_cannot_be_used_is_named_with_its_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Also where a library says so in words of its own, as transformers does."""
+    folders = {name: tmp_path / name for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "LOPT_CACHE")}
+    for name, folder in folders.items():
+        monkeypatch.setenv(name, str(folder))
+    refused = PermissionError(
+        errno.EACCES, "Permission denied", str(folders["HF_HUB_CACHE"] / "models--x/refs")
+    )
+    wrapped = OSError("PermissionError at x when downloading y. Check cache directory permissions.")
+    wrapped.__cause__ = refused
+
+    def fail(arguments: list[str]) -> None:
+        raise ValueError("`model_name_or_path` x cannot be loaded") from wrapped
+
+    monkeypatch.setattr("lopt.cli.plan.main", fail)
+    assert main(["plan"]) == 2
+    assert f"the cache {folders['HF_HUB_CACHE']} cannot be used (Permission denied: " in (
+        shown := capsys.readouterr().err
+    )
+    assert shown.endswith("set HF_HUB_CACHE to a folder that you can write to\n")
+    refused.filename = str(folders["LOPT_CACHE"])
+    assert "set LOPT_CACHE to" in str(cache_problem(refused))
+    refused.filename = str(tmp_path / "mine")  # no cache
+    assert cache_problem(refused) is None
+    assert cache_problem(FileNotFoundError(errno.ENOENT, "x", str(folders["LOPT_CACHE"]))) is None
 
 
 def test_an_error_without_its_libraries_is_still_a_line() -> None:

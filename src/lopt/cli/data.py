@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lopt.cli.caches import cache_problem
 from lopt.cli.flag_names import with_flags
 from lopt.cli.parsing import parse
 from lopt.messages import error_text
@@ -47,7 +48,8 @@ def _download(arguments: Sequence[str]) -> None:
             rows = download(preset, path, revision=args.revision)
         except (ValueError, OSError) as error:
             failed.append(preset.name)
-            reason = with_flags(error_text(error, limit=1000), ("dataset", "dataset_split", "train_file"))
+            problem = cache_problem(error) or error_text(error, limit=1000)
+            reason = with_flags(problem, ("dataset", "dataset_split", "train_file"))
             print(f"{preset.name}: failed. {reason}")
             continue
         sft = f"--dataset_preset {preset.name}"

@@ -116,10 +116,11 @@ def _one_line(error: BaseException, command: str, arguments: Sequence[str]) -> s
 
     It may quote a command line, a model or a data set.
     """
+    from lopt.cli.caches import cache_problem
     from lopt.reliability.secrets import known_secrets, redact
     from lopt.reports.page import clean
 
-    message = " ".join(str(error).split())
+    message = " ".join((cache_problem(error) or str(error)).split())
     return clean(redact(_in_flags(message, command, arguments), known_secrets(arguments)))
 
 
@@ -149,6 +150,8 @@ def _culprit(error: Exception) -> str | None:
         return "a file was refused that holds more than data; nothing of it was run"
     if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "huggingface_hub"):
         return "the hub cannot be used"
+    if isinstance(error.__cause__, ImportError):  # as TRL raises it for what it imports when it is used
+        return "a library cannot be imported, install it anew"
     places = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
     if any(Path(place).match("transformers/integrations/integration_utils.py") for place in places):
         return "what the run is reported to failed, correct it or leave it out of `report_to`"

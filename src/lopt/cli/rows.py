@@ -16,6 +16,7 @@ from lopt.data.questions import procedural_rows, question_rows
 from lopt.data.rows import column_names
 from lopt.models.load import load_chat_template, load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
+from lopt.trainers.rows import check_marks
 from lopt.validation import check_choice
 
 PROBLEMS = 5_000
@@ -54,6 +55,8 @@ def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
     read = None if data_args.streaming else len(rows)
     tokenizer = _tokenizer(model_args, args)
     rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
+    if args.assistant_only_loss:
+        check_marks(tokenizer)
     if args.completion_only_loss and "completion" not in column_names(rows):
         raise ValueError(
             "`completion_only_loss` needs prompts with a completion, and these rows have none: leave it out"
