@@ -20,7 +20,7 @@ from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import shares_embeddings, will_untie
 from lopt.trainers.inherited import check_inherited
 from lopt.trainers.vllm import check_vllm
-from lopt.validation import check, check_number
+from lopt.validation import LARGEST_COUNT, check, check_number
 
 
 def check_numbers(args: TrainingArguments) -> None:
@@ -48,6 +48,13 @@ def check_numbers(args: TrainingArguments) -> None:
         check_number(name, getattr(args, name), minimum=0, below=1)
     rule = ">= 1, or left out for `num_train_epochs`"
     check(args.max_steps >= 1 or args.max_steps == -1, "max_steps", args.max_steps, rule)
+    for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "max_length"):
+        check_number(name, getattr(args, name, None), maximum=LARGEST_COUNT)
+    weights = getattr(args, "reward_weights", None) or ()
+    for weight in weights:
+        check_number("reward_weights", weight)
+    if weights and not any(weights):
+        raise ValueError("`reward_weights` are all 0, so that nothing would be learned: give one that is not")
     if args.fp16 and args.use_cpu:
         raise ValueError("`fp16` needs a GPU: leave it out, or use `bf16`")
 
