@@ -56,6 +56,10 @@ def test_places_that_no_library_can_follow(
 ) -> None:
     assert main(["eval", "--text", "caf\udce9.txt"]) == 2
     assert "'caf\\udce9.txt' is not UTF-8: rename the file, or set PYTHONUTF8=1" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "two")
+        assert main(["sft"]) == 2
+        assert "the variable WORLD_SIZE must be a number (got two): unset it" in capsys.readouterr().err
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)

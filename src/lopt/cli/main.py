@@ -69,7 +69,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run `lopt.cli.<command>` and return the exit code; LOPT_DEBUG=1 shows where an error comes from."""
     try:
         quiet()
-        _check_names(arguments)
+        _check_place(arguments)
         if not _show_help(command, arguments):
             check_installed()
             with flags_in_logs(lambda message: _in_flags(message, command, arguments)):
@@ -100,12 +100,15 @@ def run(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check_names(arguments: Sequence[str]) -> None:
-    """Refuse paths that no library below could follow: beside a folder that is gone, or not in UTF-8."""
+def _check_place(arguments: Sequence[str]) -> None:
+    """Refuse what libraries would trip over: a folder that is gone, names not in UTF-8, a broken launch."""
     try:
         os.getcwd()
     except OSError as error:
         raise ValueError(f"the current folder is gone ({error.strerror}): change into another") from error
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdigit():
+            raise ValueError(f"the variable {name} must be a number (got {os.environ[name]}): unset it")
     for word in arguments:
         if not word.isascii() and any(0xDC80 <= ord(character) <= 0xDCFF for character in word):
             raise ValueError(
