@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lopt.cli.checks import check_cut
 from lopt.cli.flag_names import renamed
 from lopt.cli.flags import DataArguments, ModelArguments, RunArguments
+from lopt.cli.noise import at_log_level
 from lopt.cli.output import check_writable, spare_model
 from lopt.cli.parsing import check_effect, parse
 from lopt.cli.record import record_of
@@ -49,7 +50,20 @@ _OUTPUT_ONLY = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging"
 
 def main(arguments: Sequence[str]) -> None:
     """Check everything that can be checked cheaply, then run the arms × seeds that have no results yet."""
-    compare, model_args, data_args, run_args, config, args = parse("compare", arguments)
+    parsed = parse("compare", arguments)
+    with at_log_level(parsed[-1]):
+        _run(arguments, *parsed)
+
+
+def _run(
+    arguments: Sequence[str],
+    compare: CompareArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    config: LoPTConfig,
+    args: LoPTSFTConfig,
+) -> None:
     arms = parse_arms(compare.methods, compare.sweep, config)
     data_args.held_out = data_args.held_out or HELD_OUT_ROWS
     check(model_args, data_args, args)

@@ -182,7 +182,7 @@ def _culprit(error: Exception) -> str | None:
         return "the hub cannot be used"
     places = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
     if any(Path(place).match("transformers/integrations/integration_utils.py") for place in places):
-        return "what the run is reported to (`report_to`) failed"
+        return "what the run is reported to failed, correct it or leave it out of `report_to`"
     return None
 
 

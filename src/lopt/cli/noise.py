@@ -1,10 +1,13 @@
-"""Lines of other libraries that say nothing to the user of a command, and how each is kept away."""
+"""What a command logs: lines of other libraries that are kept away, and the level that `--log_level` asks."""
 
 from __future__ import annotations
 
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 DROPPED = {
     # transformers imports torchao wherever it is installed, and torchao reports each of its kernels that was
@@ -57,6 +60,19 @@ def quiet() -> None:
     _filter(_HUB, _SaidOnce())
     for beginning in DROPPED_WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(beginning), category=FutureWarning)
+
+
+@contextmanager
+def at_log_level(args: Any) -> Iterator[None]:
+    """Log at the level of `args`, TrainingArguments, inside; other libraries are set by transformers."""
+    logger = logging.getLogger("lopt")
+    before = logger.level
+    if args.log_level != "passive":
+        logger.setLevel(args.get_process_log_level())
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _filter(name: str, added: logging.Filter) -> None:
