@@ -303,6 +303,7 @@ CASES: list[tuple[str, str, str]] = [
     ("plan", "--calibrate", "--json must be left out with --calibrate, which only compares (got out)"),
     ("plan", "--max_length 99999999999", "--max_length must be >= 2 and <= 2147483647 (got 99999999999)"),
     ("plan", "--svg nowhere/a.svg", "--svg must be a file in a folder that exists: make it first"),
+    ("plan", "--json pipe.jsonl", "--json must be a regular file, and this is a device or a pipe (got"),
     ("plan", "--svg data", "--svg must be a file, and this is a folder (got data)"),
     # -- lopt demo
     ("demo", "--model ./nowhere", "--model ./nowhere is not a folder"),

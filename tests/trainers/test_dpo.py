@@ -109,7 +109,9 @@ def test_arguments_may_come_by_position(tiny_folder: Path, tmp_path: Path) -> No
 
 
 def test_lora_without_adapters_is_refused(run) -> None:
-    with pytest.raises(ValueError, match="`method` lora needs adapters, without which all weights would learn"):
+    with pytest.raises(
+        ValueError, match="`method` lora needs adapters, without which all weights would learn"
+    ):
         run(LoPTDPOTrainer, LoPTConfig(method="lora"))
 
 

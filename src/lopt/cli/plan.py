@@ -94,6 +94,8 @@ def check_arguments(args: PlanArguments) -> int | None:
             path = Path(value).absolute()
             check(path.parent.is_dir(), name, value, "a file in a folder that exists: make it first")
             check(not path.is_dir(), name, value, "a file, and this is a folder")
+            device = path.exists() and not path.is_file()  # which would be replaced
+            check(not device, name, value, "a regular file, and this is a device or a pipe")
     return None if args.fit is None else size_in_bytes(args.fit)
 
 

@@ -123,12 +123,14 @@ def check_before(given: Iterable[Any], config: LoPTConfig, model: Any, adapters:
     Raises:
         ValueError: the model cannot be cut, there are no adapters for `method` lora, or of `check_settings`.
     """
+    given = tuple(given)
     args = next((value for value in given if isinstance(value, TrainingArguments)), None)
     known = model
-    given = tuple(given)
     adapted = hasattr(model, "peft_config") or any(hasattr(value, "peft_type") for value in given)
-    if config.method == "lora" and not isinstance(model, str) and not adapted:
-        raise ValueError("`method` lora needs adapters, without which all weights would learn: give `peft_config`")
+    if config.method == "lora" and not adapted:
+        raise ValueError(
+            "`method` lora needs adapters, without which all weights would learn: give `peft_config`"
+        )
     if isinstance(model, str) and args is not None:
         options: dict[str, Any] = dict(getattr(args, "model_init_kwargs", None) or {})
         trusted = options.get("trust_remote_code", getattr(args, "trust_remote_code", False))
