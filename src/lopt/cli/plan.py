@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -93,6 +94,7 @@ def check_arguments(args: PlanArguments) -> int | None:
         if (value := getattr(args, name)) is not None:
             path = Path(value).absolute()
             check(path.parent.is_dir(), name, value, "a file in a folder that exists: make it first")
+            check(os.access(path.parent, os.W_OK), name, value, "in a folder that can be written to")
             check(not path.is_dir(), name, value, "a file, and this is a folder")
             device = path.exists() and not path.is_file()  # which would be replaced
             check(not device, name, value, "a regular file, and this is a device or a pipe")
