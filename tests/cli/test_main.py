@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,34 @@ def test_an_error_without_its_libraries_is_still_a_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("lopt sft: error: ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full, of Linux")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_cannot_be_printed_is_a_line(unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lopt.cli.main", "--help"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "lopt: error: standard output cannot be written to: No space left on device\n"
+
+
+def test_places_that_no_library_can_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["eval", "--text", "caf\udce9.txt"]) == 2
+    assert "'caf\\udce9.txt' is not UTF-8: rename the file, or set PYTHONUTF8=1" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "two")
+        assert main(["sft"]) == 2
+        assert "the variable WORLD_SIZE must be a number (got two): unset it" in capsys.readouterr().err
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["sft"]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert "the current folder is gone (No such file or directory): change into" in capsys.readouterr().err

@@ -108,6 +108,13 @@ def test_arguments_may_come_by_position(tiny_folder: Path, tmp_path: Path) -> No
         LoPTDPOTrainer(model, None, args)
 
 
+def test_lora_without_adapters_is_refused(run) -> None:
+    with pytest.raises(
+        ValueError, match="`method` lora needs adapters, without which all weights would learn"
+    ):
+        run(LoPTDPOTrainer, LoPTConfig(method="lora"))
+
+
 def test_a_misspelt_column_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs the columns `chosen` and `rejected`.*rejcted"):
         LoPTDPOTrainer(

@@ -16,7 +16,7 @@ from lopt.cli.flag_names import renamed
 from lopt.cli.flags import DataArguments, ModelArguments, RunArguments
 from lopt.cli.noise import at_log_level
 from lopt.cli.output import check_writable, spare_model
-from lopt.cli.parsing import parse
+from lopt.cli.parsing import check_effect, parse
 from lopt.cli.record import record_of
 from lopt.cli.report_flags import CompareArguments
 from lopt.cli.rows import SFTRows, sft_rows
@@ -104,6 +104,9 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
         raise ValueError(f"--seeds {' '.join(map(str, compare.seeds))}: give one or more, each once")
     check_number("limit", compare.limit, minimum=2)
     check_number("text_tokens", compare.text_tokens, minimum=2)
+    check_effect(
+        compare, adaptation_tasks_or_retention_tasks=("limit", "data_dir"), retention_text=("text_tokens",)
+    )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("lopt compare runs in one process: start it without torchrun or accelerate launch")
     if any(arm.config.method == "lora" for arm in arms) and importlib.util.find_spec("peft") is None:

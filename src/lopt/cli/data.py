@@ -12,7 +12,7 @@ from typing import Any
 
 from lopt.cli.caches import cache_problem
 from lopt.cli.flag_names import with_flags
-from lopt.cli.parsing import parse
+from lopt.cli.parsing import check_effect, parse
 from lopt.messages import error_text
 from lopt.validation import check_number
 
@@ -31,6 +31,7 @@ def _download(arguments: Sequence[str]) -> None:
     from lopt.data.download import choose_presets, download
 
     (args,) = parse("data download", arguments)
+    check_effect(args, write_parquet=("output_dir", "overwrite"))
     presets = choose_presets(args.dataset)
     if args.revision is not None and len(presets) > 1:
         raise ValueError("`revision` belongs to one data set: name one with `dataset`")

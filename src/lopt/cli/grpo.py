@@ -43,6 +43,8 @@ def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:
     """
     if data_args.max_seq_length is not None:
         raise ValueError("--max_seq_length is for lopt sft: use --max_prompt_length, --max_completion_length")
+    if args.remove_unused_columns:
+        raise ValueError("--remove_unused_columns takes away the columns that rewards read: leave it out")
     check_evaluation(data_args, args)
     if not data_args.held_out:
         return

@@ -17,8 +17,12 @@ DROPPED = {
     "torch.utils._pytree": "<enum ",
     # The model that is saved has its tokenizer's special tokens, as it should.
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    # A table of weights that are missing, of another size or not used: `lopt.models.load` says it in a line.
+    "transformers.modeling_utils": ".*LOAD REPORT",
+    # TRL says that they are ignored, of the policy; the reference model is loaded by them.
+    "trl.trainer.grpo_trainer": r"(\[RANK \d+\] )?You passed `model_init_kwargs`",
 }
-"""Logger -> how the messages that are dropped begin."""
+"""Logger -> a pattern that the messages which are dropped begin with."""
 # TRL and peft call what transformers has renamed.
 DROPPED_WARNINGS = ("`is_gradient_checkpointing` is deprecated",)
 _HUB = "huggingface_hub.utils._http"
@@ -26,14 +30,14 @@ _RETRY = re.compile("thrown while requesting|^Retrying in ")
 
 
 class _Dropped(logging.Filter):
-    """Drops the messages of a logger that begin in a given way."""
+    """Drops the messages of a logger that begin with a pattern."""
 
     def __init__(self, beginning: str) -> None:
         super().__init__()
-        self.beginning = beginning
+        self.beginning = re.compile(beginning)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.beginning)
+        return self.beginning.match(record.getMessage()) is None
 
 
 class _SaidOnce(logging.Filter):
