@@ -16,12 +16,8 @@ from lopt.data.questions import procedural_rows, question_rows
 from lopt.data.rows import column_names
 from lopt.models.load import load_chat_template, load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
-<<<<<<< HEAD
 from lopt.trainers.rows import check_marks
-from lopt.validation import check_choice
-=======
 from lopt.validation import check_choice, check_number
->>>>>>> main
 
 PROBLEMS = 5_000
 """How many problems of a procedural task are generated, unless --max_samples says otherwise."""
