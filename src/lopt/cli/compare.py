@@ -102,6 +102,8 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
         raise ValueError(f"--method {config.method} is for lopt sft: here --methods names what is compared")
     if not compare.seeds or len(set(compare.seeds)) < len(compare.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, compare.seeds))}: give one or more, each once")
+    for seed in compare.seeds:
+        check_number("seeds", seed, minimum=0, maximum=2**32 - 1)
     check_number("limit", compare.limit, minimum=2)
     check_number("text_tokens", compare.text_tokens, minimum=2)
     check_effect(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
@@ -121,9 +122,12 @@ def check_before(given: Iterable[Any], config: LoPTConfig, model: Any, adapters:
         adapters: the PEFT config that the trainer will wrap the model in; None if there is none.
 
     Raises:
-        ValueError: the model cannot be cut, there are no adapters for `method` lora, or of `check_settings`.
+        ValueError: there are no rows, the model cannot be cut, `method` lora has no adapters, or of
+            `check_settings`.
     """
     given = tuple(given)
+    if any(isinstance(value, Dataset) and not len(value) for value in given):
+        raise ValueError("`train_dataset` or `eval_dataset` has no rows: give it some, or leave it out")
     args = next((value for value in given if isinstance(value, TrainingArguments)), None)
     known = model
     adapted = hasattr(model, "peft_config") or any(hasattr(value, "peft_type") for value in given)
