@@ -39,6 +39,11 @@ step moves. Packing: rows in one sequence, kept apart by their position ids, hav
 alone, with the attention kernel that is the default on a CPU and without packages for recurrent kernels.
 
 Made by `python scripts/model_table.py`.
+
+Language models inside a multimodal class are trained on text alone, by every method; what takes in pictures
+is not trained and is saved as it came. Tried in a small random form: Gemma 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
+Llava. LlavaNext has a parameter outside all blocks (`image_newline`), so `method` lopt refuses
+it: use e2e or lora.
 """
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 METHODS = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
@@ -156,6 +157,9 @@ def build_models(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
     shard.with_name("model.safetensors.index.json").write_text(json.dumps(index))
     save_tiny(folder / "experts", "mixtral")
+    save_tiny(
+        folder / "unmarked", chat_template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    )
     save_tiny(folder / "strict", chat_template="{{ raise_exception('no such role as assistant') }}")
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertForMaskedLM(BertConfig(**sizes, vocab_size=300)).save_pretrained(folder / "encoder")
@@ -172,6 +176,14 @@ def build_models(folder: Path) -> None:
     weights = load_file(folder / "model/model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, like_it("not_finite") / "model.safetensors", metadata={"format": "pt"})
+    like_it("no_probability", attention_dropout=2.0)
+    like_it("fewer_layers", num_hidden_layers=3)
+    (like_it("settings") / "generation_config.json").write_text("{")
+    weights = load_file(folder / "model/model.safetensors")
+    whole = {name: (100 * tensor).to(torch.int8) for name, tensor in weights.items()}
+    save_file(whole, like_it("whole_numbers") / "model.safetensors", metadata={"format": "pt"})
+    twice = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (like_it("two_copies") / "model.safetensors.index.json").write_text(json.dumps(twice))
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_config.json").write_text("[")
     (folder / "probed").mkdir()

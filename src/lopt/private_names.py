@@ -141,6 +141,8 @@ OVERRIDES: dict[str, str] = {
     ),
     "trl:GRPOTrainer._tokenize_prompts": "Prompts for the head warm-up, tokenized as for rollouts (called).",
     "trl:GRPOTrainer._step": "Number of the micro-batch, by which it finds its rollouts (read and written).",
+    "trl:GRPOTrainer._metrics": "The share of a generation's groups whose rewards are equal (read).",
+    "trl:GRPOTrainer._logs": "Rows of a generation with their advantages, of all ranks (read).",
     "trl:GRPOTrainer._buffered_inputs": "The rollouts, which belong to a checkpoint (read and written).",
 }
 """Private methods that lopt's trainers override, and private members of TRL's that they use."""

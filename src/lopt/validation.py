@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+LARGEST_COUNT = 2**31 - 1
+"""Of steps, rows or tokens; with more, a run would have no end, or a tensor no size."""
+
 
 def check(condition: bool, name: str, value: object, rule: str) -> None:
     """Raise a ValueError such as "`num_blocks` must be >= 1 (got 0)" unless `condition` holds."""
@@ -21,9 +24,14 @@ def check_number(
     maximum: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raise a ValueError unless `value` is None or a finite number within the bounds that are given."""
+    """Raise a ValueError unless `value` is None or a finite number within the bounds that are given.
+
+    Without a `maximum`, whole numbers are bounded by `LARGEST_COUNT`.
+    """
     if value is None:
         return
+    if maximum is None and isinstance(value, int) and value > LARGEST_COUNT:
+        maximum = LARGEST_COUNT
     bounds = [
         (minimum, ">=", lambda bound: value >= bound),
         (above, ">", lambda bound: value > bound),

@@ -153,7 +153,7 @@ def test_other_tokenizers(world: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "text:notes is not compared: the models have different tokenizers" in found["refused"][0]
     assert found["refused"][0] in " ".join(capsys.readouterr().out.split())
     start = command.index("--tasks")
-    del command[start : start + 3]
+    del command[start : start + 5]  # and --data_dir
     command[command.index(str(tmp_path / "out"))] = str(tmp_path / "text")
     assert main(command) == 2
     assert "different tokenizers" in capsys.readouterr().err and not (tmp_path / "text").exists()

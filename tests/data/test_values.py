@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import pickle
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from lopt.data.columns import needed_columns
-from lopt.data.files import LOOK_AHEAD
+from lopt.data.files import LOOK_AHEAD, READERS
 from lopt.data.formats import format_rows
 from lopt.data.json_file import CHUNK, json_rows
 from lopt.data.load import load_rows, split_held_out
@@ -90,6 +91,27 @@ def test_nested_values_are_not_merged(tmp_path: Path) -> None:
     assert [row["calls"] for row in split_held_out(made, 4)[1] or []] != []
 
 
+def test_digits_of_nested_numbers(tmp_path: Path) -> None:
+    """They are the file's wherever a template writes the value; `tojson` has its own form, as in serving."""
+    nested = '{"price": 1.50, "list": [1e3, {"é": 0.10000000000000000001}], "whole": 2}'
+    path = write(tmp_path / "a.jsonl", f'{{"prompt": "p", "call": {nested}}}')
+    for rows in (load_rows(path), load_rows(path, streaming=True)):
+        call = next(iter(rows))["call"]
+        assert call == {"price": 1.5, "list": [1000.0, {"é": 0.1}], "whole": 2}
+        assert f"{call['price']} {call}" == "1.50 " + nested.replace('"', "'")
+        assert pickle.loads(pickle.dumps(call["list"]))[0].text == "1e3"
+
+
+def test_csv_with_the_line_ends_of_old_spreadsheets(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'question,answer\rq,1\r"two\rlines\n",2\r')
+    assert answers(path) == ["1", "2"]
+    assert load_rows(path)[1]["question"] == "two\rlines\n"
+    path.write_bytes(b"question,answer\rq,1\rq,2,3\r")
+    with pytest.raises(ValueError, match="is broken: line 3 has 3 cells, the header 2"):
+        load_rows(path)
+
+
 def test_files_need_not_be_alike(tmp_path: Path) -> None:
     one = write(tmp_path / "1.jsonl", '{"question": "q", "answer": 1}')
     two = write(tmp_path / "2.jsonl", '{"id": {"x": 1}, "question": "q", "answer": "two"}')
@@ -104,9 +126,12 @@ def test_files_need_not_be_alike(tmp_path: Path) -> None:
     assert answers([tmp_path / "0.parquet", tmp_path / "2.parquet"]) == ["1", "2"]  # type: ignore[arg-type]
 
 
-def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+def test_a_file_that_changed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.jsonl", '{"question": "q", "answer": "old"}')
     assert answers(path) == ["old"]
+    with monkeypatch.context() as patch:
+        patch.setitem(READERS, "json", lambda path: pytest.fail("a file that has not changed is read again"))
+        assert answers(path) == ["old"]
     assert answers(write(path, '{"question": "q", "answer": "newer"}')) == ["newer"]
 
 
@@ -119,13 +144,14 @@ def test_types_of_parquet_become_text(tmp_path: Path) -> None:
     ):  # fmt: skip
         path = tmp_path / f"{number}.parquet"
         pq.write_table(pa.table({"question": ["q"], "answer": [value]}), path)
-        assert answers(path) == [text]
+        assert answers(path) == answers(path, streaming=True) == [text]
         assert rewarded(path) == [text if number < 3 else value]
     features = Features({"question": Value("string"), "answer": ClassLabel(names=["no", "yes"])})
     Dataset.from_dict({"question": ["q", "q"], "answer": [1, 0]}, features=features).to_parquet(
         tmp_path / "c.parquet"
     )
     assert answers(tmp_path / "c.parquet") == ["yes", "no"]
+    assert sorted(answers(tmp_path / "c.parquet", streaming=True)) == ["no", "yes"]
 
 
 def test_parquet_without_rows_and_with_a_chain_in_its_name(tmp_path: Path) -> None:

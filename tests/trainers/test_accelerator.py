@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import DistributedDataParallelKwargs
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -18,27 +19,26 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lopt.trainers.accelerator.dist", SimpleNamespace(is_initialized=lambda: True))
 
 
+def searches(asked: bool | None, model: Any) -> bool:
+    accelerator = SimpleNamespace(ddp_handler=DistributedDataParallelKwargs(find_unused_parameters=True))
+    find_unused_if_needed(accelerator, asked, model)
+    return accelerator.ddp_handler.find_unused_parameters
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
-    [("llama-tied", {}, False), ("mixtral", {}, None), ("llama", dict(layerdrop=0.1), None)],
+    [("llama-tied", {}, False), ("mixtral", {}, True), ("llama", dict(layerdrop=0.1), True)],
 )
-def test_unused_parameters(name: str, changes: dict[str, Any], expected: bool | None) -> None:
+def test_unused_parameters(name: str, changes: dict[str, Any], expected: bool) -> None:
     model = tiny(name, **changes)
     for given in (model, get_peft_model(model, LoraConfig(target_modules=["q_proj"]))):
-        args = SimpleNamespace(ddp_find_unused_parameters=None)
-        find_unused_if_needed(args, given)
-        assert args.ddp_find_unused_parameters is expected
-    chosen = SimpleNamespace(ddp_find_unused_parameters=True)
-    find_unused_if_needed(chosen, model)
-    assert chosen.ddp_find_unused_parameters is True
+        assert searches(None, given) is expected
+    assert searches(True, model) is True
 
 
 def test_a_part_that_text_does_not_use() -> None:
     model = tiny("llama")
     model.vision = nn.Linear(2, 2)
-    args = SimpleNamespace(ddp_find_unused_parameters=None)
-    find_unused_if_needed(args, model)
-    assert args.ddp_find_unused_parameters is None
+    assert searches(None, model) is True
     model.vision.requires_grad_(False)
-    find_unused_if_needed(args, model)
-    assert args.ddp_find_unused_parameters is False
+    assert searches(None, model) is False

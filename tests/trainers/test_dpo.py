@@ -108,6 +108,18 @@ def test_arguments_may_come_by_position(tiny_folder: Path, tmp_path: Path) -> No
         LoPTDPOTrainer(model, None, args)
 
 
+def test_lora_without_adapters_is_refused(run) -> None:
+    with pytest.raises(
+        ValueError, match="`method` lora needs adapters, without which all weights would learn"
+    ):
+        run(LoPTDPOTrainer, LoPTConfig(method="lora"))
+
+
+def test_no_rows_are_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="`train_dataset` or `eval_dataset` has no rows: give it some"):
+        LoPTDPOTrainer(LlamaForCausalLM.from_pretrained(tiny_folder), train_dataset=Dataset.from_list([]))
+
+
 def test_a_misspelt_column_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs the columns `chosen` and `rejected`.*rejcted"):
         LoPTDPOTrainer(

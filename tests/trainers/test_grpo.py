@@ -30,7 +30,13 @@ def make(tiny_folder: Path, tmp_path: Path):
 
     fixed = fixed_rollouts(tokenizer, lambda i, prompt: TEXTS[i % 4])
 
-    def build(config: LoPTConfig | None = None, plain: bool = False, sampled: bool = False, **changes: Any):
+    def build(
+        config: LoPTConfig | None = None,
+        plain: bool = False,
+        sampled: bool = False,
+        reward: Any = length_reward,
+        **changes: Any,
+    ):
         settings = dict(
             output_dir=str(tmp_path),
             max_steps=1,
@@ -48,7 +54,7 @@ def make(tiny_folder: Path, tmp_path: Path):
         trainer = GRPOTrainer if plain else LoPTGRPOTrainer
         return trainer(
             LlamaForCausalLM.from_pretrained(tiny_folder),
-            reward_funcs=length_reward,
+            reward_funcs=reward,
             args=LoPTGRPOConfig(**settings | changes),
             train_dataset=Dataset.from_list([{"prompt": f"Question {i}: "} for i in range(12)]),
             processing_class=tokenizer,
@@ -105,6 +111,26 @@ def test_shares_of_an_optimizer_step_add_up_to_one(make, monkeypatch: pytest.Mon
         trainer.train()
         sums = [sum(shares[i : i + accumulation]) for i in range(0, len(shares), accumulation)]
         assert len(sums) == 4 and sums == pytest.approx([1.0] * 4)
+
+
+def test_rewards_that_never_differ_are_said_at_the_end(make, caplog: pytest.LogCaptureFixture) -> None:
+    def constant(value: float | None) -> Any:
+        def reward(completions: list[str], **_: Any) -> list[float | None]:
+            return [value] * len(completions)
+
+        return reward
+
+    # 0.1 is no sum of powers of two, so that its mean differs from it; None is a row without a reward.
+    for reward in (constant(0.1), constant(None), length_reward):
+        caplog.clear()
+        config = LoPTConfig(head_warmup_steps=0)
+        batch = dict(per_device_train_batch_size=6, num_generations=3, max_steps=2)
+        trainer = make(config, reward=reward, logging_steps=1, **batch)
+        trainer.train()
+        said = [message for message in caplog.messages if message.startswith("nothing was learned")]
+        assert bool(said) == (reward is not length_reward)
+        assert all("each of the 4 groups" in message and "`temperature`" in message for message in said)
+        assert len(said) <= 1
 
 
 @pytest.mark.parametrize("side", ["ours first", "plain first"])

@@ -10,7 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3ForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from conftest import batch_of, byte_tokenizer
 from lopt import LoPTConfig, LoPTGRPOTrainer, attach
@@ -30,6 +36,15 @@ def gemma3() -> Any:
     return small_model(config, Gemma3ForConditionalGeneration)
 
 
+def qwen2_vl() -> Any:
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, vocab_size=260, bos_token_id=1, eos_token_id=2)
+    text["rope_parameters"] = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+    pictures = dict(embed_dim=32, depth=1, num_heads=2, hidden_size=32)
+    config = Qwen2VLConfig(text_config=text, vision_config=pictures, tie_word_embeddings=True)
+    return Qwen2VLForConditionalGeneration(config).eval()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gemma3")
@@ -39,8 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_logits_stay_and_only_text_learns() -> None:
-    model, batch = gemma3(), batch_of([9, 5, 2])
+@pytest.mark.parametrize("make", [gemma3, qwen2_vl])
+def test_logits_stay_and_only_text_learns(make: Any) -> None:
+    model, batch = make(), batch_of([9, 5, 2])
     plain = model(**batch).logits.detach()
     handle = attach(model, LoPTConfig(num_blocks=2, aux_loss="next_token"))
     out = model(**batch)

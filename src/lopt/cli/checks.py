@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import os
+import inspect
 import tempfile
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -66,8 +65,6 @@ def check_run(
         check_number("lora_alpha", model_args.lora_alpha, above=0)
         if importlib.util.find_spec("peft") is None:
             raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
-    if args.log_level != "passive":
-        logging.getLogger("lopt").setLevel(args.get_process_log_level())
 
 
 def _check_more_numbers(args: Any) -> None:
@@ -126,13 +123,24 @@ def check_loggers(args: TrainingArguments) -> None:
     for name in args.report_to or ():
         if name not in installed:
             raise ValueError(f"--report_to {name} is not installed: pip install {name.replace('_', '-')}")
-        if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-            import wandb
+        if name == "wandb":
+            _check_wandb()
 
-            if not wandb.api.api_key:
-                raise ValueError(
-                    "--report_to wandb has no key: run `wandb login`, or log locally with WANDB_MODE=offline"
-                )
+
+def _check_wandb() -> None:
+    """Refuse Weights & Biases without a key, or with one that it does not take, unless it logs locally."""
+    import wandb
+
+    if wandb.setup().settings.mode not in ("online", "run", None):  # by WANDB_MODE or `wandb offline`
+        return
+    helps = "run `wandb login`, or log locally with WANDB_MODE=offline"
+    try:
+        newer = "prompt" in inspect.signature(wandb.login).parameters
+        known = wandb.login(prompt=False) if newer else wandb.api.api_key
+    except wandb.errors.Error as error:
+        raise ValueError(f"--report_to wandb: {error_text(error).rstrip('.')}: {helps}") from error
+    if not known:
+        raise ValueError(f"--report_to wandb has no key: {helps}")
 
 
 def check_hub(args: TrainingArguments) -> None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from lopt.cli.checks import check_cut
 from lopt.cli.flag_names import renamed
 from lopt.cli.flags import DataArguments, ModelArguments, RunArguments
+from lopt.cli.noise import at_log_level
 from lopt.cli.output import check_writable, spare_model
-from lopt.cli.parsing import parse
+from lopt.cli.parsing import check_effect, parse
 from lopt.cli.record import record_of
 from lopt.cli.report_flags import CompareArguments
 from lopt.cli.rows import SFTRows, sft_rows
@@ -49,7 +50,20 @@ _OUTPUT_ONLY = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging"
 
 def main(arguments: Sequence[str]) -> None:
     """Check everything that can be checked cheaply, then run the arms × seeds that have no results yet."""
-    compare, model_args, data_args, run_args, config, args = parse("compare", arguments)
+    parsed = parse("compare", arguments)
+    with at_log_level(parsed[-1]):
+        _run(arguments, *parsed)
+
+
+def _run(
+    arguments: Sequence[str],
+    compare: CompareArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    config: LoPTConfig,
+    args: LoPTSFTConfig,
+) -> None:
     arms = parse_arms(compare.methods, compare.sweep, config)
     data_args.held_out = data_args.held_out or HELD_OUT_ROWS
     check(model_args, data_args, args)
@@ -88,8 +102,13 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
         raise ValueError(f"--method {config.method} is for lopt sft: here --methods names what is compared")
     if not compare.seeds or len(set(compare.seeds)) < len(compare.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, compare.seeds))}: give one or more, each once")
+    for seed in compare.seeds:
+        check_number("seeds", seed, minimum=0, maximum=2**32 - 1)
     check_number("limit", compare.limit, minimum=2)
     check_number("text_tokens", compare.text_tokens, minimum=2)
+    check_effect(
+        compare, adaptation_tasks_or_retention_tasks=("limit", "data_dir"), retention_text=("text_tokens",)
+    )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("lopt compare runs in one process: start it without torchrun or accelerate launch")
     if any(arm.config.method == "lora" for arm in arms) and importlib.util.find_spec("peft") is None:

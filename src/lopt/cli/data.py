@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lopt.cli.caches import cache_problem
 from lopt.cli.flag_names import with_flags
-from lopt.cli.parsing import parse
+from lopt.cli.parsing import check_effect, parse
 from lopt.messages import error_text
 from lopt.validation import check_number
 
@@ -30,6 +31,7 @@ def _download(arguments: Sequence[str]) -> None:
     from lopt.data.download import choose_presets, download
 
     (args,) = parse("data download", arguments)
+    check_effect(args, write_parquet=("output_dir", "overwrite"))
     presets = choose_presets(args.dataset)
     if args.revision is not None and len(presets) > 1:
         raise ValueError("`revision` belongs to one data set: name one with `dataset`")
@@ -47,7 +49,8 @@ def _download(arguments: Sequence[str]) -> None:
             rows = download(preset, path, revision=args.revision)
         except (ValueError, OSError) as error:
             failed.append(preset.name)
-            reason = with_flags(error_text(error, limit=1000), ("dataset", "dataset_split", "train_file"))
+            problem = cache_problem(error) or error_text(error, limit=1000)
+            reason = with_flags(problem, ("dataset", "dataset_split", "train_file"))
             print(f"{preset.name}: failed. {reason}")
             continue
         sft = f"--dataset_preset {preset.name}"

@@ -7,7 +7,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.cli.parsing import parse
+from lopt.cli.output import check_writable
+from lopt.cli.parsing import check_effect, parse
 from lopt.cli.record import record_of
 from lopt.cli.report_flags import BENCHMARKS, EvalArguments
 from lopt.evaluation.names import model_labels
@@ -66,12 +67,16 @@ def check(args: EvalArguments) -> dict[str, str]:
         )
     if not args.tasks and not args.text:
         raise ValueError(f"nothing to measure: give --tasks ({BENCHMARKS}) or --text FILE")
-    if args.num_fewshot and not args.tasks:
-        raise ValueError("--num_fewshot goes with --tasks: give both or neither")
     check_choice("param_dtype", args.param_dtype, DTYPES)
     check_number("limit", args.limit, minimum=1)
     check_number("text_tokens", args.text_tokens, minimum=2)
     check_number("text_window", args.text_window, minimum=2)
+    check_effect(
+        args,
+        tasks=("num_fewshot", "limit", "data_dir", "apply_chat_template"),
+        text=("text_tokens", "text_window"),
+    )
+    check_writable(Path(args.output_dir))
     size = args.batch_size
     check_value(size == "auto" or (size.isdigit() and int(size) >= 1), "batch_size", size, "auto, or >= 1")
     if args.base is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lopt.cli.checks import check_evaluation, check_run
 from lopt.cli.flags import DataArguments, ModelArguments
+from lopt.cli.noise import at_log_level
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.cli.retention import check_retention
@@ -20,7 +21,7 @@ from lopt.trainers.config import LoPTGRPOConfig
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
     model_args, data_args, task_args, run_args, retention_args, config, args = parse("grpo", arguments)
-    with obeying(run_args.limit):
+    with obeying(run_args.limit), at_log_level(args):
         check_task(task_args, data_args)
         check(data_args, args)
         check_run(model_args, data_args, config, args)
@@ -42,6 +43,8 @@ def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:
     """
     if data_args.max_seq_length is not None:
         raise ValueError("--max_seq_length is for lopt sft: use --max_prompt_length, --max_completion_length")
+    if args.remove_unused_columns:
+        raise ValueError("--remove_unused_columns takes away the columns that rewards read: leave it out")
     check_evaluation(data_args, args)
     if not data_args.held_out:
         return

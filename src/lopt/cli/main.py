@@ -37,8 +37,20 @@ USAGE = "usage: lopt {0} [--flag value ...]   (lopt {0} --help lists the flags)\
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code (2 for a user's mistake)."""
+    """Run one command and return the exit code (2 for a user's mistake, or where nothing can be printed)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _main(arguments)
+        if sys.stdout is not None:  # as it is where it was closed from the start
+            sys.stdout.flush()
+    except OSError as error:  # of printing: `run` answers for any other
+        print(f"lopt: error: standard output cannot be written to: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more
+        return 2
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage("COMMAND", COMMANDS))
         return 0 if arguments else 2
@@ -57,10 +69,13 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run `lopt.cli.<command>` and return the exit code; LOPT_DEBUG=1 shows where an error comes from."""
     try:
         quiet()
+        _check_place(arguments)
         if not _show_help(command, arguments):
             check_installed()
             with flags_in_logs(lambda message: _in_flags(message, command, arguments)):
                 import_module(f"lopt.cli.{command}").main(list(arguments))
+    except BrokenPipeError:
+        raise  # of standard output
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("LOPT_DEBUG"):
             raise
@@ -83,6 +98,22 @@ def run(command: str, arguments: Sequence[str]) -> int:
         print(f"\nlopt {command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _check_place(arguments: Sequence[str]) -> None:
+    """Refuse what libraries would trip over: a folder that is gone, names not in UTF-8, a broken launch."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ValueError(f"the current folder is gone ({error.strerror}): change into another") from error
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdigit():
+            raise ValueError(f"the variable {name} must be a number (got {os.environ[name]}): unset it")
+    for word in arguments:
+        if not word.isascii() and any(0xDC80 <= ord(character) <= 0xDCFF for character in word):
+            raise ValueError(
+                f"{word!a} is not UTF-8: rename the file, or set PYTHONUTF8=1 where the locale is not UTF-8"
+            )
 
 
 def _usage(command: str, names: dict[str, str]) -> str:
@@ -116,10 +147,11 @@ def _one_line(error: BaseException, command: str, arguments: Sequence[str]) -> s
 
     It may quote a command line, a model or a data set.
     """
+    from lopt.cli.caches import cache_problem
     from lopt.reliability.secrets import known_secrets, redact
     from lopt.reports.page import clean
 
-    message = " ".join(str(error).split())
+    message = " ".join((cache_problem(error) or str(error)).split())
     return clean(redact(_in_flags(message, command, arguments), known_secrets(arguments)))
 
 
@@ -149,9 +181,11 @@ def _culprit(error: Exception) -> str | None:
         return "a file was refused that holds more than data; nothing of it was run"
     if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "huggingface_hub"):
         return "the hub cannot be used"
+    if isinstance(error.__cause__, ImportError):  # as TRL raises it for what it imports when it is used
+        return "a library cannot be imported, install it anew"
     places = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
     if any(Path(place).match("transformers/integrations/integration_utils.py") for place in places):
-        return "what the run is reported to (`report_to`) failed"
+        return "what the run is reported to failed, correct it or leave it out of `report_to`"
     return None
 
 

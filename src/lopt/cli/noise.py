@@ -1,10 +1,13 @@
-"""Lines of other libraries that say nothing to the user of a command, and how each is kept away."""
+"""What a command logs: lines of other libraries that are kept away, and the level that `--log_level` asks."""
 
 from __future__ import annotations
 
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 DROPPED = {
     # transformers imports torchao wherever it is installed, and torchao reports each of its kernels that was
@@ -14,8 +17,12 @@ DROPPED = {
     "torch.utils._pytree": "<enum ",
     # The model that is saved has its tokenizer's special tokens, as it should.
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    # A table of weights that are missing, of another size or not used: `lopt.models.load` says it in a line.
+    "transformers.modeling_utils": ".*LOAD REPORT",
+    # TRL says that they are ignored, of the policy; the reference model is loaded by them.
+    "trl.trainer.grpo_trainer": r"(\[RANK \d+\] )?You passed `model_init_kwargs`",
 }
-"""Logger -> how the messages that are dropped begin."""
+"""Logger -> a pattern that the messages which are dropped begin with."""
 # TRL and peft call what transformers has renamed.
 DROPPED_WARNINGS = ("`is_gradient_checkpointing` is deprecated",)
 _HUB = "huggingface_hub.utils._http"
@@ -23,14 +30,14 @@ _RETRY = re.compile("thrown while requesting|^Retrying in ")
 
 
 class _Dropped(logging.Filter):
-    """Drops the messages of a logger that begin in a given way."""
+    """Drops the messages of a logger that begin with a pattern."""
 
     def __init__(self, beginning: str) -> None:
         super().__init__()
-        self.beginning = beginning
+        self.beginning = re.compile(beginning)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.beginning)
+        return self.beginning.match(record.getMessage()) is None
 
 
 class _SaidOnce(logging.Filter):
@@ -53,6 +60,19 @@ def quiet() -> None:
     _filter(_HUB, _SaidOnce())
     for beginning in DROPPED_WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(beginning), category=FutureWarning)
+
+
+@contextmanager
+def at_log_level(args: Any) -> Iterator[None]:
+    """Log at the level of `args`, TrainingArguments, inside; other libraries are set by transformers."""
+    logger = logging.getLogger("lopt")
+    before = logger.level
+    if args.log_level != "passive":
+        logger.setLevel(args.get_process_log_level())
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _filter(name: str, added: logging.Filter) -> None:

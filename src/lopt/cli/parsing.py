@@ -69,6 +69,27 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     return tuple(parsed)
 
 
+def check_effect(args: Any, **names_of: Sequence[str]) -> None:
+    """Refuse flags without effect where none of the flags that they belong to is given.
+
+    Args:
+        args: a dataclass of `flags_of`.
+        names_of: by the flag that they belong to (`_or_` between several), the names of the flags.
+
+    Raises:
+        ValueError: with both flags.
+    """
+    plain = type(args)()
+    for words, names in names_of.items():
+        needed = words.split("_or_")
+        if any(getattr(args, name) for name in needed):
+            continue
+        for name in names:
+            if getattr(args, name) != getattr(plain, name):
+                others = " or ".join(f"--{name}" for name in needed)
+                raise ValueError(f"--{name} has no effect without {others}: add it, or leave it out")
+
+
 def settings(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the value of every flag, and the values of those that differ from their defaults.
 

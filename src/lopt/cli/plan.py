@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lopt.cli.parsing import parse
+from lopt.cli.parsing import check_effect, parse
 from lopt.cli.report_flags import PlanArguments
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
@@ -25,7 +26,7 @@ from lopt.reports.plan import GIB, bars, hiding, picture, table
 from lopt.validation import check, check_choice, check_number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-UNITS = {None: GIB, "g": GIB, "gib": GIB, "gb": 10**9}
+UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9}
 # What the printed command always says, and what it says where it is not the default.
 ALWAYS = (
     "model_name_or_path", "param_dtype", "num_blocks", "per_device_train_batch_size",
@@ -79,13 +80,24 @@ def check_arguments(args: PlanArguments) -> int | None:
     check_number("max_length", args.max_length, minimum=2)
     for name in ("bandwidth", "tflops"):
         check_number(name, getattr(args, name), above=0)
+    for name in ("fit", "json", "svg") if args.calibrate else ():
+        check(
+            getattr(args, name) is None,
+            name,
+            getattr(args, name),
+            "left out with `calibrate`, which only compares",
+        )
     names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
     LoPTConfig(**{name: getattr(args, name) for name in names})
+    check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
     for name in ("json", "svg"):
         if (value := getattr(args, name)) is not None:
             path = Path(value).absolute()
             check(path.parent.is_dir(), name, value, "a file in a folder that exists: make it first")
+            check(os.access(path.parent, os.W_OK), name, value, "in a folder that can be written to")
             check(not path.is_dir(), name, value, "a file, and this is a folder")
+            device = path.exists() and not path.is_file()  # which would be replaced
+            check(not device, name, value, "a regular file, and this is a device or a pipe")
     return None if args.fit is None else size_in_bytes(args.fit)
 
 
@@ -95,9 +107,9 @@ def size_in_bytes(text: str) -> int:
     Raises:
         ValueError: not a size.
     """
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(gib|gb|g)?\s*", text.lower())
-    size = float(found[1]) * UNITS[found[2]] if found else 0
-    check(size > 0, "fit", text, "a size such as 24GiB, 80GB or 24")
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(GiB|GB|G|gib|gb|g|)\s*", text)  # Gb are bits
+    size = float(found[1]) * UNITS[found[2].lower()] if found else 0
+    check(0 < size < 2**63, "fit", text, "a size such as 24GiB, 80GB (both in bytes) or 24 (GiB)")
     return int(size)
 
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from lopt.cli.flag_names import renamed
 from lopt.cli.flags import RetentionArguments
+from lopt.cli.parsing import check_effect
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.retention_callback import RetentionCallback, check_whole_model
 from lopt.evaluation.texts import read_texts
@@ -38,6 +39,7 @@ def check_retention(
         raise ValueError("--max_forgetting is in nats per token of text: add --retention_text")
     if r.retention_data_dir is not None and not r.retention_tasks:
         raise ValueError("--retention_data_dir holds rows for benchmarks: add --retention_tasks")
+    check_effect(r, retention_tasks=("retention_limit",), retention_text=("retention_tokens",))
     if not r.retention_text and not r.retention_tasks:
         if r.retention_every is not None:
             raise ValueError("--retention_every: add --retention_text or --retention_tasks")

@@ -16,7 +16,8 @@ from lopt.data.questions import procedural_rows, question_rows
 from lopt.data.rows import column_names
 from lopt.models.load import load_chat_template, load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
-from lopt.validation import check_choice
+from lopt.trainers.rows import check_marks
+from lopt.validation import check_choice, check_number
 
 PROBLEMS = 5_000
 """How many problems of a procedural task are generated, unless --max_samples says otherwise."""
@@ -54,6 +55,8 @@ def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
     read = None if data_args.streaming else len(rows)
     tokenizer = _tokenizer(model_args, args)
     rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
+    if args.assistant_only_loss:
+        check_marks(tokenizer)
     if args.completion_only_loss and "completion" not in column_names(rows):
         raise ValueError(
             "`completion_only_loss` needs prompts with a completion, and these rows have none: leave it out"
@@ -68,7 +71,11 @@ def grpo_rows(
     """Return prompts, tokenizer and rewards of a GRPO run."""
     task = task_args.task
     specs = task_args.reward_funcs or [QUESTION_TASKS[str(task)].reward]
+    for spec in specs:
+        if specs.count(spec) > 1:
+            raise ValueError(f"--reward_funcs names {spec} twice: leave one out, and see --reward_weights")
     rewards = [checked(load_reward(spec)) for spec in specs]
+    check_number("max_samples", data_args.max_samples, minimum=1)
     if task in TASKS and not _names_rows(data_args):
         rows = procedural_rows(str(task), data_args.max_samples or PROBLEMS, args.seed)
     else:

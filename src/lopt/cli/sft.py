@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lopt.cli.checks import check_evaluation, check_model, check_run
 from lopt.cli.flags import DataArguments, ModelArguments
+from lopt.cli.noise import at_log_level
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.cli.retention import check_retention
@@ -20,7 +21,7 @@ from lopt.validation import check_number
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
     model_args, data_args, run_args, retention_args, config, args = parse("sft", arguments)
-    with obeying(run_args.limit):
+    with obeying(run_args.limit), at_log_level(args):
         check(model_args, data_args, args)
         check_run(model_args, data_args, config, args)
         retention = check_retention(retention_args, config, args)

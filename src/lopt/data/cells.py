@@ -23,7 +23,11 @@ ROWS = "lopt_rows"
 
 
 class JsonFloat(float):
-    """A float that knows how the file writes it; `text` is for example "1.50"."""
+    """A float that knows how the file writes it; `text` is for example "1.50".
+
+    It is written so by `str`, `repr` and f-strings, also within lists and dicts. `json.dumps`, which a chat
+    template's `tojson` calls, writes every float its own way (1.5), and has no hook for that.
+    """
 
     text: str
 
@@ -31,6 +35,9 @@ class JsonFloat(float):
         made = super().__new__(cls, text)
         made.text = text
         return made
+
+    def __repr__(self) -> str:
+        return self.text
 
     def __reduce__(self) -> tuple[type[JsonFloat], tuple[str]]:
         return JsonFloat, (self.text,)
@@ -65,11 +72,31 @@ class JsonCell:
         """Return the text of a value, None for null."""
         if value is None:
             return None
-        return value.text if isinstance(value, JsonFloat) else json.dumps(value, ensure_ascii=False)
+        return _text(value) if _holds_float(value) else json.dumps(value, ensure_ascii=False)
 
     def decode_example(self, text: str | None, token_per_repo_id: Any = None) -> Any:
         """Return the value of a text."""
         return None if text is None else json.loads(text, **DECODER)
+
+
+def _holds_float(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_float, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_float, value))
+    return isinstance(value, JsonFloat)
+
+
+def _text(value: Any) -> str:
+    """Return the JSON of a value that `DECODER` has read, every float as the file has it."""
+    if isinstance(value, JsonFloat):
+        return value.text
+    if isinstance(value, dict):
+        pairs = (f"{json.dumps(name, ensure_ascii=False)}: {_text(inner)}" for name, inner in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 with warnings.catch_warnings():  # the function is called experimental

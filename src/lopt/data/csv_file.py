@@ -64,7 +64,9 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _decoded(handle: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(handle, start=1):
+    # A binary file ends its lines at \n alone, and old spreadsheets write \r.
+    lines = (line for part in handle for line in part.splitlines(keepends=True))
+    for number, line in enumerate(lines, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, ReadInstruction
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, Features, IterableDataset, NamedSplit, ReadInstruction
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from lopt.data.cells import feature_of
+from lopt.data.cells import JsonCell, feature_of
 from lopt.data.csv_file import csv_rows
 from lopt.data.hub import drop_media
 from lopt.data.json_file import BrokenFileError, json_rows
@@ -79,15 +79,11 @@ def load_files(
 
 def _table(paths: list[Path], kind: str, choose: Choose | None) -> Dataset:
     """Return the rows of text files; what was read before, and has not changed, comes from the cache."""
-    columns: dict[str, bool] = {}  # name -> whether it holds nothing but text
-    for path in paths:
-        for row in _named_rows(path, kind):
-            for name, value in row.items():
-                columns[name] = columns.get(name, True) and (value is None or isinstance(value, str))
+    stamps = tuple((str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    columns = _columns(paths, kind, stamps)
     chosen = choose(list(columns)) if choose is not None and columns else list(columns)
     wanted = [name for name in chosen if name in columns]
     features = Features({name: feature_of(columns[name]) for name in wanted})
-    stamps = tuple((str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     try:
         if not wanted:
             return Dataset.from_dict({})
@@ -103,6 +99,28 @@ def _table(paths: list[Path], kind: str, choose: Choose | None) -> Dataset:
         ) from error
     assert isinstance(made, Dataset)
     return made
+
+
+def _columns(paths: list[Path], kind: str, stamps: Any) -> dict[str, bool]:
+    """Return the columns of all rows, and whether each holds nothing but text; cached as the rows are."""
+    kwargs = {"paths": paths, "kind": kind, "key": (_READING, stamps)}
+    try:
+        features, split = Features({"columns": JsonCell()}), NamedSplit("columns")
+        found: Any = Dataset.from_generator(_one_row, features, gen_kwargs=kwargs, split=split)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):  # ours
+            raise error.__cause__ from error
+        raise
+    return found[0]["columns"]
+
+
+def _one_row(paths: list[Path], kind: str, key: Any) -> Iterator[dict[str, Any]]:
+    columns: dict[str, bool] = {}
+    for path in paths:
+        for row in _named_rows(path, kind):
+            for name, value in row.items():
+                columns[name] = columns.get(name, True) and (value is None or isinstance(value, str))
+    yield {"columns": columns}
 
 
 def _stream(paths: list[Path], kind: str, choose: Choose | None) -> IterableDataset:

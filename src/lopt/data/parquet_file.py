@@ -1,17 +1,24 @@
-"""Read rows from Parquet files by `datasets`: the types are the file's own."""
+"""Read rows from Parquet files: the types are the file's own.
+
+`datasets` reads them at once. Its streams wait for 5 s at the end of a pass, for threads that read through a
+Python file and abort the process if it ends before them; here Arrow reads a stream without either.
+"""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, concatenate_datasets, load_dataset
+from datasets import Features, IterableDataset, concatenate_datasets, load_dataset
 
 from lopt.data.json_file import BrokenFileError
+
+READ = 1_000
+"""Rows of a stream that are read at a time."""
 
 
 def parquet_columns(paths: Sequence[Path]) -> list[str]:
@@ -70,7 +77,17 @@ def _features(path: Path, columns: Sequence[str]) -> Features:
 
 
 def _load(paths: Sequence[Path], features: Features, streaming: bool) -> Any:
+    if streaming:
+        kwargs = {"paths": list(paths), "names": tuple(features)}  # the list is that of the stream's shards
+        return IterableDataset.from_generator(_rows, features=features, gen_kwargs=kwargs)
     # `datasets` takes each name for a pattern, in which [1] and * have a meaning.
     files = {"train": [glob.escape(str(path)) for path in paths]}
-    options = {"streaming": True} if streaming else {}
-    return load_dataset("parquet", data_files=files, split="train", columns=list(features), **options)
+    return load_dataset("parquet", data_files=files, split="train", columns=list(features))
+
+
+def _rows(paths: Sequence[Path], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        with pa.OSFile(str(path)) as handle:
+            file = pq.ParquetFile(handle)
+            for batch in file.iter_batches(batch_size=READ, columns=list(names), use_threads=False):
+                yield from batch.to_pylist()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -26,9 +28,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lopt.models.chat_template import check_chat_template
+from lopt.models.generation_config import check_generation_file
 from lopt.models.names import DTYPES, resolve_model
 from lopt.models.untrusted import UntrustedError, check_folder, check_kernels, remote_code_error
+from lopt.models.weight_files import check_weight_files, dropped_layers
 from lopt.validation import check_choice
+
+logger = logging.getLogger(__name__)
 
 _ADAPTER = "adapter_config.json"
 _BAD_CONFIG = (KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError)
@@ -51,7 +57,7 @@ def read_config(
     if Path(path).is_dir():
         check_folder(path, weights=weights, name=name)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             path,
             local_files_only=Path(path).exists(),
             revision=revision,
@@ -61,6 +67,9 @@ def read_config(
         raise ValueError(" ".join(str(error).split())) from error
     except ValueError as error:
         raise remote_code_error(name, error) or error from error
+    if weights and Path(path).is_dir():
+        check_files(Path(path), name, config)
+    return config
 
 
 def empty_model(config: PreTrainedConfig, **options: Any) -> Any:
@@ -122,7 +131,10 @@ def load_model(
             f"`model_name_or_path` {name}: its weights are damaged ({_first_line(error)}): get them again"
         ) from error
     model, loading_info = loaded
-    _check_complete(name, loading_info)
+    if not Path(resolve_model(name)).is_dir():  # only now are its files here
+        found = try_to_load_from_cache(resolve_model(name), "config.json", revision=revision)
+        check_files(Path(str(found)).parent, name, config)
+    _check_complete(name, loading_info, model)
     return model
 
 
@@ -241,20 +253,48 @@ def check_causal(name: str, config: Any) -> None:
                 f"`model_name_or_path` {name} has {size} {value} in its config.json: correct it, or get the "
                 "file again"
             )
+    for part in (config, config.get_text_config()):
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, (int, float)) and not 0 <= value <= 1:
+                raise ValueError(
+                    f"`model_name_or_path` {name} has {key} {value} in its config.json, which is no "
+                    "probability: correct it, or get the file again"
+                )
 
 
-def _check_complete(name: str, loading_info: Mapping[str, Any]) -> None:
-    """Refuse weights that transformers would fill in at random, with no more than a warning."""
-    wrong = [
-        f"{key} is {list(file)}, not {list(model)}" for key, file, model in loading_info["mismatched_keys"]
-    ]
+def check_files(folder: Path, name: str, config: PreTrainedConfig) -> None:
+    """Refuse files of a model that would be read as something else, or not at all, without a word.
+
+    Raises:
+        ValueError: of `check_weight_files` and `check_generation_file`.
+    """
+    check_weight_files(folder, name, quantized=getattr(config, "quantization_config", None) is not None)
+    check_generation_file(folder, name)
+
+
+def _check_complete(name: str, loading_info: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse weights that transformers would fill in at random or drop, with no more than a warning."""
+    wrong = [f"{key} is {list(file)}, not {list(own)}" for key, file, own in loading_info["mismatched_keys"]]
     wrong += [f"{key} is missing" for key in sorted(loading_info["missing_keys"])]
+    unused = sorted(loading_info["unexpected_keys"])
+    # Layers that predict further tokens have numbers behind those of the decoder.
+    further: Any = getattr(model.config, "num_nextn_predict_layers", None) or 0
+    wrong += [
+        f"{key} belongs to a layer that it does not have"
+        for key in dropped_layers(unused, dict(model.named_parameters()), further)
+    ]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(
             f"`model_name_or_path` {name}: its weights do not fit its config.json: {wrong[0]}{more}. Get "
             "both from one place, with a head (...ForCausalLM)"
         )
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        logger.warning(
+            "%s: its files have %s%s, which its model does not use: the saved model is without",
+            name, unused[0], more,
+        )  # fmt: skip
 
 
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

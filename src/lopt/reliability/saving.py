@@ -22,8 +22,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lopt.architectures import base_model
 from lopt.files import write_text
 from lopt.instruments.memory import dense_parts
+from lopt.models.generation_config import make_saveable
 from lopt.reliability.checkpoint import (
     WRITING,
     CheckpointError,
@@ -64,6 +66,7 @@ class Checkpoints:
         self._trainer = trainer
         self._push_later = False
         self._hashes = Hashes()
+        make_saveable(base_model(trainer.model))
 
     @property
     def verify(self) -> Verify:

@@ -17,14 +17,18 @@ _LEFT_OUT = (
 )
 
 
-def find_unused_if_needed(args: Any, model: nn.Module) -> None:
+def find_unused_if_needed(accelerator: Any, asked: bool | None, model: nn.Module) -> None:
     """Let DDP search for parameters without a gradient only where a forward may leave some out.
 
     By default transformers has it search in every step, which costs a walk through the graph, and DDP warn
     that there are none.
+
+    Args:
+        accelerator: with transformers' arguments for DDP.
+        asked: what the user says (`ddp_find_unused_parameters`), which holds.
     """
-    if args.ddp_find_unused_parameters is None and dist.is_initialized() and _uses_all(model):
-        args.ddp_find_unused_parameters = False
+    if asked is None and dist.is_initialized() and _uses_all(model):
+        accelerator.ddp_handler.find_unused_parameters = False
 
 
 def _uses_all(model: nn.Module) -> bool:
@@ -41,13 +45,14 @@ def _uses_all(model: nn.Module) -> bool:
 
 
 def adapt_accelerator(trainer: Any) -> None:
-    """Replace two public methods of the accelerator of a `LoPTMixin` trainer.
+    """Set what DDP searches for and replace two public methods in the accelerator of a `LoPTMixin` trainer.
 
     `clip_grad_norm_`, with which Trainer clips and, by an infinite `max_norm`, takes the norm, clips as the
     blocks need it. `prepare_model` leaves the model that is trained where it is if its weights are offloaded,
     and without DDP in the block-major schedule; a reference model is placed on the device.
     """
     accelerator = trainer.accelerator
+    find_unused_if_needed(accelerator, trainer.args.ddp_find_unused_parameters, trainer.model)
     prepare_model = accelerator.prepare_model
 
     def prepare(model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:

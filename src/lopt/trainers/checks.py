@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
@@ -20,7 +21,7 @@ from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import shares_embeddings, will_untie
 from lopt.trainers.inherited import check_inherited
 from lopt.trainers.vllm import check_vllm
-from lopt.validation import check, check_number
+from lopt.validation import LARGEST_COUNT, check, check_number
 
 
 def check_numbers(args: TrainingArguments) -> None:
@@ -48,6 +49,13 @@ def check_numbers(args: TrainingArguments) -> None:
         check_number(name, getattr(args, name), minimum=0, below=1)
     rule = ">= 1, or left out for `num_train_epochs`"
     check(args.max_steps >= 1 or args.max_steps == -1, "max_steps", args.max_steps, rule)
+    for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "max_length"):
+        check_number(name, getattr(args, name, None), maximum=LARGEST_COUNT)
+    weights = getattr(args, "reward_weights", None) or ()
+    for weight in weights:
+        check_number("reward_weights", weight)
+    if weights and not any(weights):
+        raise ValueError("`reward_weights` are all 0, so that nothing would be learned: give one that is not")
     if args.fp16 and args.use_cpu:
         raise ValueError("`fp16` needs a GPU: leave it out, or use `bf16`")
 
@@ -114,10 +122,19 @@ def check_before(given: Iterable[Any], config: LoPTConfig, model: Any, adapters:
         adapters: the PEFT config that the trainer will wrap the model in; None if there is none.
 
     Raises:
-        ValueError: the model cannot be cut, or of `check_settings`.
+        ValueError: there are no rows, the model cannot be cut, `method` lora has no adapters, or of
+            `check_settings`.
     """
+    given = tuple(given)
+    if any(isinstance(value, Dataset) and not len(value) for value in given):
+        raise ValueError("`train_dataset` or `eval_dataset` has no rows: give it some, or leave it out")
     args = next((value for value in given if isinstance(value, TrainingArguments)), None)
     known = model
+    adapted = hasattr(model, "peft_config") or any(hasattr(value, "peft_type") for value in given)
+    if config.method == "lora" and not adapted:
+        raise ValueError(
+            "`method` lora needs adapters, without which all weights would learn: give `peft_config`"
+        )
     if isinstance(model, str) and args is not None:
         options: dict[str, Any] = dict(getattr(args, "model_init_kwargs", None) or {})
         trusted = options.get("trust_remote_code", getattr(args, "trust_remote_code", False))

@@ -167,6 +167,8 @@ class LoPTGRPOConfig(_Defaults, GRPOConfig):
                 f"`generation_kwargs` {', '.join(sorted(unknown))} is nothing that transformers' "
                 "GenerationConfig knows: correct it, or leave it out"
             )
+        for name in sorted(given.keys() & _OWN_GENERATION.keys()):
+            raise ValueError(f"`generation_kwargs` {name}: use {_OWN_GENERATION[name]}")
 
     def _whole_groups(self, steps: int) -> int:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))  # the launcher's; not set up here yet
@@ -189,6 +191,12 @@ class LoPTGRPOConfig(_Defaults, GRPOConfig):
         )
 
 
+# What may not stand in `generation_kwargs`, where its value would not be checked.
+_OWN_GENERATION = {
+    **{name: f"`{name}`" for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    "max_new_tokens": "`max_completion_length`",
+    "num_return_sequences": "`num_generations`",
+}
 # What TRL compares with in the first step, after rollouts.
 _GRPO_CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
@@ -216,5 +224,9 @@ def _check_sampling(args: GRPOConfig) -> None:
     for name in ("max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size",
                  "num_generations_eval"):  # fmt: skip
         check_number(name, getattr(args, name), minimum=1)
+    check_number("top_entropy_quantile", args.top_entropy_quantile, above=0, maximum=1)
+    check_number("off_policy_mask_threshold", args.off_policy_mask_threshold, minimum=0)
+    check_number("ref_model_sync_steps", args.ref_model_sync_steps, minimum=1)
+    check_number("ref_model_mixup_alpha", args.ref_model_mixup_alpha, minimum=0, maximum=1)
     for name, choices in _GRPO_CHOICES.items():
         check_choice(name, getattr(args, name), choices)

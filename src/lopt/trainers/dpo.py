@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from lopt.core.config import LoPTConfig
 from lopt.data.cells import kept_as_cells
 from lopt.data.rows import column_names
 from lopt.trainers.mixin import LoPTMixin
+from lopt.trainers.preferences import check_left, check_preference_numbers, check_preferences
 from lopt.trainers.rows import say_what_is_lost
 
 
@@ -22,6 +23,11 @@ class LoPTDPOTrainer(LoPTMixin, DPOTrainer):
                 "`aux_loss` next_token would teach earlier blocks rejected answers as well: "
                 "use `aux_loss` recon"
             )
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, DPOConfig):
+                check_preference_numbers(given)
+        if isinstance(kwargs.get("ref_model"), str):
+            raise ValueError("`ref_model` must be a model, not a name: load it, or leave it out for a copy")
         super().__init__(*args, lopt_config=lopt_config, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
@@ -29,5 +35,10 @@ class LoPTDPOTrainer(LoPTMixin, DPOTrainer):
         missing = [name for name in ("chosen", "rejected") if name not in names]
         if missing and "chosen_ids" not in names:  # or the rows are tokens already
             raise ValueError(f"DPO needs the columns `chosen` and `rejected` (got {', '.join(names)})")
-        say_what_is_lost(dataset, processing_class, None, rest[-1] if rest else "train")
-        return super()._prepare_dataset(kept_as_cells(dataset), processing_class, args, *rest)
+        name = rest[-1] if rest else "train"
+        if not missing:
+            check_preferences(dataset, name)
+        say_what_is_lost(dataset, processing_class, None, name)
+        made = super()._prepare_dataset(kept_as_cells(dataset), processing_class, args, *rest)
+        check_left(dataset, made, name)
+        return made

@@ -6,6 +6,8 @@ local losses belong to the training forward alone, over the real tokens of promp
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from lopt.trainers.heads import warm_up_batches
 from lopt.trainers.mixin import LoPTMixin
 from lopt.trainers.vllm import engine_with_dtype, merged_weights
 
+logger = logging.getLogger(__name__)
+
 
 class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     """`trl.GRPOTrainer` with one argument more, `lopt_config`."""
@@ -29,15 +33,44 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     _counted: Any = None  # the generation batch whose micro-batches these are the real tokens of:
     _own_tokens: list[int]  # on this rank
     _all_tokens: list[int]  # on all ranks
+    _metrics: Any  # TRL's: figures of each generation since the last log
+    _logs: dict[str, Any]  # TRL's: rows of the last generation
+    _groups: Counter[str]  # of completions to one prompt in this run: all, and those with equal rewards
     _step: int  # TRL's: micro-batches so far
     num_iterations: int
+    num_generations: int
     use_vllm: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._groups = Counter()
         with vllm_engine_made_by(engine_with_dtype(self)):
             super().__init__(*args, **kwargs)
         if self.use_vllm and is_peft_model(self.model):
             send_weights_to_vllm(self, lambda: merged_weights(self.model))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `LoPTMixin.train`; say at the end if no reward of the run differed within its group."""
+        self._groups.clear()
+        result = super().train(*args, **kwargs)
+        count = self._groups["all"]
+        if count and self._groups["equal"] == count and self.is_world_process_zero():
+            logger.warning(
+                "nothing was learned from the rewards: they were equal within each of the %d groups of "
+                "completions to one prompt. Look at completions with `log_completions`; raise "
+                "`temperature`, `num_generations` or `max_completion_length`, or give prompts that the model "
+                "answers right at times",
+                count,
+            )
+        return result
+
+    def _count_equal_rewards(self) -> None:
+        """Count the groups of the generation that TRL has just noted, of all ranks."""
+        size, advantages = self.num_generations, list(self._logs["advantages"])
+        groups = len(advantages) // size
+        idle = sum(not any(advantages[i : i + size]) for i in range(0, len(advantages), size))
+        equal = round(self._metrics["train"]["frac_reward_zero_std"][-1] * groups)  # but for rounding
+        self._groups["all"] += groups
+        self._groups["equal"] += max(idle, equal)
 
     def loss_share(self, tokens: int | None) -> float:
         """Return the part of the optimizer step that a micro-batch is, by tokens where those are known.
@@ -59,6 +92,8 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         self.stops.obey()
         with self.guard.during("generation"), without_router_logits(self.model):
             made = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self._count_equal_rewards()
         self.stops.obey()
         return made
 

@@ -42,7 +42,7 @@ from lopt.reliability.ranks import together
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
-from lopt.trainers.accelerator import adapt_accelerator, find_unused_if_needed
+from lopt.trainers.accelerator import adapt_accelerator
 from lopt.trainers.block_major import BlockMajorSteps, loss_context
 from lopt.trainers.checks import check_before, check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
@@ -209,7 +209,6 @@ class LoPTMixin(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, which clips as the blocks need it and leaves offloaded weights in place."""
-        find_unused_if_needed(self.args, self.model)
         super().create_accelerator_and_postprocess()
         adapt_accelerator(self)
 

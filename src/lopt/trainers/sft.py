@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from lopt.data.batches import IGNORED
 from lopt.data.cells import kept_as_cells
@@ -21,6 +21,7 @@ from lopt.trainers.checks import check_workers
 from lopt.trainers.mixin import LoPTMixin
 from lopt.trainers.rows import (
     as_tokens,
+    check_marks,
     one_beginning,
     only_marked,
     say_what_is_lost,
@@ -66,6 +67,11 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         self.row_counts: dict[str, RowCounts] = {}
         self.whole_rows: dict[str, Dataset] = {}
         self._tokenized: dict[str, Dataset] = {}
+        config = next((value for value in (*args, *kwargs.values()) if isinstance(value, SFTConfig)), None)
+        if config is not None and config.assistant_only_loss and not config.chat_template_path:
+            tokenizer = kwargs.get("processing_class")
+            if getattr(tokenizer, "chat_template", None):  # TRL says what is missing otherwise
+                check_marks(tokenizer)
         super().__init__(*args, **kwargs)
         check_workers(self.args, isinstance(self.train_dataset, IterableDataset))
         for name, rows in self._tokenized.items():
