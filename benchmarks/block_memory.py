@@ -29,6 +29,7 @@ from lopt.engine.clipping import clip_gradients
 from lopt.engine.optimizer import BlockOptimizer, Precision
 from lopt.engine.plain_loop import block_major
 from lopt.instruments.memory import MemoryPeak, MemoryTracker
+from lopt.losses.lm_head import lean_fused_head
 from lopt.models import shapes
 from small_model import flags, keep
 
@@ -82,7 +83,8 @@ class Loop:
         self.ids = torch.ones(args.batch, args.tokens, dtype=torch.long, device=device)
 
     def forward(self) -> torch.Tensor:
-        return self.model(input_ids=self.ids, labels=self.ids, fused_lm_head=True).loss
+        with lean_fused_head(self.ids.device):
+            return self.model(input_ids=self.ids, labels=self.ids, fused_lm_head=True).loss
 
     def step(self, micro_batches: int) -> None:
         """An optimizer step of so many micro-batches."""

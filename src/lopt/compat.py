@@ -189,6 +189,60 @@ def labelled_positions_only() -> Iterator[None]:
 
 
 @contextmanager
+def fused_head_by(function: Any, forward_tile: Callable[..., None] | None) -> Iterator[None]:
+    """Let TRL's fused LM head run as another autograd function, in forwards inside.
+
+    Args:
+        function: Stands in for `trl.kernels.ChunkedLogProbFunction`, with the same results.
+        forward_tile: Called in place of TRL's plain tile, with that one ahead of its arguments.
+    """
+    from trl.kernels import chunked_logprob as kernels
+    from trl.trainer import utils
+
+    tile = kernels._forward_tile
+    if forward_tile is not None:
+        tile = functools.partial(forward_tile, tile)
+    with replaced(utils, _ChunkedLogProbFunction=function), replaced(kernels, _forward_tile=tile):
+        yield
+
+
+def fused_head_has_kernels(device: Any) -> bool:
+    """Return whether TRL's fused LM head has Triton kernels for `device`."""
+    from trl.kernels import chunked_logprob
+
+    return bool(chunked_logprob._use_triton(device))
+
+
+def logits_gradient(tile: Any, values: Any, start: int, options: Mapping[str, Any]) -> None:
+    """Turn a tile (n, C) of the fused LM head's output into its gradient, in place, as TRL does.
+
+    Args:
+        tile: Columns `start` to `start + C` of the vocabulary.
+        values: Targets, log Z, entropy, gradients of log-probabilities and entropy, (n,) each; the last two
+            may be None.
+        options: How logits follow from the output.
+    """
+    from trl.kernels import chunked_logprob as kernels
+
+    targets, log_z, entropy, *outer = values
+    (rows, columns), size = tile.shape, kernels._BLOCK_SIZE
+    fold: Any = kernels._backward_tile
+    if kernels._use_triton(tile.device):
+        fold = kernels._backward_kernel[rows, -(-columns // size)]
+    flags = {f"HAS_{name}_GRAD": g is not None for name, g in zip(("LOGPROB", "ENTROPY"), outer, strict=True)}
+    outer = [log_z if gradient is None else gradient for gradient in outer]  # a place that is not read
+    sides = (start, columns)
+    fold(tile, tile.stride(0), targets, log_z, entropy, *outer, *sides, **flags, BLOCK_SIZE=size, **options)
+
+
+def add_product(total: Any, a: Any, b: Any) -> None:
+    """Add a b to a float32 sum, without rounding the product to the format of a and b, as TRL does."""
+    from trl.kernels import chunked_logprob
+
+    chunked_logprob._addmm_fp32(total, a, b)
+
+
+@contextmanager
 def fused_head_as_on_a_gpu(product: Callable[..., None]) -> Iterator[None]:
     """Let TRL's fused LM head, run on the CPU, allocate what its Triton kernels do: they work in place.
 

@@ -172,3 +172,21 @@ def test_the_head_warm_up_runs_in_the_precision_of_training(make_trainer) -> Non
     trainer.lopt.blocks.layers[0].self_attn.v_proj.register_forward_hook(record)
     trainer.train()
     assert seen == {"head warm-up": {torch.bfloat16}, "step": {torch.bfloat16}}
+
+
+def test_the_loss_is_of_the_lean_head(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, seen = make_trainer(max_steps=1), []
+    step = trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        nodes = [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            seen.append(node.name())
+            nodes += [n for n, _ in node.next_functions if n is not None and len(seen) < 9]
+        return loss
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+    trainer.train()
+    assert "LeanHeadBackward" in seen and "ChunkedLogProbFunctionBackward" not in seen

@@ -32,6 +32,7 @@ from lopt.core.config import LoPTConfig
 from lopt.instruments.flops import FlopCounter
 from lopt.instruments.memory import MemoryTracker
 from lopt.losses import next_token
+from lopt.losses.lm_head import lean_fused_head
 from lopt.losses.next_token import NextToken
 from lopt.models.load import empty_model
 from lopt.planning.run import Run
@@ -152,6 +153,7 @@ def _fake_run(run: Run) -> Iterator[None]:
         stack.enter_context(compat.replaced(NextToken, softmax_tokens=_columns_of_many))
         if run.device == "cuda":
             stack.enter_context(compat.fused_head_as_on_a_gpu(_product_in_place))
+        stack.enter_context(lean_fused_head(torch.device("cpu")))
         yield
 
 

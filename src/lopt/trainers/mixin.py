@@ -37,6 +37,7 @@ from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens
 from lopt.engine.offload import Offload
 from lopt.engine.reduction import GradientReduction
+from lopt.losses.lm_head import lean_fused_head
 from lopt.reliability.guards import Guard
 from lopt.reliability.ranks import together
 from lopt.reliability.saving import Checkpoints
@@ -282,7 +283,8 @@ class LoPTMixin(Trainer):
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the trainer's loss; on a CPU the LM head scores only the positions that have a label."""
         on_cpu = self.args.device.type == "cpu"
-        with loss_context(self), labelled_positions_only() if on_cpu else nullcontext():
+        labelled = labelled_positions_only() if on_cpu else nullcontext()
+        with loss_context(self), lean_fused_head(self.args.device), labelled:
             return super().compute_loss(model, *args, **kwargs)
 
     def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
