@@ -268,14 +268,14 @@ def test_each_block_is_stepped_once_and_with_its_own_gradient_only(run, monkeypa
     assert stepped == [{0}, {1}, {2}, {3}] * 2
 
 
-@pytest.mark.parametrize("generation", [1, 2, 4])
-def test_grpo(tiny_folder: Path, tmp_path: Path, generation: int) -> None:
+@pytest.mark.parametrize(("generation", "method"), [(1, "lopt"), (2, "lopt"), (4, "lopt"), (2, "e2e")])
+def test_grpo(tiny_folder: Path, tmp_path: Path, generation: int, method: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
 
     fixed = fixed_rollouts(tokenizer, lambda i, prompt: "so be it " * (i % 3 + 1))
     ends = []
     for schedule, offload in (("eager", "none"), ("block_major", "none"), ("block_major", "block")):
-        how = dict(schedule=schedule, offload=offload, head_warmup_steps=2, lr_k1=1e-2)
+        how = dict(schedule=schedule, offload=offload, head_warmup_steps=2, lr_k1=1e-2, method=method)
         trainer = LoPTGRPOTrainer(
             tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
             reward_funcs=lambda completions, **_: [float(len(c) % 7) + i for i, c in enumerate(completions)],
@@ -285,7 +285,7 @@ def test_grpo(tiny_folder: Path, tmp_path: Path, generation: int) -> None:
                 gradient_accumulation_steps=2, steps_per_generation=generation, loss_type="grpo",
                 num_iterations=2, beta=0.0, **COMMON | {"max_steps": 4},
             ),
-            lopt_config=LoPTConfig(num_blocks=3, **how),
+            lopt_config=LoPTConfig(num_blocks=3, **how, stages=5 if offload == "block" else None),
             train_dataset=Dataset.from_list([{"prompt": f"Question {i}: "} for i in range(12)]),
             processing_class=tokenizer,
         )  # fmt: skip
@@ -295,20 +295,26 @@ def test_grpo(tiny_folder: Path, tmp_path: Path, generation: int) -> None:
         same(ends[0], staged, tolerance=1e-5 if generation == 4 else 1e-6)
 
 
-def test_dpo(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters", [False, True])
+def test_dpo(tiny_folder: Path, tmp_path: Path, adapters: bool) -> None:
+    """With adapters the reference is the same model without them, in a whole forward beside a stage's."""
+    method: dict[str, Any] = dict(method="lora") if adapters else dict(num_blocks=3)
     pairs = [{"prompt": f"Q {i}: ", "chosen": "yes " * (i % 3 + 1), "rejected": "no "} for i in range(12)]
     ends = []
     for schedule, offload in (("eager", "none"), ("block_major", "block")):
         settings = COMMON | {"max_steps": 4, "bf16": False, "gradient_checkpointing": False}
         how = dict(schedule=schedule, offload=offload, head_warmup_steps=2, lr_k1=1e-2)
+        torch.manual_seed(0)
+        other = tiny("llama", vocab_size=260, max_position_embeddings=256, seed=1)
         trainer = LoPTDPOTrainer(
             tiny("llama", vocab_size=260, max_position_embeddings=256),
-            ref_model=tiny("llama", vocab_size=260, max_position_embeddings=256, seed=1),
+            ref_model=None if adapters else other,
+            peft_config=LoraConfig(target_modules=["q_proj"], r=4) if adapters else None,
             args=DPOConfig(
                 output_dir=str(tmp_path), per_device_train_batch_size=2,
                 gradient_accumulation_steps=2, **settings,
             ),
-            lopt_config=LoPTConfig(num_blocks=3, **how),
+            lopt_config=LoPTConfig(**method, **how, stages=5 if offload == "block" else None),
             train_dataset=Dataset.from_list(pairs),
             processing_class=AutoTokenizer.from_pretrained(tiny_folder),
         )  # fmt: skip
