@@ -121,6 +121,11 @@ class BlockMajor:
         if self._offload is not None:
             self._offload.synchronize()
 
+    def close(self) -> None:
+        """Let go of pinned host memory now; all values stay there."""
+        if self._offload is not None:
+            self._offload.close()
+
     @property
     def stashed_bytes(self) -> int:
         """Bytes of what waits between the stages."""

@@ -43,9 +43,6 @@ class Stages(Sequence[Stage]):
 
     Args:
         lopt: The handle.
-
-    Raises:
-        ValueError: A block cannot be split into so many stages.
     """
 
     def __init__(self, lopt: LoPT) -> None:
@@ -131,11 +128,8 @@ class Stages(Sequence[Stage]):
         tables = [_Splits(costs[start:stop]) for start, stop in parts]
         numbers = [1] * len(parts)
         wanted = len(parts) if config.stages is None else config.stages
-        most = sum(stop - start for start, stop in parts)
-        if wanted > most:
-            raise ValueError(
-                f"`stages` must be <= {most}, the number of layers and the two ends (got {wanted})"
-            )
+        most = len(self._parts)
+        assert wanted <= most, "Blocks has checked the number of stages"
         while sum(numbers) < wanted:  # the largest stage is split next
             possible = [b for b, (start, stop) in enumerate(parts) if numbers[b] < stop - start]
             largest = max(possible, key=lambda b: tables[b].largest(numbers[b]))
