@@ -31,14 +31,6 @@ def clip_gradients(lopt: LoPT, max_norm: float = math.inf) -> Tensor:
     return norms
 
 
-def clip_block(lopt: LoPT, index: int, max_norm: float = math.inf) -> Tensor:
-    """Clip the gradient of block `index` (from 0) and its head; returns its norm before clipping, ()."""
-    kinds = _by_kind(lopt.block_parameters(index))
-    norm = _norm(kinds, lopt.device)
-    _scale(kinds, max_norm, norm)
-    return norm
-
-
 def total_norm(norms: list[Tensor], device: torch.device) -> Tensor:
     """Return the norm () of all gradients whose own norms are given; 0 if there are none."""
     if not norms:

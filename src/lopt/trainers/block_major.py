@@ -57,7 +57,7 @@ class BlockMajorSteps:
         if torch.distributed.is_initialized():
             self._updates.reduce = average_gradients
         self._schedule = BlockMajor(trainer.lopt, self._updates, self.offload)
-        self._schedule.seed_of = lambda slot: random_seed(trainer, slot)
+        self._schedule.passes.seed_of = lambda slot: random_seed(trainer, slot)
         self._schedule.after_pass = self._after_pass
         self._waited = 0.0
         self.begin_step()
@@ -95,6 +95,7 @@ class BlockMajorSteps:
         self._items, self._prepared = items, self._prepare(batches)
         self._schedule.run_to_last_stage(len(batches), self._forward)
         self._set_slot(0)
+        trainer.guard.phase = "step"
         self._in_loop = True
 
     def run_back(self) -> None:
