@@ -34,8 +34,9 @@ from lopt.models import shapes
 from small_model import flags, keep
 
 SHAPES = shapes.SHAPES | {
+    "qwen2.5-14b": shapes.SHAPES["qwen2.5-32b"] | dict(intermediate_size=13824, num_hidden_layers=48),
     "qwen2.5-72b": shapes.SHAPES["qwen2.5-32b"]
-    | dict(hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64)
+    | dict(hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64),
 }
 
 
@@ -150,13 +151,27 @@ def deeper(per_block: int, *depths: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def streamed(shape: str, *methods: str) -> dict[str, dict[str, Any]]:
+    """Layers, embedding and LM head as stages of their own; float32 masters, stepped on the host."""
+    most = dict(stages=SHAPES[shape]["num_hidden_layers"] + 2, optimizer_device="cpu", masters=True)
+    settings = {
+        "end to end": dict(k=1, method="e2e"),
+        "LoPT k=2": dict(k=2),
+        "frozen k=2": dict(k=2, method="frozen"),
+    }
+    return {
+        f"{m}, all stages, host optimizer": staged(offload="block", **settings[m], **most) for m in methods
+    }
+
+
 FEW = ("end to end", "end to end, checkpointed", "block-major k=4, block offload")
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
-    "qwen2.5-7b": SMALL,
-    "qwen2.5-32b": LARGE | deeper(8, 16, 32),
+    "qwen2.5-7b": SMALL | streamed("qwen2.5-7b", "end to end", "LoPT k=2", "frozen k=2"),
+    "qwen2.5-14b": streamed("qwen2.5-14b", "end to end"),
+    "qwen2.5-32b": LARGE | deeper(8, 16, 32) | streamed("qwen2.5-32b", "end to end", "LoPT k=2"),
     "qwen3-4b": {label: SMALL[label] for label in FEW},
     "llama3.1-8b": {label: SMALL[label] for label in FEW},
-    "qwen2.5-72b": deeper(5, 20, 40, 80),
+    "qwen2.5-72b": deeper(5, 20, 40, 80) | streamed("qwen2.5-72b", "end to end"),
 }
 
 
