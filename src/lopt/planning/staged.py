@@ -173,7 +173,7 @@ class StagedStep:
         trace = Trace(base, gradients=sum(self._waiting.values()) + self._shared)
         ids = (run.accumulation - 1) * 3 * 8 * run.batch * run.tokens  # mask and labels as well
         # A third micro-batch is like the second.
-        every = list(zip((self.parts.fresh, self.parts.again), stashed, strict=True))
+        every = list(zip(self._micro_batches(stage), stashed, strict=True))
         for segments, count in every[: run.accumulation]:
             trace.stash = boundary * (fed if self._moves else count)
             trace.activations = ids
@@ -183,6 +183,8 @@ class StagedStep:
                 self._run_with_graph(trace, segments, stage)
             else:
                 self._run_without_graph(trace, stage)
+            if segments is self.parts.fresh:  # a shared matrix was measured with both of its gradients
+                trace.gradients += sum(t.nbytes for t in stage.borrowed)
         self._see(trace.peak)
         flops = trace.flops
         if run.local_every > 1 and self.setting.method == "lopt" and stage.place in ("first", "middle"):
@@ -194,6 +196,14 @@ class StagedStep:
         stash_in = run.accumulation * boundary * fed * self._moves
         self.turns.append(Turn(self._bytes_in, stash_in, flops * run.accumulation))
         self._bytes_in = 0.0
+
+    def _micro_batches(self, stage: StageSizes) -> tuple[Segments, Segments]:
+        """Return the segments of a micro-batch that finds no gradients, and of one that does."""
+        fresh, again = self.parts.fresh, self.parts.again
+        if stage.index == 0 and self.stages[-1].borrowed:  # where the head has left one for the embedding
+            key = (stage.place, "embedding")
+            fresh = fresh | {key: again[key]}
+        return fresh, again
 
     def _run_with_graph(self, trace: Trace, segments: Segments, stage: StageSizes) -> None:
         recomputed = self.parts.casts * len(stage.layers) * self.setting.checkpointing
