@@ -134,11 +134,12 @@ class Planner:
         step = StagedStep(run, setting, parts, forward, stages, self.sizes.buffers, state, prefetch)
         weights_offloaded = offload == "block"
         host = state * (offload != "none") + (model + 4 * heads) * weights_offloaded
+        host += step.host_gradients + step.host_temporaries + step.stash * weights_offloaded
         stash_in = sum(turn.stash_in for turn in step.turns)
         return Plan(
             setting=setting,
             peak=step.peak,
-            host=host + step.host_gradients + step.stash * weights_offloaded,
+            host=host,
             flops=sum(turn.flops for turn in step.turns),
             bus=round(sum(turn.bytes_in for turn in step.turns)) + stash_in,
             bus_tokens=stash_in,

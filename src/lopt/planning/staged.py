@@ -53,6 +53,7 @@ class StagedStep:
         peak: the device at the moment of its largest total.
         stash: bytes of what waits between stages, at most.
         host_gradients: bytes of host memory for gradients.
+        host_temporaries: bytes that a step in host memory adds.
         turns: in order.
     """
 
@@ -84,6 +85,9 @@ class StagedStep:
         self._weights = [self._weight_groups(stage) for stage in stages]
         if stages[-1].borrowed:
             self._weights[-1] += self._weights[0][:1]
+        every = [part for own in self._parts for part in own]
+        steps = (temporary_bytes(replace(run, device="cpu"), part) for part in every)
+        self.host_temporaries = max(steps, default=0) if self._on_host else 0
         self._stage: StageSizes | None = None
         self._held: list[StageSizes] = []
         self._waiting: dict[int, int] = {}  # bytes on the device of gradients that wait, by stage
