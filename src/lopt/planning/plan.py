@@ -29,6 +29,8 @@ RESERVE = 2**30
 """Bytes of a GPU that are left for CUDA's context and fragmentation."""
 TFLOPS, BANDWIDTH = 100.0, 25.0
 """Defaults of what a GPU reaches in training, and of GB/s from host to GPU and as much back."""
+HOST_BANDWIDTH = 40.0
+"""GB/s at which a step in host memory reads and writes weights, state and gradients."""
 BLOCK_MAJOR_TIME = 1.05
 """Time of a block-major step beside an eager one (docs/memory.md)."""
 
@@ -46,6 +48,8 @@ class Plan:
             with the tokens (`bus_tokens`).
         turns: bytes in and FLOPs of what the device does, in order: by block, or by stage and sweep.
         stages: how many the block-major schedule has.
+        host_traffic: bytes that steps in host memory read and write there.
+        covered: the part of the device's time that steps in host memory can run beside.
         prefetch: bytes that come in while another block works.
     """
 
@@ -60,6 +64,8 @@ class Plan:
     turns: list[tuple[float, float]] = field(default_factory=list)
     prefetch: int = 0
     stages: int | None = None
+    host_traffic: int = 0
+    covered: float = 1.0
 
     @property
     def total(self) -> int:
@@ -69,15 +75,16 @@ class Plan:
     def seconds(self, tflops: float, bandwidth: float) -> float:
         """Return the time of one optimizer step at `tflops` 10^12/s and `bandwidth` 10^9 bytes/s each way.
 
-        Of what a turn needs, as much hides behind its micro-batches as may be prefetched.
+        Of what a turn needs, as much hides behind its micro-batches as may be prefetched. Steps in host
+        memory run beside the device's work as far as nothing waits for them.
         """
         slower = BLOCK_MAJOR_TIME if self.setting.schedule == "block_major" else 1.0
         total = 0.0
         for bytes_in, flops in self.turns:
             works = slower * flops / (tflops * 1e12)
-            hidden = min(self.prefetch, works * bandwidth * 1e9)
-            total += works + max(0.0, bytes_in - hidden) / (bandwidth * 1e9)
-        return total
+            hidden = min(bytes_in, self.prefetch, works * bandwidth * 1e9)
+            total += works + (bytes_in - hidden) / (bandwidth * 1e9)
+        return total + max(0.0, self.host_traffic / (HOST_BANDWIDTH * 1e9) - self.covered * total)
 
     def hidden_from(self, step_tokens: int, tflops: float, bandwidth: float) -> float:
         """Return the tokens per step from which on copies can hide behind compute; infinity if never."""
@@ -132,7 +139,7 @@ class Planner:
         stages = self.sizes.stages(blocks, setting.stages, setting.stage_layers)
         forward = self._forward(setting, parts, stages)
         step = StagedStep(run, setting, parts, forward, stages, self.sizes.buffers, state, prefetch)
-        weights_offloaded = offload == "block"
+        weights_offloaded, on_host = offload == "block", setting.optimizer_device == "cpu"
         host = state * (offload != "none") + (model + 4 * heads) * weights_offloaded
         host += step.host_gradients + step.host_temporaries + step.stash * weights_offloaded
         stash_in = sum(turn.stash_in for turn in step.turns)
@@ -146,8 +153,22 @@ class Planner:
             turns=[(turn.bytes_in, turn.flops) for turn in step.turns],
             prefetch=prefetch,
             stages=len(stages),
+            host_traffic=2 * (state + 4 * heads + trained * run.dtype.itemsize) * on_host,
+            covered=self._covered(len(blocks), len(stages)),
             **files,
         )
+
+    def _covered(self, blocks: int, stages: int) -> float:
+        """Return the part of the device's time that steps in host memory can run beside.
+
+        Earlier blocks are stepped while later ones run, and the last one while the next step's first ones do.
+        One block is stepped during its backward, or from a norm on that is known when it has ended; the next
+        forward needs first what is stepped last or, then, first.
+        """
+        if blocks > 1 and not (self.run.clips and self.run.clip == "global"):
+            return 1.0
+        forward = 0.25 if stages > blocks else 0.0  # of forward, recomputing and backward
+        return forward if self.run.clips else 1 - forward
 
     def _forward(self, setting: Setting, parts: Parts, stages: list[StageSizes]) -> Segment:
         """Return the forward of a layer without a graph, which not every setting has."""

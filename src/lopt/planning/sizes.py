@@ -161,6 +161,9 @@ class Sizes:
         Raises:
             ValueError: the model cannot be split into so many.
         """
+        most = len(self.layers) + 2
+        rule = f"<= {most}, the layers, the embedding and the LM head"
+        check(stages is None or stages <= most, "stages", stages, rule)
         tied = self.tied if len(blocks) == 1 else []
         check(stages is None or stages >= len(blocks), "stages", stages, f">= {len(blocks)}, the blocks")
         layers = [(layer, block.learns) for block in blocks for layer in block.layers]

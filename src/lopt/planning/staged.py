@@ -229,7 +229,8 @@ class StagedStep:
 
     def _step(self, stage: StageSizes) -> None:
         """Step a stage on the device, part by part."""
-        if self._moves and self._stage is not stage:
+        here = self._stage is stage
+        if self._moves and not here:
             self._put_away()
             self._enter(stage, will_step=True)
             self._waiting[stage.index] = stage.gradients
@@ -261,9 +262,11 @@ class StagedStep:
             if self.setting.offload != "none":
                 self._transfer.release(group)
         self._waiting.pop(stage.index, None)
-        if self._bytes_in:
+        if here:  # its state has been on its way since micro-batches ran
+            self.turns[-1] = replace(self.turns[-1], bytes_in=self.turns[-1].bytes_in + self._bytes_in)
+        else:
             self.turns.append(Turn(self._bytes_in, 0, 0.0))
-            self._bytes_in = 0.0
+        self._bytes_in = 0.0
 
     def _see(self, moment: Bytes) -> None:
         self.peak = max(self.peak, moment, key=total)
