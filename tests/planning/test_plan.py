@@ -268,5 +268,7 @@ def test_what_cannot_be_planned() -> None:
         llama().plan(replace(STAGED, stages=3))
     with pytest.raises(ValueError, match="add `offload` block"):
         llama().plan(replace(STAGED, optimizer_device="cpu"))
+    with pytest.raises(ValueError, match=r"<= 262,144 tokens, .* \(got 1,024,000,000\): plan a smaller"):
+        llama(batch=10**6, tokens=1024).plan(STAGED)
     with pytest.raises(ValueError, match=r"`num_blocks` must be <= 10, .* \(got 11\)"):
         llama().plan(Setting(num_blocks=11))

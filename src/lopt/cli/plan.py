@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,6 +23,7 @@ from lopt.planning.calibrate import calibrate
 from lopt.planning.plan import Plan, Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, candidates, search
+from lopt.planning.sizes import Method
 from lopt.reports.plan import GIB, bars, hiding, picture, table
 from lopt.validation import check, check_choice, check_number
 
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
         write_text(Path(args.svg), picture(plans, title, f"GiB on the device, {batch}") + "\n")
     if limit is not None:
         host = "cpu" if args.optimizer_device == "cpu" else None
-        found = search(planner, blocks, limit, *speed, args.method, args.stages, host)
+        found = search(planner, blocks, limit, *speed, _methods(args), args.stages, host)
         print(_proposal(found, limit, args))
 
 
@@ -123,9 +125,9 @@ def size_in_bytes(text: str) -> int:
 def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
     """Return the rows of the table."""
     rows = [Setting("e2e", 1), Setting("e2e", 1, checkpointing=True)]
-    stages = args.stages or [None]
-    ways = [(1, "e2e")] if "e2e" in args.method else []
-    ways += [(k, method) for k in blocks for method in args.method if method != "e2e"]
+    stages: Sequence[int | None] = args.stages or (None,)
+    ways: list[tuple[int, Method]] = [(1, "e2e")] if "e2e" in args.method else []
+    ways += [(k, method) for k in blocks for method in _methods(args) if method != "e2e"]
     host = args.optimizer_device == "cpu" or args.stages is not None
     for k, method in ways:
         rows += [
@@ -185,13 +187,17 @@ def _blocks(args: PlanArguments, layers: int) -> list[int]:
     return args.num_blocks or [k for k in BLOCKS if frozen + 2 <= k <= layers] or [frozen + 2]
 
 
+def _methods(args: PlanArguments) -> list[Method]:
+    return cast(list[Method], args.method)  # as `check_arguments` has found
+
+
 def _calibrated_setting(args: PlanArguments, blocks: int) -> Setting:
     """Return what `--calibrate` runs: the first of everything.
 
     Raises:
         ValueError: a combination that does not exist.
     """
-    method = args.method[0]
+    method = _methods(args)[0]
     return Setting(
         method,
         1 if method == "e2e" else blocks,

@@ -69,7 +69,7 @@ class StagedStep:
         prefetch: int,
     ) -> None:
         self.run, self.setting, self.parts, self.forward, self.stages = run, setting, parts, forward, stages
-        self.peak, self.turns = Bytes(), []
+        self.peak, self.turns = Bytes(), list[Turn]()
         self.stash = self.host_gradients = 0
         self._moves = setting.offload == "block"
         self._on_host = setting.optimizer_device == "cpu"
