@@ -155,8 +155,8 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
 def test_fit_of_stages(capsys: pytest.CaptureFixture) -> None:
     """End to end on an 8 GB card: a command in which the flags of the schedule are given."""
     assert plan(
-        "--model_name_or_path", "qwen2.5-7b", "--param_dtype", "bfloat16", "--method", "e2e", "--stages", 8, 30,
-        "--fit", "8GB",
+        "--model_name_or_path", "qwen2.5-7b", "--param_dtype", "bfloat16", "--method", "e2e",
+        "--stages", 8, 30, "--fit", "8GB",
     ) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "e2e, 30 stages, offload block, host steps" in out and "host steps at 40 GB/s" in out

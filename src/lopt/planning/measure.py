@@ -45,7 +45,7 @@ MEASURED: dict[Method, dict[str, int]] = {
 }
 
 MOST_TOKENS = 2**18
-"""Of a micro-batch. The fused LM head runs tile by tile, so that measuring takes time in proportion to them."""
+"""Of a micro-batch. The fused LM head runs tile by tile, which takes time in proportion to them."""
 
 
 @dataclass(frozen=True)
