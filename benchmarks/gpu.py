@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from block_memory import BF16, SHAPES, Loop, block_major
+from block_memory import BF16, SHAPES, Loop, staged
 from lopt.instruments.memory import MemoryTracker
 from lopt.planning.plan import Planner
 from lopt.planning.run import Run, Setting
@@ -97,20 +97,19 @@ def measured(
     loop = Loop(shape, args, setting, args.device)
     if args.device.startswith("cuda"):
         torch.cuda.empty_cache()
-    whole = (micro_batches, micro_batches)
-    loop.step(1, 1)
-    loop.step(*whole)
+    loop.step(1)
+    loop.step(micro_batches)
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-        times = [seconds(lambda: loop.step(*whole), args.device) for _ in range(steps)]
+        times = [seconds(lambda: loop.step(micro_batches), args.device) for _ in range(steps)]
         peak = torch.cuda.max_memory_allocated()
     else:
-        times = [seconds(lambda: loop.step(*whole), args.device) for _ in range(steps)]
+        times = [seconds(lambda: loop.step(micro_batches), args.device) for _ in range(steps)]
         with MemoryTracker(loop.model, loop.handle.heads, optimizer=loop.optimizer) as tracker:
-            loop.step(*whole)
+            loop.step(micro_batches)
         peak = tracker.peak.total
-    if loop.offload is not None:
-        loop.offload.transfer.close()
+    if loop.schedule is not None:
+        loop.schedule.close()
     tokens = micro_batches * args.batch * args.tokens
     return {"seconds": times, "tokens/s": tokens / statistics.median(times), "peak GiB": peak / 2**30}
 
@@ -121,7 +120,7 @@ def peak_case(shape: dict, args: argparse.Namespace) -> dict:
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     rows = {}
     for checkpointing in (False, True):
-        setting = block_major(4, "block", checkpointing=checkpointing)
+        setting = staged(4, "block", checkpointing=checkpointing)
         found = measured(shape, args, setting, 8)
         run = Run(
             config, args.batch, args.tokens, accumulation=8, autocast=False, device=args.device.split(":")[0]
@@ -140,8 +139,8 @@ def peak_case(shape: dict, args: argparse.Namespace) -> dict:
 def offload_case(shape: dict, args: argparse.Namespace) -> dict:
     """Speed with the block offloaded beside nothing offloaded, at 16 micro-batches."""
     settings = {
-        "none": block_major(4, "none", **BF16),
-        "block": block_major(4, "block", prefetch=args.prefetch, **BF16),
+        "none": staged(4, "none", **BF16),
+        "block": staged(4, "block", prefetch=args.prefetch, **BF16),
     }
     rows: dict[str, Any] = {name: [] for name in settings}
     for _ in range(args.rounds):
@@ -160,10 +159,10 @@ def equal_memory_case(shape: dict, args: argparse.Namespace) -> dict:
     }
     times: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
-        loop.step(1, 1)
+        loop.step(1)
     for _ in range(3 * args.rounds):
         for name, loop in loops.items():
-            times[name].append(seconds(lambda loop=loop: loop.step(4, 4), args.device))
+            times[name].append(seconds(lambda loop=loop: loop.step(4), args.device))
     ratios = [a / b for a, b in zip(*times.values(), strict=True)]
     del loops
     peaks = {

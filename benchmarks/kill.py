@@ -33,7 +33,7 @@ from lopt.reliability.checkpoint import WRITING, checkpoints, choose, damage, re
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from small_model import byte_tokenizer, flags, keep, tiny_llama
 
-KINDS = ("eager", "block_major", "grpo", "ranks")
+KINDS = ("eager", "block_major", "stages", "grpo", "ranks")
 RANKS = {"ranks": 2}
 STEPS = 8
 MEASURE_EVERY = 10
@@ -45,7 +45,11 @@ def train(kind: str, folder: Path, steps: int) -> None:
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     model = tiny_llama(len(tokenizer))
-    staged = dict(schedule="block_major", offload="block") if kind == "block_major" else {}
+    block_major: dict[str, Any] = dict(schedule="block_major", offload="block")
+    staged = {
+        "block_major": block_major,
+        "stages": block_major | dict(method="e2e", stages=4, optimizer_device="cpu"),
+    }.get(kind, {})
     common: dict[str, Any] = dict(
         output_dir=str(folder), max_steps=steps, save_steps=1, save_total_limit=2, learning_rate=1e-2,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, disable_tqdm=True, report_to="none",

@@ -351,6 +351,7 @@ def config_of(method: str) -> LoPTConfig:
     kind, k = method[:-1], int(method[-1])
     settings: dict[str, dict[str, Any]] = {
         "staged": dict(schedule="block_major", offload="optimizer"),
+        "host": dict(schedule="block_major", stages=6, offload="block", optimizer_device="cpu"),
         "next": dict(aux_loss="next_token"),
     }
     return LoPTConfig(num_blocks=k, head_warmup_steps=3, lr_k1=1e-3, **settings.get(kind, {}))

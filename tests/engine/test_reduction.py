@@ -23,6 +23,7 @@ CASES = [f"{t}-{m}" for t in ("sft", "sft_empty", "grpo") for m in ("lopt2", "lo
 DDP_ONLY = [
     *(f"{t}-staged3" for t in ("sft", "sft_empty", "grpo")),
     "sft-next3",
+    "sft-host2",
     "sft_empty-next3",
     "lfm2-lopt2",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
@@ -39,14 +40,16 @@ def run(tiny_folder: Path, tmp_path: Path):
         folder: str = "run",
         checkpoint: Path | None = None,
         dtype: torch.dtype = torch.float32,
+        peft: bool = False,
         **changes: Any,
     ) -> tuple[dict[str, torch.Tensor], list[dict], Any]:
         trainer = LoPTSFTTrainer(
             tiny(name, dtype, vocab_size=260, max_position_embeddings=256),
             args=LoPTSFTConfig(output_dir=str(tmp_path / folder), **COMMON | changes),
             lopt_config=LoPTConfig(
-                num_blocks=k, schedule=schedule, head_warmup_steps=2, lr_k1=1e-2, **config or {}
+                **dict(num_blocks=k, schedule=schedule, head_warmup_steps=2, lr_k1=1e-2) | (config or {})
             ),
+            peft_config=LoraConfig(target_modules=["c_attn"], r=4, fan_in_fan_out=True) if peft else None,
             train_dataset=Dataset.from_list(ROWS),
             eval_dataset=Dataset.from_list(ROWS[:6]),
             processing_class=tokenizer,
@@ -95,6 +98,39 @@ def test_weights_are_those_of_the_eager_schedule(run, k: int, accumulation: int)
         for key in row:
             if key.startswith(("loss", "local", "grad", "learning", "entropy", "mean_token")):
                 assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-6), key
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "e2e": dict(method="e2e", stages=6),
+    "lopt": dict(num_blocks=2, stages=5),
+    "global": dict(num_blocks=2, stages=5, clip="global"),
+    "frozen": dict(method="frozen", num_blocks=2, stages=4),
+    "lora": dict(method="lora", stage_layers=1),
+}
+HOST = dict(offload="block", optimizer_device="cpu", prefetch_gib=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_runs_in_stages(run, tmp_path: Path, method: str) -> None:
+    """Losses and weights of the eager schedule, tokens counted alike, and a resumed run is the whole one."""
+    adapters = dict(peft=True) if method == "lora" else {}
+    flags: dict[str, Any] = dict(
+        gradient_accumulation_steps=4, per_device_train_batch_size=2, max_steps=6, save_strategy="steps",
+        save_steps=2, save_total_limit=9, lr_scheduler_type="linear", **adapters,
+    )  # fmt: skip
+    config = METHODS[method]
+    plain = {key: value for key, value in config.items() if not key.startswith("stage")}
+    eager, logs, _ = run("eager", 2, "gpt2", plain, "eager", **flags)
+    staged, other_logs, _ = run("block_major", 2, "gpt2", config | HOST, "staged", **flags)
+    same(eager, staged)
+    for row, other in zip(logs, other_logs, strict=True):
+        assert other.keys() - {"host_wait_seconds"} == row.keys()
+        for key in row:
+            if key.startswith(("loss", "local", "grad", "learning", "num_tokens", "mean_token")):
+                assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-6), key
+    checkpoint = tmp_path / "staged" / "checkpoint-2"
+    resumed, _, _ = run("block_major", 2, "gpt2", config | HOST, "again", checkpoint=checkpoint, **flags)
+    same(staged, resumed, tolerance=0.0)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "qwen3", "opt", "phi", "falcon", "mistral", "gpt_neox"])
@@ -232,14 +268,14 @@ def test_each_block_is_stepped_once_and_with_its_own_gradient_only(run, monkeypa
     assert stepped == [{0}, {1}, {2}, {3}] * 2
 
 
-@pytest.mark.parametrize("generation", [1, 2, 4])
-def test_grpo(tiny_folder: Path, tmp_path: Path, generation: int) -> None:
+@pytest.mark.parametrize(("generation", "method"), [(1, "lopt"), (2, "lopt"), (4, "lopt"), (2, "e2e")])
+def test_grpo(tiny_folder: Path, tmp_path: Path, generation: int, method: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
 
     fixed = fixed_rollouts(tokenizer, lambda i, prompt: "so be it " * (i % 3 + 1))
     ends = []
     for schedule, offload in (("eager", "none"), ("block_major", "none"), ("block_major", "block")):
-        how = dict(schedule=schedule, offload=offload, head_warmup_steps=2, lr_k1=1e-2)
+        how = dict(schedule=schedule, offload=offload, head_warmup_steps=2, lr_k1=1e-2, method=method)
         trainer = LoPTGRPOTrainer(
             tiny("llama-tied", vocab_size=260, max_position_embeddings=256),
             reward_funcs=lambda completions, **_: [float(len(c) % 7) + i for i, c in enumerate(completions)],
@@ -249,7 +285,7 @@ def test_grpo(tiny_folder: Path, tmp_path: Path, generation: int) -> None:
                 gradient_accumulation_steps=2, steps_per_generation=generation, loss_type="grpo",
                 num_iterations=2, beta=0.0, **COMMON | {"max_steps": 4},
             ),
-            lopt_config=LoPTConfig(num_blocks=3, **how),
+            lopt_config=LoPTConfig(num_blocks=3, **how, stages=5 if offload == "block" else None),
             train_dataset=Dataset.from_list([{"prompt": f"Question {i}: "} for i in range(12)]),
             processing_class=tokenizer,
         )  # fmt: skip
@@ -259,20 +295,26 @@ def test_grpo(tiny_folder: Path, tmp_path: Path, generation: int) -> None:
         same(ends[0], staged, tolerance=1e-5 if generation == 4 else 1e-6)
 
 
-def test_dpo(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters", [False, True])
+def test_dpo(tiny_folder: Path, tmp_path: Path, adapters: bool) -> None:
+    """With adapters the reference is the same model without them, in a whole forward beside a stage's."""
+    method: dict[str, Any] = dict(method="lora") if adapters else dict(num_blocks=3)
     pairs = [{"prompt": f"Q {i}: ", "chosen": "yes " * (i % 3 + 1), "rejected": "no "} for i in range(12)]
     ends = []
     for schedule, offload in (("eager", "none"), ("block_major", "block")):
         settings = COMMON | {"max_steps": 4, "bf16": False, "gradient_checkpointing": False}
         how = dict(schedule=schedule, offload=offload, head_warmup_steps=2, lr_k1=1e-2)
+        torch.manual_seed(0)
+        other = tiny("llama", vocab_size=260, max_position_embeddings=256, seed=1)
         trainer = LoPTDPOTrainer(
             tiny("llama", vocab_size=260, max_position_embeddings=256),
-            ref_model=tiny("llama", vocab_size=260, max_position_embeddings=256, seed=1),
+            ref_model=None if adapters else other,
+            peft_config=LoraConfig(target_modules=["q_proj"], r=4) if adapters else None,
             args=DPOConfig(
                 output_dir=str(tmp_path), per_device_train_batch_size=2,
                 gradient_accumulation_steps=2, **settings,
             ),
-            lopt_config=LoPTConfig(num_blocks=3, **how),
+            lopt_config=LoPTConfig(**method, **how, stages=5 if offload == "block" else None),
             train_dataset=Dataset.from_list(pairs),
             processing_class=AutoTokenizer.from_pretrained(tiny_folder),
         )  # fmt: skip

@@ -97,6 +97,11 @@ def split(num_layers: int, config: LoPTConfig) -> list[tuple[int, int]]:
     Raises:
         ValueError: The model has too few layers, or no earlier block is left to learn.
     """
+    if config.stages is not None and config.stages > num_layers + 2:
+        raise ValueError(
+            f"`stages` must be <= {num_layers + 2}, the layers, the embedding and the LM head (got "
+            f"{config.stages})"
+        )
     if not config.is_cut:
         return [(0, num_layers)]
     starts = config.block_boundaries

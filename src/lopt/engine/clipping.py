@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,19 +31,19 @@ def clip_gradients(lopt: LoPT, max_norm: float = math.inf) -> Tensor:
     return norms
 
 
-def clip_block(lopt: LoPT, index: int, max_norm: float = math.inf) -> Tensor:
-    """Clip the gradient of block `index` (from 0) and its head; returns its norm before clipping, ()."""
-    kinds = _by_kind(lopt.block_parameters(index))
-    norm = _norm(kinds, lopt.device)
-    _scale(kinds, max_norm, norm)
-    return norm
-
-
 def total_norm(norms: list[Tensor], device: torch.device) -> Tensor:
     """Return the norm () of all gradients whose own norms are given; 0 if there are none."""
     if not norms:
         return torch.zeros((), device=device)
     return torch.linalg.vector_norm(torch.stack(norms)).float()
+
+
+@torch.no_grad()
+def scale(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Multiply gradients by what brings `norm` down to `max_norm`, as `clip_grads_with_norm_` does."""
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
 
 
 def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 
+from lopt.engine.clipping import scale
 from lopt.engine.host_transfer import TensorGroup
 from lopt.engine.optimizer import BlockOptimizer
 from lopt.instruments.memory import count_as_host, counted_as_host
@@ -60,13 +60,10 @@ class HostOptimizer:
             if arrived is not None:
                 arrived.synchronize()
             with counted_as_host():
-                for parameter, gradient in gradients.items():
-                    parameter.grad = gradient
                 if on_host is not None:
-                    clip_grads_with_norm_(gradients, max_norm, on_host)
-                self.optimizer.step_stage(stage, settings)
-                for parameter in gradients:
-                    parameter.grad = None
+                    scale(gradients.values(), max_norm, on_host)
+                # Not as their `grad`, which belongs to the thread of the training.
+                self.optimizer.step_stage(stage, gradients, settings)
             for group in self.optimizer.state_groups(stage):
                 count_as_host(group.get().values())
 

@@ -120,25 +120,39 @@ class BlockOptimizer(Optimizer):
         assert closure is None, "a block's gradients are final when it is stepped"
         self._step(self.parts)
 
-    def step_stage(self, index: int, settings: list[dict[str, Any]] | None = None) -> None:
+    def step_stage(
+        self,
+        index: int,
+        gradients: dict[nn.Parameter, Tensor] | None = None,
+        settings: list[dict[str, Any]] | None = None,
+    ) -> None:
         """Step every parameter of one stage that has a gradient.
 
         Args:
             index: Of the stage.
-            settings: The learning rates and other settings of the parameter groups, if not their present
-                ones.
+            gradients: By parameter; default: their `grad`.
+            settings: Learning rates and the like, by parameter group; default: the present ones.
         """
-        self._step([part for part in self.parts if part.stage == index], settings)
+        self._step([part for part in self.parts if part.stage == index], gradients, settings)
 
     @torch.no_grad()
-    def _step(self, parts: list[_Part], settings: list[dict[str, Any]] | None = None) -> None:
-        active = [part for part in parts if any(p.grad is not None for p in part.parameters)]
+    def _step(
+        self,
+        parts: list[_Part],
+        gradients: dict[nn.Parameter, Tensor] | None = None,
+        settings: list[dict[str, Any]] | None = None,
+    ) -> None:
+        if gradients is None:
+            gradients = {p: p.grad for part in parts for p in part.parameters if p.grad is not None}
+        active = [part for part in parts if any(p in gradients for p in part.parameters)]
+        if not active:
+            return
         self._count_updates(active)
         _copy_settings(settings or self.param_groups, self.optimizer.param_groups)
         for part in active:
             if self._transfer is not None:
                 self._transfer.fetch(part.state)
-            with self._loaded_proxies(part), self._widened_state(part), self._restricted_to(part):
+            with self._loaded_proxies(part, gradients), self._widened_state(part), self._restricted_to(part):
                 self.optimizer.step()
             if self._transfer is not None:
                 self._transfer.release(part.state)
@@ -190,11 +204,14 @@ class BlockOptimizer(Optimizer):
     # -- one part at work ------------------------------------------------------------------------
 
     @contextmanager
-    def _loaded_proxies(self, part: _Part) -> Iterator[None]:
-        """Within, proxies hold values and gradients, in float32 where the weights are bfloat16."""
-        learning = [p for p in part.parameters if p.grad is not None]
+    def _loaded_proxies(self, part: _Part, gradients: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+        """Within, proxies hold values and gradients, in float32 where the weights are bfloat16.
+
+        Gradients are taken out of `gradients`.
+        """
+        learning = [p for p in part.parameters if p in gradients]
         for p in learning:
-            self._load_proxy(p)
+            self._load_proxy(p, gradients.pop(p))
         yield
         for p in learning:
             proxy = self._proxies[p]
@@ -208,12 +225,11 @@ class BlockOptimizer(Optimizer):
                 self.state[proxy][MASTER] = proxy.data
             proxy.data = proxy.data.new_empty(0)
 
-    def _load_proxy(self, p: nn.Parameter) -> None:
+    def _load_proxy(self, p: nn.Parameter, gradient: Tensor) -> None:
         proxy = self._proxies[p]
-        assert p.grad is not None
         master = self.state[proxy].get(MASTER) if proxy in self.state else None
         proxy.data = p.data.to(proxy.dtype) if master is None else master
-        proxy.grad = p.grad.to(proxy.dtype)
+        proxy.grad = gradient.to(proxy.dtype)
         if self._transfer is not None:
             p.grad = None
 

@@ -43,9 +43,6 @@ class Stages(Sequence[Stage]):
 
     Args:
         lopt: The handle.
-
-    Raises:
-        ValueError: A block cannot be split into so many stages.
     """
 
     def __init__(self, lopt: LoPT) -> None:
@@ -140,9 +137,6 @@ def split_into_stages(
 
     Returns:
         For each block its stages as spans (start, stop) of parts.
-
-    Raises:
-        ValueError: The model cannot be split into so many stages.
     """
     ends = [stop + 1 for stop in block_stops]
     ends[-1] += 1
@@ -152,10 +146,7 @@ def split_into_stages(
     tables = [_Splits(costs[start:stop]) for start, stop in parts]
     numbers = [1] * len(parts)
     wanted = len(parts) if stages is None else stages
-    if wanted > len(costs):
-        raise ValueError(
-            f"`stages` must be <= {len(costs)}, the number of layers and the two ends (got {wanted})"
-        )
+    assert wanted <= len(costs), "the caller has checked the number of stages"
     while sum(numbers) < wanted:  # the largest stage is split next
         possible = [b for b, (start, stop) in enumerate(parts) if numbers[b] < stop - start]
         largest = max(possible, key=lambda b: tables[b].largest(numbers[b]))

@@ -83,6 +83,13 @@ class Updates:
         if self.max_norm == math.inf or (block_done and self._lopt.config.clip == "block"):
             self._step_held()
 
+    def steps_at_once(self, stage: Stage) -> bool:
+        """Return whether `stage` is stepped as soon as its gradient is final, which it is on this visit."""
+        if not self.stages.parameters(stage) or self._lopt.config.optimizer_device == "cpu":
+            return False
+        known = self._lopt.config.clip == "block" and not self.stages.reaches_back(stage)
+        return self.max_norm == math.inf or known
+
     def put_away(self) -> None:
         """Move gradients of offloaded weights to host memory, before the device turns to another stage.
 

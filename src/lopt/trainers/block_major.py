@@ -57,8 +57,9 @@ class BlockMajorSteps:
         if torch.distributed.is_initialized():
             self._updates.reduce = average_gradients
         self._schedule = BlockMajor(trainer.lopt, self._updates, self.offload)
-        self._schedule.seed_of = lambda slot: random_seed(trainer, slot)
+        self._schedule.passes.seed_of = lambda slot: random_seed(trainer, slot)
         self._schedule.after_pass = self._after_pass
+        self._waited = 0.0
         self.begin_step()
 
     @property
@@ -76,6 +77,9 @@ class BlockMajorSteps:
     def end_step(self) -> None:
         """End an optimizer step."""
         self._schedule.end_step()
+        if self.offload is not None and self.offload.host is not None:
+            waited, self._waited = self._waited, self.offload.transfer.waited
+            self._trainer.average("host_wait_seconds", self._waited - waited)
         self.begin_step()
 
     def run_to_last_stage(self, batches: list[Any], items: Any) -> None:

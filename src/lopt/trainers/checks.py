@@ -70,7 +70,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         ValueError: several GPUs in one process; arguments of transformers or TRL that cannot be obeyed;
             reentrant checkpointing, DeepSpeed, FSDP 1, vLLM or a synced reference model with an embedding
             that is untied; block-major with FSDP, a gradient scaler or routers; offloaded weights with
-            several processes or vLLM; precision that FSDP2 does not keep.
+            vLLM; precision that FSDP2 does not keep.
         ImportError: FSDP2 with an accelerate that is too old for it; vLLM is not installed.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -257,12 +257,6 @@ def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) 
         raise ValueError("`schedule` block_major does not run on FSDP2: use `schedule` eager, or DDP")
     if args.fp16:
         raise ValueError("`schedule` block_major steps blocks without a gradient scaler: use `bf16`")
-    if config.offload == "block" and args.world_size > 1:
-        raise ValueError(
-            "`offload` block keeps the whole model in the host memory of each of the "
-            f"{args.world_size} processes, which cannot average its gradients: use `offload` optimizer, "
-            "one process, or FSDP2 with `schedule` eager"
-        )
     if config.offload == "block" and getattr(args, "use_vllm", False):
         raise ValueError(
             "`offload` block with `use_vllm`: vLLM would read weights that are not on the device: "

@@ -1,0 +1,220 @@
+"""One micro-batch in one stage: a forward of the model in which that stage alone runs.
+
+The layers before the stage return what they are given, its input comes from the stash, and behind it the
+forward is ended. Masks, rotary embeddings and layer types stay the library's. A forward without gradients (of
+a reference model that shares the weights, of an evaluation) is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt.architectures import base_model
+from lopt.compat import recompute_forward_only
+from lopt.core.attach import LoPT
+from lopt.core.blocks import Block
+from lopt.core.boundaries import BoundaryReached
+from lopt.engine.random_state import RandomState, random_numbers, random_state, set_random_state
+from lopt.engine.stages import Stage, Stages
+from lopt.engine.stash import Stash
+
+FIRST_INPUT = -1
+"""Place in the stash of the input of block 1's first layer, in the midst of its first stage."""
+
+
+@dataclass
+class Pass:
+    """One micro-batch in one stage.
+
+    Attributes:
+        with_graph: Gradients are recorded.
+        feeds: What the layers of these numbers are given in place of their input, (B, T, H).
+        output: (B, T, H) what came out of the stage.
+    """
+
+    stage: Stage
+    slot: int
+    with_graph: bool
+    feeds: dict[int, Tensor] = field(default_factory=dict)
+    output: Tensor | None = None
+
+
+class StagePasses:
+    """Lets forwards of an attached model run one stage.
+
+    Args:
+        lopt: The handle.
+        stages: The stages.
+        stash: Where their inputs are, and the gradients of those go.
+        learns: Returns whether a block learns in this optimizer step, by its index.
+
+    Attributes:
+        seed_of: Returns the seed of the random numbers of a micro-batch, by its number.
+    """
+
+    def __init__(self, lopt: LoPT, stages: Stages, stash: Stash, learns: Callable[[int], bool]) -> None:
+        self.seed_of: Callable[[int], int] = lambda slot: slot
+        self._lopt = lopt
+        self._stages = stages
+        self._stash = stash
+        self._learns = learns
+        self._embedding: Any = base_model(lopt.model).get_input_embeddings()
+        self._random: dict[tuple[int, int], RandomState] = {}  # before each stage, by stage and micro-batch
+        self._pass: Pass | None = None  # that the next forward with gradients is
+        self._running: Pass | None = None
+        self._own_forwards: dict[Any, Any] = {}
+        self._beside: tuple[None, ...] | None = None  # what layers return beside a hidden state, if tuples
+        decoder, layers = lopt.blocks.decoder, lopt.blocks.layers
+        # Ahead of the handle's own hooks, which must see the pass and its real input.
+        lopt.hooks.append(decoder.register_forward_pre_hook(self._enter_decoder, prepend=True))
+        lopt.hooks.append(decoder.register_forward_hook(self._leave_decoder, always_call=True))
+        for index, layer in enumerate(layers):
+            enter = partial(self._enter_layer, index)
+            lopt.hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        lopt.hooks.append(layers[0].register_forward_hook(self._note_kind))
+        lopt.hooks.append(layers[-1].register_forward_hook(self._leave_last_layer))
+
+    def begin_step(self) -> None:
+        """Forget the random states of the optimizer step before."""
+        self._random.clear()
+
+    @contextmanager
+    def running(self, stage: Stage, slot: int, with_graph: bool) -> Iterator[Pass]:
+        """Within, a forward with gradients on runs `stage` alone."""
+        self._pass = Pass(stage, slot, with_graph)
+        try:
+            with random_numbers(self._lopt.device, self.seed_of(slot)):
+                yield self._pass
+                self._random.setdefault((stage.index + 1, slot), random_state(self._lopt.device))
+        finally:
+            self._stop_running()
+            self._pass = None
+
+    def _inputs(self, one: Pass) -> dict[int, Tensor]:
+        """Return what is fed to layers in this pass: the stage's input, and for a local loss the block's."""
+        stage = one.stage
+        feeds: dict[int, Tensor] = {}
+        if stage.index == 0:
+            return feeds
+        block = self._lopt.blocks[stage.block]
+        if one.with_graph and self._has_local_loss(stage) and stage.start > block.start:
+            feeds[block.start] = self._stash.get(self._place_of_input(block), one.slot)
+        leaf = self._stash.get(stage.index, one.slot)
+        if one.with_graph and self._stages.reaches_back(stage):
+            leaf.requires_grad_()
+            leaf.register_post_accumulate_grad_hook(partial(self._keep_gradient, stage.index, one.slot))
+        feeds[stage.start] = leaf
+        return feeds
+
+    def _has_local_loss(self, stage: Stage) -> bool:
+        return stage.closes and stage.block in self._lopt.learning
+
+    def _keeps_first_input(self, one: Pass) -> bool:
+        """Return whether a later stage has the local loss of block 1, which is about this input."""
+        stage = one.stage
+        early = stage.index == 0 and stage.stop > 0 and not stage.closes and not one.with_graph
+        return early and 0 in self._lopt.learning and self._learns(0)
+
+    def _place_of_input(self, block: Block) -> int:
+        """Return the place in the stash of the input (B, T, H) of a block's first layer."""
+        opening: Stage = self._stages.of_block(block.index)[0]
+        if opening.index > 0:
+            return opening.index
+        return 1 if opening.stop == 0 else FIRST_INPUT
+
+    def _keep_gradient(self, stage: int, slot: int, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        self._stash.put(stage, slot, leaf.grad)
+        leaf.grad = None
+
+    # -- hooks ---------------------------------------------------------------------------------------
+
+    def _enter_decoder(self, module: Any, args: tuple) -> None:
+        self._stop_running()  # a forward that Ctrl-C has ended
+        one = self._pass
+        if one is None or not torch.is_grad_enabled():
+            return
+        layers = self._lopt.blocks.layers
+        one.feeds = self._inputs(one)
+        replaced: dict[Any, Callable[..., Any]] = {
+            layer: self._skip_layer for layer in layers[: one.stage.start]
+        }
+        if one.stage.index > 0:
+            replaced[self._embedding] = self._skip_embedding
+        if one.stage.start == len(layers):
+            replaced[layers[-1]] = partial(self._skip_to, one.feeds[len(layers)])
+        self._running, self._lopt.active_block = one, one.stage.block
+        self._own_forwards = {module: vars(module).get("forward") for module in replaced}
+        for module, forward in replaced.items():
+            module.forward = forward
+        if one.with_graph:
+            recompute_forward_only([self._lopt.blocks.decoder, *layers])
+        else:
+            torch.set_grad_enabled(False)
+
+    def _leave_decoder(self, module: Any, args: tuple, output: Any) -> None:
+        self._stop_running()
+
+    def _stop_running(self) -> None:
+        """Give the model its own forwards back."""
+        if self._running is None:
+            return
+        for module, forward in self._own_forwards.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+        self._running, self._lopt.active_block, self._own_forwards = None, None, {}
+        torch.set_grad_enabled(True)
+
+    def _enter_layer(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        one = self._running
+        if one is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if index == 0 and self._keeps_first_input(one):
+            self._stash.put(FIRST_INPUT, one.slot, hidden)
+        if index == one.stage.stop and one.stage.index + 1 < len(self._stages):
+            one.output = hidden
+            raise BoundaryReached
+        if index not in one.feeds:
+            return None
+        if index == one.stage.start:
+            self._continue_random(one)
+        hidden = one.feeds[index]
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    def _continue_random(self, one: Pass) -> None:
+        """Go on where the stage before has ended; what feeds the first layer may have drawn some."""
+        set_random_state(self._lopt.device, self._random[one.stage.index, one.slot])
+
+    def _leave_last_layer(self, module: Any, args: tuple, output: Any) -> None:
+        one = self._running
+        layers = len(self._lopt.blocks.layers)
+        if one is not None and one.stage.start == layers:
+            self._continue_random(one)
+        if one is not None and one.stage.stop == layers and one.stage.index + 1 < len(self._stages):
+            one.output = output[0] if isinstance(output, tuple | list) else output
+            raise BoundaryReached
+
+    def _note_kind(self, module: Any, args: tuple, output: Any) -> None:
+        """Note what a layer returns: stages run in order, so that layer 1 runs before any is skipped."""
+        if isinstance(output, tuple | list):
+            self._beside = (None,) * (len(output) - 1)
+
+    def _skip_embedding(self, input_ids: Tensor) -> Tensor:
+        """Return zeros (B, T, E) in place of an embedding that no layer reads."""
+        weight = self._embedding.weight
+        return weight.new_zeros((*input_ids.shape, weight.shape[1]), device=input_ids.device)
+
+    def _skip_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states if self._beside is None else (hidden_states, *self._beside)
+
+    def _skip_to(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._skip_layer(hidden)
