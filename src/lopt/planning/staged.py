@@ -108,25 +108,34 @@ class StagedStep:
         self._stage_done(last)
         own = [stage for stage in self.stages if stage.block == last.block]
         for stage in reversed(own[:-1]):
-            self._enter(stage, will_step=True)
+            self._enter(stage, with_graph=True)
             self._pass(stage, with_graph=True)
             self._stage_done(stage)
 
-    def _enter(self, stage: StageSizes, will_step: bool) -> None:
-        if stage is self._stage:
-            return
-        self._put_away()
-        self._leave()
-        self._stage = stage
-        for group in self._weights[stage.index]:
-            self._fetch(group)
-        self._announce(stage, will_step)
+    def _enter(self, stage: StageSizes, with_graph: bool) -> None:
+        if with_graph and not stage.opens:
+            after = stage.index - 1
+        elif with_graph:
+            after = 1 + max(s.index for s in self.stages if s.block == stage.block)
+        else:
+            after = stage.index + 1
+        following = self.stages[after] if after < len(self.stages) else None
+        self._turn_to(stage, with_graph and self._steps_at_once(stage), following)
 
-    def _announce(self, stage: StageSizes, will_step: bool) -> None:
+    def _turn_to(self, stage: StageSizes, will_step: bool, following: StageSizes | None) -> None:
+        if stage is not self._stage:
+            self._put_away()
+            self._leave()
+            self._stage = stage
+            for group in self._weights[stage.index]:
+                self._fetch(group)
         if will_step:
             self._transfer.prefetch(self._state[stage.index])
-        if stage.index + 1 < len(self.stages):
-            self._transfer.prefetch(self._weights[stage.index + 1])
+        if following is not None:
+            self._transfer.prefetch(self._weights[following.index])
+
+    def _steps_at_once(self, stage: StageSizes) -> bool:
+        return not self.run.clips or (not stage.reaches_back and self.run.clip == "block")
 
     def _leave(self) -> None:
         if self._stage is not None:
@@ -148,18 +157,18 @@ class StagedStep:
         self._waiting[stage.index] = stage.gradients
         if stage.borrowed:
             self._shared = sum(t.nbytes for t in stage.borrowed)
-        if not self.run.clips or (not stage.reaches_back and self.run.clip == "block"):
+        if self._steps_at_once(stage):
             self._step_held()
 
     def _step_held(self) -> None:
         held, self._held = sorted(self._held, key=lambda stage: stage.index), []
-        for stage in held:
+        for number, stage in enumerate(held):
             if self._on_host:
                 self._gradients_on_host[stage.index] = stage.gradients
                 self._waiting.pop(stage.index, None)
                 self._put_away()
             else:
-                self._step(stage)
+                self._step(stage, held[number + 1] if number + 1 < len(held) else None)
         if held and self._on_host:
             self._leave()
 
@@ -227,12 +236,11 @@ class StagedStep:
             if number:  # the input of a layer goes, autocast's copies stay
                 trace.activations = before + self.parts.casts
 
-    def _step(self, stage: StageSizes) -> None:
+    def _step(self, stage: StageSizes, following: StageSizes | None) -> None:
         """Step a stage on the device, part by part."""
         here = self._stage is stage
         if self._moves and not here:
-            self._put_away()
-            self._enter(stage, will_step=True)
+            self._turn_to(stage, will_step=True, following=following)
             self._waiting[stage.index] = stage.gradients
             self._bytes_in += stage.gradients
         if stage.index == 0:
