@@ -50,15 +50,6 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 BLOCK = LoPTConfig(schedule="block_major", offload="block")
 
 
-def test_weights_that_travel_are_for_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    args = LoPTSFTConfig(output_dir=str(tmp_path))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(type(args), "world_size", 2)
-    with pytest.raises(ValueError, match="use `offload` optimizer"):
-        check_settings(args, BLOCK)
-    check_settings(args, BLOCK.replace(offload="optimizer"))
-
-
 def test_weights_that_travel_are_not_for_vllm(tmp_path: Path) -> None:
     args = LoPTGRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8)
     args.use_vllm = True

@@ -95,6 +95,7 @@ class BlockMajorSteps:
         self._items, self._prepared = items, self._prepare(batches)
         self._schedule.run_to_last_stage(len(batches), self._forward)
         self._set_slot(0)
+        trainer.guard.phase = "step"
         self._in_loop = True
 
     def run_back(self) -> None:
