@@ -152,6 +152,22 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
     assert "--calibrate would run k=3" in capsys.readouterr().err
 
 
+def test_fit_of_stages(capsys: pytest.CaptureFixture) -> None:
+    """End to end on an 8 GB card: a command in which the flags of the schedule are given."""
+    assert plan(
+        "--model_name_or_path", "qwen2.5-7b", "--param_dtype", "bfloat16", "--method", "e2e",
+        "--stages", 8, 30, "--fit", "8GB",
+    ) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "e2e, 30 stages, offload block, host steps" in out and "host steps at 40 GB/s" in out
+    flags = flags_of(out[out.index("lopt sft ") :])
+    wanted = dict(method="e2e", schedule="block_major", stages="30", offload="block", optimizer_device="cpu")
+    assert wanted.items() <= {name.removeprefix("--"): value for name, value in flags.items()}.items()
+    assert "--num_blocks" not in flags
+    assert plan("--model_name_or_path", "qwen2.5-7b", "--method", "lora") == 2
+    assert "--method must be one of lopt, e2e, frozen (got lora)" in capsys.readouterr().err
+
+
 def test_sizes() -> None:
     assert size_in_bytes("24GiB") == size_in_bytes("24") == size_in_bytes("24 g") == 24 * GIB
     assert size_in_bytes("80GB") == 80 * 10**9

@@ -262,7 +262,13 @@ def test_what_cannot_be_planned() -> None:
         Planner(replace(llama().run, optimizer="lomo"))
     with pytest.raises(ValueError, match=r"`offload` must be none unless `schedule`"):
         llama().plan(Setting(offload="block"))
-    with pytest.raises(ValueError, match=r"`schedule` must be eager unless `method`"):
-        llama().plan(Setting("frozen", 2, "block_major"))
+    with pytest.raises(ValueError, match=r"`stages` must be <= 12, the layers, .* \(got 13\)"):
+        llama().plan(Setting("e2e", 1, "block_major", stages=13))
+    with pytest.raises(ValueError, match=r"`stages` must be >= 4, the number of blocks \(got 3\)"):
+        llama().plan(replace(STAGED, stages=3))
+    with pytest.raises(ValueError, match="add `offload` block"):
+        llama().plan(replace(STAGED, optimizer_device="cpu"))
+    with pytest.raises(ValueError, match=r"<= 262,144 tokens, .* \(got 1,024,000,000\): plan a smaller"):
+        llama(batch=10**6, tokens=1024).plan(STAGED)
     with pytest.raises(ValueError, match=r"`num_blocks` must be <= 10, .* \(got 11\)"):
         llama().plan(Setting(num_blocks=11))

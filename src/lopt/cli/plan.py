@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,6 +23,7 @@ from lopt.planning.calibrate import calibrate
 from lopt.planning.plan import Plan, Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, candidates, search
+from lopt.planning.sizes import Method
 from lopt.reports.plan import GIB, bars, hiding, picture, table
 from lopt.validation import check, check_choice, check_number
 
@@ -29,13 +31,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9}
 # What the printed command always says, and what it says where it is not the default.
 ALWAYS = (
-    "model_name_or_path", "param_dtype", "num_blocks", "per_device_train_batch_size",
+    "model_name_or_path", "param_dtype", "method", "num_blocks", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_length", "optim",
 )  # fmt: skip
 IF_CHANGED = (
     "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
-    "use_cpu", "gradient_checkpointing", "schedule", "offload",
+    "use_cpu", "gradient_checkpointing", "schedule", "stages", "offload", "optimizer_device", "clip",
 )  # fmt: skip
+
+CHOSEN = ("method", "num_blocks", "schedule", "stages", "offload", "optimizer_device")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,11 +49,10 @@ def main(arguments: Sequence[str]) -> None:
     planner = Planner(_run(args))
     blocks = _blocks(args, len(planner.sizes.layers))
     if args.calibrate:
-        setting = Setting("lopt", blocks[0], args.schedule, args.gradient_checkpointing, args.offload)
-        print(_calibrated(planner, setting))
+        print(_calibrated(planner, _calibrated_setting(args, blocks[0])))
         return
     speed = args.tflops, args.bandwidth
-    plans = [planner.plan(setting) for setting in settings(blocks)]
+    plans = [planner.plan(setting) for setting in settings(args, blocks)]
     print(_headline(args, planner))
     print(table(plans, *speed), bars(plans), hiding(plans, planner.run.step_tokens, *speed), sep="\n")
     if args.json:
@@ -60,7 +63,9 @@ def main(arguments: Sequence[str]) -> None:
         title = f"{args.model_name_or_path}: peak memory"
         write_text(Path(args.svg), picture(plans, title, f"GiB on the device, {batch}") + "\n")
     if limit is not None:
-        print(_proposal(search(planner, blocks, limit, *speed), limit, args))
+        host = "cpu" if args.optimizer_device == "cpu" else None
+        found = search(planner, blocks, limit, *speed, _methods(args), args.stages, host)
+        print(_proposal(found, limit, args))
 
 
 def check_arguments(args: PlanArguments) -> int | None:
@@ -89,6 +94,10 @@ def check_arguments(args: PlanArguments) -> int | None:
         )
     names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
     LoPTConfig(**{name: getattr(args, name) for name in names})
+    for count in args.stages or ():
+        check_number("stages", count, minimum=1)
+    for method in args.method or [""]:
+        check_choice("method", method, ("lopt", "e2e", "frozen"))
     check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
     for name in ("json", "svg"):
         if (value := getattr(args, name)) is not None:
@@ -113,21 +122,31 @@ def size_in_bytes(text: str) -> int:
     return int(size)
 
 
-def settings(blocks: Iterable[int]) -> list[Setting]:
+def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
     """Return the rows of the table."""
     rows = [Setting("e2e", 1), Setting("e2e", 1, checkpointing=True)]
-    for k in blocks:
-        rows += [s for s in candidates(k) if s.schedule == "eager" or not s.checkpointing]
-    return rows
+    stages: Sequence[int | None] = args.stages or (None,)
+    ways: list[tuple[int, Method]] = [(1, "e2e")] if "e2e" in args.method else []
+    ways += [(k, method) for k in blocks for method in _methods(args) if method != "e2e"]
+    host = args.optimizer_device == "cpu" or args.stages is not None
+    for k, method in ways:
+        rows += [
+            s
+            for s in candidates(k, method, stages)
+            if (s.schedule == "eager" or not s.checkpointing) and (host or s.optimizer_device == "auto")
+        ]
+    return list(dict.fromkeys(rows))
 
 
 def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     """Return the `lopt sft` command line of a plan, with `prefetch` bytes where it offloads."""
     setting = plan.setting
-    values = asdict(args) | {name: getattr(setting, name) for name in ("num_blocks", "schedule", "offload")}
+    values = asdict(args) | {name: getattr(setting, name) for name in CHOSEN}
     values |= {"gradient_checkpointing": setting.checkpointing, "prefetch_gib": f"{prefetch / GIB:g}"}
     defaults = asdict(PlanArguments())
-    names = [*ALWAYS, *(name for name in IF_CHANGED if values[name] != defaults[name])]
+    left_out = {"method": setting.method == "lopt", "num_blocks": setting.method == "e2e"}
+    names = [name for name in ALWAYS if not left_out.get(name)]
+    names += [name for name in IF_CHANGED if values[name] != defaults[name]]
     names += ["prefetch_gib"] if setting.offload != "none" else []
     flags = {name: values[name] for name in names}
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
@@ -151,6 +170,7 @@ def _run(args: PlanArguments) -> Run:
         local_every=args.local_every,
         frozen_blocks=args.frozen_blocks,
         aux_loss=args.aux_loss,
+        clip=args.clip,
         device="cuda" if on_gpu else "cpu",
     )
 
@@ -165,6 +185,28 @@ def _blocks(args: PlanArguments, layers: int) -> list[int]:
         rule = f"<= {k - 2}, which leaves an earlier block of {k} that learns, with `num_blocks` {k}"
         check(frozen <= k - 2, "frozen_blocks", frozen, rule)
     return args.num_blocks or [k for k in BLOCKS if frozen + 2 <= k <= layers] or [frozen + 2]
+
+
+def _methods(args: PlanArguments) -> list[Method]:
+    return cast(list[Method], args.method)  # as `check_arguments` has found
+
+
+def _calibrated_setting(args: PlanArguments, blocks: int) -> Setting:
+    """Return what `--calibrate` runs: the first of everything.
+
+    Raises:
+        ValueError: a combination that does not exist.
+    """
+    method = _methods(args)[0]
+    return Setting(
+        method,
+        1 if method == "e2e" else blocks,
+        args.schedule,
+        args.gradient_checkpointing,
+        args.offload,
+        stages=args.stages[0] if args.stages else None,
+        optimizer_device=args.optimizer_device,
+    )
 
 
 # -- what is printed -------------------------------------------------------------------------------

@@ -160,9 +160,20 @@ class PlanArguments:
     )
     bf16: bool | None = flag(None, "Mixed precision in bfloat16. Default: on, off with --use_cpu.")
     use_cpu: bool = flag(False, "Plan for a CPU instead of a GPU.")
+    method: list[str] = flag(
+        ["lopt"], "What is planned beside eager e2e, and what --fit chooses among: lopt, e2e, frozen."
+    )
     num_blocks: list[int] | None = flag(
         None, "k, one or more. Default: those of 2, 4, 8 that the layers allow."
     )
+    stages: list[int] | None = flag(
+        None,
+        "With block-major: stages of the model, one or more. Default: one per block; --fit tries several.",
+    )
+    optimizer_device: Literal["auto", "cpu"] = flag(
+        "auto", "cpu plans --offload block with steps in host memory; --fit tries both unless it is given."
+    )
+    clip: Literal["block", "global"] = flag("block", "Clip per block or over all gradients: block or global.")
     frozen_blocks: int = flag(0, "Number of blocks, from the first on, that do not learn.")
     aux_loss: Literal["recon", "next_token"] = flag(
         "recon", "What the other earlier blocks learn: recon or next_token."

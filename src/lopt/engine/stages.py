@@ -118,26 +118,43 @@ class Stages(Sequence[Stage]):
 
     def _split(self) -> list[list[tuple[int, int]]]:
         """Return for each block its stages as spans of parts: the first part, every layer, the last part."""
-        config, blocks = self._lopt.config, self._lopt.blocks
+        config = self._lopt.config
         costs = [sum(_cost(module) for module in _unique(modules)) for modules in self._parts]
-        ends = [block.stop + 1 for block in blocks]
-        ends[-1] += 1
-        parts = list(zip([0, *ends], ends, strict=False))
-        if config.stage_layers is not None:
-            return [_by_layers(start, stop, costs, config.stage_layers) for start, stop in parts]
-        tables = [_Splits(costs[start:stop]) for start, stop in parts]
-        numbers = [1] * len(parts)
-        wanted = len(parts) if config.stages is None else config.stages
-        most = len(self._parts)
-        assert wanted <= most, "Blocks has checked the number of stages"
-        while sum(numbers) < wanted:  # the largest stage is split next
-            possible = [b for b, (start, stop) in enumerate(parts) if numbers[b] < stop - start]
-            largest = max(possible, key=lambda b: tables[b].largest(numbers[b]))
-            numbers[largest] += 1
-        return [
-            [(start + a, start + b) for a, b in table.spans(number)]
-            for (start, _), table, number in zip(parts, tables, numbers, strict=True)
-        ]
+        stops = [block.stop for block in self._lopt.blocks]
+        return split_into_stages(costs, stops, config.stages, config.stage_layers)
+
+
+def split_into_stages(
+    costs: list[int], block_stops: list[int], stages: int | None = None, stage_layers: int | None = None
+) -> list[list[tuple[int, int]]]:
+    """Split the parts of a model, which are what feeds its layers, every layer, and what follows them.
+
+    Args:
+        costs: Of each part, in bytes.
+        block_stops: The layer after the last one of each block.
+        stages: Of the whole model; default: as many as blocks.
+        stage_layers: Instead of it the largest number of layers of a stage.
+
+    Returns:
+        For each block its stages as spans (start, stop) of parts.
+    """
+    ends = [stop + 1 for stop in block_stops]
+    ends[-1] += 1
+    parts = list(zip([0, *ends], ends, strict=False))
+    if stage_layers is not None:
+        return [_by_layers(start, stop, costs, stage_layers) for start, stop in parts]
+    tables = [_Splits(costs[start:stop]) for start, stop in parts]
+    numbers = [1] * len(parts)
+    wanted = len(parts) if stages is None else stages
+    assert wanted <= len(costs), "the caller has checked the number of stages"
+    while sum(numbers) < wanted:  # the largest stage is split next
+        possible = [b for b, (start, stop) in enumerate(parts) if numbers[b] < stop - start]
+        largest = max(possible, key=lambda b: tables[b].largest(numbers[b]))
+        numbers[largest] += 1
+    return [
+        [(start + a, start + b) for a, b in table.spans(number)]
+        for (start, _), table, number in zip(parts, tables, numbers, strict=True)
+    ]
 
 
 class _Splits:

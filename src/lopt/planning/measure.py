@@ -45,6 +45,9 @@ MEASURED: dict[Method, dict[str, int]] = {
     "frozen": {"first": 1, "last": 2},
 }
 
+MOST_TOKENS = 2**18
+"""Of a micro-batch. The fused LM head runs tile by tile, which takes time in proportion to them."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -90,8 +93,15 @@ def measure(run: Run, method: Method, checkpointing: bool) -> Parts:
         checkpointing: non-reentrant activation checkpointing of every layer.
 
     Raises:
-        ValueError: the model does not run on fake tensors, for example because it asks for values.
+        ValueError: the model does not run on fake tensors, for example because it asks for values; a
+            micro-batch of more than `MOST_TOKENS`.
     """
+    if (tokens := run.batch * run.tokens) > MOST_TOKENS:
+        raise ValueError(
+            f"`per_device_train_batch_size` x `max_length` must be <= {MOST_TOKENS:,} tokens, above which "
+            f"planning takes minutes (got {tokens:,}): plan a smaller micro-batch with more "
+            "`gradient_accumulation_steps`"
+        )
     parts = Parts(layers=MEASURED[method])
     *starts, depth = accumulate(parts.layers.values())
     cut = LoPTConfig(method=method, block_boundaries=starts or None)

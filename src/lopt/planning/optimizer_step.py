@@ -1,17 +1,15 @@
-"""The optimizer's step in a plan: its state, what it adds while it steps, and what is offloaded meanwhile."""
+"""The optimizer's step in a plan: its state, and what it adds while it steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lopt import compat
-from lopt.engine.host_transfer import HostTransfer, TensorGroup
-from lopt.engine.optimizer import PART_BYTES, part_bytes_within, split_into_parts
+from lopt.engine.optimizer import PART_BYTES, split_into_parts
 from lopt.engine.rounding import ROUNDED_AT_ONCE
-from lopt.planning.run import Bytes, Run
+from lopt.planning.run import Run
 from lopt.planning.sizes import BlockSizes, elements
 
 # State tensors per parameter, bytes beside them (quantized state), and tensors that a step makes on a
@@ -37,6 +35,12 @@ def state_bytes(run: Run, weights: int, heads: int = 0) -> int:
     return each * (weights + heads) + 4 * weights * (run.masters and run.dtype == torch.bfloat16)
 
 
+def state_of(run: Run, part: Sequence[Tensor]) -> int:
+    """Return the bytes of optimizer state for a part."""
+    heads = elements(t for t in part if t.dtype != run.dtype)
+    return state_bytes(run, elements(part) - heads, heads)
+
+
 def temporary_bytes(run: Run, part: Sequence[Tensor]) -> int:
     """Return the bytes that stepping a part adds, beside its state and gradients in the weights' dtype."""
     tensors, _, made = OPTIMIZERS[run.optimizer]
@@ -60,63 +64,3 @@ def parts_of(block: BlockSizes, part_bytes: int = PART_BYTES) -> Sequence[Sequen
         for matrices in (True, False)
     ]
     return split_into_parts(groups, part_bytes, lambda tensor: 0)
-
-
-def follow_offload(
-    run: Run, blocks: list[BlockSizes], prefetch: int, weights: bool
-) -> list[tuple[int, list[Bytes]]]:
-    """Take the real `HostTransfer`, with tensors that have no memory, through an optimizer step.
-
-    Args:
-        prefetch: bytes of device memory for what is on its way.
-        weights: whether weights are offloaded too.
-
-    Returns:
-        By block: the bytes on their way while its micro-batches run, and gradients, optimizer and transfers
-        in the step of each of its parts.
-    """
-    with compat.fake_tensors():
-        return list(_follow(run, blocks, prefetch, weights))
-
-
-def _follow(
-    run: Run, blocks: list[BlockSizes], prefetch: int, offload_weights: bool
-) -> Iterator[tuple[int, list[Bytes]]]:
-    transfer = HostTransfer(torch.device("cpu"), prefetch)
-
-    def stored(nbytes: int) -> TensorGroup:
-        group = TensorGroup.of_parameters([torch.empty(nbytes, dtype=torch.uint8)])
-        transfer.store(group)
-        return group
-
-    def part_state(part: Sequence[Tensor]) -> int:
-        heads = elements(t for t in part if t.dtype != run.dtype)
-        return state_bytes(run, elements(part) - heads, heads)
-
-    parts = [parts_of(block, part_bytes_within(prefetch)) for block in blocks]
-    states = [[stored(part_state(part)) for part in own] for own in parts]
-    weights: list[list[TensorGroup]] = []
-    for block in blocks:
-        sizes = [elements(t) * run.dtype.itemsize for t in ([*block.before, *block.after], *block.layers)]
-        weights.append([stored(n) for n in (*sizes, 4 * block.head_weights) if n and offload_weights])
-    for index, own in enumerate(parts):
-        for group in weights[index]:
-            transfer.fetch(group)
-        transfer.prefetch(states[index])
-        transfer.prefetch(weights[index + 1] if index + 1 < len(weights) else [])
-        working, steps = transfer.bytes_in_flight, []
-        left = sum(t.nbytes for part in own for t in part)
-        for part, group in zip(own, states[index], strict=True):
-            transfer.fetch(group)
-            gradients = sum(t.nbytes for t in part)
-            widened = any(
-                t.dtype == torch.bfloat16 for t in part
-            )  # their gradients are freed as they are copied
-            added = part_state(part) + temporary_bytes(run, part)
-            left_now = left - gradients if widened else left
-            steps.append(Bytes(gradients=left_now, optimizer=added, transfers=transfer.bytes_in_flight))
-            left -= gradients
-            transfer.release(group)
-        for group in weights[index]:
-            transfer.release(group)
-        yield working, steps

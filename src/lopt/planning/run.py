@@ -16,20 +16,31 @@ PREFETCH = 2 * 2**30
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a plan: how the method runs."""
+    """One row of a plan: how the method runs.
+
+    Attributes:
+        stages, stage_layers: as in `lopt.residency.Residency`; of the block-major schedule.
+        optimizer_device: "cpu" steps in host memory.
+    """
 
     method: Method = "lopt"
     num_blocks: int = 2
     schedule: Literal["eager", "block_major"] = "eager"
     checkpointing: bool = False
     offload: Literal["none", "optimizer", "block"] = "none"
+    stages: int | None = None
+    stage_layers: int | None = None
+    optimizer_device: Literal["auto", "cpu"] = "auto"
 
     def __str__(self) -> str:
         words = ["e2e" if self.method == "e2e" else f"k={self.num_blocks}"]
         if self.method == "frozen":
             words.append("frozen")
         if self.schedule == "block_major":
+            words += [f"{self.stages} stages"] if self.stages is not None else []
+            words += [f"{self.stage_layers} layers a stage"] if self.stage_layers is not None else []
             words.append("block-major" if self.offload == "none" else f"offload {self.offload}")
+            words += ["host steps"] * (self.optimizer_device == "cpu")
         return ", ".join(words + ["checkpointed"] * self.checkpointing)
 
 
@@ -46,6 +57,7 @@ class Run:
         local_every: earlier blocks learn in every N-th step.
         frozen_blocks: how many blocks of lopt, from the first on, do not learn.
         aux_loss: what the other earlier blocks of lopt learn.
+        clips, clip: whether gradients are clipped, and by the norm of a block or of all ("global").
         prefetch: bytes of device memory for what offloading has on its way.
         device: "cuda" or "cpu".
     """
@@ -62,6 +74,8 @@ class Run:
     local_every: int = 1
     frozen_blocks: int = 0
     aux_loss: Literal["recon", "next_token"] = "recon"
+    clips: bool = True
+    clip: Literal["block", "global"] = "block"
     prefetch: int = PREFETCH
     device: str = "cuda"
 

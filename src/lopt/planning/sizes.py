@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import Literal
 
 import torch
@@ -14,8 +14,10 @@ from transformers import PreTrainedConfig
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.core.objective import ReconstructionHead
+from lopt.engine.stages import split_into_stages
 from lopt.models.load import empty_model
 from lopt.tied_embeddings import shares_embeddings
+from lopt.validation import check
 
 Method = Literal["lopt", "frozen", "e2e"]
 
@@ -54,6 +56,35 @@ class BlockSizes:
     def head_weights(self) -> int:
         """Elements of its reconstruction head."""
         return elements(self.head)
+
+
+@dataclass(frozen=True)
+class StageSizes(BlockSizes):
+    """The weights of a stage, on the meta device; what is of its block is as there.
+
+    Attributes:
+        index: of the stage in the model, from 0.
+        block: index of its block.
+        opens, closes: whether it is the first and the last of its block.
+        borrowed: an LM head that is the token embedding, and belongs to the first stage.
+        reaches_back: whether an earlier stage of its block learns.
+    """
+
+    index: int = 0
+    block: int = 0
+    opens: bool = True
+    closes: bool = True
+    borrowed: list[Tensor] = field(default_factory=list)
+
+    @property
+    def reaches_back(self) -> bool:
+        """Whether an earlier stage of its block learns, which needs the gradient of its input."""
+        return self.learns and not self.opens
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients of its own parameters."""
+        return sum(t.nbytes for t in (*self.tensors, *self.head)) if self.learns else 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +152,46 @@ class Sizes:
                 )
             )
         return blocks
+
+    def stages(
+        self, blocks: list[BlockSizes], stages: int | None, stage_layers: int | None
+    ) -> list[StageSizes]:
+        """Return the stages of `blocks`, split as the engine does.
+
+        Raises:
+            ValueError: the model cannot be split into so many.
+        """
+        most = len(self.layers) + 2
+        rule = f"<= {most}, the layers, the embedding and the LM head"
+        check(stages is None or stages <= most, "stages", stages, rule)
+        tied = self.tied if len(blocks) == 1 else []
+        check(stages is None or stages >= len(blocks), "stages", stages, f">= {len(blocks)}, the blocks")
+        layers = [(layer, block.learns) for block in blocks for layer in block.layers]
+        ends = [(self.embedding, blocks[0].learns), ([*blocks[-1].after, *tied], blocks[-1].learns)]
+        parts = [ends[0], *layers, ends[1]]
+        costs = [sum(t.nbytes for t in tensors) * (1 + learns) for tensors, learns in parts]
+        stops = list(accumulate(len(block.layers) for block in blocks))
+        found: list[StageSizes] = []
+        for block, spans in enumerate(split_into_stages(costs, stops, stages, stage_layers)):
+            for number, (first, end) in enumerate(spans):
+                opens, closes, whole = number == 0, number == len(spans) - 1, blocks[block]
+                top = end == len(parts)
+                found.append(
+                    StageSizes(
+                        place=whole.place,
+                        learns=whole.learns,
+                        before=whole.before if first == 0 else [],
+                        layers=self.layers[max(first - 1, 0) : min(end - 1, len(self.layers))],
+                        after=whole.after if top else [],
+                        head=whole.head if closes else [],
+                        index=len(found),
+                        block=block,
+                        opens=opens,
+                        closes=closes,
+                        borrowed=tied if top and first > 0 else [],
+                    )
+                )
+        return found
 
     @property
     def model(self) -> int:

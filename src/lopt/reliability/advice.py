@@ -16,9 +16,9 @@ from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, search
 from lopt.reliability.ranks import processes_here
 
-GENERAL = (
+SMALLER = (
     "a smaller `per_device_train_batch_size` with more `gradient_accumulation_steps`, a smaller "
-    "`max_length`, `gradient_checkpointing` true, more `num_blocks`"
+    "`max_length`, `gradient_checkpointing` true"
 )
 
 
@@ -41,20 +41,37 @@ class Attempt:
 
 def advice(failed: Callable[[], Attempt]) -> str:
     """Return arguments with which the planner says that the run would fit, or general advice."""
+    attempt, found = None, []
     try:
-        found = _proposals(failed())
+        attempt = failed()
+        found = _proposals(attempt)
     # The planner runs the model's code on fake tensors, and not every model is made for that.
     except (ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError):
         found = []
     if not found:
-        return f"What helps: {GENERAL}"
+        return f"What helps: {_general(attempt)}"
     return "By `lopt plan` this would fit: " + ", or ".join(found)
+
+
+def _general(attempt: Attempt | None) -> str:
+    """Return what helps any run like this one."""
+    if attempt is None:
+        return f"{SMALLER}, more `num_blocks`"
+    words = [SMALLER]
+    if attempt.lopt.schedule == "block_major":
+        words.append("more `stages`")
+    elif not attempt.lopt.is_cut and not _is_sharded(attempt):
+        words.append("`schedule` block_major with several `stages`")
+    return ", ".join(words + ["more `num_blocks`"] * attempt.lopt.is_cut)
+
+
+def _is_sharded(attempt: Attempt) -> bool:
+    return bool(getattr(attempt.args, "fsdp", None))
 
 
 def _proposals(attempt: Attempt) -> list[str]:
     """Return the same run in smaller micro-batches, and what `lopt plan --fit` proposes."""
-    sharded = bool(getattr(attempt.args, "fsdp", None))
-    if attempt.tokens is None or attempt.lopt.method == "lora" or sharded:
+    if attempt.tokens is None or attempt.lopt.method == "lora" or _is_sharded(attempt):
         return []  # not planned for
     now = _setting(attempt)
     planner = Planner(_run(attempt, attempt.args.per_device_train_batch_size))
@@ -80,11 +97,13 @@ def _proposals(attempt: Attempt) -> list[str]:
     layers = len(planner.sizes.layers)
     least = attempt.lopt.frozen_blocks + 2
     blocks = sorted({k for k in (*BLOCKS, now.num_blocks) if least <= k <= layers})
-    try:
-        best = search(planner, blocks, limit, TFLOPS, BANDWIDTH)
-    except ValueError:  # nothing fits
-        return found
-    return [*found, _sentence(_changed(best, now), best)]
+    for method in dict.fromkeys((now.method, "lopt")):  # what learns the same, if it fits
+        try:
+            best = search(planner, blocks, limit, TFLOPS, BANDWIDTH, (method,))
+        except ValueError:  # nothing fits
+            continue
+        return [*found, _sentence(_changed(best, now), best)]
+    return found
 
 
 def _sentence(arguments: Mapping[str, object], plan: Plan, why: str = "") -> str:
@@ -99,9 +118,12 @@ def _changed(plan: Plan, now: Setting) -> dict[str, object]:
     """Return the arguments in which a plan differs from the run."""
     setting = plan.setting
     changed: dict[str, object] = {}
-    for name in ("method", "num_blocks", "schedule", "offload"):
-        if getattr(setting, name) != getattr(now, name):
-            changed[name] = getattr(setting, name)
+    names = ["method", "num_blocks", "schedule", "stages", "stage_layers", "offload", "optimizer_device"]
+    if setting.method == "e2e":
+        names.remove("num_blocks")
+    for name in names:
+        if (value := getattr(setting, name)) != getattr(now, name):
+            changed[name] = "left out" if value is None else value
     if setting.checkpointing != now.checkpointing:
         changed["gradient_checkpointing"] = str(setting.checkpointing).lower()
     if setting.offload != "none":
@@ -111,11 +133,18 @@ def _changed(plan: Plan, now: Setting) -> dict[str, object]:
 
 def _setting(attempt: Attempt) -> Setting:
     config = attempt.lopt
-    method: Any = "e2e" if config.num_blocks == 1 else config.method
-    bounds = config.block_boundaries
-    blocks = 1 if method == "e2e" else config.num_blocks if bounds is None else len(bounds) + 1
-    checkpointing = bool(attempt.args.gradient_checkpointing)
-    return Setting(method, blocks, config.schedule, checkpointing, config.offload)
+    blocks = config.block_count
+    method: Any = "e2e" if blocks == 1 else config.method
+    return Setting(
+        method,
+        blocks,
+        config.schedule,
+        bool(attempt.args.gradient_checkpointing),
+        config.offload,
+        config.stages,
+        config.stage_layers,
+        config.optimizer_device,
+    )
 
 
 def _run(attempt: Attempt, batch: int) -> Run:
@@ -134,6 +163,8 @@ def _run(attempt: Attempt, batch: int) -> Run:
         local_every=attempt.lopt.local_every,
         frozen_blocks=attempt.lopt.frozen_blocks,
         aux_loss=attempt.lopt.aux_loss,
+        clips=bool(args.max_grad_norm),
+        clip=attempt.lopt.clip,
         prefetch=int(attempt.lopt.prefetch_gib * 2**30),
         device=attempt.device.type,
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lopt.planning.plan import Plan
+from lopt.planning.plan import HOST_BANDWIDTH, Plan
 from lopt.reports.plots import bar_plot, standalone
 
 GIB = 2**30
-NAMES = 24  # columns
+NAMES = 24  # columns, at least
 # A letter for the bars, the name of the part and the fields of `Bytes` that it sums.
 PARTS = {
     "W": ("weights", ("weights",)),
@@ -23,14 +23,18 @@ PARTS = {
 def table(plans: Sequence[Plan], tflops: float, bandwidth: float) -> str:
     """Return a row per plan: GiB by part, GiB of host and disk, FLOPs, copies and seconds of a step."""
     heads = ["weight", "grads", "optim.", "activ.", "head", "stash", "total", "host", "disk"]
-    lines = [" " * NAMES + "".join(f"{head:>7}" for head in [*heads, "PFLOP", "bus GB", "s/step"])]
+    names = _columns(plans)
+    lines = [" " * names + "".join(f"{head:>7}" for head in [*heads, "PFLOP", "bus GB", "s/step"])]
     for plan in plans:
         sizes = [*_parts(plan).values(), plan.total, plan.host, plan.checkpoint]
         numbers = [f"{size / GIB:7.1f}" if size else f"{'-':>7}" for size in sizes]
         numbers += [f"{plan.flops / 1e15:7.2f}", f"{plan.bus / 1e9:7.0f}" if plan.bus else f"{'-':>7}"]
-        lines.append(f"{plan.setting!s:{NAMES}}{''.join(numbers)}{plan.seconds(tflops, bandwidth):7.1f}")
+        lines.append(f"{plan.setting!s:{names}}{''.join(numbers)}{plan.seconds(tflops, bandwidth):7.1f}")
     note = "(head: with the loss; stash: with transfers; disk: one checkpoint; bus: each way; "
-    note += f"s/step: at {tflops:g} TFLOP/s and {bandwidth:g} GB/s)"
+    note += f"s/step: at {tflops:g} TFLOP/s and {bandwidth:g} GB/s"
+    if any(plan.host_traffic for plan in plans):
+        note += f", host steps at {HOST_BANDWIDTH:g} GB/s of host memory"
+    note += ")"
     return "\n".join([*lines, note, ""])
 
 
@@ -43,7 +47,7 @@ def bars(plans: Sequence[Plan], width: int = 64) -> str:
         for letter, size in _parts(plan).items():
             ends += size * scale
             bar += letter * (round(ends) - len(bar))
-        lines.append(f"{plan.setting!s:{NAMES}}{bar} {plan.total / GIB:.1f}")
+        lines.append(f"{plan.setting!s:{_columns(plans)}}{bar} {plan.total / GIB:.1f}")
     legend = ", ".join(f"{letter} {name}" for letter, (name, _) in PARTS.items())
     return "\n".join(lines) + f"\n({legend})\n"
 
@@ -58,6 +62,8 @@ def hiding(plans: Sequence[Plan], step_tokens: int, tflops: float, bandwidth: fl
     lines = [f"Copies hide behind compute, {where} (here: {step_tokens:,} tokens a step)"]
     for offload in ("optimizer", "block"):
         those = [plan for plan in plans if plan.setting.offload == offload]
+        if not those:
+            continue
         tokens = max(plan.hidden_from(step_tokens, tflops, bandwidth) for plan in those)
         how = "never" if tokens == float("inf") else f"from {tokens:,.0f} tokens a step on"
         lines.append(f"  --offload {offload:{NAMES - 12}}{how}")
@@ -81,6 +87,10 @@ def picture(plans: Sequence[Plan], title: str, x_label: str) -> str:
         value="{:.1f}".format,
     )
     return standalone(svg)
+
+
+def _columns(plans: Sequence[Plan]) -> int:
+    return max(NAMES, *(len(str(plan.setting)) + 1 for plan in plans))
 
 
 def _parts(plan: Plan) -> dict[str, int]:

@@ -1,0 +1,352 @@
+"""Follow an optimizer step of the block-major schedule stage by stage, in the order of the engine.
+
+The order is that of `lopt.engine.block_major` and `lopt.engine.updates`; what is on its way to the device is
+found by the engine's own `HostTransfer`, with tensors that have no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lopt.engine.host_transfer import HostTransfer, TensorGroup
+from lopt.engine.optimizer import PART_BYTES, part_bytes_within
+from lopt.planning.measure import Parts, Segment
+from lopt.planning.optimizer_step import parts_of, state_of, temporary_bytes
+from lopt.planning.run import Bytes, Run, Setting
+from lopt.planning.sizes import StageSizes
+from lopt.planning.trace import Trace, casts, total
+
+Segments = dict[tuple[str, str], Segment]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the device does for one stage at a time.
+
+    Attributes:
+        bytes_in: weights, state and gradients that come to the device.
+        stash_in: bytes of hidden states and their gradients that come to the device.
+        flops: that it computes.
+    """
+
+    bytes_in: float
+    stash_in: int
+    flops: float
+
+
+class StagedStep:
+    """An optimizer step; all is known once it is made.
+
+    Args:
+        run, setting: what is planned.
+        parts: of a micro-batch, measured for the method.
+        forward: of a layer without a graph.
+        stages: all stages.
+        buffers, state: bytes of the model's buffers and of all optimizer state.
+        prefetch: bytes of device memory for what is on its way.
+
+    Attributes:
+        peak: the device at the moment of its largest total.
+        stash: bytes of what waits between stages, at most.
+        host_gradients: bytes of host memory for gradients.
+        host_temporaries: bytes that a step in host memory adds.
+        turns: in order.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        setting: Setting,
+        parts: Parts,
+        forward: Segment,
+        stages: Sequence[StageSizes],
+        buffers: int,
+        state: int,
+        prefetch: int,
+    ) -> None:
+        self.run, self.setting, self.parts, self.forward, self.stages = run, setting, parts, forward, stages
+        self.peak, self.turns = Bytes(), list[Turn]()
+        self.stash = self.host_gradients = 0
+        self._moves = setting.offload == "block"
+        self._on_host = setting.optimizer_device == "cpu"
+        self._resident = Bytes(
+            weights=buffers + sum(map(self._weight_bytes, stages)) * (not self._moves),
+            optimizer=state * (setting.offload == "none"),
+        )
+        self._transfer = HostTransfer(torch.device("meta"), prefetch)
+        size = PART_BYTES if setting.offload == "none" or self._on_host else part_bytes_within(prefetch)
+        self._parts = [parts_of(stage, size) for stage in stages]
+        moving_state = setting.offload != "none" and not self._on_host
+        self._state = [[_stored(state_of(run, part)) for part in own if moving_state] for own in self._parts]
+        self._weights = [self._weight_groups(stage) for stage in stages]
+        if stages[-1].borrowed:
+            self._weights[-1] += self._weights[0][:1]
+        every = [part for own in self._parts for part in own]
+        steps = (temporary_bytes(replace(run, device="cpu"), part) for part in every)
+        self.host_temporaries = max(steps, default=0) if self._on_host else 0
+        self._stage: StageSizes | None = None
+        self._held: list[StageSizes] = []
+        self._waiting: dict[int, int] = {}  # bytes on the device of gradients that wait, by stage
+        self._gradients_on_host: dict[int, int] = {}
+        self._shared = 0  # bytes on the device of the gradient of a matrix that the first stage owns
+        self._bytes_in = 0.0
+        for stage in stages:
+            with_graph = stage.closes and stage.learns
+            self._enter(stage, with_graph)
+            self._pass(stage, with_graph)
+            if with_graph:
+                self._finish_block(stage)
+        self._step_held()
+
+    # -- the engine's order ----------------------------------------------------------------------
+
+    def _finish_block(self, last: StageSizes) -> None:
+        self._stage_done(last)
+        own = [stage for stage in self.stages if stage.block == last.block]
+        for stage in reversed(own[:-1]):
+            self._enter(stage, with_graph=True)
+            self._pass(stage, with_graph=True)
+            self._stage_done(stage)
+
+    def _enter(self, stage: StageSizes, with_graph: bool) -> None:
+        if with_graph and not stage.opens:
+            after = stage.index - 1
+        elif with_graph:
+            after = 1 + max(s.index for s in self.stages if s.block == stage.block)
+        else:
+            after = stage.index + 1
+        following = self.stages[after] if after < len(self.stages) else None
+        self._turn_to(stage, with_graph and self._steps_at_once(stage), following)
+
+    def _turn_to(self, stage: StageSizes, will_step: bool, following: StageSizes | None) -> None:
+        if stage is not self._stage:
+            self._put_away()
+            self._leave()
+            self._stage = stage
+            for group in self._weights[stage.index]:
+                self._fetch(group)
+        if will_step:
+            self._transfer.prefetch(self._state[stage.index])
+        if following is not None:
+            self._transfer.prefetch(self._weights[following.index])
+
+    def _steps_at_once(self, stage: StageSizes) -> bool:
+        return not self.run.clips or (not stage.reaches_back and self.run.clip == "block")
+
+    def _leave(self) -> None:
+        if self._stage is not None:
+            for group in self._weights[self._stage.index]:
+                self._transfer.release(group)
+        self._stage = None
+
+    def _put_away(self) -> None:
+        """Move gradients that wait to host memory, where weights are offloaded."""
+        if self._moves:
+            self._gradients_on_host |= self._waiting
+            if self._shared:
+                self._gradients_on_host[-1] = self._shared
+            self._waiting, self._shared = {}, 0
+            self.host_gradients = sum(self._gradients_on_host.values())
+
+    def _stage_done(self, stage: StageSizes) -> None:
+        self._held.append(stage)
+        self._waiting[stage.index] = stage.gradients
+        if stage.borrowed:
+            self._shared = sum(t.nbytes for t in stage.borrowed)
+        if self._steps_at_once(stage):
+            self._step_held()
+
+    def _step_held(self) -> None:
+        held, self._held = sorted(self._held, key=lambda stage: stage.index), []
+        for number, stage in enumerate(held):
+            if self._on_host:
+                self._gradients_on_host[stage.index] = stage.gradients
+                self._waiting.pop(stage.index, None)
+                self._put_away()
+            else:
+                self._step(stage, held[number + 1] if number + 1 < len(held) else None)
+        if held and self._on_host:
+            self._leave()
+
+    # -- moments ---------------------------------------------------------------------------------
+
+    def _pass(self, stage: StageSizes, with_graph: bool) -> None:
+        """Run all micro-batches through a stage."""
+        run, boundary = self.run, self.parts.boundary
+        if stage.index == 0 and with_graph and self.stages[-1].borrowed and self._moves:
+            self._shared = self._gradients_on_host.get(-1, 0)  # its gradient is on the device again
+        fed = self._fed(stage, with_graph)
+        stashed = self._stashed(stage, with_graph)
+        self.stash = max(self.stash, boundary * max(stashed))
+        base = replace(self._base(stage), transfers=self._transfer.bytes_in_flight)
+        trace = Trace(base, gradients=sum(self._waiting.values()) + self._shared)
+        ids = (run.accumulation - 1) * 3 * 8 * run.batch * run.tokens  # mask and labels as well
+        # A third micro-batch is like the second.
+        every = list(zip(self._micro_batches(stage), stashed, strict=True))
+        for segments, count in every[: run.accumulation]:
+            trace.stash = boundary * (fed if self._moves else count)
+            trace.activations = ids
+            trace.run(segments[self.stages[0].place, "start"], "start")
+            trace.flops = 0.0
+            if with_graph:
+                self._run_with_graph(trace, segments, stage)
+            else:
+                self._run_without_graph(trace, stage)
+            if segments is self.parts.fresh:  # a shared matrix was measured with both of its gradients
+                trace.gradients += sum(t.nbytes for t in stage.borrowed)
+        self._see(trace.peak)
+        flops = trace.flops
+        if run.local_every > 1 and self.setting.method == "lopt" and stage.place in ("first", "middle"):
+            learning = 1 / run.local_every
+            if with_graph:  # at other times it is a forward, or nothing
+                of_layer = self.parts.fresh[stage.place, "forward"].flops
+                rest = of_layer * len(stage.layers) * stage.closes
+                flops = learning * flops + (1 - learning) * rest
+        stash_in = run.accumulation * boundary * fed * self._moves
+        self.turns.append(Turn(self._bytes_in, stash_in, flops * run.accumulation))
+        self._bytes_in = 0.0
+
+    def _micro_batches(self, stage: StageSizes) -> tuple[Segments, Segments]:
+        """Return the segments of a micro-batch that finds no gradients, and of one that does."""
+        fresh, again = self.parts.fresh, self.parts.again
+        if stage.index == 0 and self.stages[-1].borrowed:  # where the head has left one for the embedding
+            key = (stage.place, "embedding")
+            fresh = fresh | {key: again[key]}
+        return fresh, again
+
+    def _run_with_graph(self, trace: Trace, segments: Segments, stage: StageSizes) -> None:
+        recomputed = self.parts.casts * len(stage.layers) * self.setting.checkpointing
+        # Zeros in place of the embedding go when the forward ends; no graph holds them.
+        zeros = self.parts.boundary if stage.place == "whole" and stage.index > 0 else 0
+        if stage.opens and stage.closes:
+            trace.run_block(segments, stage, casts(self.setting, self.parts, stage))
+        elif stage.closes:
+            trace.run_stage(segments, stage, casts(self.setting, self.parts, stage) + zeros)
+        else:
+            trace.run_stage(segments, stage, recomputed + zeros)
+
+    def _run_without_graph(self, trace: Trace, stage: StageSizes) -> None:
+        for number, _ in enumerate(stage.layers):
+            before = trace.activations
+            trace.run(self.forward, "forward")
+            if number:  # the input of a layer goes, autocast's copies stay
+                trace.activations = before + self.parts.casts
+
+    def _step(self, stage: StageSizes, following: StageSizes | None) -> None:
+        """Step a stage on the device, part by part."""
+        here = self._stage is stage
+        if self._moves and not here:
+            self._turn_to(stage, will_step=True, following=following)
+            self._waiting[stage.index] = stage.gradients
+            self._bytes_in += stage.gradients
+        if stage.index == 0:
+            self._shared = 0
+        base, stash = self._base(stage), self._stash_left(stage) * (not self._moves)
+        others = sum(bytes_ for index, bytes_ in self._waiting.items() if index != stage.index) + self._shared
+        left = stage.gradients
+        for number, part in enumerate(self._parts[stage.index]):
+            own = sum(t.nbytes for t in part)
+            added = temporary_bytes(self.run, part)
+            now = left
+            if self.setting.offload != "none":
+                group = self._state[stage.index][number]
+                self._fetch(group)
+                added += state_of(self.run, part)
+                # Gradients in bfloat16 are freed as they are copied.
+                now = left - own if any(t.dtype == torch.bfloat16 for t in part) else left
+                left -= own
+            moment = replace(
+                base,
+                gradients=others + now,
+                optimizer=base.optimizer + added,
+                stash=stash,
+                transfers=self._transfer.bytes_in_flight,
+            )
+            self._see(moment)
+            if self.setting.offload != "none":
+                self._transfer.release(group)
+        self._waiting.pop(stage.index, None)
+        if here:  # its state has been on its way since micro-batches ran
+            self.turns[-1] = replace(self.turns[-1], bytes_in=self.turns[-1].bytes_in + self._bytes_in)
+        else:
+            self.turns.append(Turn(self._bytes_in, 0, 0.0))
+        self._bytes_in = 0.0
+
+    def _see(self, moment: Bytes) -> None:
+        self.peak = max(self.peak, moment, key=total)
+
+    def _base(self, stage: StageSizes) -> Bytes:
+        if not self._moves:
+            return self._resident
+        weights = self._weight_bytes(stage) + sum(t.nbytes for t in stage.borrowed)
+        return replace(self._resident, weights=self._resident.weights + weights)
+
+    def _stashed(self, stage: StageSizes, with_graph: bool) -> tuple[int, int]:
+        """Return how many hidden states, or gradients of them, wait while micro-batches run in `stage`.
+
+        Returns:
+            While the first one runs, and at most while another one does.
+        """
+        own = [s.index for s in self.stages if s.block == stage.block]
+        all_, is_last = self.run.accumulation, stage.index + 1 == len(self.stages)
+        inputs = (stage.index - max(own[0], 1) + 1) * all_
+        outputs = 0 if is_last else all_ - 1
+        if not stage.learns or (stage.opens and with_graph and stage.closes):
+            return (inputs and all_,) * 2 if inputs else (0, outputs)  # an output takes an input's place
+        if with_graph and not stage.closes:  # with the block's outputs
+            inputs += all_ * (own[-1] + 1 < len(self.stages))
+            return inputs + all_, inputs + all_ - 1
+        inputs += all_ * (self._keeps_first_input(stage) and stage.index > 0)
+        outputs += (all_ - 1) * (self._keeps_first_input(stage) and stage.index == 0)
+        return inputs, inputs + outputs
+
+    def _stash_left(self, stage: StageSizes) -> int:
+        """Return the bytes that wait while a stage is stepped on the device."""
+        own = [s.index for s in self.stages if s.block == stage.block]
+        count = int(own[-1] + 1 < len(self.stages))
+        if not self.run.clips:  # the other stages of its block have not been stepped
+            count += stage.index - max(own[0], 1) + 1 if len(own) > 1 else 0
+        return count * self.run.accumulation * self.parts.boundary
+
+    def _fed(self, stage: StageSizes, with_graph: bool) -> int:
+        """Return how many hidden states come out of the stash for a micro-batch in `stage`."""
+        earlier = [s for s in self.stages[: stage.index] if s.block == stage.block]
+        target = stage.closes and bool(stage.head) and any(s.layers for s in earlier)
+        return (stage.index > 0) + with_graph * ((not stage.closes) + target)
+
+    def _keeps_first_input(self, stage: StageSizes) -> bool:
+        """Return whether the input of block 1's first layer waits for the block's local loss."""
+        first = self.stages[0]
+        local = any(s.head for s in self.stages if s.block == 0)
+        return stage.block == 0 and local and bool(first.layers) and not first.closes
+
+    # -- what moves ------------------------------------------------------------------------------
+
+    def _weight_bytes(self, stage: StageSizes) -> int:
+        return sum(t.nbytes for t in (*stage.tensors, *stage.head))
+
+    def _weight_groups(self, stage: StageSizes) -> list[TensorGroup]:
+        if not self._moves:
+            return []
+        sizes = [_bytes([*stage.before, *stage.after]), *map(_bytes, stage.layers), _bytes(stage.head)]
+        return [_stored(size) for size in sizes if size]
+
+    def _fetch(self, group: TensorGroup) -> None:
+        self._bytes_in += group.nbytes
+        self._transfer.fetch(group)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _stored(nbytes: int) -> TensorGroup:
+    """Return a group of so many bytes that is in host memory."""
+    held = {0: torch.empty(nbytes, dtype=torch.uint8, device="meta")}
+    group = TensorGroup(lambda: dict(held), lambda tensors: None)
+    group.host = dict(held)
+    return group

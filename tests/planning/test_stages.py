@@ -1,0 +1,130 @@
+"""Plans of stages against live bytes of real optimizer steps, and against what is known of their traffic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
+
+from lopt import LoPTSFTTrainer
+from lopt.engine import plain_loop
+from lopt.instruments import memory
+from lopt.instruments.memory import MemoryPeak
+from lopt.planning.calibrate import calibrate
+from lopt.planning.plan import Planner
+from lopt.planning.run import Run, Setting
+from lopt.planning.sizes import elements
+from lopt.trainers.config import LoPTSFTConfig
+
+WIDTH = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, head_dim=32)
+CONFIGS = {
+    "llama": LlamaConfig(**WIDTH, num_hidden_layers=6, num_key_value_heads=2, vocab_size=512),
+    "gemma3": Gemma3TextConfig(  # tied
+        **WIDTH, num_hidden_layers=6, num_key_value_heads=1, vocab_size=1024, sliding_window=64
+    ),
+    "gpt2": GPT2Config(  # tied
+        n_embd=128, n_layer=6, n_head=4, vocab_size=512, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=1, eos_token_id=1,
+    ),
+}  # fmt: skip
+BF16 = torch.bfloat16
+E2E, LOPT, FROZEN = (Setting(m, k, "block_major") for m, k in (("e2e", 1), ("lopt", 2), ("frozen", 2)))
+HOST: dict[str, Any] = dict(offload="block", optimizer_device="cpu")
+
+
+def case(name: str, setting: Setting, stages: int | None, rows: tuple[int, int, int], **options: Any) -> Any:
+    """Options of `Setting` and of `Run`; quick if asked for."""
+    quick = options.pop("quick", False)
+    changes = {key: options.pop(key) for key in list(options) if key in vars(setting)}
+    marks = [] if quick else [pytest.mark.slow]
+    return pytest.param(name, replace(setting, stages=stages, **changes), rows, options, marks=marks)
+
+
+MANY, FEW = (2, 128, 3), (1, 16, 3)  # with few tokens the optimizer's turn is the peak, or next to it
+CASES = [
+    case("llama", E2E, 4, MANY, checkpointing=True),
+    case("gemma3", E2E, 3, MANY, offload="optimizer"),
+    case("llama", E2E, 5, FEW, offload="block", quick=True),
+    case("llama", E2E, 5, FEW, offload="block", clips=False),
+    case("gemma3", E2E, 5, FEW, offload="block", clip="global"),
+    case("gemma3", E2E, 8, MANY, **HOST, dtype=BF16, masters=True),
+    case("gpt2", E2E, 8, FEW, **HOST, dtype=BF16, quick=True),
+    case("gpt2", LOPT, 6, MANY),
+    case("llama", LOPT, None, FEW, clip="global"),
+    case("llama", LOPT, 5, MANY, offload="block", checkpointing=True),
+    case("gemma3", replace(LOPT, num_blocks=3), 6, FEW, offload="block", clip="global", quick=True),
+    case("gemma3", LOPT, 5, MANY, **HOST, dtype=BF16),
+    case("llama", FROZEN, 4, MANY, quick=True),
+    case("gpt2", FROZEN, 6, FEW, offload="block"),
+    case("gemma3", FROZEN, 8, MANY, **HOST, dtype=BF16),
+    case("llama", replace(E2E, stage_layers=2), None, MANY, offload="block"),
+]
+
+
+@pytest.mark.parametrize(("name", "setting", "rows", "options"), CASES)
+def test_prediction_and_live_bytes(
+    name: str, setting: Setting, rows: tuple[int, int, int], options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(plain_loop, "step_threads", lambda *_: 0)  # a tracker follows one thread
+    most, update = [0], memory._Ledger._update
+
+    def note(ledger: Any, *change: Any) -> None:
+        update(ledger, *change)
+        most[0] = max(most[0], ledger.live["host"])
+
+    monkeypatch.setattr(memory._Ledger, "_update", note)
+    options = dict(dtype=torch.float32, prefetch=3 * 10**5) | options
+    planner = Planner(Run(CONFIGS[name], *rows, autocast=False, device="cpu", **options))
+    predicted = planner.plan(setting)
+    most[0] = 0
+    real = calibrate(planner.run, setting, LoPTSFTTrainer, LoPTSFTConfig)
+    assert isinstance(real, MemoryPeak)
+    peak = predicted.peak
+    assert predicted.total == pytest.approx(real.total, rel=0.03)
+    assert peak.gradients == pytest.approx(real.gradients, rel=0.03, abs=2000)
+    if setting.offload == "none":
+        assert peak.weights == real.parameters and peak.optimizer == pytest.approx(real.optimizer, rel=0.001)
+    # A bound: the largest stash and the largest step in host memory may come at different times.
+    slack = 0.1 if setting.optimizer_device == "cpu" else 0.03
+    assert 0.99 * most[0] <= predicted.host <= (1 + slack) * most[0]
+
+
+def test_operations_and_traffic() -> None:
+    """All but a block's last stage run forward once more, and their weights come in for both sweeps."""
+    planner = Planner(Run(CONFIGS["llama"], 2, 64, 4, BF16, False, prefetch=10**5))
+    whole = planner.plan(E2E)
+    stages = planner.sizes.stages(planner.sizes.blocks("e2e", 1), 4, None)
+    host = planner.plan(replace(E2E, stages=4, **HOST))
+    layers = len(stages[-1].layers)
+    forward = planner.plan(FROZEN).flops - planner.plan(replace(FROZEN, stages=4)).flops
+    assert forward < 0  # a frozen model's last block is recomputed too, but for its last stage
+    of_layer = (planner.plan(replace(E2E, stages=8)).flops - whole.flops) / 6
+    assert host.flops - whole.flops == pytest.approx((6 - layers) * of_layer)
+    assert 8 / 6 - 0.03 < 1 + 6 * of_layer / whole.flops < 8 / 6
+    weights = [2 * elements(stage.tensors) for stage in stages]
+    boundary = 4 * 2 * 64 * 128 * 2  # of four micro-batches, in bfloat16
+    assert host.bus - host.bus_tokens == 2 * sum(weights) - weights[-1]
+    assert host.bus_tokens == boundary * (
+        2 + 1 + 2 + 2 + 1
+    )  # inputs forward, the last's, inputs and gradients
+    state = 2 * 4 * sum(weights) // 2
+    device = planner.plan(replace(E2E, stages=4, offload="block"))
+    # Clipped: once the norm is known all but the first come in again, and their gradients.
+    clipped = 2 * sum(weights) - weights[-1] + state + 2 * (sum(weights) - weights[0])
+    assert device.bus - device.bus_tokens == clipped
+    free = Planner(replace(planner.run, clips=False), planner).plan(device.setting)
+    assert free.bus - free.bus_tokens == 2 * sum(weights) - weights[-1] + state
+
+
+def test_steps_in_host_memory_hide_where_blocks_are_needed_later() -> None:
+    """End to end waits for what it updates last; blocks that are updated in order do not."""
+    planner = Planner(Run(CONFIGS["llama"], 2, 64, 4, BF16, False))
+    e2e, lopt = (planner.plan(replace(s, stages=8, **HOST)) for s in (E2E, LOPT))
+    slow = 1e-4  # TFLOP/s: the device takes as long as the host, and more
+    assert lopt.seconds(slow, 25) == pytest.approx(replace(lopt, host_traffic=0).seconds(slow, 25))
+    busy = replace(e2e, host_traffic=round(0.5 * e2e.seconds(slow, 25) * 40e9))
+    assert busy.seconds(slow, 25) == pytest.approx(1.25 * replace(e2e, host_traffic=0).seconds(slow, 25))
