@@ -140,5 +140,5 @@ def _words(command: str, arguments: Sequence[str]) -> tuple[_Parser, list[str]]:
 def _hint(name: str, known: Iterable[str], dashes: str = "") -> str:
     known = list(known)
     begun = [flag for flag in known if name and flag.startswith(name)]
-    close = begun if len(begun) == 1 else difflib.get_close_matches(name, known, n=1) or begun[:3]
+    close = begun[:3] or difflib.get_close_matches(name, known, n=1)
     return f"did you mean {' or '.join(dashes + flag for flag in close)}?" if close else "--help lists them"
