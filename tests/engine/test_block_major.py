@@ -226,3 +226,31 @@ def test_an_error_in_a_stage_leaves_the_model_whole() -> None:
     handle.detach()
     assert not any("forward" in vars(module) for module in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("place", ["on the device", "block", "host optimizer"])
+def test_a_step_after_an_error_is_the_step_without_it(place: str) -> None:
+    """Nothing of the lost step is left: gradients that waited, kept inputs, fetched weights."""
+    ends = []
+    for fails_at in (0, 3, 8, 13):  # in the forward sweep, in the last stage, in the backward sweep
+        model: Any = tiny("llama-tied")
+        handle = attached(model, schedule="block_major", method="e2e", stages=6, **PLACES[place])
+        schedule = block_major(handle, handle.parameter_groups(1e-2), ADAMW, max_norm=CLIP)
+        calls: list[int] = []
+
+        def forward(slot: int, model: Any = model, fails_at: int = fails_at, calls: Any = calls) -> Any:
+            calls.append(slot)
+            if len(calls) == fails_at:
+                raise RuntimeError("no data")
+            return model(**BATCHES[slot]).loss
+
+        if fails_at:
+            with pytest.raises(RuntimeError, match="no data"):
+                schedule.step(2, forward)
+            model.zero_grad()
+        schedule.step(2, forward)
+        schedule.synchronize()
+        ends.append(dict(model.named_parameters()))
+    for other in ends[1:]:
+        for name, value in ends[0].items():
+            assert torch.equal(value, other[name]), name

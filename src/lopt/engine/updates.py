@@ -68,6 +68,8 @@ class Updates:
         """Begin an optimizer step."""
         self.norms, self.stepped, self._held = {}, [], []
         self._parameter_norms.clear()
+        for waiting in (*self._waiting.values(), self._shared):
+            waiting.hand_over()  # of a step that an error has ended
 
     def stage_done(self, stage: Stage) -> None:
         """Take over the final gradients of `stage`, whose weights are on the device."""
@@ -124,7 +126,7 @@ class Updates:
     def _step_held(self) -> None:
         """Clip and step all stages that wait, from the first on, which the device holds in most cases."""
         held, self._held = sorted(self._held, key=lambda stage: stage.index), []
-        norms = {block: self._norm(block) for block in {stage.block for stage in held}}
+        norms = {block: self._norm(block) for block in dict.fromkeys(stage.block for stage in held)}
         if not held:
             return
         self.before_step(norms)
