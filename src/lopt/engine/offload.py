@@ -96,8 +96,8 @@ class WeightsOffload:
     """Keeps the weights of an attached model in host memory except those of the active stage.
 
     From the first optimizer step on a block's reconstruction head is offloaded with the block's last stage.
-    Between optimizer steps every weight is in host memory, so callbacks and checkpoints see the real values; a
-    host optimizer may still be at work on them until `Offload.synchronize`.
+    Between optimizer steps every weight is in host memory, so callbacks and checkpoints see the real values.
+    A host optimizer may still be at work on them until `Offload.synchronize`.
 
     A forward outside the block-major schedule (evaluation, generation, a reference model that shares the
     weights, the head warm-up) fetches all weights if the device has room for them, and one layer after the
