@@ -36,12 +36,15 @@ WORKER = Path(__file__).parents[1] / "ranks.py"
 def launch(folder: Path, ranks: int, mode: str) -> None:
     paths = [str(WORKER.parent), str(WORKER.parents[1] / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
         [*torchrun, str(WORKER), str(folder), mode, *CASES, *OWN[mode], "resume"],
         env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-6000:]
+    assert result.returncode == 0, result.stderr[
+        -20_000:
+    ]  # a rank's own reason comes before the others' complaints
     assert "find_unused_parameters" not in result.stderr, "DDP searched for unused parameters in vain"
 
 
