@@ -18,13 +18,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from lopt import LoPTConfig, attach
-from lopt.compat import checkpoint_activations
+from lopt.compat import checkpoint_activations, replaced
 from lopt.engine.clipping import clip_gradients
 from lopt.engine.optimizer import BlockOptimizer, Precision
 from lopt.engine.plain_loop import block_major
@@ -107,8 +106,8 @@ def peak(shape: dict, args: argparse.Namespace, fake: bool = True, **setting: An
     """The peak of the second optimizer step."""
     # transformers reads position_ids to find out whether rows are packed, which fake tensors cannot
     # answer; it would then build a mask that a real run does not have.
-    transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
+    no_packing = replaced(masking_utils, find_packed_sequence_indices=lambda position_ids: None)
+    with no_packing, FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         loop = Loop(shape, args, setting)
         loop.step(1)
         with MemoryTracker(loop.model, loop.handle.heads, optimizer=loop.optimizer) as tracker:

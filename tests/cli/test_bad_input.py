@@ -215,7 +215,7 @@ CASES: list[tuple[str, str, str]] = [
     ("compare", "--methods magic", "--methods magic: there is no method 'magic': use"),
     ("compare", "--methods lopt lopt", "twice: leave one of them out"),
     ("compare", "--methods lopt:num_blocks=9", "--num_blocks must be <= 4, the model's number of layers"),
-    ("compare", "--methods lopt:colour=red", "'colour' is no setting of lopt: use "),
+    ("compare", "--methods lopt:colour=red", "'colour' is no setting of lopt: use num_blocks"),
     ("compare", "--sweep lambda_aux", "write it as name=value,value"),
     ("compare", "--seeds 1 1", "--seeds 1 1: give one or more, each once"),
     ("compare", "--method e2e", "here --methods names what is compared"),

@@ -9,9 +9,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from lopt.core.config import METHOD_ALIASES, METHODS, LoPTConfig
+from lopt.residency import Residency
 
 CUTS = ("num_blocks", "block_boundaries")
-METHOD_KEYS = tuple(f.name for f in fields(LoPTConfig) if f.name != "method")
+_RESIDENCY = tuple(f.name for f in fields(Residency))
+METHOD_KEYS = (
+    *(f.name for f in fields(LoPTConfig) if f.name not in (*_RESIDENCY, "method")),
+    *_RESIDENCY,
+)
 # What may differ between arms that see the same rows in the same order and take the same number of steps.
 TRAINING_KEYS: dict[str, type] = {
     "learning_rate": float,
