@@ -126,7 +126,7 @@ PLACES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_the_eager_ones_bit_for_bit(method: str, place: str) -> None:
-    for slots in (1, 4):
+    for slots in (1, 4) if place == "on the device" else (4,):
         compare(tiny("llama"), slots, **METHODS[method], **PLACES[place])
 
 
@@ -158,7 +158,7 @@ def test_every_architecture(architecture: str, method: str) -> None:
     compare(tiny(architecture), slots=2, tolerance=1e-6, make=SGD, **METHODS[method], **PLACES["block"])
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["on the device", "host optimizer"])
 def test_adapters(place: str) -> None:
     torch.manual_seed(0)
     targets = LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False)
