@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 import torch
 
@@ -134,3 +136,17 @@ def test_quantized_state_moves_in_its_parts() -> None:
     owner.tensors[0].copy_(torch.zeros(16, 256))
     transfer.release(owner.group)
     assert owner.tensors[0].dequantize().abs().max() < 1e-6
+
+
+def test_values_that_are_not_final_are_waited_for_by_a_fetch_alone() -> None:
+    """As those that a host optimizer is at work on; once final, they are prefetched like any other."""
+    transfer = HostTransfer(torch.device("cpu"), KIB)
+    (owner,) = owners(transfer, 64)
+    owner.group.pending = Future()
+    transfer.prefetch([owner.group])
+    assert transfer.bytes_in_flight == 0
+    owner.group.pending.set_result(None)
+    transfer.prefetch([])
+    assert transfer.bytes_in_flight == 64 and owner.group.pending is None
+    transfer.fetch(owner.group)
+    assert not any(map(in_host_memory, owner.tensors))

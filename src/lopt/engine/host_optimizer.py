@@ -2,7 +2,7 @@
 
 A stage's final gradient is copied out in its own dtype; weights, their float32 masters and the optimizer's
 state never leave host memory. A stage that is needed while its step is under way or waits for its turn waits
-for it (`TensorGroup. pending`), so nothing is ever stale.
+for it (`TensorGroup.pending`), so nothing is ever stale.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class HostOptimizer:
         future = self._pool.submit(step)
         self._running = [f for f in self._running if not f.done() or f.exception() is not None] + [future]
         for group in weights:
-            group.pending = future.result
+            group.pending = future
 
     def wait(self) -> None:
         """Wait until every stage that was submitted has been stepped.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +37,14 @@ class TensorGroup:
 
     Attributes:
         host: their places in host memory; None until they have been there once.
-        pending: waits until their values in host memory are final; None if they are.
+        pending: ends when their values in host memory are final; None if they are.
     """
 
     def __init__(self, get: Callable[[], Tensors], put: Callable[[Tensors], None]) -> None:
         self.get = get
         self.put = put
         self.host: Tensors | None = None
-        self.pending: Callable[[], Any] | None = None
+        self.pending: Future | None = None
 
     @classmethod
     def of_parameters(cls, parameters: Iterable[Tensor]) -> TensorGroup:
@@ -154,13 +155,13 @@ class HostTransfer:
         """
         self._in_use.add(group)
         self.release(group)
-        return self._outgoing[-1].copied if self._on_gpu else None
+        return self._outgoing[-1].copied if self._outgoing else None
 
     def wait_until_final(self, group: TensorGroup) -> None:
         """Wait until the values of `group` in host memory are final."""
         if group.pending is not None:
             began = time.perf_counter()
-            group.pending()
+            group.pending.result()
             self.waited += time.perf_counter() - began
             group.pending = None
 
@@ -226,8 +227,9 @@ class HostTransfer:
         while self._upcoming:
             group = self._upcoming[0]
             if group.host is not None and group not in self._prefetched and group not in self._in_use:
-                if group.pending is not None:  # not waited for ahead of time
-                    return
+                if group.pending is not None and not group.pending.done():
+                    return  # not waited for ahead of time
+                self.wait_until_final(group)
                 if self.bytes_in_flight + group.nbytes > self.budget:
                     return
                 self._copy_in(group)
