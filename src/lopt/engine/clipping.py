@@ -57,11 +57,9 @@ def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _norm(kinds: list[list[nn.Parameter]], device: torch.device) -> Tensor:
-    if not kinds:
-        return torch.zeros((), device=device)
     norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return torch.linalg.vector_norm(torch.stack(whole)).float()
+    return total_norm(whole, device)
 
 
 def _scale(kinds: list[list[nn.Parameter]], max_norm: float, norm: Tensor) -> None:

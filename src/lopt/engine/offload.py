@@ -43,11 +43,18 @@ class Offload:
         self.stage: Stage | None = None
         self._changed = False
 
-    def enter(self, stage: Stage, will_step: bool, following: Stage | None) -> None:
-        """Turn to `stage`: fetch its weights, prefetch its state if it is stepped now, and `following`'s
-        weights.
+    @classmethod
+    def of_config(cls, lopt: LoPT, stages: Stages, device: torch.device) -> Offload | None:
+        """Return the offload that the config of `lopt` asks for; None if everything stays on the device."""
+        config = lopt.config
+        if config.offload == "none":
+            return None
+        return cls(lopt, stages, device, int(config.prefetch_gib * 2**30), weights=config.offload == "block")
 
-        The stage before is released.
+    def enter(self, stage: Stage, will_step: bool, following: Stage | None) -> None:
+        """Turn to `stage` and fetch its weights; the stage before is released.
+
+        Its state is prefetched if it is stepped now, and then the weights of `following`.
         """
         if stage is not self.stage:
             self.leave()
@@ -127,9 +134,8 @@ class WeightsOffload:
         self._ends = [group for group in self._learning if group not in of_layers]
         self._lens = [self._by_module[module] for module in blocks.tail if module in self._by_module]
         self._stages = stages
-        self._entered: dict[
-            TensorGroup, None
-        ] = {}  # of the present stage, whose graph holds on to its weights
+        # Of the present stage, whose graph holds on to its weights:
+        self._entered: dict[TensorGroup, None] = {}
         self._all_fetched = False
         self._heads_offloaded = False
         for group in self._learning:

@@ -100,9 +100,8 @@ class BlockOptimizer(Optimizer):
         _copy_settings(self.optimizer.param_groups, self.param_groups)
         for group in self.param_groups:
             group.setdefault("updates", 0)
-        self._stepped: list[set[int]] = [
-            set() for _ in self.param_groups
-        ]  # parts since a group's last update
+        # Parts since a group's last update:
+        self._stepped: list[set[int]] = [set() for _ in self.param_groups]
         self.defaults = self.optimizer.defaults
         self.state = self.optimizer.state
         self._group = {p: group for group in self.param_groups for p in group["params"]}

@@ -44,11 +44,8 @@ def block_major(
         A schedule, whose `step` runs one optimizer step; `schedule.optimizer` is for a learning-rate schedule
         and checkpoints.
     """
-    config, device = lopt.config, device or lopt.device
-    stages, offload = Stages(lopt), None
-    if config.offload != "none":
-        prefetch = int(config.prefetch_gib * 2**30)
-        offload = Offload(lopt, stages, device, prefetch, weights=config.offload == "block")
+    stages = Stages(lopt)
+    offload = Offload.of_config(lopt, stages, device or lopt.device)
     optimizer = staged_optimizer(lopt, groups, make, stages, offload, precision, threads=threads)
     return BlockMajor(lopt, Updates(lopt, stages, optimizer, offload, max_norm), offload)
 

@@ -42,11 +42,8 @@ def set_random_state(device: torch.device, state: RandomState | int) -> None:
 
 
 @contextmanager
-def random_numbers(device: torch.device, state: RandomState | int | None) -> Iterator[None]:
-    """Within, generators are in `state`, or seeded by it; afterwards as they were. None changes nothing."""
-    if state is None:
-        yield
-        return
+def random_numbers(device: torch.device, state: RandomState | int) -> Iterator[None]:
+    """Within, generators are in `state`, or seeded by it; afterwards they are as they were."""
     before = random_state(device)
     set_random_state(device, state)
     try:

@@ -94,7 +94,7 @@ class Stages(Sequence[Stage]):
 
     def reaches_back(self, stage: Stage) -> bool:
         """Return whether an earlier stage of its block learns, which needs the gradient of its input."""
-        return any(self._learning[s.index] for s in self.of_block(stage.block) if s.index < stage.index)
+        return self._reaching[stage.index]
 
     def owner(self, parameter: nn.Parameter) -> int:
         """Return the index of the stage that a parameter of the model or of a head belongs to."""
@@ -115,6 +115,12 @@ class Stages(Sequence[Stage]):
         for block in self._lopt.blocks:
             for parameter in self._lopt.block_parameters(block.index):
                 self._learning[self._owners[parameter]].append(parameter)
+        self._reaching: list[bool] = []
+        for stage in self._stages:
+            before = stage.index - 1
+            self._reaching.append(
+                not stage.opens and (self._reaching[before] or bool(self._learning[before]))
+            )
 
     def _split(self) -> list[list[tuple[int, int]]]:
         """Return for each block its stages as spans of parts: the first part, every layer, the last part."""

@@ -191,7 +191,7 @@ def host_tensor(make: Callable[[], Tensor]) -> Tensor:
     """Return what `make` makes, counted by every tracker as host memory from the first moment on."""
     with counted_as_host():
         tensor = make()
-    _host_storages.update(part.untyped_storage() for part in dense_parts(tensor))
+    count_as_host([tensor])
     return tensor
 
 

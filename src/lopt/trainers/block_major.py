@@ -46,12 +46,8 @@ class BlockMajorSteps:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        config = trainer.lopt.config
         self.stages = Stages(trainer.lopt)
-        self.offload: Offload | None = None
-        if config.offload != "none":
-            budget, weights = int(config.prefetch_gib * 2**30), config.offload == "block"
-            self.offload = Offload(trainer.lopt, self.stages, trainer.args.device, budget, weights)
+        self.offload = Offload.of_config(trainer.lopt, self.stages, trainer.args.device)
         self._updates = Updates(trainer.lopt, self.stages, offload=self.offload)
         self._updates.before_step = self._before_step
         if torch.distributed.is_initialized():
