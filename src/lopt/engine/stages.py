@@ -76,6 +76,12 @@ class Stages(Sequence[Stage]):
         """Return the stages of block `index` (from 0)."""
         return [stage for stage in self._stages if stage.block == index]
 
+    def of_pipeline(self, position: int, size: int) -> list[Stage]:
+        """Return the stages of the blocks that process `position` (from 0) of `size` has."""
+        blocks = len(self._spans)
+        own = range(blocks * position // size, blocks * (position + 1) // size)
+        return [stage for stage in self._stages if stage.block in own]
+
     def modules(self, stage: Stage) -> list[nn.Module]:
         """Return the modules of `stage`: its layers, and what is before or after all layers."""
         spans = [span for block in self._spans for span in block]
