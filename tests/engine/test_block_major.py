@@ -132,10 +132,9 @@ def test_weights_are_the_eager_ones_bit_for_bit(method: str, place: str) -> None
         compare(tiny("llama"), slots, **METHODS[method], **PLACES[place])
 
 
-@pytest.mark.parametrize("slots", [1, 7])
-@pytest.mark.parametrize("method", ["e2e x all", "lopt x 2", "frozen"])
-def test_weights_are_the_eager_ones_after_ten_steps(method: str, slots: int) -> None:
-    compare(tiny("llama"), slots, steps=LONG, **METHODS[method], **PLACES["host optimizer"])
+@pytest.mark.parametrize("method", ["e2e x 3", "lopt x 2"])
+def test_weights_are_the_eager_ones_after_ten_steps(method: str) -> None:
+    compare(tiny("llama"), 7, steps=LONG, **METHODS[method], **PLACES["host optimizer"])
 
 
 @pytest.mark.slow
