@@ -103,7 +103,7 @@ def bit_for_bit(folder: Path, size: int) -> None:
         LoPTConfig(num_blocks=4, schedule="block_major", stages=6),
         LoPTConfig(num_blocks=size, method="frozen", schedule="block_major"),
     ]
-    for config, slots in itertools.product(configs, (1, 7)):
+    for config, slots in itertools.product(configs, (1, 7) if size == 2 else (4,)):
         compare(folder, config, [BATCHES[slot % 4] for slot in range(slots)], mesh)
 
 
