@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import AutoModelForCausalLM
 
 from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
 from lopt.engine.block_major import BlockMajor
-from lopt.engine.pipeline import check_pipeline, pipeline
+from lopt.engine.pipeline import check_pipeline, pipeline, save_model
 from lopt.engine.plain_loop import block_major
 from lopt.models.part import load_part
 
@@ -81,15 +82,19 @@ def compare(folder: Path, config: LoPTConfig, batches: list[Any], mesh: DeviceMe
     """Assert the weights of one process bit for bit, and the bytes that were sent."""
     whole, expected = one_process(folder, config, batches, ADAMW)
     handle, losses, schedule = in_pipeline(folder, config, batches, ADAMW, mesh)
+    saved = folder / f"saved-{config.num_blocks}-{config.method}-{config.tied_embeddings}-{len(batches)}"
+    save_model(handle, schedule, saved)
+    plain = AutoModelForCausalLM.from_pretrained(saved)
+    for name, value in plain.named_parameters():
+        assert torch.equal(value, whole.model.get_parameter(name)), name
     assert losses == (expected if schedule.has_task else [])
     own = {stage.block for stage in schedule.own}
-    for one in (handle.model, handle.heads):
-        reference = dict((whole.model if one is handle.model else whole.heads).named_parameters())
-        for name, value in one.named_parameters():
-            assert value.is_meta or torch.equal(value, reference[name]), name
+    for name, value in handle.heads.named_parameters():
+        assert value.is_meta or torch.equal(value, whole.heads.get_parameter(name)), name
     for block in handle.blocks:
         parameters = [p for _, p in handle.blocks.parameters(handle.model, block.index)]
-        assert all(p.is_meta == (block.index not in own) for p in parameters)
+        shared = handle.model.get_output_embeddings().weight
+        assert all(p.is_meta == (block.index not in own) for p in parameters if p is not shared)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     hidden = handle.model.config.hidden_size
     assert schedule.link is not None
@@ -102,6 +107,7 @@ def bit_for_bit(folder: Path, size: int) -> None:
         LoPTConfig(num_blocks=size, schedule="block_major"),
         LoPTConfig(num_blocks=4, schedule="block_major", stages=6),
         LoPTConfig(num_blocks=size, method="frozen", schedule="block_major"),
+        LoPTConfig(num_blocks=size, tied_embeddings="freeze", schedule="block_major"),
     ]
     for config, slots in itertools.product(configs, (1, 7) if size == 2 else (4,)):
         compare(folder, config, [BATCHES[slot % 4] for slot in range(slots)], mesh)

@@ -30,6 +30,7 @@ class Link:
         depth: Micro-batches that may be on their way at a time, in each direction of this rank.
 
     Attributes:
+        group: As given.
         position: Of this rank in the pipeline, from 0.
         size: Number of ranks in the pipeline.
         sent: Bytes that this rank has sent.
@@ -51,7 +52,7 @@ class Link:
         check_number("pipeline_depth", depth, minimum=1)
         self.position, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.sent, self.waited, self.blocked = 0, 0.0, 0.0
-        self._group = group
+        self.group = group
         self._device, self._hidden_size, self._dtype = device, hidden_size, dtype
         self._depth = depth
         self._expected: deque[tuple[int, int]] = deque()
@@ -108,7 +109,7 @@ class Link:
             self._sending.popleft()[0].wait()
         self.blocked += time.perf_counter() - began
         hidden = hidden.detach().contiguous()
-        work = dist.isend(hidden, group=self._group, group_dst=self.position + 1)
+        work = dist.isend(hidden, group=self.group, group_dst=self.position + 1)
         assert work is not None
         self._sending.append((work, hidden))
         self.sent += hidden.nbytes
@@ -122,7 +123,7 @@ class Link:
         while self._expected and len(self._receiving) < self._depth:
             shape = (*self._expected.popleft(), self._hidden_size)
             hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
-            work = dist.irecv(hidden, group=self._group, group_src=self.position - 1)
+            work = dist.irecv(hidden, group=self.group, group_src=self.position - 1)
             assert work is not None
             self._receiving.append((work, hidden))
 

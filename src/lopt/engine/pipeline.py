@@ -6,12 +6,16 @@ next optimizer step, as soon as the process before it has sent it. The result is
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -24,8 +28,10 @@ from lopt.engine.links import Link
 from lopt.engine.optimizer import Precision
 from lopt.engine.plain_loop import staged_optimizer
 from lopt.engine.reduction import average_gradients
-from lopt.engine.stages import Stages
+from lopt.engine.stages import Stage, Stages
 from lopt.engine.updates import Updates
+from lopt.files import write_text
+from lopt.models.weight_files import INDEX
 from lopt.validation import check
 
 
@@ -63,9 +69,10 @@ def pipeline(
     dtype = next(p.dtype for p in lopt.blocks.layers[0].parameters() if p.is_floating_point())
     link = Link(ranks.get_group(), device, config.hidden_size, dtype, depth)
     stages = Stages(lopt)
-    own = {stage.block for stage in stages.of_pipeline(link.position, link.size)}
-    leave_out(lopt, [block.index for block in lopt.blocks if block.index not in own])
-    groups = [group for group in groups if group["block"] in own]
+    own = stages.of_pipeline(link.position, link.size)
+    blocks = {stage.block for stage in own}
+    leave_out(lopt, stages, own)
+    groups = [group for group in groups if group["block"] in blocks]
     optimizer = staged_optimizer(lopt, groups, make, stages, None, precision) if groups else None
     updates = Updates(lopt, stages, optimizer, max_norm=max_norm)
     if "data" in (mesh.mesh_dim_names or ()):
@@ -87,14 +94,54 @@ def check_pipeline(config: LoPTConfig, size: int) -> None:
         raise ValueError("`aux_loss` next_token reads the LM head, which another process has: use recon")
 
 
-def leave_out(lopt: LoPT, blocks: Iterable[int]) -> None:
-    """Let go of the weights of `blocks` and of their heads: they are on the meta device then."""
-    parameters = [p for index in blocks for _, p in lopt.blocks.parameters(lopt.model, index)]
-    empty = {p: p if p.is_meta else nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in parameters}
+def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> None:
+    """Let go of all weights that no stage in `own` needs: they are on the meta device then."""
+    blocks = {stage.block for stage in own}
+    needed = {p for stage in own for module in stages.modules(stage) for p in module.parameters()}
+    empty = {
+        p: p if p.is_meta else nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        for p in lopt.model.parameters()
+        if p not in needed
+    }
     for module in lopt.model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter in empty:
                 setattr(module, name, empty[parameter])
-    for index in blocks:
-        if index < len(lopt.heads):
-            lopt.heads[index].to("meta")
+    for index, head in enumerate(lopt.heads):
+        if index not in blocks:
+            head.to("meta")
+
+
+def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:
+    """Save the model of a pipeline as one plain folder: each process writes the weights of its blocks.
+
+    All processes of one pipeline call this.
+
+    Raises:
+        ValueError: `folder` holds a model already.
+    """
+    link, folder, model = schedule.link, Path(folder), base_model(lopt.model)
+    assert link is not None
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a model already: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = sorted({stage.block for stage in schedule.own})
+    own = {name: p.detach() for block in blocks for name, p in lopt.blocks.parameters(model, block)}
+    if link.is_first:
+        kept = model.state_dict().keys()
+        own |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    file = f"model-{link.position + 1:05d}-of-{link.size:05d}.safetensors"
+    save_file(
+        {name: value.cpu().contiguous() for name, value in own.items()}, folder / file, {"format": "pt"}
+    )
+    size = sum(value.nbytes for value in own.values())
+    parts: list[Any] = [None] * link.size
+    dist.all_gather_object(parts, (file, size, sorted(own)), group=link.group)
+    if link.is_first:
+        places = {name: part for part, _, names in parts for name in names}
+        index = {"metadata": {"total_size": sum(size for _, size, _ in parts)}, "weight_map": places}
+        write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        model.generation_config.save_pretrained(folder)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)  # last, so that the folder is no model before it is whole
+    dist.barrier(group=link.group)
