@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import runpy
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,13 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoModelForCausalLM
 
-from conftest import batch_of, tiny
+from conftest import batch_of, save_tiny, tiny
 from lopt import LoPTConfig, attach
 from lopt.engine.block_major import BlockMajor
-from lopt.engine.pipeline import check_pipeline, pipeline, save_model
+from lopt.engine.pipeline import check_pipeline, own_blocks, pipeline, save_model
 from lopt.engine.plain_loop import block_major
 from lopt.models.part import load_part
+from page_commands import ROOT
 
 CPU = torch.device("cpu")
 BATCHES = [
@@ -65,11 +69,8 @@ def one_process(folder: Path, config: LoPTConfig, batches: list[Any], make: Any)
 def in_pipeline(
     folder: Path, config: LoPTConfig, batches: list[Any], make: Any, mesh: DeviceMesh
 ) -> tuple[Any, list[float], BlockMajor]:
-    size, position = mesh["pipeline"].size(), mesh["pipeline"].get_local_rank()
-    blocks = config.num_blocks
-    own = range(blocks * position // size, blocks * (position + 1) // size)
     torch.manual_seed(7)  # the same heads
-    handle = attach(load_part(str(folder), config, own), config)
+    handle = attach(load_part(str(folder), config, own_blocks(config, mesh)), config)
     groups = handle.parameter_groups(1e-2, 1e-3, 0.1)
     schedule = pipeline(handle, groups, make, mesh, device=CPU, max_norm=0.5)
     losses = train(schedule, handle, batches)
@@ -148,3 +149,22 @@ def test_replicas_average_their_gradients(tmp_path: Path) -> None:
 def test_what_cannot_be_a_pipeline_is_refused(config: LoPTConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_pipeline(config, 3)
+
+
+def run_example(rank: int, arguments: list[str], port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    runpy.run_path(str(ROOT / "examples/pipeline.py"))["main"](*arguments)
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    save_tiny(tmp_path / "model")
+    (tmp_path / "texts.jsonl").write_text('{"text": "It rains."}\n{"text": "It is dry."}\n')
+    arguments = [str(tmp_path / name) for name in ("model", "texts.jsonl", "out")]
+    mp.start_processes(run_example, (arguments, port), nprocs=2, start_method="fork")
+    trained, start = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "model"))
+    for name, value in trained.named_parameters():
+        assert not torch.equal(value, start.get_parameter(name)), f"{name} was not trained"

@@ -28,7 +28,7 @@ from lopt.engine.links import Link
 from lopt.engine.optimizer import Precision
 from lopt.engine.plain_loop import staged_optimizer
 from lopt.engine.reduction import average_gradients
-from lopt.engine.stages import Stage, Stages
+from lopt.engine.stages import Stage, Stages, dealt
 from lopt.engine.updates import Updates
 from lopt.files import write_text
 from lopt.models.weight_files import INDEX
@@ -78,6 +78,12 @@ def pipeline(
     if "data" in (mesh.mesh_dim_names or ()):
         updates.reduce = partial(average_gradients, group=mesh["data"].get_group())
     return BlockMajor(lopt, updates, link=link)
+
+
+def own_blocks(config: LoPTConfig, mesh: DeviceMesh) -> range:
+    """Return the indices (from 0) of the blocks of this process; `mesh` as of `pipeline`."""
+    ranks = mesh["pipeline"]
+    return dealt(config.block_count, ranks.get_local_rank(), ranks.size())
 
 
 def check_pipeline(config: LoPTConfig, size: int) -> None:
