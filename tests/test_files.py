@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lopt import files
-from lopt.files import write_text
+from lopt.files import follow_umask, save_tensors, write_text
 
 
 def test_text_is_utf8_with_unix_line_ends(tmp_path: Path) -> None:
@@ -30,6 +32,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_tensors({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"format": "pt"})
+        write_text(tmp_path / "run.json", "{}")
+        (tmp_path / "link").symlink_to(tmp_path / "x.safetensors")
+        follow_umask(tmp_path.iterdir())
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("x.safetensors", "run.json")} == {mode}
 
 
 def test_windows_flushes_files_that_are_open_for_writing_and_no_folders(tmp_path: Path, monkeypatch) -> None:

@@ -1,14 +1,19 @@
-"""Text and JSON files that are whole or absent, and trees of plain values."""
+"""Files that are whole or absent and follow the umask, and trees of plain values."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,6 +51,32 @@ def fsync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def follow_umask(paths: Iterable[Path]) -> None:
+    """Give files the permissions that the umask leaves to new ones; folders are left alone.
+
+    safetensors makes its files with mode 600, so that another user, such as an inference server, could not
+    read them.
+    """
+    umask = os.umask(0o077)  # it can only be read by setting it: what a thread makes now is not open to all
+    os.umask(umask)
+    wanted = 0o666 & ~umask
+    for path in paths:
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) and stat.S_IMODE(mode) != wanted:
+            with suppress(PermissionError, NotImplementedError):  # a disk without permissions, such as exFAT
+                path.chmod(wanted)
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write `tensors` in safetensors' format to a file that follows the umask."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata)
+    follow_umask([Path(path)])
 
 
 def write_json(path: Path, content: object, **options: Any) -> None:

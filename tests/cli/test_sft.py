@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def sft(tiny_folder: Path, sums_file: Path, tmp_path: Path) -> Run:
         for flag, value in zip(flags[::2], flags[1::2], strict=True):
             arguments[flag] = value
         assert main(["sft", *(str(x) for pair in arguments.items() for x in pair)]) == 0
+        folder = Path(arguments["--output_dir"])
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return folder, [row["loss"] for row in history if "loss" in row]
 
@@ -156,6 +158,36 @@ def test_lora_saves_an_adapter(sft: Run) -> None:
     pytest.importorskip("peft")
     folder, losses = sft("lora", "--method", "lora", "--lora_r", "4")
     assert (folder / "adapter_model.safetensors").is_file() and losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "flags"), [(0o022, []), (0o077, ["--method", "lora", "--lora_r", "4"])])
+def test_every_file_follows_the_umask_in_any_place(
+    sft: Run, tmp_path: Path, monkeypatch, umask: int, flags: list[str]
+) -> None:
+    """A folder with a space, through a link, from two working folders; the resumed run finds its best."""
+    if flags:
+        pytest.importorskip("peft")
+    (tmp_path / "disk two").mkdir()
+    (tmp_path / "läufe").symlink_to(tmp_path / "disk two")
+    flags = [*flags, "--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1", "--held_out", "4"]
+    flags += ["--load_best_model_at_end", "true", "--greater_is_better", "true"]  # the first is the best
+    flags += ["--metric_for_best_model", "loss", "--head_warmup_steps", "1"]
+    before = os.umask(umask)
+    try:
+        monkeypatch.chdir(tmp_path)
+        sft("out", *flags, "--output_dir", "läufe/my run/", steps=1)
+        monkeypatch.chdir(tmp_path / "disk two")
+        sft("out", *flags, "--output_dir", "../läufe/my run/", "--resume", "true", steps=2)
+    finally:
+        os.umask(before)
+    run = tmp_path / "disk two" / "my run"
+    for path in [run, *run.rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).resolve() == run / "checkpoint-1"
+    saved = "adapter_model.safetensors" if "lora" in flags else "model.safetensors"
+    assert (run / saved).read_bytes() == (run / "checkpoint-1" / saved).read_bytes()
 
 
 def test_the_saved_model_is_plain_and_says_the_same(sft: Run, tmp_path: Path) -> None:

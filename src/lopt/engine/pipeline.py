@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -30,7 +29,7 @@ from lopt.engine.plain_loop import staged_optimizer
 from lopt.engine.reduction import average_gradients
 from lopt.engine.stages import Stage, Stages, dealt
 from lopt.engine.updates import Updates
-from lopt.files import write_text
+from lopt.files import save_tensors, write_text
 from lopt.models.weight_files import INDEX
 from lopt.validation import check
 
@@ -137,7 +136,7 @@ def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:
         kept = model.state_dict().keys()
         own |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
     file = f"model-{link.position + 1:05d}-of-{link.size:05d}.safetensors"
-    save_file(
+    save_tensors(
         {name: value.cpu().contiguous() for name, value in own.items()}, folder / file, {"format": "pt"}
     )
     size = sum(value.nbytes for value in own.values())

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from lopt import compat
 from lopt.core.attach import LoPT
+from lopt.files import save_tensors
 
 HEADS_OPTIMIZER_NAME = "reconstruction_heads_optimizer.safetensors"
 
@@ -130,7 +131,7 @@ def save_heads_optimizer(optimizer: Optimizer, folder: str | Path) -> None:
         f"{p}.{key}": value.contiguous() for p, s in saved["state"].items() for key, value in s.items()
     }
     rates = json.dumps([float(group["lr"]) for group in saved["param_groups"]])
-    safetensors.torch.save_file(tensors, Path(folder) / HEADS_OPTIMIZER_NAME, {"learning_rates": rates})
+    save_tensors(tensors, Path(folder) / HEADS_OPTIMIZER_NAME, {"learning_rates": rates})
 
 
 def load_heads_optimizer(optimizer: Optimizer, folder: str | Path) -> None:

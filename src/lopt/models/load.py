@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from lopt.files import follow_umask
 from lopt.models.chat_template import check_chat_template
 from lopt.models.generation_config import check_generation_file
 from lopt.models.names import DTYPES, resolve_model
@@ -229,6 +230,7 @@ def save_model(
         raise ValueError(f"{folder} holds a model already: choose another folder")
     save: Any = model.save_pretrained
     save(folder)
+    follow_umask(folder.glob("*.safetensors"))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

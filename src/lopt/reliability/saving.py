@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lopt.architectures import base_model
-from lopt.files import write_text
+from lopt.files import follow_umask, write_text
 from lopt.instruments.memory import dense_parts
 from lopt.models.generation_config import make_saveable
 from lopt.reliability.checkpoint import (
@@ -148,6 +148,7 @@ class Checkpoints:
         """Flush and compare the files that this rank wrote, whose content its machine may still hold."""
         args = self._trainer.args
         own = [path for path in files(staged) if _is_of(path.name, args)]
+        follow_umask(own)
         return settle(staged, own, self._hashes, self.verify)
 
     def _publish(self, staged: Path, final: Path, entries: dict[str, Any]) -> None:

@@ -36,11 +36,25 @@ class LoopEvents(TrainerCallback):
             change = resumed_otherwise(self._trainer, self._trainer.resumed_from)
             if change is not None:
                 print(f"Resume: {change}")
+        self._find_best(state)
         self._trainer.stops.begin_training()
         lopt: LoPT = self._trainer.lopt
         lopt.heads.zero_grad()  # the gradients of a batch that did not fit (`auto_find_batch_size`)
         if lopt.heads and lopt.config.head_warmup_steps and state.global_step == 0:
             warm_up_heads(self._trainer)
+
+    def _find_best(self, state: Any) -> None:
+        """Find the best checkpoint again whose path was relative to another working folder.
+
+        transformers keeps the path as it was given, and drops one that does not exist.
+        """
+        if not self._trainer.resumed_from or state.best_model_checkpoint or not state.best_global_step:
+            return
+        best = self._trainer.checkpoints.path(state.best_global_step)
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+            if self._trainer.is_world_process_zero():
+                print(f"Resume: the best checkpoint so far is {best}")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the random state that the epoch's order is drawn with."""

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from lopt.core.attach import LoPT
+from lopt.files import save_tensors
 
 HEADS_NAME = "reconstruction_heads.safetensors"
 
@@ -63,7 +64,7 @@ def warm_up_heads(trainer: Any) -> None:
 
 def save_heads(lopt: LoPT, folder: Path) -> None:
     """Write the weights of the heads into a checkpoint."""
-    safetensors.torch.save_file(lopt.heads.state_dict(), folder / HEADS_NAME)
+    save_tensors(lopt.heads.state_dict(), folder / HEADS_NAME)
 
 
 def load_heads(lopt: LoPT, folder: Path) -> None:
