@@ -142,6 +142,9 @@ OVERRIDES: dict[str, str] = {
     "transformers:Trainer._save_optimizer_and_scheduler": "Heads and rollouts are saved as well.",
     # -- trl -------------------------------------------------------------------------------------------------
     "trl:SFTTrainer._prepare_dataset": "Rows without a trainable token are counted, reported and left out.",
+    "trl:SFTTrainer._name": "The trainer's name, for the model card (read).",
+    "trl:SFTTrainer._tag_names": "Its tags, for the model card (read).",
+    "trl:SFTTrainer._paper": "Its paper's citation, for the model card (read).",
     "trl:DPOTrainer._prepare_dataset": "What the chat template leaves out of the rows is counted.",
     "trl:GRPOTrainer._generate_and_score_completions": (
         "Offloaded weights come in; stops are obeyed around rollouts."

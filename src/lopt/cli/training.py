@@ -27,6 +27,7 @@ from lopt.reliability.ranks import on_first_rank, together
 from lopt.reliability.record import Record, data_facts
 from lopt.reliability.stop import Stopped
 from lopt.reports.retention import write_curves
+from lopt.trainers.card import DataSource
 from lopt.trainers.checks import check_batches
 from lopt.trainers.lora import lora_config
 from lopt.trainers.vllm import end_training
@@ -129,6 +130,7 @@ def run(
             peft_config=adapters,
             **more,
         )
+    trainer.data_source = DataSource.of(record.settings)
     check_batches(args, trainer.train_dataset, trainer.eval_dataset)
     callback = retention(trainer) if retention is not None else None
     if callback is not None:
@@ -169,6 +171,7 @@ def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArgum
         shown = {name: value for name, value in metrics.items() if value is not None}  # no completion ended
         trainer.log_metrics("eval", shown)
         trainer.save_metrics("eval", metrics)
+    trainer.create_model_card()  # again, with what was measured
     trainer.save_state()
     end_training(trainer)
 

@@ -45,6 +45,7 @@ from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
 from lopt.trainers.accelerator import adapt_accelerator
 from lopt.trainers.block_major import BlockMajorSteps, loss_context
+from lopt.trainers.card import WritesCard
 from lopt.trainers.checks import check_before, check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
 from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
@@ -61,7 +62,7 @@ else:
     Trainer = object
 
 
-class LoPTMixin(Trainer):
+class LoPTMixin(WritesCard, Trainer):
     """Goes in front of a TRL trainer class and takes one argument more, `lopt_config`.
 
     Attributes:
