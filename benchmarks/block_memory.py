@@ -163,14 +163,15 @@ def streamed(shape: str, *methods: str) -> dict[str, dict[str, Any]]:
     }
 
 
+EVERY = ("end to end", "LoPT k=2", "frozen k=2")
 FEW = ("end to end", "end to end, checkpointed", "block-major k=4, block offload")
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
-    "qwen2.5-7b": SMALL | streamed("qwen2.5-7b", "end to end", "LoPT k=2", "frozen k=2"),
+    "qwen2.5-7b": SMALL | streamed("qwen2.5-7b", *EVERY),
     "qwen2.5-14b": streamed("qwen2.5-14b", "end to end"),
-    "qwen2.5-32b": LARGE | deeper(8, 16, 32) | streamed("qwen2.5-32b", "end to end", "LoPT k=2"),
+    "qwen2.5-32b": LARGE | deeper(8, 16, 32) | streamed("qwen2.5-32b", *EVERY),
     "qwen3-4b": {label: SMALL[label] for label in FEW},
     "llama3.1-8b": {label: SMALL[label] for label in FEW},
-    "qwen2.5-72b": deeper(5, 20, 40, 80) | streamed("qwen2.5-72b", "end to end"),
+    "qwen2.5-72b": deeper(5, 20, 40, 80) | streamed("qwen2.5-72b", *EVERY),
 }
 
 
