@@ -1,4 +1,4 @@
-"""What the machine itself reaches: products, copies between host and GPU, AdamW in host memory; for gpu.py."""
+"""What the machine itself reaches: products, copies to and from the GPU, AdamW in host memory; for gpu.py."""
 
 from __future__ import annotations
 
@@ -76,4 +76,7 @@ def host_adam(device: torch.device, numbers: int) -> dict[str, float]:
     finally:
         torch.set_num_threads(threads)
     moved = 7 * 4  # bytes a number: weight, gradient and two of state are read, three are written
-    return {"host AdamW, 10^9 numbers/s": numbers / took / 1e9, "host AdamW, GB/s": moved * numbers / took / 1e9}
+    return {
+        "host AdamW, 10^9 numbers/s": numbers / took / 1e9,
+        "host AdamW, GB/s": moved * numbers / took / 1e9,
+    }

@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "e2e, host": dict(method="e2e", **HOST),
     "lopt, host": dict(num_blocks=2, **HOST),
 }
-PAIRS = {  # what is divided by what -> the largest and the smallest ratio, as multiples of that of their FLOPs
+PAIRS = {  # what is divided by what -> the smallest and largest ratio, as multiples of that of their FLOPs
     ("e2e", "eager, checkpointed"): None,
     ("lopt", "e2e"): (0.0, 1.05),
     ("frozen", "lopt"): (0.9, 1.1),
