@@ -7,7 +7,7 @@ the reason. A model too large for host memory is measured with fewer layers of i
 - "machine": a product in bfloat16, copies each way, pinning, AdamW in host memory.
 - "parity": streamed against eager weights (gpu_parity.py).
 - "7B ...": end to end, LoPT k=2 and frozen k=2 in 8 and 28 stages, AdamW on the host (float32 masters) or
-  on the device (float32 state, stochastic rounding), 8 and 32 micro-batches; with TRL installed, the plan too.
+  on the device (float32 state, stochastic rounding), 8 and 32 micro-batches; with TRL, the plan too.
 - "32B": all layers end to end with SGD, which has no state; and as many layers as fit with AdamW on the host.
 - "eager": LoPT k=2 without recompute beside end to end with it, a 1.5B shape on the device, in pairs.
 - others (gpu_rivals.py) that can be imported.

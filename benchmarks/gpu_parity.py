@@ -1,10 +1,10 @@
 """Streamed against eager weights on a GPU: the first thing to run on a new device.
 
 A small model with random weights, dropout in its attention, AdamW, clipped, takes a few optimizer steps
-eagerly and in stages with its weights in host memory, with the optimizer on the device and on the host; end to
-end, LoPT and frozen, in float32 (TF32 off) and bfloat16. "resume" stops after half of the steps, gives weights and
-optimizer state to a new model, and goes on. The largest relative difference of a weight tensor is kept, and
-whether all are equal bit for bit.
+eagerly and in stages with its weights in host memory, with the optimizer on the device and on the host;
+end to end, LoPT and frozen, in float32 (TF32 off) and bfloat16. "resume" stops after half of the steps, gives
+weights and optimizer state to a new model, and goes on. The largest relative difference of a weight
+tensor is kept, and whether all are equal bit for bit.
 
     python benchmarks/gpu_parity.py [--device cpu]
 

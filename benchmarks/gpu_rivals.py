@@ -2,7 +2,8 @@
 
 RoundPipe (`pip install roundpipe`), MegaTrain (`infinity` of its repository) and SlideFormer (its repository
 on PYTHONPATH, its extension built) train the same random model on as many random tokens in bfloat16, end to
-end. RoundPipe's optimizer runs beside the next step by default, with weights one step old: `is_async=False` here.
+end. RoundPipe's optimizer runs beside the next step by default, with weights one step old; here it is waited
+for (`is_async=False`).
 Their number formats of state, clipping and accumulation are their own: "notes" says what differs.
 None of this has run yet.
 """
