@@ -2,8 +2,9 @@
 
 Each layer of a small model sleeps in its forward and backward, so that the process's thread has the core to
 itself as it has beside a GPU. The host optimizer is the real one, in its thread, with a pause after each
-stage that stands for a model with more parameters. Its wait in a step (`host_wait_seconds` in a trainer's log) is
-measured for end to end, LoPT k=2 and frozen k=2, clipped, and compared with what the times of the sleeps say:
+stage that stands for a model with more parameters. Its wait in a step (`host_wait_seconds` in a trainer's
+log) is measured for end to end, LoPT k=2 and frozen k=2, clipped, and compared with what follows from the time
+of a stage's forward and of its step on the host:
 
 - Blocks are stepped in the order in which the next step needs them. LoPT's block 1 is stepped while block 2
   computes, block 2 while block 1 of the next step does: nothing waits.
@@ -15,6 +16,7 @@ measured for end to end, LoPT k=2 and frozen k=2, clipped, and compared with wha
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -97,10 +99,13 @@ def run(method: dict[str, Any]) -> dict[str, Any]:
     start, end = steps[-2][0], steps[-1][1]
     shown = [(name, a - start, b - start) for name, a, b in spans if a >= start and b <= end + HOST]
     taken = [b - a for name, a, b in spans if name == "host"]
+    turns = [(a, b) for name, a, b in spans if name == "turn" and a >= start]
+    visits = [after[0] - turn[1] for turn, after in itertools.pairwise(turns[:LAYERS])]  # its forward sweep
     return {
         "seconds": statistics.median(b - a for a, b in steps[1:]),
         "wait": statistics.median(waits[1:]),
         "stage on the host": statistics.median(taken),
+        "stage's forward": statistics.median(visits),
         "steps began": [steps[-2][0] - start, steps[-1][0] - start],
         "spans": shown,
     }
@@ -110,7 +115,7 @@ def _watch(schedule: Any, spans: Spans) -> None:
     """Note copies, steps in host memory (with their pause) and waits for them."""
     offload = schedule.updates._offload
     transfer, optimizer = offload.transfer, offload.host.optimizer
-    step_stage, wait = optimizer.step_stage, transfer.wait_until_final
+    step_stage, wait, enter = optimizer.step_stage, transfer.wait_until_final, offload.enter
 
     def slow_step(*args: Any) -> None:
         _timed(spans, "host", lambda: (step_stage(*args), time.sleep(HOST)))
@@ -120,6 +125,7 @@ def _watch(schedule: Any, spans: Spans) -> None:
         _timed(spans if pending else [], "wait", lambda: wait(group))
 
     optimizer.step_stage, transfer.wait_until_final = slow_step, watched_wait
+    offload.enter = lambda *args, **more: _timed(spans, "turn", lambda: enter(*args, **more))
     for name, kind in (("_copy_in", "in"), ("_copy_out", "out")):
         move = getattr(transfer, name)
         setattr(
@@ -129,11 +135,12 @@ def _watch(schedule: Any, spans: Spans) -> None:
         )
 
 
-def predicted(name: str, on_host: float) -> float:
+def predicted(name: str, on_host: float, forward: float) -> float:
     """Return the wait of a step.
 
     Args:
         on_host: seconds of one stage's step there.
+        forward: seconds of all micro-batches in one stage of the forward sweep.
     """
     if name != "end to end":  # every stage is stepped long before it is needed
         return 0.0
@@ -141,7 +148,7 @@ def predicted(name: str, on_host: float) -> float:
     for stage in range(LAYERS):
         ready = (stage + 1) * on_host
         waited += max(0.0, ready - clock)
-        clock = max(clock, ready) + MICRO_BATCHES * FORWARD
+        clock = max(clock, ready) + forward
     return waited
 
 
@@ -198,7 +205,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name, method in METHODS.items():
         found = results[name] = run(method)
-        found["predicted wait"] = predicted(name, found["stage on the host"])
+        found["predicted wait"] = predicted(name, found["stage on the host"], found["stage's forward"])
         print(name.ljust(12), {k: round(v, 4) for k, v in found.items() if isinstance(v, float)}, flush=True)
     draw(results, args.output.with_suffix(".svg"))
     for name in METHODS:
