@@ -3,8 +3,8 @@
 Each layer of a small model sleeps in its forward and backward, so that the process's thread has the core to
 itself as it has beside a GPU. The host optimizer is the real one, in its thread, with a pause after each
 stage that stands for a model with more parameters. Its wait in a step (`host_wait_seconds` in a trainer's
-log) is measured for end to end, LoPT k=2 and frozen k=2, clipped, and compared with what follows from the time
-of a stage's forward and of its step on the host:
+log) is measured for end to end, LoPT k=2 and frozen k=2, clipped, and compared with what follows from the
+times of each stage's forward and of its step on the host:
 
 - Blocks are stepped in the order in which the next step needs them. LoPT's block 1 is stepped while block 2
   computes, block 2 while block 1 of the next step does: nothing waits.
@@ -40,7 +40,7 @@ HOST = 0.060
 """Seconds that a stage's step pauses in host memory, beside the step itself."""
 METHODS: dict[str, dict[str, Any]] = {
     "end to end": dict(method="e2e"),
-    "LoPT k=2": dict(num_blocks=2),
+    "LoPT k=2": dict(method="lopt", num_blocks=2),
     "frozen k=2": dict(method="frozen", num_blocks=2),
 }
 Spans = list[tuple[str, float, float]]
@@ -99,13 +99,11 @@ def run(method: dict[str, Any]) -> dict[str, Any]:
     start, end = steps[-2][0], steps[-1][1]
     shown = [(name, a - start, b - start) for name, a, b in spans if a >= start and b <= end + HOST]
     taken = [b - a for name, a, b in spans if name == "host"]
-    turns = [(a, b) for name, a, b in spans if name == "turn" and a >= start]
-    visits = [after[0] - turn[1] for turn, after in itertools.pairwise(turns[:LAYERS])]  # its forward sweep
     return {
         "seconds": statistics.median(b - a for a, b in steps[1:]),
         "wait": statistics.median(waits[1:]),
         "stage on the host": statistics.median(taken),
-        "stage's forward": statistics.median(visits),
+        "predicted wait": statistics.median(predicted(method, spans, began) for began, _ in steps[1:]),
         "steps began": [steps[-2][0] - start, steps[-1][0] - start],
         "spans": shown,
     }
@@ -135,18 +133,17 @@ def _watch(schedule: Any, spans: Spans) -> None:
         )
 
 
-def predicted(name: str, on_host: float, forward: float) -> float:
-    """Return the wait of a step.
-
-    Args:
-        on_host: seconds of one stage's step there.
-        forward: seconds of all micro-batches in one stage of the forward sweep.
-    """
-    if name != "end to end":  # every stage is stepped long before it is needed
+def predicted(method: dict[str, Any], spans: Spans, began: float) -> float:
+    """Return the wait of the step that began then, from how long everything else took."""
+    if method["method"] != "e2e":  # every stage is stepped long before it is needed
         return 0.0
-    clock = waited = 0.0
-    for stage in range(LAYERS):
-        ready = (stage + 1) * on_host
+    turns = [(a, b) for name, a, b in spans if name == "turn" and a >= began][:LAYERS]
+    forwards = [after[0] - turn[1] for turn, after in itertools.pairwise(turns)]
+    ends = [b for name, _, b in spans if name == "host" and b >= began][:LAYERS]
+    on_host = [b - a for a, b in itertools.pairwise([began, *ends])]  # one after the other
+    clock = waited = ready = 0.0
+    for took, forward in zip(on_host, [*forwards, 0.0], strict=True):
+        ready += took
         waited += max(0.0, ready - clock)
         clock = max(clock, ready) + forward
     return waited
@@ -205,7 +202,6 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name, method in METHODS.items():
         found = results[name] = run(method)
-        found["predicted wait"] = predicted(name, found["stage on the host"], found["stage's forward"])
         print(name.ljust(12), {k: round(v, 4) for k, v in found.items() if isinstance(v, float)}, flush=True)
     draw(results, args.output.with_suffix(".svg"))
     for name in METHODS:
