@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import sys
 import time
 from typing import Any
@@ -127,6 +128,17 @@ def difference(expected: Run, found: Run) -> dict[str, Any]:
 def parity(device: torch.device, report: Any = print) -> dict[str, Any]:
     """Return the differences of all cases; each is reported as it is found."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # so that differences are ours
+    try:
+        rows = _cases(device, report)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    rows["met"] = all(row["met"] for row in rows.values())
+    return rows
+
+
+def _cases(device: torch.device, report: Any) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for dtype, (method, how) in itertools.product(TOLERANCE, METHODS.items()):
         torch.manual_seed(1)
@@ -150,7 +162,6 @@ def parity(device: torch.device, report: Any = print) -> dict[str, Any]:
                 row = {"error": f"{type(error).__name__}: {error}"[:500], "met": False}
             rows[name] = row | {"seconds": time.perf_counter() - began}
             report(name.ljust(40), row)
-    rows["met"] = all(row["met"] for row in rows.values())
     return rows
 
 
