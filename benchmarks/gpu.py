@@ -258,8 +258,14 @@ class Bench:
         """Return the planned time of a step at the rates of this machine."""
         if "in, GB/s" not in self.rates:
             return None
-        bandwidth = min(self.rates["in, GB/s"], self.rates["out, GB/s"])
-        return plan.seconds(REACHED * self.rates["matmul, TFLOP/s"], bandwidth)
+        reached, rates = REACHED * self.rates["matmul, TFLOP/s"], self.rates
+        if not hasattr(plan, "time"):  # a planner without a model of time
+            return plan.seconds(reached, min(rates["in, GB/s"], rates["out, GB/s"]))
+        from lopt.planning.devices import Machine
+
+        copies = (rates["in, GB/s"], rates["out, GB/s"])
+        machine = Machine(tflops=(reached,) * 3, bandwidth=copies, host_gbps=rates["host AdamW, GB/s"])
+        return plan.time(machine).seconds
 
     def _eager(self) -> dict[str, Any]:
         """End to end with recompute over LoPT without, pair by pair, and their peaks."""
