@@ -84,6 +84,17 @@ def test_adapters_keep_the_precision_that_was_asked_for(trainer) -> None:
         assert state["exp_avg"].dtype == torch.bfloat16 and state[MASTER].dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("place", "asked", "expected"), [("cpu", None, True), ("cpu", False, False), ("auto", None, False)]
+)
+def test_a_host_optimizer_keeps_masters_unless_told_not_to(trainer, place, asked, expected) -> None:
+    config = LoPTConfig(schedule="block_major", offload="block", optimizer_device=place, head_warmup_steps=1)
+    made = trainer(config, master_weights=asked)
+    made.model.bfloat16()
+    made.train()
+    assert any(MASTER in state for state in made.bare_optimizer().state.values()) == expected
+
+
 def test_too_little_host_memory_is_said_before_the_first_step(trainer, monkeypatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda device: 100_000)
     config = LoPTConfig(schedule="block_major", offload="optimizer", head_warmup_steps=1)
