@@ -57,7 +57,8 @@ class DataSource:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> DataSource:
         """Return the source that the settings of a training command name."""
-        preset = PRESETS.get(str(settings.get("dataset_preset") or settings.get("task")))
+        own = settings.get("train_file") or settings.get("dataset_name")  # a task may ask questions of these
+        preset = PRESETS.get(str(settings.get("dataset_preset") or (not own and settings.get("task"))))
         files = ", ".join(f"`{Path(str(path)).name}`" for path in settings.get("train_file") or ())
         if preset is not None:
             copy = f", from a local copy ({files})" if files else ""
