@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
 
-from lopt import LoPTSFTTrainer
+from lopt import LoPTConfig, LoPTSFTTrainer
 from lopt.engine import plain_loop
 from lopt.instruments import memory
 from lopt.instruments.memory import MemoryPeak
@@ -97,7 +97,7 @@ def test_operations_and_traffic() -> None:
     """All but a block's last stage run forward once more, and their weights come in for both sweeps."""
     planner = Planner(Run(CONFIGS["llama"], 2, 64, 4, BF16, False, prefetch=10**5))
     whole = planner.plan(E2E)
-    stages = planner.sizes.stages(planner.sizes.blocks("e2e", 1), 4, None)
+    stages = planner.sizes.stages(LoPTConfig(method="e2e", schedule="block_major", stages=4))
     host = planner.plan(replace(E2E, stages=4, **HOST))
     layers = len(stages[-1].layers)
     forward = planner.plan(FROZEN).flops - planner.plan(replace(FROZEN, stages=4)).flops

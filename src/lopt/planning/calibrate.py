@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -38,10 +39,12 @@ def calibrate(
             args=settings_type(output_dir=folder, **_settings(run, setting)),
             train_dataset=_rows(run, model.get_input_embeddings().num_embeddings),
             processing_class=_tokenizer(),
+            peft_config=copy.deepcopy(run.adapters) if setting.method == "lora" else None,
             lopt_config=LoPTConfig(
                 method=setting.method,
                 num_blocks=setting.num_blocks,
                 frozen_blocks=run.frozen_blocks,
+                tied_embeddings=run.tied_embeddings,
                 aux_loss=run.aux_loss,
                 schedule=setting.schedule,
                 stages=setting.stages,

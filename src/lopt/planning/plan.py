@@ -17,9 +17,9 @@ from typing import Any
 
 from lopt.core.config import LoPTConfig
 from lopt.planning.measure import Parts, Segment, measure
-from lopt.planning.optimizer_step import OPTIMIZERS, parts_of, state_bytes, temporary_bytes
+from lopt.planning.optimizer_step import OPTIMIZERS, parts_of, state_of, temporary_bytes
 from lopt.planning.run import Bytes, Run, Setting
-from lopt.planning.sizes import BlockSizes, Method, Sizes, StageSizes
+from lopt.planning.sizes import BlockSizes, Method, Sizes, StageSizes, size_of
 from lopt.planning.staged import StagedStep
 from lopt.planning.trace import Trace, casts
 from lopt.residency import Residency
@@ -112,7 +112,12 @@ class Planner:
     @cached_property
     def sizes(self) -> Sizes:
         """The model's weights, on the meta device."""
-        return Sizes.of(self.run.config, self.run.dtype)
+        return Sizes.of(self.run.config, self.run.dtype, freeze_tied=self.run.tied_embeddings == "freeze")
+
+    @cached_property
+    def _adapted_sizes(self) -> Sizes:
+        check(self.run.adapters is not None, "method", "lora", "with `adapters`")
+        return Sizes.of(self.run.config, self.run.dtype, self.run.adapters)
 
     def plan(self, setting: Setting, prefetch: int | None = None) -> Plan:
         """Return bytes, FLOPs and bus traffic of the run in `setting`; `prefetch` in place of the run's.
@@ -122,25 +127,24 @@ class Planner:
         """
         block_major, offload = setting.schedule == "block_major", setting.offload
         check(offload == "none" or block_major, "offload", offload, "none unless `schedule` is block_major")
-        LoPTConfig(**{name: getattr(setting, name) for name in _RESIDENCY})
         run, prefetch = self.run, self.run.prefetch if prefetch is None else prefetch
-        cut = setting.method == "lopt" and setting.num_blocks > 1
-        blocks = self.sizes.blocks(setting.method, setting.num_blocks, run.frozen_blocks if cut else 0)
-        parts = self._measured(setting)
-        heads, trained = sum(b.head_weights for b in blocks), sum(b.weights for b in blocks if b.learns)
-        state = state_bytes(run, trained, heads)
-        model = sum(b.weights for b in blocks) * run.dtype.itemsize
-        files = dict(checkpoint=model + 4 * heads + state, model=model)
+        sizes, cut = self._sizes(setting), self._cut(setting)
+        blocks, parts = sizes.blocks(cut), self._measured(setting)
+        trained = [t for block in blocks for t in block.trained]
+        weights, state = sum(block.nbytes for block in blocks), state_of(run, trained)
+        model = sum(size_of(block.tensors) for block in blocks)
+        model = size_of(trained) if setting.method == "lora" else model  # adapters are saved alone
+        files = dict(checkpoint=model + sum(size_of(b.head) for b in blocks) + state, model=model)
         if not block_major:
-            resident = Bytes(weights=model + 4 * heads + self.sizes.buffers, optimizer=state)
+            resident = Bytes(weights=weights + sizes.buffers, optimizer=state)
             flops = [self._flops(setting, parts, block) for block in blocks]
             peak = self._eager(setting, parts, blocks, resident)
             return Plan(setting, peak, host=0, flops=sum(flops), turns=[(0.0, f) for f in flops], **files)
-        stages = self.sizes.stages(blocks, setting.stages, setting.stage_layers)
+        stages = sizes.stages(cut)
         forward = self._forward(setting, parts, stages)
-        step = StagedStep(run, setting, parts, forward, stages, self.sizes.buffers, state, prefetch)
+        step = StagedStep(run, setting, parts, forward, stages, sizes.buffers, state, prefetch)
         weights_offloaded, on_host = offload == "block", setting.optimizer_device == "cpu"
-        host = state * (offload != "none") + (model + 4 * heads) * weights_offloaded
+        host = state * (offload != "none") + weights * weights_offloaded
         host += step.host_gradients + step.host_temporaries + step.stash * weights_offloaded
         stash_in = sum(turn.stash_in for turn in step.turns)
         return Plan(
@@ -153,9 +157,26 @@ class Planner:
             turns=[(turn.bytes_in, turn.flops) for turn in step.turns],
             prefetch=prefetch,
             stages=len(stages),
-            host_traffic=2 * (state + 4 * heads + trained * run.dtype.itemsize) * on_host,
+            host_traffic=2 * (state + size_of(trained)) * on_host,
             covered=self._covered(len(blocks), len(stages)),
             **files,
+        )
+
+    def _sizes(self, setting: Setting) -> Sizes:
+        return self._adapted_sizes if setting.method == "lora" else self.sizes
+
+    def _cut(self, setting: Setting) -> LoPTConfig:
+        """Return the config of a run in `setting`.
+
+        Raises:
+            ValueError: a combination that does not exist.
+        """
+        run = self.run
+        some = setting.method == "lopt" and setting.num_blocks > 1
+        return LoPTConfig(
+            **{name: getattr(setting, name) for name in _CUT},
+            frozen_blocks=run.frozen_blocks if some else 0,
+            tied_embeddings=run.tied_embeddings,
         )
 
     def _covered(self, blocks: int, stages: int) -> float:
@@ -175,16 +196,20 @@ class Planner:
         if ("resting", "forward") not in parts.fresh:
             if all(stage.closes and stage.learns for stage in stages):
                 return _NOTHING
-            parts = self._measured(replace(setting, method="frozen", num_blocks=2))
+            parts = self._measured(setting, without_graph=True)
         return parts.fresh["resting", "forward"]
 
-    def _measured(self, setting: Setting) -> Parts:
-        run = self.run
-        method: Method = "e2e" if setting.num_blocks == 1 else setting.method
+    def _measured(self, setting: Setting, without_graph: bool = False) -> Parts:
+        """Return the parts of a micro-batch, or those of one whose first layers run without a graph."""
+        run, adapters = self.run, self.run.adapters if setting.method == "lora" else None
+        method = "frozen" if without_graph else setting.method
+        if setting.num_blocks == 1 and method in ("lopt", "frozen") and not without_graph:
+            method = "e2e"
         key: tuple[Any, ...] = (method, setting.checkpointing, run.batch, run.tokens, run.dtype, run.autocast)
-        key += (run.device, *((run.frozen_blocks > 0, run.aux_loss) if method == "lopt" else ()))
+        key += (run.device, run.tied_embeddings, repr(adapters))
+        key += (run.frozen_blocks > 0, run.aux_loss) if method == "lopt" else ()
         if key not in self._parts:
-            self._parts[key] = measure(run, method, setting.checkpointing)
+            self._parts[key] = measure(run, method, setting.checkpointing, adapters)
         return self._parts[key]
 
     # -- micro-batches ---------------------------------------------------------------------------
@@ -222,4 +247,4 @@ class Planner:
 
 
 _NOTHING = Segment(0, 0, 0, 0, 0.0)
-_RESIDENCY = ("method", "num_blocks", *(f.name for f in fields(Residency) if f.name != "prefetch_gib"))
+_CUT = ("method", "num_blocks", *(f.name for f in fields(Residency) if f.name != "prefetch_gib"))

@@ -6,18 +6,17 @@ found by the engine's own `HostTransfer`, with tensors that have no memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from lopt.engine.host_transfer import HostTransfer, TensorGroup
 from lopt.engine.optimizer import PART_BYTES, part_bytes_within
 from lopt.planning.measure import Parts, Segment
 from lopt.planning.optimizer_step import parts_of, state_of, temporary_bytes
 from lopt.planning.run import Bytes, Run, Setting
-from lopt.planning.sizes import StageSizes
+from lopt.planning.sizes import StageSizes, size_of
 from lopt.planning.trace import Trace, casts, total
 
 Segments = dict[tuple[str, str], Segment]
@@ -74,7 +73,7 @@ class StagedStep:
         self._moves = setting.offload == "block"
         self._on_host = setting.optimizer_device == "cpu"
         self._resident = Bytes(
-            weights=buffers + sum(map(self._weight_bytes, stages)) * (not self._moves),
+            weights=buffers + sum(stage.nbytes for stage in stages) * (not self._moves),
             optimizer=state * (setting.offload == "none"),
         )
         self._transfer = HostTransfer(torch.device("meta"), prefetch)
@@ -107,19 +106,16 @@ class StagedStep:
     def _finish_block(self, last: StageSizes) -> None:
         self._stage_done(last)
         own = [stage for stage in self.stages if stage.block == last.block]
-        for stage in reversed(own[:-1]):
+        for stage in reversed([stage for stage in own[:-1] if stage.runs_back]):
             self._enter(stage, with_graph=True)
             self._pass(stage, with_graph=True)
             self._stage_done(stage)
 
     def _enter(self, stage: StageSizes, with_graph: bool) -> None:
-        if with_graph and not stage.opens:
-            after = stage.index - 1
-        elif with_graph:
-            after = 1 + max(s.index for s in self.stages if s.block == stage.block)
-        else:
-            after = stage.index + 1
-        following = self.stages[after] if after < len(self.stages) else None
+        own = [s for s in self.stages if s.block == stage.block]
+        earlier = [s for s in own if s.index < stage.index and s.runs_back] if with_graph else []
+        later = self.stages[(own[-1].index if with_graph else stage.index) + 1 :]
+        following = earlier[-1] if earlier else next(iter(later), None)
         self._turn_to(stage, with_graph and self._steps_at_once(stage), following)
 
     def _turn_to(self, stage: StageSizes, will_step: bool, following: StageSizes | None) -> None:
@@ -156,7 +152,7 @@ class StagedStep:
         self._held.append(stage)
         self._waiting[stage.index] = stage.gradients
         if stage.borrowed:
-            self._shared = sum(t.nbytes for t in stage.borrowed)
+            self._shared = stage.left
         if self._steps_at_once(stage):
             self._step_held()
 
@@ -177,7 +173,7 @@ class StagedStep:
     def _pass(self, stage: StageSizes, with_graph: bool) -> None:
         """Run all micro-batches through a stage."""
         run, boundary = self.run, self.parts.boundary
-        if stage.index == 0 and with_graph and self.stages[-1].borrowed and self._moves:
+        if stage.index == 0 and with_graph and self.stages[-1].left and self._moves:
             self._shared = self._gradients_on_host.get(-1, 0)  # its gradient is on the device again
         fed = self._fed(stage, with_graph)
         stashed = self._stashed(stage, with_graph)
@@ -197,7 +193,7 @@ class StagedStep:
             else:
                 self._run_without_graph(trace, stage)
             if segments is self.parts.fresh:  # a shared matrix was measured with both of its gradients
-                trace.gradients += sum(t.nbytes for t in stage.borrowed)
+                trace.gradients += stage.left
         self._see(trace.peak)
         flops = trace.flops
         if run.local_every > 1 and self.setting.method == "lopt" and stage.place in ("first", "middle"):
@@ -213,7 +209,7 @@ class StagedStep:
     def _micro_batches(self, stage: StageSizes) -> tuple[Segments, Segments]:
         """Return the segments of a micro-batch that finds no gradients, and of one that does."""
         fresh, again = self.parts.fresh, self.parts.again
-        if stage.index == 0 and self.stages[-1].borrowed:  # where the head has left one for the embedding
+        if stage.index == 0 and self.stages[-1].left:  # where the head has left one for the embedding
             key = (stage.place, "embedding")
             fresh = fresh | {key: again[key]}
         return fresh, again
@@ -282,7 +278,7 @@ class StagedStep:
     def _base(self, stage: StageSizes) -> Bytes:
         if not self._moves:
             return self._resident
-        weights = self._weight_bytes(stage) + sum(t.nbytes for t in stage.borrowed)
+        weights = stage.nbytes + size_of(stage.borrowed)
         return replace(self._resident, weights=self._resident.weights + weights)
 
     def _stashed(self, stage: StageSizes, with_graph: bool) -> tuple[int, int]:
@@ -326,22 +322,15 @@ class StagedStep:
 
     # -- what moves ------------------------------------------------------------------------------
 
-    def _weight_bytes(self, stage: StageSizes) -> int:
-        return sum(t.nbytes for t in (*stage.tensors, *stage.head))
-
     def _weight_groups(self, stage: StageSizes) -> list[TensorGroup]:
         if not self._moves:
             return []
-        sizes = [_bytes([*stage.before, *stage.after]), *map(_bytes, stage.layers), _bytes(stage.head)]
+        sizes = [size_of([*stage.before, *stage.after]), *map(size_of, stage.layers), size_of(stage.head)]
         return [_stored(size) for size in sizes if size]
 
     def _fetch(self, group: TensorGroup) -> None:
         self._bytes_in += group.nbytes
         self._transfer.fetch(group)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _stored(nbytes: int) -> TensorGroup:

@@ -59,7 +59,7 @@ class Trace:
                 when the local backward ends.
         """
         rest = stage.place if stage.closes or stage.place == "whole" else "last"
-        count, first = len(stage.layers), stage.opens and bool(stage.layers)
+        count, first = len(stage.layers), bool(stage.layers) and not stage.reaches_back
         forward = [(stage.place, "forward0")] * first + [(rest, "forward")] * (count - first)
         backward = [(rest, "backward")] * (count - first) + [(stage.place, "backward0")] * first
         top = [(stage.place, "head"), (stage.place, "loss")] * stage.closes
