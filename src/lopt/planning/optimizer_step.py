@@ -10,7 +10,7 @@ from torch import Tensor
 from lopt.engine.optimizer import PART_BYTES, split_into_parts
 from lopt.engine.rounding import ROUNDED_AT_ONCE
 from lopt.planning.run import Run
-from lopt.planning.sizes import BlockSizes, elements
+from lopt.planning.sizes import BlockSizes, elements, size_of
 
 # State tensors per parameter, bytes beside them (quantized state), and tensors that a step makes on a
 # GPU for a part's parameters at once.
@@ -45,6 +45,19 @@ def temporary_bytes(run: Run, part: Sequence[Tensor]) -> int:
     total += 4 * sum(rounded) * (1 if run.masters else 2)
     total += 0 if run.masters else 4 * min(max(rounded, default=0), ROUNDED_AT_ONCE)
     return total
+
+
+def traffic_of(run: Run, part: Sequence[Tensor]) -> tuple[int, int]:
+    """Return what stepping a part takes, wherever it is stepped.
+
+    Returns:
+        Bytes that are read (weights, gradients, state) and written (weights, state), and how many numbers are
+        rounded stochastically.
+    """
+    weights, narrow = size_of(part), elements(t for t in part if t.dtype == torch.bfloat16)
+    rounded = 0 if run.masters else narrow
+    rounded += OPTIMIZERS[run.optimizer][0] * elements(part) * (run.state_dtype == torch.bfloat16)
+    return 3 * weights + 2 * state_of(run, part), rounded
 
 
 def parts_of(block: BlockSizes, part_bytes: int = PART_BYTES) -> Sequence[Sequence[Tensor]]:
