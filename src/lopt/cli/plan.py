@@ -20,11 +20,12 @@ from lopt.files import write_text
 from lopt.instruments.memory import MemoryPeak, format_bytes, free_memory
 from lopt.models.shapes import SHAPES, model_config
 from lopt.planning.calibrate import calibrate
+from lopt.planning.devices import DEVICES, Machine, machine_of
 from lopt.planning.plan import Plan, Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, candidates, search
 from lopt.planning.sizes import Method
-from lopt.reports.plan import GIB, bars, hiding, picture, table
+from lopt.reports.plan import GIB, as_row, bars, hiding, picture, speed, table, times
 from lopt.validation import check, check_choice, check_number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,21 +52,23 @@ def main(arguments: Sequence[str]) -> None:
     if args.calibrate:
         print(_calibrated(planner, _calibrated_setting(args, blocks[0])))
         return
-    speed = args.tflops, args.bandwidth
+    machine = _machine(args, planner.run)
     plans = [planner.plan(setting) for setting in settings(args, blocks)]
     print(_headline(args, planner))
-    print(table(plans, *speed), bars(plans), hiding(plans, planner.run.step_tokens, *speed), sep="\n")
+    print(table(plans), bars(plans), times(plans, machine), hiding(plans, machine), sep="\n")
     if args.json:
-        rows = [asdict(plan) | {"name": str(plan.setting), "total": plan.total} for plan in plans]
-        write_text(Path(args.json), json.dumps({"arguments": asdict(args), "plans": rows}, indent=1) + "\n")
+        rows = [as_row(plan, machine) for plan in plans]
+        report = {"arguments": asdict(args), "machine": asdict(machine), "plans": rows}
+        write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
     if args.svg:
         batch = f"{args.per_device_train_batch_size} x {args.max_length} tokens, {args.param_dtype}"
         title = f"{args.model_name_or_path}: peak memory"
         write_text(Path(args.svg), picture(plans, title, f"GiB on the device, {batch}") + "\n")
     if limit is not None:
-        host = "cpu" if args.optimizer_device == "cpu" else None
-        found = search(planner, blocks, limit, *speed, _methods(args), args.stages, host)
-        print(_proposal(found, limit, args))
+        where = "cpu" if args.optimizer_device == "cpu" else None
+        host = None if args.host_memory is None else size_in_bytes(args.host_memory, "host_memory")
+        found = search(planner, blocks, limit, machine, _methods(args), args.stages, where, host)
+        print(_proposal(found, limit, args, machine))
 
 
 def check_arguments(args: PlanArguments) -> int | None:
@@ -83,15 +86,7 @@ def check_arguments(args: PlanArguments) -> int | None:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "local_every"):
         check_number(name, getattr(args, name), minimum=1)
     check_number("max_length", args.max_length, minimum=2)
-    for name in ("bandwidth", "tflops"):
-        check_number(name, getattr(args, name), above=0)
-    for name in ("fit", "json", "svg") if args.calibrate else ():
-        check(
-            getattr(args, name) is None,
-            name,
-            getattr(args, name),
-            "left out with `calibrate`, which only compares",
-        )
+    _check_machine(args)
     names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
     LoPTConfig(**{name: getattr(args, name) for name in names})
     for count in args.stages or ():
@@ -107,10 +102,33 @@ def check_arguments(args: PlanArguments) -> int | None:
             check(not path.is_dir(), name, value, "a file, and this is a folder")
             device = path.exists() and not path.is_file()  # which would be replaced
             check(not device, name, value, "a regular file, and this is a device or a pipe")
+    if args.fit == "device":
+        check(args.device_name is not None, "fit", args.fit, "a size, or device with `device_name`")
+        return DEVICES[str(args.device_name)].memory_gib * GIB
     return None if args.fit is None else size_in_bytes(args.fit)
 
 
-def size_in_bytes(text: str) -> int:
+def _check_machine(args: PlanArguments) -> None:
+    """Refuse what makes no sense of the flags that describe a machine."""
+    for name, counts in (("bandwidth", (1, 2)), ("tflops", (1, 3))):
+        values = getattr(args, name)
+        check(values is None or len(values) in counts, name, values, f"{counts[0]} or {counts[1]} numbers")
+        for value in values or ():
+            check_number(name, value, above=0)
+    check_number("host_gbps", args.host_gbps, above=0)
+    if args.device_name is not None:
+        check_choice("device_name", args.device_name, DEVICES)
+        check(not args.use_cpu, "device_name", args.device_name, "left out with `use_cpu`")
+    check(args.host_memory is None or args.fit is not None, "host_memory", args.host_memory, "given with `fit`")
+    if args.host_memory is not None:
+        size_in_bytes(args.host_memory, "host_memory")
+    measured = ("fit", "json", "svg", "device_name", "tflops", "bandwidth", "host_gbps")
+    for name in measured if args.calibrate else ():
+        rule = "left out with `calibrate`, which measures and compares"
+        check(getattr(args, name) is None, name, getattr(args, name), rule)
+
+
+def size_in_bytes(text: str, name: str = "fit") -> int:
     """Return the bytes of "24GiB", "24GB" or "24" (GiB).
 
     Raises:
@@ -118,7 +136,7 @@ def size_in_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(GiB|GB|G|gib|gb|g|)\s*", text)  # Gb are bits
     size = float(found[1]) * UNITS[found[2].lower()] if found else 0
-    check(0 < size < 2**63, "fit", text, "a size such as 24GiB, 80GB (both in bytes) or 24 (GiB)")
+    check(0 < size < 2**63, name, text, "a size such as 24GiB, 80GB (both in bytes) or 24 (GiB)")
     return int(size)
 
 
@@ -152,6 +170,11 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
     lines = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
     return "lopt sft " + " \\\n    ".join(lines)
+
+
+def _machine(args: PlanArguments, run: Run) -> Machine:
+    given = args.device_name, args.tflops, args.bandwidth
+    return machine_of(*given, args.host_gbps, on_gpu=run.device == "cuda")
 
 
 def _run(args: PlanArguments) -> Run:
@@ -226,14 +249,13 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     )
 
 
-def _proposal(plan: Plan, limit: int, args: PlanArguments) -> str:
-    seconds = plan.seconds(args.tflops, args.bandwidth)
+def _proposal(plan: Plan, limit: int, args: PlanArguments, machine: Machine) -> str:
     need = f"{format_bytes(plan.total)} on the device"
     if plan.host:
         need += f", {format_bytes(plan.host)} of host memory"
     return (
-        f"The fastest that fits into {format_bytes(limit)}: {plan.setting} ({need}, {seconds:.1f} s a step)"
-        f"\n\n{command(plan, args, plan.prefetch)}"
+        f"The fastest that fits into {format_bytes(limit)}: {plan.setting}\n({need};"
+        f" predicted: {speed(plan, machine)})\n\n{command(plan, args, plan.prefetch)}"
     )
 
 

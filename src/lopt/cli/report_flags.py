@@ -12,6 +12,7 @@ OPTIMIZERS = (
     "adamw_torch_fused, adamw_torch, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_torch_8bit, "
     "adamw_torch_4bit, lion_32bit, lion_8bit"
 )
+DEVICES = "rtx3090, rtx4090, rtx5090, l40s, a100-40, a100-80, h100, h200"
 BENCHMARKS = "mmlu, ifeval, arc_challenge, gsm8k, hellaswag, truthfulqa_mc, truthfulqa_gen, winogrande"
 
 
@@ -140,6 +141,7 @@ class PlanArguments:
         "Memory": "param_dtype",
         "Method": "num_blocks",
         "Batch": "per_device_train_batch_size",
+        "Machine": "device_name",
         "Search": "fit",
         "Output": "json",
         "Check on this machine": "calibrate",
@@ -147,8 +149,8 @@ class PlanArguments:
 
     model_name_or_path: str | None = flag(
         None,
-        "A folder, a config.json, a hub id or, without any network: qwen3-4b, qwen2.5-7b, qwen2.5-32b, "
-        "llama3.1-8b, gemma3-270m.",
+        "A folder, a config.json, a hub id or, without any network: qwen3-4b, qwen3-8b, qwen3-14b, "
+        "qwen3-32b, qwen2.5-7b, qwen2.5-32b, llama3.1-8b, gemma3-270m.",
     )
     model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
@@ -183,13 +185,36 @@ class PlanArguments:
     gradient_accumulation_steps: int = flag(8, "Micro-batches per step.")
     max_length: int = flag(1024, "Tokens in a row.")
     optim: str = flag("adamw_torch_fused", f"The optimizer: {OPTIMIZERS}.")
-    fit: str | None = flag(None, "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB.")
-    bandwidth: float = flag(25.0, "GB/s from host to GPU and the same back; decides what --offload costs.")
-    tflops: float = flag(100.0, "TFLOP/s that the GPU reaches in training.")
+    device_name: str | None = flag(
+        None, f"The GPU, which decides about time: {DEVICES}. Default: much like an rtx4090."
+    )
+    tflops: list[float] | None = flag(
+        None,
+        "TFLOP/s that the device reaches in training: one number, or those of layers with a graph, of layers "
+        "without one and of the LM head, as --calibrate prints them. Default: 0.6 of the GPU's peak.",
+    )
+    bandwidth: list[float] | None = flag(
+        None,
+        "GB/s from host memory to the GPU: one number, or two if the way back differs. Default: 0.8 of the "
+        "GPU's PCIe.",
+    )
+    host_gbps: float | None = flag(
+        None, "GB/s at which steps in host memory read and write weights, gradients and state. Default: 40."
+    )
+    fit: str | None = flag(
+        None,
+        "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB; device: that of "
+        "--device_name.",
+    )
+    host_memory: str | None = flag(
+        None, "With --fit: host memory that offloading may take, such as 64GiB. Default: any."
+    )
     json: str | None = flag(None, "Write the plan to this file as JSON.")
     svg: str | None = flag(None, "Write the bars to this file as SVG.")
     calibrate: bool = flag(
-        False, "Run two steps of LoPT with the first k on this machine and compare with the plan."
+        False,
+        "Measure this machine's rates, run a few steps of the first method and k here, and compare memory and "
+        "time with the plan.",
     )
     schedule: Literal["eager", "block_major"] = flag("eager", "What --calibrate runs: eager or block_major.")
     offload: Literal["none", "optimizer", "block"] = flag(

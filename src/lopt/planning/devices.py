@@ -101,7 +101,7 @@ def machine_of(
     name: str | None = None,
     tflops: list[float] | None = None,
     bandwidth: list[float] | None = None,
-    host_gbps: float = HOST_GBPS,
+    host_gbps: float | None = None,
     on_gpu: bool = True,
 ) -> Machine:
     """Return a machine with a GPU of `DEVICES`, or with one like an RTX 4090; what is given wins.
@@ -119,6 +119,6 @@ def machine_of(
         tflops=(rates[0], rates[1 % len(rates)], rates[2 % len(rates)]),
         bandwidth=(ways[0], ways[-1]),
         memory_gbps=MEMORY_GBPS if device is None else device.memory_gbps,
-        host_gbps=host_gbps,
+        host_gbps=HOST_GBPS if host_gbps is None else host_gbps,
         beside=on_gpu,
     )
