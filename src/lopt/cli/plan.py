@@ -6,10 +6,10 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -19,13 +19,15 @@ from lopt.core.config import LoPTConfig
 from lopt.files import write_text
 from lopt.instruments.memory import MemoryPeak, format_bytes, free_memory
 from lopt.models.shapes import SHAPES, model_config
-from lopt.planning.calibrate import calibrate
+from lopt.planning.calibrate import measured
 from lopt.planning.devices import DEVICES, Machine, machine_of
 from lopt.planning.plan import Plan, Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, candidates, search
 from lopt.planning.sizes import Method
-from lopt.reports.plan import GIB, as_row, bars, hiding, picture, speed, table, times
+from lopt.reports.plan import (
+    GIB, as_row, bars, flags_of, hiding, picture, rates, speed, table, times,
+)  # fmt: skip
 from lopt.validation import check, check_choice, check_number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,6 +42,8 @@ IF_CHANGED = (
     "use_cpu", "gradient_checkpointing", "schedule", "stages", "offload", "optimizer_device", "clip",
 )  # fmt: skip
 
+TIMED = 5
+"""Steps that `--calibrate` times."""
 CHOSEN = ("method", "num_blocks", "schedule", "stages", "offload", "optimizer_device")
 
 
@@ -122,8 +126,8 @@ def _check_machine(args: PlanArguments) -> None:
     check(args.host_memory is None or args.fit is not None, "host_memory", args.host_memory, "given with `fit`")
     if args.host_memory is not None:
         size_in_bytes(args.host_memory, "host_memory")
-    measured = ("fit", "json", "svg", "device_name", "tflops", "bandwidth", "host_gbps")
-    for name in measured if args.calibrate else ():
+    found = ("fit", "json", "svg", "device_name", "tflops", "bandwidth", "host_gbps")
+    for name in found if args.calibrate else ():
         rule = "left out with `calibrate`, which measures and compares"
         check(getattr(args, name) is None, name, getattr(args, name), rule)
 
@@ -260,7 +264,7 @@ def _proposal(plan: Plan, limit: int, args: PlanArguments, machine: Machine) -> 
 
 
 def _calibrated(planner: Planner, setting: Setting) -> str:
-    """Return the predicted beside the measured bytes, on this machine's device.
+    """Return predicted beside measured bytes and time, on this machine's device.
 
     Raises:
         ValueError: this machine has not enough memory.
@@ -274,19 +278,23 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
             f"`calibrate` would run {setting} on this machine, which needs {format_bytes(plan.total)} of "
             f"{format_bytes(have)}: use a smaller model, `per_device_train_batch_size` or `max_length`"
         )
-    measured = calibrate(planner.run, setting, LoPTSFTTrainer, LoPTSFTConfig)
-    lines = [f"{setting}, two real steps on this machine's {planner.run.device}:"]
-    peak = plan.peak
-    if isinstance(measured, MemoryPeak):
+    found = measured(planner.run, setting, LoPTSFTTrainer, LoPTSFTConfig, TIMED)
+    assert found.rates is not None and found.seconds is not None
+    machine, peak, bytes_ = found.rates.machine, plan.peak, found.peak
+    lines = [f"{setting} on this machine's {planner.run.device}, {TIMED} steps between measurements of it:"]
+    lines += rates(found.rates.product, machine) + ["memory:"]
+    if isinstance(bytes_, MemoryPeak):
         activations = peak.activations + peak.head_and_loss + peak.stash
-        lines.append(_compared("weights", peak.weights, measured.parameters))
-        lines.append(_compared("gradients", peak.gradients, measured.gradients))
-        lines.append(_compared("optimizer", peak.optimizer, measured.optimizer))
-        lines.append(_compared("activations", activations, measured.activations))
-        measured = measured.total
-    return "\n".join([*lines, _compared("total", plan.total, measured)])
+        lines.append(_compared("weights", peak.weights, bytes_.parameters))
+        lines.append(_compared("gradients", peak.gradients, bytes_.gradients))
+        lines.append(_compared("optimizer", peak.optimizer, bytes_.optimizer))
+        lines.append(_compared("activations", activations, bytes_.activations))
+        bytes_ = bytes_.total
+    lines += [_compared("total", plan.total, bytes_), "time:"]
+    lines.append(_compared("a step", plan.time(machine).seconds, found.seconds, "{:.3g} s".format))
+    return "\n".join([*lines, f"To plan with these rates: {flags_of(machine)}"])
 
 
-def _compared(name: str, predicted: int, measured: int) -> str:
-    off = f" ({predicted / measured - 1:+.1%})" if measured else ""
-    return f"  {name:12} predicted {format_bytes(predicted):>10}, measured {format_bytes(measured):>10}{off}"
+def _compared(name: str, predicted: float, real: float, text: Callable[[Any], str] = format_bytes) -> str:
+    off = f" ({predicted / real - 1:+.1%})" if real else ""
+    return f"  {name:12} predicted {text(predicted):>10}, measured {text(real):>10}{off}"

@@ -6,6 +6,7 @@ float16 accumulation, and figures "with sparsity" are twice as high.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 REACHED = 0.6
@@ -15,7 +16,7 @@ PCIE = {3: 12.5, 4: 25.0, 5: 50.0}
 HOST_GBPS = 40.0
 """Assumed: GB/s at which a step in host memory reads and writes; half the peak of two channels of DDR5-5600."""
 ROUNDED = 1e8
-"""Numbers a second that PyTorch rounds stochastically in host memory: its random numbers come from one core."""
+"""Numbers that PyTorch rounds stochastically in host memory, a second: one core draws them (0.8e8 to 1.1e8)."""
 TFLOPS, BANDWIDTH, MEMORY_GBPS = 100.0, PCIE[4], 1000.0
 """Of a GPU that is not named: about an RTX 4090."""
 CPU_TFLOPS = 0.2
@@ -63,6 +64,7 @@ class Machine:
         bandwidth: GB/s to the device, and back.
         memory_gbps: GB/s of the device's memory.
         host_gbps: GB/s at which a step in host memory reads and writes.
+        rounded: Numbers a second that are rounded stochastically in host memory, beside that.
         beside: Whether copies and steps in host memory run beside the device's work, as those of a GPU do.
     """
 
@@ -70,6 +72,7 @@ class Machine:
     bandwidth: tuple[float, float] = (BANDWIDTH,) * 2
     memory_gbps: float = MEMORY_GBPS
     host_gbps: float = HOST_GBPS
+    rounded: float = ROUNDED
     beside: bool = True
 
     @property
@@ -94,7 +97,7 @@ class Machine:
 
     def seconds_of_host_update(self, traffic: int, rounded: int) -> float:
         """Return the time of a step in host memory; `rounded` numbers are rounded stochastically."""
-        return traffic / (self.host_gbps * 1e9) + rounded / ROUNDED
+        return traffic / (self.host_gbps * 1e9) + rounded / self.rounded
 
 
 def machine_of(
@@ -109,6 +112,7 @@ def machine_of(
     Args:
         tflops: One for all, or three as in `Machine`.
         bandwidth: One for both ways, or two.
+        host_gbps: With all that a step in host memory does, as it is measured.
         on_gpu: Whether the device is a GPU; else it is the CPU.
     """
     device = DEVICES[name] if name is not None else None
@@ -120,5 +124,6 @@ def machine_of(
         bandwidth=(ways[0], ways[-1]),
         memory_gbps=MEMORY_GBPS if device is None else device.memory_gbps,
         host_gbps=HOST_GBPS if host_gbps is None else host_gbps,
+        rounded=ROUNDED if host_gbps is None else math.inf,
         beside=on_gpu,
     )

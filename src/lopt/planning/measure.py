@@ -114,13 +114,7 @@ def measure(run: Run, method: Method, checkpointing: bool, adapters: Any = None)
         cut = cut.replace(aux_loss=run.aux_loss, frozen_blocks=min(run.frozen_blocks, 1))
     try:
         with _fake_run(run):
-            model = empty_model(
-                _shortened(run.config, depth), dtype=run.dtype, attn_implementation="sdpa"
-            ).train()
-            check_positions(model, run.tokens, "set `max_length` to {limit} or less")
-            add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
-            if checkpointing:
-                compat.checkpoint_activations(model)
+            model = short_model(run, depth, checkpointing)
             whole = model if adapters is None else adapted(model, adapters, checkpointing)
             recorder = _Recorder(whole, cut, run)
             for segments in (parts.fresh, parts.again):
@@ -133,6 +127,17 @@ def measure(run: Run, method: Method, checkpointing: bool, adapters: Any = None)
             f"a {run.config.model_type} model cannot be planned, it does not run on fake tensors: {reason}"
         ) from error
     return parts
+
+
+def short_model(run: Run, layers: int, checkpointing: bool) -> Any:
+    """Return the run's model with so many layers, as a trainer would have it."""
+    config = _shortened(run.config, layers)
+    model = empty_model(config, dtype=run.dtype, attn_implementation="sdpa").train()
+    check_positions(model, run.tokens, "set `max_length` to {limit} or less")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
+    if checkpointing:
+        compat.checkpoint_activations(model)
+    return model
 
 
 def _complete(segments: dict[tuple[str, str], Segment], cut: LoPTConfig) -> None:

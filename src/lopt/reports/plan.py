@@ -62,6 +62,22 @@ def speed(plan: Plan, machine: Machine) -> str:
     return f"{time.seconds:.3g} s a step, {plan.tokens / time.seconds:,.0f} tokens/s, bound by {time.bound}"
 
 
+def rates(product: float, machine: Machine) -> list[str]:
+    """Return the measured rates of a machine, one a line; `product` is that of a plain matrix product."""
+    names = ("layers with a graph", "layers without one", "LM head and loss", "a matrix product")
+    lines = [f"  {n:22}{r:8.3g} TFLOP/s" for n, r in zip(names, (*machine.tflops, product), strict=True)]
+    ways = dict(zip(("copies to the device", "copies from the device"), machine.bandwidth, strict=True))
+    for name, rate in (ways | {"steps in host memory": machine.host_gbps}).items():
+        lines.append(f"  {name:22}{rate:8.3g} GB/s")
+    return lines
+
+
+def flags_of(machine: Machine) -> str:
+    """Return the flags of `lopt plan` that describe a machine."""
+    tflops, ways = (" ".join(f"{rate:.3g}" for rate in pair) for pair in (machine.tflops, machine.bandwidth))
+    return f"--tflops {tflops} --bandwidth {ways} --host_gbps {machine.host_gbps:.3g}"
+
+
 def as_row(plan: Plan, machine: Machine) -> dict[str, Any]:
     """Return a plan for JSON; all that is about time is under "predicted"."""
     time = plan.time(machine)

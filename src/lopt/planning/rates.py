@@ -1,0 +1,213 @@
+"""Measure how fast this machine is at what an optimizer step consists of.
+
+Layers are alike, so a model of two layers of the real width runs a micro-batch; it is timed at its first and
+last layer, forward and backward. A machine that others use as well is measured again and again, between the
+steps that are to be predicted, and medians count.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lopt.core.blocks import Blocks
+from lopt.core.config import LoPTConfig
+from lopt.engine.clipping import scale, total_norm
+from lopt.engine.host_optimizer import step_threads
+from lopt.engine.optimizer import BlockOptimizer, Precision
+from lopt.instruments.flops import FlopCounter
+from lopt.losses.lm_head import lean_fused_head
+from lopt.planning.devices import Machine
+from lopt.planning.measure import short_model
+from lopt.planning.optimizer_step import traffic_of
+from lopt.planning.run import Run
+
+LAYERS = 2
+COPIED = 256 * 2**20
+"""Bytes of a copy that is timed, and of weights that are stepped."""
+KINDS = ("with a graph", "without a graph", "head")
+
+
+class Rates:
+    """The rates of this machine for a run's model and micro-batch.
+
+    Args:
+        run: What is planned.
+        checkpointing: Whether layers are recomputed.
+        make: Makes the optimizer out of parameter groups.
+        device: Where the model is trained.
+    """
+
+    def __init__(
+        self, run: Run, checkpointing: bool, make: Callable[[Any], Any], device: torch.device
+    ) -> None:
+        self.run, self._device = run, device
+        self._model = short_model(run, LAYERS, checkpointing).to(device)
+        self._decoder = Blocks(self._model, LoPTConfig(method="e2e"))
+        precision = Precision(run.masters, run.state_dtype)
+        self._on_device = _Stepper(run, list(self._model.parameters()), make, precision)
+        host = [p for p in self._decoder.layers[0].parameters()] if device.type == "cuda" else []
+        host = [nn.Parameter(p.detach().cpu()) for p in host]
+        self._on_host = _Stepper(run, host, make, precision) if host else self._on_device
+        self._flops, self._seconds = dict.fromkeys(KINDS, 0.0), {kind: list[float]() for kind in KINDS}
+        self._more = {name: list[float]() for name in ("in", "out", "device step", "host step", "product")}
+        self._kind, self._now = "", 0.0
+        self._spent: dict[str, float] = {}
+        self._in_layers = ""
+        self._counter: FlopCounter | None = None
+        self._hook()
+        with FlopCounter() as self._counter:
+            self._pass()
+            self._flops |= self._spent
+        self._counter = None
+        if self._on_host is not self._on_device:
+            self._on_host.fill()
+        self.sample()
+        for measured in (*self._seconds.values(), *self._more.values()):
+            measured.clear()  # the first of everything is slow
+
+    def sample(self) -> None:
+        """Measure everything once more."""
+        self._pass()
+        for kind in KINDS:
+            self._seconds[kind].append(self._spent[kind])
+        self._more["device step"].append(self._on_device.gbps(self._sync))
+        if self._on_host is not self._on_device:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(step_threads(self._device, 0))
+            self._more["host step"].append(self._on_host.gbps(self._sync))
+            torch.set_num_threads(threads)
+        self._copy()
+        self._multiply()
+
+    @property
+    def product(self) -> float:
+        """TFLOP/s of a plain matrix product, for comparison."""
+        return median(self._more["product"])
+
+    @property
+    def machine(self) -> Machine:
+        """This machine, by the medians of all samples."""
+        graph, none, head = (self._flops[k] / median(self._seconds[k]) / 1e12 for k in KINDS)
+        step = median(self._more["device step"])
+        return Machine(
+            tflops=(graph, none, head),
+            bandwidth=(median(self._more["in"]), median(self._more["out"])),
+            memory_gbps=step,
+            host_gbps=median(self._more["host step"] or [step]),
+            rounded=math.inf,  # is in the rates of steps
+            beside=self._device.type == "cuda",
+        )
+
+    # -- a micro-batch ---------------------------------------------------------------------------
+
+    def _hook(self) -> None:
+        """Let what is spent in layers be told from the rest."""
+        layers = self._decoder.layers
+
+        def enter(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._mark(self._in_layers)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self._mark("head"))
+
+        def leave(layer: nn.Module, args: tuple, output: Any) -> None:
+            self._mark("head")
+            hidden = output[0] if isinstance(output, tuple | list) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self._mark("with a graph"))
+
+        layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+        layers[-1].register_forward_hook(leave)
+
+    def _pass(self) -> None:
+        """Run a micro-batch with a graph, and its layers without one."""
+        run, device = self.run, self._device
+        ids = torch.randint(2, self._model.config.vocab_size, (run.batch, run.tokens), device=device)
+        mask = torch.ones_like(ids)
+        mask[-1, -1] = run.batch == 1  # of several rows, one is padded
+        self._spent = dict.fromkeys(KINDS, 0.0)
+        amp = torch.autocast(device.type, torch.bfloat16, enabled=run.autocast)
+        with lean_fused_head(device):
+            self._mark("head")
+            self._in_layers = "with a graph"
+            with amp:
+                out = self._model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
+            out.loss.backward()
+            self._mark("")
+        self._in_layers = "without a graph"
+        with torch.no_grad(), amp:
+            self._decoder.decoder(input_ids=ids, attention_mask=mask)
+        self._mark("")
+
+    def _mark(self, kind: str) -> None:
+        """End what runs now, and begin `kind`."""
+        self._sync()
+        now = time.perf_counter() if self._counter is None else float(self._counter.total)
+        if self._kind and not (self._kind == "head" and self._in_layers == "without a graph"):
+            self._spent[self._kind] += now - self._now
+        self._kind, self._now = kind, now
+
+    def _sync(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    # -- copies and products ---------------------------------------------------------------------
+
+    def _copy(self) -> None:
+        pinned = self._device.type == "cuda"
+        host = torch.empty(COPIED, dtype=torch.uint8, pin_memory=pinned)
+        there = torch.empty(COPIED, dtype=torch.uint8, device=self._device)
+        for name, target, source in (("in", there, host), ("out", host, there)):
+            target.copy_(source)
+            seconds = self._time(lambda: target.copy_(source, non_blocking=True))  # noqa: B023
+            self._more[name].append(COPIED / seconds / 1e9)
+
+    def _multiply(self) -> None:
+        size = 4096 if self._device.type == "cuda" else 1024
+        dtype = torch.bfloat16 if self.run.autocast else self.run.dtype
+        matrix = torch.ones(size, size, dtype=dtype, device=self._device)
+        matrix @ matrix
+        self._more["product"].append(2 * size**3 / self._time(lambda: matrix @ matrix) / 1e12)
+
+    def _time(self, work: Callable[[], Tensor]) -> float:
+        self._sync()
+        began = time.perf_counter()
+        work()
+        self._sync()
+        return time.perf_counter() - began
+
+
+class _Stepper:
+    """Clips and steps some parameters as an optimizer step does."""
+
+    def __init__(
+        self, run: Run, parameters: list[nn.Parameter], make: Callable[[Any], Any], precision: Precision
+    ) -> None:
+        self._run, self._parameters = run, parameters
+        self._optimizer = BlockOptimizer([{"params": parameters}], make, precision=precision)
+        self._traffic = traffic_of(run, parameters)[0]
+
+    def fill(self) -> None:
+        """Give all parameters a gradient."""
+        for p in self._parameters:
+            p.grad = torch.ones_like(p)
+
+    def gbps(self, sync: Callable[[], None]) -> float:
+        """Step once; return the GB/s of what that reads and writes."""
+        gradients = {p: p.grad for p in self._parameters if p.grad is not None}
+        sync()
+        began = time.perf_counter()
+        norms = [torch.linalg.vector_norm(g) for g in gradients.values()]
+        if self._run.clips:
+            scale(gradients.values(), 1.0, total_norm(norms, norms[0].device))
+        self._optimizer.step_stage(0, gradients)
+        sync()
+        seconds = time.perf_counter() - began
+        return self._traffic / seconds / 1e9
