@@ -14,6 +14,7 @@ from lopt.engine import plain_loop
 from lopt.instruments import memory
 from lopt.instruments.memory import MemoryPeak
 from lopt.planning.calibrate import calibrate
+from lopt.planning.devices import Machine
 from lopt.planning.plan import Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.sizes import elements
@@ -121,10 +122,21 @@ def test_operations_and_traffic() -> None:
 
 
 def test_steps_in_host_memory_hide_where_blocks_are_needed_later() -> None:
-    """End to end waits for what it updates last; blocks that are updated in order do not."""
-    planner = Planner(Run(CONFIGS["llama"], 2, 64, 4, BF16, False))
+    """End to end waits for what it steps last; blocks that are stepped in order do not."""
+    planner = Planner(Run(CONFIGS["llama"], 2, 64, 4, BF16, False, masters=True))
     e2e, lopt = (planner.plan(replace(s, stages=8, **HOST)) for s in (E2E, LOPT))
-    slow = 1e-4  # TFLOP/s: the device takes as long as the host, and more
-    assert lopt.seconds(slow, 25) == pytest.approx(replace(lopt, host_traffic=0).seconds(slow, 25))
-    busy = replace(e2e, host_traffic=round(0.5 * e2e.seconds(slow, 25) * 40e9))
-    assert busy.seconds(slow, 25) == pytest.approx(1.25 * replace(e2e, host_traffic=0).seconds(slow, 25))
+    machine = Machine((1e-3,) * 3, (float("inf"),) * 2)
+    busy = lopt.time(machine)
+    host = replace(
+        machine, host_gbps=40 * busy.stepping / (0.9 * busy.seconds)
+    )  # it is at work 0.9 of the time
+    assert lopt.time(host).host == 0 < busy.stepping and lopt.time(host).bound == "compute"
+    steps = [sum(update.traffic for update in stage) / host.host_gbps / 1e9 for stage in e2e.work.updates]
+    sweep = [turn for turn in e2e.work.turns if not turn.with_graph]
+    wait = now = ready = 0.0  # from the end of one step on
+    for stage, step in enumerate(steps):
+        ready += step
+        wait, now = wait + max(0.0, ready - now), max(now, ready)
+        now += sweep[stage].flops / 1e9 if stage < len(sweep) else 0.0
+    found = e2e.time(host)
+    assert found.host == pytest.approx(wait) and wait > 0 and found.bound == "wait"

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -23,10 +24,19 @@ from lopt.planning.calibrate import measured
 from lopt.planning.devices import DEVICES, Machine, machine_of
 from lopt.planning.plan import Plan, Planner
 from lopt.planning.run import Run, Setting
-from lopt.planning.search import BLOCKS, candidates, search
+from lopt.planning.search import BLOCKS, ONE_BLOCK, candidates, search
 from lopt.planning.sizes import Method
 from lopt.reports.plan import (
-    GIB, as_row, bars, flags_of, hiding, picture, rates, speed, table, times,
+    GIB,
+    as_row,
+    bars,
+    flags_of,
+    hiding,
+    picture,
+    rates,
+    speed,
+    table,
+    times,
 )  # fmt: skip
 from lopt.validation import check, check_choice, check_number
 
@@ -69,10 +79,7 @@ def main(arguments: Sequence[str]) -> None:
         title = f"{args.model_name_or_path}: peak memory"
         write_text(Path(args.svg), picture(plans, title, f"GiB on the device, {batch}") + "\n")
     if limit is not None:
-        where = "cpu" if args.optimizer_device == "cpu" else None
-        host = None if args.host_memory is None else size_in_bytes(args.host_memory, "host_memory")
-        found = search(planner, blocks, limit, machine, _methods(args), args.stages, where, host)
-        print(_proposal(found, limit, args, machine))
+        print(_proposal(planner, blocks, limit, args, machine))
 
 
 def check_arguments(args: PlanArguments) -> int | None:
@@ -123,7 +130,9 @@ def _check_machine(args: PlanArguments) -> None:
     if args.device_name is not None:
         check_choice("device_name", args.device_name, DEVICES)
         check(not args.use_cpu, "device_name", args.device_name, "left out with `use_cpu`")
-    check(args.host_memory is None or args.fit is not None, "host_memory", args.host_memory, "given with `fit`")
+    check(
+        args.host_memory is None or args.fit is not None, "host_memory", args.host_memory, "given with `fit`"
+    )
     if args.host_memory is not None:
         size_in_bytes(args.host_memory, "host_memory")
     found = ("fit", "json", "svg", "device_name", "tflops", "bandwidth", "host_gbps")
@@ -148,8 +157,8 @@ def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
     """Return the rows of the table."""
     rows = [Setting("e2e", 1), Setting("e2e", 1, checkpointing=True)]
     stages: Sequence[int | None] = args.stages or (None,)
-    ways: list[tuple[int, Method]] = [(1, "e2e")] if "e2e" in args.method else []
-    ways += [(k, method) for k in blocks for method in _methods(args) if method != "e2e"]
+    ways = [(1, method) for method in _methods(args) if method in ONE_BLOCK]
+    ways += [(k, method) for k in blocks for method in _methods(args) if method not in ONE_BLOCK]
     host = args.optimizer_device == "cpu" or args.stages is not None
     for k, method in ways:
         rows += [
@@ -166,7 +175,7 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     values = asdict(args) | {name: getattr(setting, name) for name in CHOSEN}
     values |= {"gradient_checkpointing": setting.checkpointing, "prefetch_gib": f"{prefetch / GIB:g}"}
     defaults = asdict(PlanArguments())
-    left_out = {"method": setting.method == "lopt", "num_blocks": setting.method == "e2e"}
+    left_out = {"method": setting.method == "lopt", "num_blocks": setting.method in ONE_BLOCK}
     names = [name for name in ALWAYS if not left_out.get(name)]
     names += [name for name in IF_CHANGED if values[name] != defaults[name]]
     names += ["prefetch_gib"] if setting.offload != "none" else []
@@ -227,7 +236,7 @@ def _calibrated_setting(args: PlanArguments, blocks: int) -> Setting:
     method = _methods(args)[0]
     return Setting(
         method,
-        1 if method == "e2e" else blocks,
+        1 if method in ONE_BLOCK else blocks,
         args.schedule,
         args.gradient_checkpointing,
         args.offload,
@@ -253,14 +262,26 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     )
 
 
-def _proposal(plan: Plan, limit: int, args: PlanArguments, machine: Machine) -> str:
-    need = f"{format_bytes(plan.total)} on the device"
-    if plan.host:
-        need += f", {format_bytes(plan.host)} of host memory"
-    return (
-        f"The fastest that fits into {format_bytes(limit)}: {plan.setting}\n({need};"
-        f" predicted: {speed(plan, machine)})\n\n{command(plan, args, plan.prefetch)}"
-    )
+def _proposal(planner: Planner, blocks: list[int], limit: int, args: PlanArguments, machine: Machine) -> str:
+    where = "cpu" if args.optimizer_device == "cpu" else None
+    host = None if args.host_memory is None else size_in_bytes(args.host_memory, "host_memory")
+
+    def found(methods: list[Method]) -> Plan:
+        return search(planner, blocks, limit, machine, methods, args.stages, where, host)
+
+    def described(plan: Plan) -> str:
+        need = f"{format_bytes(plan.total)} on the device"
+        if plan.host:
+            need += f", {format_bytes(plan.host)} of host memory"
+        return f"{plan.setting}\n({need}; predicted: {speed(plan, machine)})"
+
+    best = found(_methods(args))
+    lines = [f"The fastest that fits into {format_bytes(limit)}: {described(best)}"]
+    for method in _methods(args):
+        if method != best.setting.method:
+            with suppress(ValueError):  # nothing fits
+                lines.append(f"Of {method} the fastest is {described(found([method]))}")
+    return "\n".join([*lines, "", command(best, args, best.prefetch)])
 
 
 def _calibrated(planner: Planner, setting: Setting) -> str:
@@ -282,7 +303,7 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
     assert found.rates is not None and found.seconds is not None
     machine, peak, bytes_ = found.rates.machine, plan.peak, found.peak
     lines = [f"{setting} on this machine's {planner.run.device}, {TIMED} steps between measurements of it:"]
-    lines += rates(found.rates.product, machine) + ["memory:"]
+    lines += [*rates(found.rates.product, machine), "memory:"]
     if isinstance(bytes_, MemoryPeak):
         activations = peak.activations + peak.head_and_loss + peak.stash
         lines.append(_compared("weights", peak.weights, bytes_.parameters))

@@ -213,8 +213,8 @@ class PlanArguments:
     svg: str | None = flag(None, "Write the bars to this file as SVG.")
     calibrate: bool = flag(
         False,
-        "Measure this machine's rates, run a few steps of the first method and k here, and compare memory and "
-        "time with the plan.",
+        "Measure this machine's rates, run a few steps of the first method and k here, and compare memory "
+        "and time with the plan.",
     )
     schedule: Literal["eager", "block_major"] = flag("eager", "What --calibrate runs: eager or block_major.")
     offload: Literal["none", "optimizer", "block"] = flag(

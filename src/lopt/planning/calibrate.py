@@ -29,8 +29,8 @@ class Measured:
     """What the steps of one setting have taken.
 
     Attributes:
-        peak: of the second step. On a CPU live tensor bytes by category, on a GPU what its allocator had given
-            out.
+        peak: of the second step. On a CPU live tensor bytes by category, on a GPU what its allocator had
+            given out.
         seconds: the median of the steps after it; None if there are none.
         rates: of this machine, measured between them.
     """
@@ -178,10 +178,11 @@ class _Clock(TrainerCallback):
         if state.global_step >= 2 and number == 0 and state.global_step < state.max_steps:
             self._trainer.synchronize_weights()
             if self.rates is None:
-                inner: Any = unwrap_optimizer(self._trainer.optimizer)
-                known = inspect.signature(type(inner)).parameters
+                inner = unwrap_optimizer(self._trainer.optimizer)
+                kind: Any = type(inner)
+                known = inspect.signature(kind).parameters
                 settings = {name: value for name, value in inner.defaults.items() if name in known}
-                make = partial(type(inner), **settings)
+                make = partial(kind, **settings)
                 self.rates = Rates(self._run, self._setting.checkpointing, make, args.device)
             self.rates.sample()
         _synchronize(args.device)

@@ -14,9 +14,9 @@ REACHED = 0.6
 PCIE = {3: 12.5, 4: 25.0, 5: 50.0}
 """Assumed: GB/s each way of 16 lanes, pinned memory, by generation: 0.8 of the raw 15.75, 31.5 and 63."""
 HOST_GBPS = 40.0
-"""Assumed: GB/s at which a step in host memory reads and writes; half the peak of two channels of DDR5-5600."""
+"""Assumed: GB/s at which a step in host memory reads and writes; half the peak of two channels of DDR5."""
 ROUNDED = 1e8
-"""Numbers that PyTorch rounds stochastically in host memory, a second: one core draws them (0.8e8 to 1.1e8)."""
+"""Numbers a second that PyTorch rounds stochastically in host memory; one core draws the random bits."""
 TFLOPS, BANDWIDTH, MEMORY_GBPS = 100.0, PCIE[4], 1000.0
 """Of a GPU that is not named: about an RTX 4090."""
 CPU_TFLOPS = 0.2

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from lopt.planning.devices import Machine
 from lopt.planning.measure import Parts, Segment, measure
 from lopt.planning.optimizer_step import OPTIMIZERS, parts_of, state_of, temporary_bytes
 from lopt.planning.run import Bytes, Run, Setting
-from lopt.planning.sizes import BlockSizes, Method, Sizes, StageSizes, size_of
+from lopt.planning.sizes import BlockSizes, Sizes, StageSizes, size_of
 from lopt.planning.staged import StagedStep, updates_of
 from lopt.planning.timeline import StepTime, Turn, Update, Work, step_time
 from lopt.planning.trace import Trace, casts
@@ -122,12 +122,15 @@ class Planner:
         common: dict[str, Any] = dict(checkpoint=checkpoint, model=model, tokens=run.step_tokens)
         if not block_major:
             resident = Bytes(weights=weights + sizes.buffers, optimizer=state)
-            peak, work = self._eager(setting, parts, blocks, resident), self._eager_work(setting, parts, blocks)
+            peak, work = (
+                self._eager(setting, parts, blocks, resident),
+                self._eager_work(setting, parts, blocks),
+            )
             return Plan(setting, peak, host=0, flops=_flops(work), work=work, **common)
         stages = sizes.stages(cut)
         forward = self._forward(setting, parts, stages)
         step = StagedStep(run, setting, parts, forward, stages, sizes.buffers, state, prefetch)
-        weights_offloaded, on_host = offload == "block", setting.optimizer_device == "cpu"
+        weights_offloaded = offload == "block"
         host = state * (offload != "none") + weights * weights_offloaded
         host += step.host_gradients + step.host_temporaries + step.stash * weights_offloaded
         return Plan(
@@ -214,7 +217,8 @@ class Planner:
             if every > 1 and block.place in ("first", "middle"):
                 forward = parts.fresh[block.place, "forward"].flops * len(block.layers)
                 layers, head = (layers + (every - 1) * forward) / every, head / every
-            turns.append(Turn(len(turns), None, block.learns, *(run.accumulation * f for f in (layers, head))))
+            layers, head = run.accumulation * layers, run.accumulation * head
+            turns.append(Turn(len(turns), with_graph=block.learns, flops=layers, head_flops=head))
         # All blocks are stepped when all micro-batches have run.
         turns += [Turn(index, steps=True) for index, own in enumerate(updates) if own]
         return Work(turns, [[] for _ in blocks], updates)

@@ -31,6 +31,8 @@ from lopt.planning.run import Run
 LAYERS = 2
 COPIED = 256 * 2**20
 """Bytes of a copy that is timed, and of weights that are stepped."""
+PASSES = 3
+"""Micro-batches of a sample."""
 KINDS = ("with a graph", "without a graph", "head")
 
 
@@ -74,9 +76,10 @@ class Rates:
 
     def sample(self) -> None:
         """Measure everything once more."""
-        self._pass()
-        for kind in KINDS:
-            self._seconds[kind].append(self._spent[kind])
+        for _ in range(PASSES):
+            self._pass()
+            for kind in KINDS:
+                self._seconds[kind].append(self._spent[kind])
         self._more["device step"].append(self._on_device.gbps(self._sync))
         if self._on_host is not self._on_device:
             threads = torch.get_num_threads()

@@ -18,7 +18,9 @@ ONE_BLOCK = ("e2e", "lora")
 """Methods without boundaries."""
 PREFETCH_BYTES = tuple(n * 2**30 for n in (3, 4, 6, 8, 12, 16))
 QUICK = 1.05
-"""Settings within so many times the fastest count as equally fast."""
+"""Settings within so many times the fastest count as equally fast, if they have fewer blocks."""
+SIMPLER = 1.02
+"""And of as many blocks if they are simpler."""
 
 
 def candidates(k: int, method: Method = "lopt", stages: Sequence[int | None] = (None,)) -> list[Setting]:
@@ -55,7 +57,7 @@ def search(
     optimizer_device: str | None = None,
     host_limit: int | None = None,
 ) -> Plan:
-    """Return the setting of fewest blocks among the fastest that fit into `limit` bytes.
+    """Return the simplest setting of fewest blocks among the fastest that fit into `limit` bytes.
 
     On a GPU `RESERVE` of them are left alone. Room that is left over goes to prefetching.
 
@@ -91,18 +93,20 @@ def search(
         if plan.setting.offload == "none" or plan.time(no_bus).seconds > QUICK * quickest:
             continue  # more prefetching changes nothing, or too little
         for size in PREFETCH_BYTES:
-            if size > plan.prefetch and (wider := planner.plan(plan.setting, size)).total <= 0.95 * room:
-                fitting.append(wider)  # a plan is not exact to the last byte
+            wider = planner.plan(plan.setting, size)
+            # What is on its way out is not in the plan, and may take all of it.
+            if size > plan.prefetch and wider.total - wider.peak.transfers + size <= room:
+                fitting.append(wider)
                 seconds[id(wider)] = wider.time(machine).seconds
     quickest = min(seconds.values())
     quick = [plan for plan in fitting if seconds[id(plan)] <= QUICK * quickest]
-    # Fewer blocks leave more depth to the task; of what is equally fast to three digits, the simplest.
-    return min(quick, key=lambda plan: (plan.setting.num_blocks, float(f"{seconds[id(plan)]:.3g}")))
+    fewest = min(plan.setting.num_blocks for plan in quick)  # which leaves more depth to the task
+    quick = [plan for plan in quick if plan.setting.num_blocks == fewest]
+    quickest = min(seconds[id(plan)] for plan in quick)
+    return next(plan for plan in quick if seconds[id(plan)] <= SIMPLER * quickest)
 
 
-def _why(
-    plans: list[Plan], within: list[Plan], limit: int, room: int, host_limit: int | None
-) -> str:
+def _why(plans: list[Plan], within: list[Plan], limit: int, room: int, host_limit: int | None) -> str:
     """Return why none of `plans` fits, of which those `within` the limit of host memory are left."""
     helps = (
         "What helps: a smaller `per_device_train_batch_size` (with more `gradient_accumulation_steps`) or "

@@ -8,8 +8,7 @@ and all that it needs have come so far. What may be on its way ahead is decided 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,13 +103,13 @@ class StepTime:
     def bound(self) -> str:
         """What bounds it: "compute", "bus", "host" or "wait".
 
-        "host" does not keep up; "wait" does, but what is stepped last is needed first.
+        "host": it has more to do than the device; "wait": it has not, but what it steps last is needed first.
         """
         if self.copies + self.host <= WAITS * self.seconds:
             return "compute"
         if self.copies >= self.host:
             return "bus"
-        return "host" if self.stepping >= (1 - WAITS) * self.seconds else "wait"
+        return "host" if self.stepping > self.seconds - self.copies - self.host else "wait"
 
 
 def step_time(work: Work, machine: Machine, prefetch: int) -> StepTime:
@@ -126,12 +125,14 @@ def step_time(work: Work, machine: Machine, prefetch: int) -> StepTime:
     seen = StepTime(0, 0, 0, 0)
     for _ in range(STEPS):
         before, seen = seen, _run(work, clocks)
-    return StepTime(*(after - now for after, now in zip(vars(seen).values(), vars(before).values(), strict=True)))
+    return StepTime(
+        *(after - now for after, now in zip(vars(seen).values(), vars(before).values(), strict=True))
+    )
 
 
 def _run(work: Work, clocks: _Clocks) -> StepTime:
     """Run one optimizer step; return what the clocks say at its end."""
-    machine, present = clocks.machine, _Present(clocks, work)
+    present = _Present(clocks, work)
     for turn in work.turns:
         present.enter(turn)
         if turn.gradients_in:
@@ -140,14 +141,14 @@ def _run(work: Work, clocks: _Clocks) -> StepTime:
         if turn.gradients_out:
             present.arrived[turn.stage] = clocks.send(stored(turn.gradients_out))
         if turn.flops + turn.head_flops and (turn.steps or turn.handed_over):
-            clocks.launched = clocks.device_free  # the norm is looked at
+            clocks.wait(clocks.device_free, "copies")  # the norm is looked at
         if turn.steps:
             present.step()
         for stage in turn.handed_over:
             present.hand_over(stage)
     present.leave()
     clocks.synchronize()
-    clocks.launched = max(clocks.launched, clocks.device_free)
+    clocks.wait(clocks.device_free, "copies")
     return clocks.seen()
 
 
@@ -265,7 +266,7 @@ class _Clocks(HostTransfer):
         self.launched = max(self.launched, time)
         self._idle_until(time, reason)
 
-    def step_on_host(self, seconds: float, arrived: _Moment | None) -> _Moment:
+    def step_on_host(self, seconds: float, arrived: Any) -> Any:
         """Step in host memory after what is under way there."""
         self.stepping += seconds
         if not self.machine.beside:
@@ -281,11 +282,6 @@ class _Clocks(HostTransfer):
             self.device_free = time
 
     # -- in place of CUDA's streams --------------------------------------------------------------
-
-    def send(self, group: TensorGroup) -> Any:
-        self._in_use.add(group)
-        self.release(group)
-        return self._outgoing[-1].copied
 
     def _copy_in(self, group: TensorGroup) -> None:
         leaving = [out.copied.time for out in self._outgoing if out.group is group]  # type: ignore[attr-defined]

@@ -46,14 +46,18 @@ def times(plans: Sequence[Plan], machine: Machine) -> str:
     lines.append(" " * names + "".join(f"{head:>9}" for head in heads))
     for plan in plans:
         time = plan.time(machine)
-        cells = [f"{plan.flops / 1e15:.3g}", f"{plan.bus / 1e9:.0f}" if plan.bus else "-"]
-        cells += [f"{time.seconds:.3g}", f"{plan.tokens / time.seconds:,.0f}"]
+        cells = [f"{plan.flops / 1e15:.2f}", f"{plan.bus / 1e9:.0f}" if plan.bus else "-"]
+        cells += [f"{time.seconds:.{1 if time.seconds >= 10 else 2}f}", f"{plan.tokens / time.seconds:,.0f}"]
         waits = (time.copies / time.seconds, time.host / time.seconds)
         cells += [f"{wait:.0%}" if plan.bus else "-" for wait in waits]
         lines.append(f"{plan.setting!s:{names}}" + "".join(f"{cell:>9}" for cell in [*cells, time.bound]))
-    note = "(bus: to the device; copies, host: share of the time in which the device waits for them; bound by "
-    note += "host:\nsteps in host memory do not keep up; wait: they do, but the next step needs first what is "
-    return "\n".join([*lines, note + "stepped last)", ""])
+    note = (
+        "(bus: to the device; copies, host: share of the time in which the device waits for them; bound by "
+    )
+    note += (
+        "host:\nsteps in host memory take longer than the device's work; wait: they do not, but what they "
+    )
+    return "\n".join([*lines, note + "step last is\nneeded first)", ""])
 
 
 def speed(plan: Plan, machine: Machine) -> str:
