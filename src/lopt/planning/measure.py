@@ -121,7 +121,9 @@ def measure(run: Run, method: Method, checkpointing: bool, adapters: Any = None)
             add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
             if checkpointing:
                 compat.checkpoint_activations(model)
-            whole = model if adapters is None else adapted(model, adapters, checkpointing)
+            # PEFT moves adapters to where the model is, which fake tensors already are, and not all can move.
+            with compat.replaced(nn.Module, to=lambda module, *_, **__: module):
+                whole = model if adapters is None else adapted(model, adapters, checkpointing)
             recorder = _Recorder(whole, cut, run)
             for segments in (parts.fresh, parts.again):
                 recorder.micro_batch(segments)
