@@ -113,7 +113,9 @@ def measure(run: Run, method: Method, checkpointing: bool, adapters: Any = None)
     try:
         with _fake_run(run):
             model = short_model(run, depth, checkpointing)
-            whole = model if adapters is None else adapted(model, adapters, checkpointing)
+            # PEFT moves adapters to where the model is, which fake tensors already are, and not all can move.
+            with compat.replaced(nn.Module, to=lambda module, *_, **__: module):
+                whole = model if adapters is None else adapted(model, adapters, checkpointing)
             recorder = _Recorder(whole, cut, run)
             for segments in (parts.fresh, parts.again):
                 recorder.micro_batch(segments)
