@@ -308,7 +308,7 @@ CASES: list[tuple[str, str, str]] = [
     ("plan", "--fit much", "--fit must be a size such as 24GiB, 80GB (both in bytes) or 24"),
     ("plan", "--fit 24Gb", "--fit must be a size such as 24GiB, 80GB (both in bytes) or 24 (GiB) (got 24Gb)"),
     ("plan", "--schedule block_major", "--schedule has no effect without --calibrate: add it, or leave"),
-    ("plan", "--calibrate", "--json must be left out with --calibrate, which measures and compares (got out)"),
+    ("plan", "--calibrate", "--json must be left out with --calibrate, which measures and compares (got"),
     ("plan", "--tflops 1 2", "--tflops must be 1 or 3 numbers (got [1.0, 2.0])"),
     ("plan", "--device_name gtx", "--device_name must be one of rtx3090, rtx4090"),
     ("plan", "--device_name h100 --use_cpu", "--device_name must be left out with --use_cpu (got h100)"),

@@ -26,18 +26,8 @@ from lopt.planning.plan import Plan, Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, ONE_BLOCK, candidates, search
 from lopt.planning.sizes import Method
-from lopt.reports.plan import (
-    GIB,
-    as_row,
-    bars,
-    flags_of,
-    hiding,
-    picture,
-    rates,
-    speed,
-    table,
-    times,
-)  # fmt: skip
+from lopt.reports import plan as report
+from lopt.reports.plan import GIB
 from lopt.validation import check, check_choice, check_number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,15 +59,21 @@ def main(arguments: Sequence[str]) -> None:
     machine = _machine(args, planner.run)
     plans = [planner.plan(setting) for setting in settings(args, blocks)]
     print(_headline(args, planner))
-    print(table(plans), bars(plans), times(plans, machine), hiding(plans, machine), sep="\n")
+    print(
+        report.table(plans),
+        report.bars(plans),
+        report.times(plans, machine),
+        report.hiding(plans, machine),
+        sep="\n",
+    )
     if args.json:
-        rows = [as_row(plan, machine) for plan in plans]
-        report = {"arguments": asdict(args), "machine": asdict(machine), "plans": rows}
-        write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
+        rows = [report.as_row(plan, machine) for plan in plans]
+        found = {"arguments": asdict(args), "machine": asdict(machine), "plans": rows}
+        write_text(Path(args.json), json.dumps(found, indent=1) + "\n")
     if args.svg:
         batch = f"{args.per_device_train_batch_size} x {args.max_length} tokens, {args.param_dtype}"
         title = f"{args.model_name_or_path}: peak memory"
-        write_text(Path(args.svg), picture(plans, title, f"GiB on the device, {batch}") + "\n")
+        write_text(Path(args.svg), report.picture(plans, title, f"GiB on the device, {batch}") + "\n")
     if limit is not None:
         print(_proposal(planner, blocks, limit, args, machine))
 
@@ -115,7 +111,7 @@ def check_arguments(args: PlanArguments) -> int | None:
             check(not device, name, value, "a regular file, and this is a device or a pipe")
     if args.fit == "device":
         check(args.device_name is not None, "fit", args.fit, "a size, or device with `device_name`")
-        return DEVICES[str(args.device_name)].memory_gib * GIB
+        return int(DEVICES[str(args.device_name)].memory_gib * GIB)
     return None if args.fit is None else size_in_bytes(args.fit)
 
 
@@ -273,7 +269,7 @@ def _proposal(planner: Planner, blocks: list[int], limit: int, args: PlanArgumen
         need = f"{format_bytes(plan.total)} on the device"
         if plan.host:
             need += f", {format_bytes(plan.host)} of host memory"
-        return f"{plan.setting}\n({need}; predicted: {speed(plan, machine)})"
+        return f"{plan.setting}\n({need}; predicted: {report.speed(plan, machine)})"
 
     best = found(_methods(args))
     lines = [f"The fastest that fits into {format_bytes(limit)}: {described(best)}"]
@@ -303,7 +299,7 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
     assert found.rates is not None and found.seconds is not None
     machine, peak, bytes_ = found.rates.machine, plan.peak, found.peak
     lines = [f"{setting} on this machine's {planner.run.device}, {TIMED} steps between measurements of it:"]
-    lines += [*rates(found.rates.product, machine), "memory:"]
+    lines += [*report.rates(found.rates.product, machine), "memory:"]
     if isinstance(bytes_, MemoryPeak):
         activations = peak.activations + peak.head_and_loss + peak.stash
         lines.append(_compared("weights", peak.weights, bytes_.parameters))
@@ -313,7 +309,7 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
         bytes_ = bytes_.total
     lines += [_compared("total", plan.total, bytes_), "time:"]
     lines.append(_compared("a step", plan.time(machine).seconds, found.seconds, "{:.3g} s".format))
-    return "\n".join([*lines, f"To plan with these rates: {flags_of(machine)}"])
+    return "\n".join([*lines, f"To plan with these rates: {report.flags_of(machine)}"])
 
 
 def _compared(name: str, predicted: float, real: float, text: Callable[[Any], str] = format_bytes) -> str:

@@ -28,14 +28,14 @@ class Device:
     """A GPU as its vendor describes it.
 
     Attributes:
-        memory_gib: Of the card.
+        memory_gib: What PyTorch reports of the card's memory, in GiB.
         peak: TFLOP/s, dense, bfloat16 with float32 accumulation.
         memory_gbps: GB/s of its memory.
         pcie: Generation; 16 lanes.
         source: Where these numbers are from.
     """
 
-    memory_gib: int
+    memory_gib: float
     peak: float
     memory_gbps: float
     pcie: int
@@ -44,14 +44,14 @@ class Device:
 
 _HOPPER = "NVIDIA H100 data sheet (SXM; 1,979 TFLOP/s with sparsity)"
 DEVICES = {
-    "rtx3090": Device(24, 71.2, 936, 4, "NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A"),
-    "rtx4090": Device(24, 165.2, 1008, 4, "NVIDIA Ada GPU Architecture whitepaper, appendix A"),
-    "rtx5090": Device(32, 209.5, 1792, 5, "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A"),
-    "l40s": Device(48, 362.05, 864, 4, "NVIDIA L40S data sheet"),
-    "a100-40": Device(40, 312, 1555, 4, "NVIDIA A100 data sheet (SXM)"),
-    "a100-80": Device(80, 312, 2039, 4, "NVIDIA A100 data sheet (SXM)"),
-    "h100": Device(80, 989.5, 3350, 5, _HOPPER),
-    "h200": Device(141, 989.5, 4800, 5, "NVIDIA H200 data sheet (SXM; 1,979 TFLOP/s with sparsity)"),
+    "rtx3090": Device(23.6, 71.2, 936, 4, "NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A"),
+    "rtx4090": Device(23.6, 165.2, 1008, 4, "NVIDIA Ada GPU Architecture whitepaper, appendix A"),
+    "rtx5090": Device(31.3, 209.5, 1792, 5, "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A"),
+    "l40s": Device(44.4, 362.05, 864, 4, "NVIDIA L40S data sheet"),
+    "a100-40": Device(39.3, 312, 1555, 4, "NVIDIA A100 data sheet (SXM)"),
+    "a100-80": Device(79.2, 312, 2039, 4, "NVIDIA A100 data sheet (SXM)"),
+    "h100": Device(78.0, 989.5, 3350, 5, _HOPPER),
+    "h200": Device(139.0, 989.5, 4800, 5, "NVIDIA H200 data sheet (SXM; 1,979 TFLOP/s with sparsity)"),
 }
 
 

@@ -122,10 +122,8 @@ class Planner:
         common: dict[str, Any] = dict(checkpoint=checkpoint, model=model, tokens=run.step_tokens)
         if not block_major:
             resident = Bytes(weights=weights + sizes.buffers, optimizer=state)
-            peak, work = (
-                self._eager(setting, parts, blocks, resident),
-                self._eager_work(setting, parts, blocks),
-            )
+            peak = self._eager(setting, parts, blocks, resident)
+            work = self._eager_work(setting, parts, blocks)
             return Plan(setting, peak, host=0, flops=_flops(work), work=work, **common)
         stages = sizes.stages(cut)
         forward = self._forward(setting, parts, stages)

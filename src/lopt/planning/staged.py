@@ -138,7 +138,8 @@ class StagedStep:
             self._gradients_on_host |= self._waiting
             if self._shared:
                 self._gradients_on_host[-1] = self._shared
-            self._note_leaving(sum(self._waiting.values()) + self._shared)
+            borrows = bool(self._turns) and bool(self.stages[self._turns[-1].stage].borrowed)
+            self._note_leaving(sum(self._waiting.values()) + self._shared * borrows)
             self._waiting, self._shared = {}, 0
             self.host_gradients = sum(self._gradients_on_host.values())
 
@@ -176,6 +177,8 @@ class StagedStep:
         run, boundary = self.run, self.parts.boundary
         if stage.index == 0 and with_graph and self.stages[-1].left and self._moves:
             self._shared = self._gradients_on_host.get(-1, 0)  # its gradient is on the device again
+            self._turn = replace(self._turn, gradients_in=self._shared)
+            self.bytes_in += self._shared
         fed = self._fed(stage, with_graph)
         stashed = self._stashed(stage, with_graph)
         self.stash = max(self.stash, boundary * max(stashed))

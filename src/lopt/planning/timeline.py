@@ -254,7 +254,6 @@ class _Clocks(HostTransfer):
 
     def compute(self, seconds: float, reason: str | None = None) -> None:
         """Let the device work, or wait for a `reason`, after all that it has been given."""
-        self._idle_until(self.launched, "copies")
         self.device_free += seconds
         if reason is not None:
             self.idle[reason] += seconds
