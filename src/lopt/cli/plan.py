@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from statistics import median
+from typing import cast
 
 import torch
 
@@ -23,6 +25,7 @@ from lopt.models.shapes import SHAPES, model_config
 from lopt.planning.calibrate import measured
 from lopt.planning.devices import DEVICES, Machine, machine_of
 from lopt.planning.plan import Plan, Planner
+from lopt.planning.rates import typical
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, ONE_BLOCK, candidates, search
 from lopt.planning.sizes import Method
@@ -296,10 +299,9 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
             f"{format_bytes(have)}: use a smaller model, `per_device_train_batch_size` or `max_length`"
         )
     found = measured(planner.run, setting, LoPTSFTTrainer, LoPTSFTConfig, TIMED)
-    assert found.rates is not None and found.seconds is not None
-    machine, peak, bytes_ = found.rates.machine, plan.peak, found.peak
+    machine, peak, bytes_ = typical(found.machines), plan.peak, found.peak
     lines = [f"{setting} on this machine's {planner.run.device}, {TIMED} steps between measurements of it:"]
-    lines += [*report.rates(found.rates.product, machine), "memory:"]
+    lines += [*report.rates(found.product, machine), "memory:"]
     if isinstance(bytes_, MemoryPeak):
         activations = peak.activations + peak.head_and_loss + peak.stash
         lines.append(_compared("weights", peak.weights, bytes_.parameters))
@@ -308,10 +310,14 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
         lines.append(_compared("activations", activations, bytes_.activations))
         bytes_ = bytes_.total
     lines += [_compared("total", plan.total, bytes_), "time:"]
-    lines.append(_compared("a step", plan.time(machine).seconds, found.seconds, "{:.3g} s".format))
+    around = [plan.time(machine).seconds for machine in found.machines]
+    predicted = [(before + after) / 2 for before, after in pairwise(around)]
+    off = median(one / real - 1 for one, real in zip(predicted, found.seconds, strict=True))
+    seconds = f"predicted {median(predicted):>8.3g} s, measured {median(found.seconds):>8.3g} s"
+    lines.append(f"  {'a step':12} {seconds} ({off:+.1%}, the median of {len(predicted)})")
     return "\n".join([*lines, f"To plan with these rates: {report.flags_of(machine)}"])
 
 
-def _compared(name: str, predicted: float, real: float, text: Callable[[Any], str] = format_bytes) -> str:
+def _compared(name: str, predicted: int, real: int) -> str:
     off = f" ({predicted / real - 1:+.1%})" if real else ""
-    return f"  {name:12} predicted {text(predicted):>10}, measured {text(real):>10}{off}"
+    return f"  {name:12} predicted {format_bytes(predicted):>10}, measured {format_bytes(real):>10}{off}"

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from lopt.core.config import LoPTConfig
 from lopt.instruments.memory import MemoryPeak, MemoryTracker, unwrap_optimizer
 from lopt.models.load import empty_model
+from lopt.planning.devices import Machine
 from lopt.planning.rates import Rates
 from lopt.planning.run import Run, Setting
 
@@ -31,13 +31,15 @@ class Measured:
     Attributes:
         peak: of the second step. On a CPU live tensor bytes by category, on a GPU what its allocator had
             given out.
-        seconds: the median of the steps after it; None if there are none.
-        rates: of this machine, measured between them.
+        seconds: of each timed step after it.
+        machines: this machine before each of them and after the last.
+        product: TFLOP/s of a plain matrix product.
     """
 
     peak: MemoryPeak | int
-    seconds: float | None = None
-    rates: Rates | None = None
+    seconds: list[float]
+    machines: list[Machine]
+    product: float = 0.0
 
 
 def calibrate(
@@ -92,7 +94,8 @@ def measured(
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return Measured(memory.peak, median(clock.seconds) if timed else None, clock.rates)
+    product = 0.0 if clock.rates is None else clock.rates.product()
+    return Measured(memory.peak, clock.seconds, clock.machines, product)
 
 
 def _settings(run: Run, setting: Setting) -> dict[str, Any]:
@@ -157,7 +160,7 @@ class _SecondStep(TrainerCallback):
 
 
 class _Clock(TrainerCallback):
-    """Times steps after the second, and measures the machine's rates before each of them.
+    """Times steps after the second, and measures the machine before each of them and after the last.
 
     While rates are measured, steps in host memory end; so a step that nobody times comes first, after which
     they are on their way again.
@@ -165,6 +168,7 @@ class _Clock(TrainerCallback):
 
     def __init__(self, trainer: Any, run: Run, setting: Setting) -> None:
         self.seconds: list[float] = []
+        self.machines: list[Machine] = []
         self.rates: Rates | None = None
         self._trainer, self._run, self._setting = trainer, run, setting
         self._untimed = int(setting.optimizer_device == "cpu")
@@ -175,7 +179,7 @@ class _Clock(TrainerCallback):
         if state.global_step > 2 and number == 0:
             _synchronize(args.device)
             self.seconds.append(time.perf_counter() - self._began)
-        if state.global_step >= 2 and number == 0 and state.global_step < state.max_steps:
+        if state.global_step >= 2 and number == 0 and state.max_steps > 2:
             self._trainer.synchronize_weights()
             if self.rates is None:
                 inner = unwrap_optimizer(self._trainer.optimizer)
@@ -184,7 +188,7 @@ class _Clock(TrainerCallback):
                 settings = {name: value for name, value in inner.defaults.items() if name in known}
                 make = partial(kind, **settings)
                 self.rates = Rates(self._run, self._setting.checkpointing, make, args.device)
-            self.rates.sample()
+            self.machines.append(self.rates.sample())
         _synchronize(args.device)
         self._began = time.perf_counter()
 

@@ -2,14 +2,15 @@
 
 Layers are alike, so a model of two layers of the real width runs a micro-batch; it is timed at its first and
 last layer, forward and backward. A machine that others use as well is measured again and again, between the
-steps that are to be predicted, and medians count.
+steps that are to be predicted.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -29,8 +30,8 @@ from lopt.planning.optimizer_step import traffic_of
 from lopt.planning.run import Run
 
 LAYERS = 2
-COPIED = 256 * 2**20
-"""Bytes of a copy that is timed, and of weights that are stepped."""
+COPIED = 64 * 2**20
+"""Bytes of a copy that is timed."""
 PASSES = 3
 """Micro-batches of a sample."""
 KINDS = ("with a graph", "without a graph", "head")
@@ -57,56 +58,47 @@ class Rates:
         host = [p for p in self._decoder.layers[0].parameters()] if device.type == "cuda" else []
         host = [nn.Parameter(p.detach().cpu()) for p in host]
         self._on_host = _Stepper(run, host, make, precision) if host else self._on_device
-        self._flops, self._seconds = dict.fromkeys(KINDS, 0.0), {kind: list[float]() for kind in KINDS}
-        self._more = {name: list[float]() for name in ("in", "out", "device step", "host step", "product")}
-        self._kind, self._now = "", 0.0
+        self._kind, self._now, self._in_layers = "", 0.0, ""
         self._spent: dict[str, float] = {}
-        self._in_layers = ""
         self._counter: FlopCounter | None = None
         self._hook()
         with FlopCounter() as self._counter:
             self._pass()
-            self._flops |= self._spent
+            self._flops = self._spent
         self._counter = None
         if self._on_host is not self._on_device:
             self._on_host.fill()
-        self.sample()
-        for measured in (*self._seconds.values(), *self._more.values()):
-            measured.clear()  # the first of everything is slow
+        self.sample()  # the first of everything is slow
 
-    def sample(self) -> None:
-        """Measure everything once more."""
+    def sample(self) -> Machine:
+        """Return this machine as it is now."""
+        rates = {kind: list[float]() for kind in KINDS}
         for _ in range(PASSES):
             self._pass()
-            for kind in KINDS:
-                self._seconds[kind].append(self._spent[kind])
-        self._more["device step"].append(self._on_device.gbps(self._sync))
+            for kind, seconds in self._spent.items():
+                rates[kind].append(self._flops[kind] / seconds / 1e12)
+        graph, none, head = (median(rates[kind]) for kind in KINDS)
+        step = host = self._on_device.gbps(self._sync)
         if self._on_host is not self._on_device:
             threads = torch.get_num_threads()
             torch.set_num_threads(step_threads(self._device, 0))
-            self._more["host step"].append(self._on_host.gbps(self._sync))
+            host = self._on_host.gbps(self._sync)
             torch.set_num_threads(threads)
-        self._copy()
-        self._multiply()
-
-    @property
-    def product(self) -> float:
-        """TFLOP/s of a plain matrix product, for comparison."""
-        return median(self._more["product"])
-
-    @property
-    def machine(self) -> Machine:
-        """This machine, by the medians of all samples."""
-        graph, none, head = (self._flops[k] / median(self._seconds[k]) / 1e12 for k in KINDS)
-        step = median(self._more["device step"])
         return Machine(
             tflops=(graph, none, head),
-            bandwidth=(median(self._more["in"]), median(self._more["out"])),
+            bandwidth=self._copy(),
             memory_gbps=step,
-            host_gbps=median(self._more["host step"] or [step]),
+            host_gbps=host,
             rounded=math.inf,  # is in the rates of steps
             beside=self._device.type == "cuda",
         )
+
+    def product(self) -> float:
+        """Return the TFLOP/s of a plain matrix product, for comparison."""
+        size = 4096 if self._device.type == "cuda" else 1024
+        dtype = torch.bfloat16 if self.run.autocast else self.run.dtype
+        matrix = torch.ones(size, size, dtype=dtype, device=self._device)
+        return 2 * size**3 / median(self._time(lambda: matrix @ matrix) for _ in range(PASSES)) / 1e12
 
     # -- a micro-batch ---------------------------------------------------------------------------
 
@@ -161,23 +153,16 @@ class Rates:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    # -- copies and products ---------------------------------------------------------------------
+    # -- copies ----------------------------------------------------------------------------------
 
-    def _copy(self) -> None:
-        pinned = self._device.type == "cuda"
-        host = torch.empty(COPIED, dtype=torch.uint8, pin_memory=pinned)
+    def _copy(self) -> tuple[float, float]:
+        """Return the GB/s of copies to the device and back."""
+        host = torch.empty(COPIED, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         there = torch.empty(COPIED, dtype=torch.uint8, device=self._device)
-        for name, target, source in (("in", there, host), ("out", host, there)):
-            target.copy_(source)
-            seconds = self._time(lambda: target.copy_(source, non_blocking=True))  # noqa: B023
-            self._more[name].append(COPIED / seconds / 1e9)
-
-    def _multiply(self) -> None:
-        size = 4096 if self._device.type == "cuda" else 1024
-        dtype = torch.bfloat16 if self.run.autocast else self.run.dtype
-        matrix = torch.ones(size, size, dtype=dtype, device=self._device)
-        matrix @ matrix
-        self._more["product"].append(2 * size**3 / self._time(lambda: matrix @ matrix) / 1e12)
+        there.copy_(host)
+        to = self._time(lambda: there.copy_(host, non_blocking=True))
+        back = self._time(lambda: host.copy_(there, non_blocking=True))
+        return COPIED / to / 1e9, COPIED / back / 1e9
 
     def _time(self, work: Callable[[], Tensor]) -> float:
         self._sync()
@@ -214,3 +199,16 @@ class _Stepper:
         sync()
         seconds = time.perf_counter() - began
         return self._traffic / seconds / 1e9
+
+
+def typical(machines: Sequence[Machine]) -> Machine:
+    """Return the machine whose every rate is the median of those of `machines`."""
+
+    def of(name: str) -> Any:
+        values = [getattr(machine, name) for machine in machines]
+        if isinstance(values[0], tuple):
+            return tuple(median(column) for column in zip(*values, strict=True))
+        return median(values)
+
+    names = ("tflops", "bandwidth", "memory_gbps", "host_gbps")
+    return replace(machines[0], **{name: of(name) for name in names})
