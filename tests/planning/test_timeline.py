@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import pytest
+import torch
 
+from conftest import batch_of, tiny
+from lopt import LoPTConfig, attach
+from lopt.engine.host_transfer import HostTransfer
+from lopt.engine.plain_loop import block_major
 from lopt.planning.devices import DEVICES, HOST_GBPS, PCIE, REACHED, ROUNDED, Machine, machine_of
-from lopt.planning.timeline import StepTime, Turn, Update, Work, step_time, stored
+from lopt.planning.plan import Planner
+from lopt.planning.run import Run, Setting
+from lopt.planning.timeline import StepTime, Turn, Update, Work, _Clocks, _run, step_time, stored
 
 SLOW = Machine((1e-12,) * 3, (1e-9, 1e-9), memory_gbps=1e-9, host_gbps=1e-9)
 NO_BUS = replace(SLOW, bandwidth=(float("inf"),) * 2)
@@ -106,3 +117,88 @@ def test_devices() -> None:
     assert given == Machine((1, 2, 3), (4, 4), 3350, 5, rounded=float("inf"))
     assert machine_of(on_gpu=False).beside is False and machine_of().host_gbps == HOST_GBPS
     assert machine_of().seconds_of_host_update(0, round(ROUNDED)) == 1
+
+
+# -- the order of the engine -----------------------------------------------------------------------
+
+HOST: dict[str, Any] = dict(offload="block", optimizer_device="cpu")
+
+
+@contextmanager
+def moves() -> Iterator[list[tuple[str, int]]]:
+    """Bytes that are fetched, announced and released, in order, what follows of one kind together."""
+    seen: list[tuple[str, int]] = []
+
+    def note(kind: str, size: int) -> None:
+        if size and seen and seen[-1][0] == kind:
+            size += seen.pop()[1]
+        seen.extend([(kind, size)] * (size > 0))
+
+    real = {name: getattr(HostTransfer, name) for name in ("fetch", "prefetch", "release")}
+
+    def fetch(transfer: Any, group: Any) -> None:
+        needed = group.host is not None and group not in transfer._in_use
+        real["fetch"](transfer, group)
+        note("in", group.nbytes * needed)
+
+    def prefetch(transfer: Any, groups: Any) -> None:
+        groups = list(groups)
+        real["prefetch"](transfer, groups)
+        note("ahead", sum(group.nbytes for group in groups))
+
+    def release(transfer: Any, group: Any, changed: bool = True) -> None:
+        held = group.host is None or group in transfer._in_use
+        real["release"](transfer, group, changed)
+        note("out" if changed else "dropped", group.nbytes * held)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for made in (fetch, prefetch, release):
+            patch.setattr(HostTransfer, made.__name__, made)
+        yield seen
+
+
+@pytest.mark.parametrize(
+    ("setting", "options"),
+    [
+        (Setting("e2e", 1, stages=4, **HOST), dict(name="llama-tied")),
+        (Setting("e2e", 1, stages=4, offload="block"), dict(name="llama-tied")),
+        (Setting("e2e", 1, stages=4, **HOST), {}),
+        (Setting("e2e", 1, stages=4, **HOST), dict(clips=False)),
+        (Setting("e2e", 1, stages=4, offload="block"), {}),
+        (Setting("e2e", 1, stages=3, offload="block"), dict(clips=False)),
+        (Setting("lopt", 2, stages=4, **HOST), {}),
+        (Setting("lopt", 2, offload="optimizer"), {}),
+        (Setting("lopt", 2, stages=4, offload="block"), dict(clip="global")),
+        (Setting("frozen", 2, stages=4, **HOST), {}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Setting) else str(value or ""),
+)
+def test_the_order_is_that_of_the_engine(setting: Setting, options: dict[str, Any]) -> None:
+    size: dict[str, Any] = dict(name="llama", clips=True, clip="block") | options
+    setting, name = replace(setting, schedule="block_major"), size.pop("name")
+    model = tiny(name, num_hidden_layers=6)
+    handle = attach(
+        model,
+        LoPTConfig(
+            method=setting.method, num_blocks=setting.num_blocks, schedule="block_major",
+            stages=setting.stages, offload=setting.offload, optimizer_device=setting.optimizer_device,
+            clip=size["clip"], prefetch_gib=1,
+        ),
+    )  # fmt: skip
+    norm = 1.0 if size["clips"] else float("inf")
+    schedule = block_major(handle, handle.parameter_groups(1e-3), torch.optim.AdamW, max_norm=norm, threads=0)
+    for _ in range(2):  # in the second one the optimizer's state is there
+        with moves() as real:
+            schedule.step(2, lambda slot: model(**batch_of([8, 8], seed=slot)).loss / 2)
+    other = planner(name)
+    plan = Planner(replace(other.run, config=model.config, **size), other).plan(setting)
+    with moves() as planned:
+        _run(plan.work, _Clocks(Machine(), 2**30))
+    assert planned == real and {kind for kind, _ in real} >= {"in", "out"}
+
+
+@cache
+def planner(name: str) -> Planner:
+    """One whose measurements all cases share."""
+    config = tiny(name, num_hidden_layers=6).config
+    return Planner(Run(config, 2, 8, 2, torch.float32, False, prefetch=2**30, device="cpu"))
