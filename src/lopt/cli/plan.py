@@ -25,7 +25,7 @@ from lopt.models.shapes import SHAPES, model_config
 from lopt.planning.calibrate import measured
 from lopt.planning.devices import DEVICES, Machine, machine_of
 from lopt.planning.plan import Plan, Planner
-from lopt.planning.rates import typical
+from lopt.planning.rates import rates_bytes, typical
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, ONE_BLOCK, candidates, search
 from lopt.planning.sizes import Method
@@ -293,9 +293,9 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
     from lopt.trainers.config import LoPTSFTConfig
 
     plan, have = planner.plan(setting), free_memory(torch.device(planner.run.device))
-    if plan.total > have:
+    if (need := plan.total + rates_bytes(planner.run, planner.sizes)) > have:
         raise ValueError(
-            f"`calibrate` would run {setting} on this machine, which needs {format_bytes(plan.total)} of "
+            f"`calibrate` would run {setting} on this machine, which needs {format_bytes(need)} of "
             f"{format_bytes(have)}: use a smaller model, `per_device_train_batch_size` or `max_length`"
         )
     found = measured(planner.run, setting, LoPTSFTTrainer, LoPTSFTConfig, TIMED)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -26,8 +27,9 @@ from lopt.instruments.flops import FlopCounter
 from lopt.losses.lm_head import lean_fused_head
 from lopt.planning.devices import Machine
 from lopt.planning.measure import short_model
-from lopt.planning.optimizer_step import traffic_of
+from lopt.planning.optimizer_step import state_of, traffic_of
 from lopt.planning.run import Run
+from lopt.planning.sizes import Sizes, size_of
 
 LAYERS = 2
 COPIED = 64 * 2**20
@@ -35,6 +37,12 @@ COPIED = 64 * 2**20
 PASSES = 3
 """Micro-batches of a sample."""
 KINDS = ("with a graph", "without a graph", "head")
+
+
+def rates_bytes(run: Run, sizes: Sizes) -> int:
+    """Return the bytes on the device that `Rates` takes beside activations."""
+    model = size_of([*sizes.embedding, *chain(*sizes.layers[:LAYERS]), *sizes.tail])
+    return 2 * model + state_of(run, sizes.layers[0])
 
 
 class Rates:
@@ -52,12 +60,13 @@ class Rates:
     ) -> None:
         self.run, self._device = run, device
         self._model = short_model(run, LAYERS, checkpointing).to(device)
-        self._decoder = Blocks(self._model, LoPTConfig(method="e2e"))
+        self._blocks = Blocks(self._model, LoPTConfig(method="e2e"))
         precision = Precision(run.masters, run.state_dtype)
-        self._on_device = _Stepper(run, list(self._model.parameters()), make, precision)
-        host = [p for p in self._decoder.layers[0].parameters()] if device.type == "cuda" else []
-        host = [nn.Parameter(p.detach().cpu()) for p in host]
-        self._on_host = _Stepper(run, host, make, precision) if host else self._on_device
+        layer = list(self._blocks.layers[0].parameters())
+        self._on_host = self._on_device = _Stepper(run, layer, make, precision)
+        if device.type == "cuda":
+            copies = [nn.Parameter(p.detach().cpu()) for p in layer]
+            self._on_host = _Stepper(run, copies, make, precision)
         self._kind, self._now, self._in_layers = "", 0.0, ""
         self._spent: dict[str, float] = {}
         self._counter: FlopCounter | None = None
@@ -104,7 +113,7 @@ class Rates:
 
     def _hook(self) -> None:
         """Let what is spent in layers be told from the rest."""
-        layers = self._decoder.layers
+        layers = self._blocks.layers
 
         def enter(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self._mark(self._in_layers)
@@ -138,7 +147,7 @@ class Rates:
             self._mark("")
         self._in_layers = "without a graph"
         with torch.no_grad(), amp:
-            self._decoder.decoder(input_ids=ids, attention_mask=mask)
+            self._blocks.decoder(input_ids=ids, attention_mask=mask)
         self._mark("")
 
     def _mark(self, kind: str) -> None:
