@@ -114,7 +114,7 @@ def test_devices() -> None:
         # Of cards that fit one machine: operations for each byte of their memory.
         assert 70 < 1000 * device.peak / device.memory_gbps < 450
     given = machine_of("h100", [1, 2, 3], [4], 5)
-    assert given == Machine((1, 2, 3), (4, 4), 3350, 5, rounded=float("inf"))
+    assert given == Machine((1, 2, 3), (4, 4), 3350, 5, rounded=None)
     assert machine_of(on_gpu=False).beside is False and machine_of().host_gbps == HOST_GBPS
     assert machine_of().seconds_of_host_update(0, round(ROUNDED)) == 1
 

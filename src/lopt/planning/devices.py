@@ -6,7 +6,6 @@ float16 accumulation, and figures "with sparsity" are twice as high.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 REACHED = 0.6
@@ -44,9 +43,9 @@ class Device:
 
 _HOPPER = "NVIDIA H100 data sheet (SXM; 1,979 TFLOP/s with sparsity)"
 DEVICES = {
-    "rtx3090": Device(23.6, 71.2, 936, 4, "NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A"),
-    "rtx4090": Device(23.6, 165.2, 1008, 4, "NVIDIA Ada GPU Architecture whitepaper, appendix A"),
-    "rtx5090": Device(31.3, 209.5, 1792, 5, "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A"),
+    "rtx3090": Device(23.6, 71.2, 936, 4, "NVIDIA Ampere GA102 GPU Architecture whitepaper"),
+    "rtx4090": Device(23.6, 165.2, 1008, 4, "NVIDIA Ada GPU Architecture whitepaper"),
+    "rtx5090": Device(31.3, 209.5, 1792, 5, "NVIDIA RTX Blackwell GPU Architecture whitepaper"),
     "l40s": Device(44.4, 362.05, 864, 4, "NVIDIA L40S data sheet"),
     "a100-40": Device(39.3, 312, 1555, 4, "NVIDIA A100 data sheet (SXM)"),
     "a100-80": Device(79.2, 312, 2039, 4, "NVIDIA A100 data sheet (SXM)"),
@@ -64,7 +63,7 @@ class Machine:
         bandwidth: GB/s to the device, and back.
         memory_gbps: GB/s of the device's memory.
         host_gbps: GB/s at which a step in host memory reads and writes.
-        rounded: Numbers a second that are rounded stochastically in host memory, beside that.
+        rounded: Numbers a second that are rounded stochastically in host memory, beside that; None: in that.
         beside: Whether copies and steps in host memory run beside the device's work, as those of a GPU do.
     """
 
@@ -72,7 +71,7 @@ class Machine:
     bandwidth: tuple[float, float] = (BANDWIDTH,) * 2
     memory_gbps: float = MEMORY_GBPS
     host_gbps: float = HOST_GBPS
-    rounded: float = ROUNDED
+    rounded: float | None = ROUNDED
     beside: bool = True
 
     @property
@@ -97,7 +96,8 @@ class Machine:
 
     def seconds_of_host_update(self, traffic: int, rounded: int) -> float:
         """Return the time of a step in host memory; `rounded` numbers are rounded stochastically."""
-        return traffic / (self.host_gbps * 1e9) + rounded / self.rounded
+        rounding = 0.0 if self.rounded is None else rounded / self.rounded
+        return traffic / (self.host_gbps * 1e9) + rounding
 
 
 def machine_of(
@@ -124,6 +124,6 @@ def machine_of(
         bandwidth=(ways[0], ways[-1]),
         memory_gbps=MEMORY_GBPS if device is None else device.memory_gbps,
         host_gbps=HOST_GBPS if host_gbps is None else host_gbps,
-        rounded=ROUNDED if host_gbps is None else math.inf,
+        rounded=ROUNDED if host_gbps is None else None,
         beside=on_gpu,
     )

@@ -7,7 +7,6 @@ steps that are to be predicted.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -98,7 +97,7 @@ class Rates:
             bandwidth=self._copy(),
             memory_gbps=step,
             host_gbps=host,
-            rounded=math.inf,  # is in the rates of steps
+            rounded=None,
             beside=self._device.type == "cuda",
         )
 

@@ -51,13 +51,12 @@ def times(plans: Sequence[Plan], machine: Machine) -> str:
         waits = (time.copies / time.seconds, time.host / time.seconds)
         cells += [f"{wait:.0%}" if plan.bus else "-" for wait in waits]
         lines.append(f"{plan.setting!s:{names}}" + "".join(f"{cell:>9}" for cell in [*cells, time.bound]))
-    note = (
-        "(bus: to the device; copies, host: share of the time in which the device waits for them; bound by "
+    notes = (
+        "(bus: to the device; copies, host: share of the time in which the device waits for them;",
+        "bound by host: steps in host memory take longer than the device's work; wait: they do not, but what",
+        "they step last is needed first)",
     )
-    note += (
-        "host:\nsteps in host memory take longer than the device's work; wait: they do not, but what they "
-    )
-    return "\n".join([*lines, note + "step last is\nneeded first)", ""])
+    return "\n".join([*lines, *notes, ""])
 
 
 def speed(plan: Plan, machine: Machine) -> str:
