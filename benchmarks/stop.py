@@ -1,13 +1,13 @@
-"""SIGTERM at random moments of every phase of `lopt sft` and `lopt grpo`; each run is resumed to its end.
+"""SIGTERM at random moments of every phase of `lopt sft`, also in stages, and of `lopt grpo`.
 
     python benchmarks/stop.py --moments 50               # of each phase, into benchmarks/results/stop.json
     python benchmarks/stop.py --moments 2 --phases data saving --output /tmp/stop.json
 
-A moment is drawn uniformly over the time that a whole run spends in the phase. What has to hold: exit code
-75, or 0 of a run that had nothing left to do but to end, which then has its weights at once; no checkpoint
-that is not whole, and in the end the weights of the run that nobody stopped. A run is a
-process forked off this one, which has imported everything already. Interrupted itself, the script goes on
-where it was.
+A moment is drawn uniformly over the time that a whole run spends in the phase; each run is resumed to its
+end. What has to hold: exit code 75, or 0 of a run that had nothing left to do but to end, which then has its
+weights at once; no checkpoint that is not whole, and in the end the weights of the run that nobody stopped. A
+run is a process forked off this one, which has imported everything already. Interrupted itself, the script
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ LONGEST = 60.0
 LEFT = 128
 
 COMMON = """--max_steps 4 --save_steps 1 --learning_rate 1e-2 --per_device_train_batch_size 2
-    --gradient_accumulation_steps 2 --num_blocks 2 --head_warmup_steps 8 --use_cpu --disable_tqdm true
-    --logging_steps 1"""
+    --gradient_accumulation_steps 2 --use_cpu --disable_tqdm true --logging_steps 1"""
+BLOCKS = "--num_blocks 2 --head_warmup_steps 8"
 SFT = """--held_out 8 --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 1 --retention_every 1
     --retention_tokens 512"""
+STAGES = "--method e2e --schedule block_major --stages 4 --offload block --optimizer_device cpu"
 GRPO = "--task gsm8k --num_generations 2 --max_completion_length 12 --num_iterations 2"
 
-# Phase -> command, and where it is: the owner of a function and its name.
+# Phase -> job, and where it is: the owner of a function and its name.
 PHASES: dict[str, tuple[str, Any, str]] = {
     "data": ("sft", lopt.cli.sft, "sft_rows"),
     "tokenizing": ("sft", LoPTSFTTrainer, "_prepare_dataset"),
@@ -61,6 +62,8 @@ PHASES: dict[str, tuple[str, Any, str]] = {
     "retention": ("sft", RetentionCallback, "_losses"),
     "saving": ("sft", LoPTSFTTrainer, "_save_checkpoint"),
     "last model": ("sft", LoPTSFTTrainer, "save_model"),
+    "training in stages": ("stages", LoPTSFTTrainer, "training_step"),
+    "saving in stages": ("stages", LoPTSFTTrainer, "_save_checkpoint"),
     "generation": ("grpo", LoPTGRPOTrainer, "_generate_and_score_completions"),
 }
 
@@ -70,18 +73,20 @@ class Job:
     """A command on little data.
 
     Attributes:
-        arguments: all but the output folder.
+        name: as in `PHASES`.
+        arguments: the command line but for the output folder.
         seconds: that a whole run spends in each phase.
         weights: SHA-256 of what a whole run ends with.
     """
 
+    name: str
     arguments: list[str]
     seconds: dict[str, float]
     weights: str = ""
 
 
 def jobs(folder: Path) -> dict[str, Job]:
-    """A tiny model, two dozen rows, and a command line for each of the two commands."""
+    """A tiny model, two dozen rows, and command lines of SFT, SFT in stages, and GRPO."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
@@ -92,15 +97,19 @@ def jobs(folder: Path) -> dict[str, Job]:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     common = [f"--model_name_or_path={folder}/model", f"--train_file={folder}/rows.jsonl", *COMMON.split()]
-    sft = [*common, f"--retention_text={folder}/text.txt", *SFT.split()]
-    grpo = [*common, *GRPO.split()]
-    return {"sft": Job(sft, {}), "grpo": Job(grpo, {})}
+    blocks, text = BLOCKS.split(), f"--retention_text={folder}/text.txt"
+    lines = {
+        "sft": ["sft", *common, *blocks, text, *SFT.split()],
+        "stages": ["sft", *common, *STAGES.split()],
+        "grpo": ["grpo", *common, *blocks, *GRPO.split()],
+    }
+    return {name: Job(name, line, {}) for name, line in lines.items()}
 
 
-def mark(command: str, told: int) -> None:
+def mark(job: str, told: int) -> None:
     """From now on, entering and leaving a phase is told on the pipe `told`: its number, or 128 more."""
     for number, (of, owner, name) in enumerate(PHASES.values()):
-        if of == command:
+        if of == job:
             setattr(owner, name, _marked(getattr(owner, name), number, told))
 
 
@@ -115,8 +124,8 @@ def _marked(function: Callable[..., Any], number: int, told: int) -> Callable[..
     return marked
 
 
-def start(command: str, arguments: list[str], folder: Path, told: int) -> int:
-    """Fork a process that runs the command; returns its id."""
+def start(job: Job, arguments: list[str], folder: Path, told: int) -> int:
+    """Fork a process that runs the job; returns its id."""
     child = os.fork()
     if child:
         return child
@@ -125,8 +134,8 @@ def start(command: str, arguments: list[str], folder: Path, told: int) -> int:
     os.dup2(log, 2)
     code = 1
     try:
-        mark(command, told)
-        code = lopt_main([command, *arguments, "--output_dir", str(folder)])
+        mark(job.name, told)
+        code = lopt_main([*arguments, "--output_dir", str(folder)])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -157,7 +166,7 @@ class Clock:
 
 
 def run(
-    command: str, arguments: list[str], folder: Path, stop_at: tuple[str, float] | None = None
+    job: Job, arguments: list[str], folder: Path, stop_at: tuple[str, float] | None = None
 ) -> tuple[int, dict[str, float], float | None]:
     """One process, to its end.
 
@@ -168,7 +177,7 @@ def run(
         Exit code, seconds spent in each phase, seconds from the signal to the end (None: it was not sent).
     """
     listen, told = os.pipe()
-    child = start(command, arguments, folder, told)
+    child = start(job, arguments, folder, told)
     os.close(told)
     clock, sent = Clock(), None
     while True:
@@ -183,29 +192,29 @@ def run(
             sent = time.monotonic()
         else:
             os.kill(child, signal.SIGKILL)
-            raise RuntimeError(f"{command}: nothing happens for {LONGEST:g} s, see {folder}.log")
+            raise RuntimeError(f"{job.name}: nothing happens for {LONGEST:g} s, see {folder}.log")
     os.close(listen)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return code, clock.spent, None if sent is None else time.monotonic() - sent
 
 
-def whole_run(job: Job, command: str, folder: Path) -> None:
+def whole_run(job: Job, folder: Path) -> None:
     """What a run that nobody stops ends with, and its time in each phase."""
-    code, job.seconds, _ = run(command, job.arguments, folder)
+    code, job.seconds, _ = run(job, job.arguments, folder)
     if code != 0:
         log = folder.with_suffix(".log").read_text()
-        raise RuntimeError(f"{command}: the whole run failed\n{log[-3000:]}")
+        raise RuntimeError(f"{job.name}: the whole run failed\n{log[-3000:]}")
     job.weights = weights(folder)
 
 
-def stopped_run(job: Job, command: str, folder: Path, phase: str, draw: random.Random) -> dict[str, Any]:
+def stopped_run(job: Job, folder: Path, phase: str, draw: random.Random) -> dict[str, Any]:
     """One run: stopped at a moment of the phase, looked at, resumed to its end."""
     moment = draw.uniform(0, job.seconds[phase])
-    code, spent, took = run(command, job.arguments, folder, (phase, moment))
+    code, spent, took = run(job, job.arguments, folder, (phase, moment))
     if took is None:  # it was faster than the whole run and is done
         job.seconds[phase] = spent[phase]
         shutil.rmtree(folder)
-        return stopped_run(job, command, folder, phase, draw)
+        return stopped_run(job, folder, phase, draw)
     there = checkpoints(folder)
     result = {
         "moment": round(moment, 3),
@@ -214,7 +223,7 @@ def stopped_run(job: Job, command: str, folder: Path, phase: str, draw: random.R
         "checkpoints": {path.name: damage(path) for path in there},
     }
     result["finished"] = code == 0
-    again = code and run(command, [*job.arguments, *(["--resume"] if there else [])], folder)[0]
+    again = code and run(job, [*job.arguments, *(["--resume"] if there else [])], folder)[0]
     result["identical"] = again == 0 and weights(folder) == job.weights
     if not result["identical"] or code not in (0, EXIT_STOPPED):
         result["log"] = folder.with_suffix(".log").read_text()[-2000:]
@@ -232,12 +241,12 @@ def run_phase(
     save: Callable[[], None],
 ) -> None:
     """Add stopped runs of one phase until there are so many."""
-    runs, command = done.setdefault(phase, []), PHASES[phase][0]
-    if len(runs) < moments and not made[command].weights:
-        whole_run(made[command], command, scratch / f"whole-{command}")
+    runs, job = done.setdefault(phase, []), made[PHASES[phase][0]]
+    if len(runs) < moments and not job.weights:
+        whole_run(job, scratch / f"whole-{job.name}")
     while len(runs) < moments:
         draw = random.Random(f"{phase} {len(runs)}")
-        runs.append(stopped_run(made[command], command, scratch / f"run-{len(runs)}", phase, draw))
+        runs.append(stopped_run(job, scratch / f"run-{len(runs)}", phase, draw))
         save()
         told = {k: runs[-1][k] for k in ("exit_code", "seconds", "identical")}
         print(f"{phase} {len(runs)}: {told}", flush=True)

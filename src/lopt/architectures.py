@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lopt.compat import masks_by_shape
@@ -193,7 +194,9 @@ def _run(
     """
     watched = {module: None for part in _parts(decoder, layers) for module in part.modules()}
     watched |= dict.fromkeys([*layers, *others])
-    ids = torch.zeros(1, 2, dtype=torch.long, device=next(decoder.parameters()).device)
+    elsewhere = any(parameter.is_meta for parameter in model.parameters())
+    device = torch.device("meta") if elsewhere else next(decoder.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     # On the meta device some decoders look at a mask's values, and others, without one, at those of the ids.
     calls_with = (dict(input_ids=ids), dict(input_ids=ids, attention_mask=torch.ones_like(ids)))
     reason = ""
@@ -210,7 +213,7 @@ def _run(
             for layer in layers:
                 stack.enter_context(_passing_through(layer, form, inputs))
             try:
-                model(**given, use_cache=False)
+                _call(model, elsewhere, dict(given, use_cache=False))
             except Exception as error:  # of any kind: the model's own code on an input it may not expect
                 reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
                 continue
@@ -220,6 +223,16 @@ def _run(
             return calls, inputs
     name = type(model).__name__
     raise ValueError(f"{name} is not a plain stack of layers over token ids, and cannot be cut: {reason}")
+
+
+def _call(model: nn.Module, on_meta: bool, given: dict[str, Any]) -> None:
+    """Call `model`, of which a part may be on the meta device, with all of it there if `on_meta`."""
+    if not on_meta:
+        model(**given)
+        return
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    empty = {key: t.detach().to("meta").requires_grad_(t.requires_grad) for key, t in tensors}
+    functional_call(model, empty, (), given)
 
 
 # What a layer may return: a hidden state, alone or at the head of a tuple.

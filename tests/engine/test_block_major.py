@@ -31,6 +31,7 @@ ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 CLIP = 0.5
 STEPS = 3
+LONG = 10
 
 
 def attached(model: nn.Module, **config: Any) -> LoPT:
@@ -39,16 +40,16 @@ def attached(model: nn.Module, **config: Any) -> LoPT:
 
 
 def run_eagerly(
-    handle: LoPT, slots: int, max_norm: float = CLIP, make: Any = ADAMW, **options: Any
+    handle: LoPT, slots: int, max_norm: float = CLIP, make: Any = ADAMW, steps: int = STEPS, **options: Any
 ) -> list[float]:
     model: Any = handle.model
     stepped = BlockOptimizer(handle.parameter_groups(1e-2, 1e-3, 0.1), make, **options)
     handle.loss_scale = 1 / slots
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         for slot in range(slots):
             with random_numbers(torch.device("cpu"), micro_batch_seed(0, step, slot)):
-                loss = model(**BATCHES[slot]).loss / slots
+                loss = model(**BATCHES[slot % 4]).loss / slots
                 loss.backward()
             losses.append(loss.item())
         if max_norm < math.inf:
@@ -59,7 +60,7 @@ def run_eagerly(
 
 
 def run_in_stages(
-    handle: LoPT, slots: int, max_norm: float = CLIP, make: Any = ADAMW, **options: Any
+    handle: LoPT, slots: int, max_norm: float = CLIP, make: Any = ADAMW, steps: int = STEPS, **options: Any
 ) -> list[float]:
     """Like `run_eagerly`, by the schedule of the handle's config."""
     model: Any = handle.model
@@ -67,8 +68,8 @@ def run_in_stages(
     schedule = block_major(handle, groups, make, max_norm=max_norm, **options)
     handle.loss_scale = 1 / slots
     losses = []
-    for _ in range(STEPS):
-        losses += schedule.step(slots, lambda slot: model(**BATCHES[slot]).loss / slots)
+    for _ in range(steps):
+        losses += schedule.step(slots, lambda slot: model(**BATCHES[slot % 4]).loss / slots)
         assert not schedule.stashed_bytes
     schedule.synchronize()
     return [loss.item() for loss in losses]
@@ -80,6 +81,7 @@ def compare(
     tolerance: float = 0.0,
     max_norm: float = CLIP,
     make: Any = ADAMW,
+    steps: int = STEPS,
     **config: Any,
 ) -> None:
     """Train two copies, eagerly and in stages, and assert that losses and weights are the same."""
@@ -87,8 +89,8 @@ def compare(
     eager = attached(copy.deepcopy(model), **{k: v for k, v in config.items() if k not in residency})
     staged = attached(copy.deepcopy(model), schedule="block_major", **config)
     start = {n: p.clone() for n, p in staged.model.named_parameters()}
-    expected = run_eagerly(eager, slots, max_norm, make)
-    losses = run_in_stages(staged, slots, max_norm, make)
+    expected = run_eagerly(eager, slots, max_norm, make, steps)
+    losses = run_in_stages(staged, slots, max_norm, make, steps)
     assert losses == (pytest.approx(expected, rel=tolerance) if tolerance else expected)
     heads = dict(staged.heads.named_parameters())
     for handle in (eager, staged):
@@ -128,6 +130,25 @@ PLACES: dict[str, dict[str, Any]] = {
 def test_weights_are_the_eager_ones_bit_for_bit(method: str, place: str) -> None:
     for slots in (1, 4) if place == "on the device" else (4,):
         compare(tiny("llama"), slots, **METHODS[method], **PLACES[place])
+
+
+@pytest.mark.parametrize("method", ["e2e x 3", "lopt x 2"])
+def test_weights_are_the_eager_ones_after_ten_steps(method: str) -> None:
+    compare(tiny("llama"), 7, steps=LONG, **METHODS[method], **PLACES["host optimizer"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 4, 7])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_and_place_for_ten_steps(method: str, place: str, slots: int) -> None:
+    """With dropout; then checkpointed as well, of which the same weights are expected."""
+    model = tiny("gpt2", tie_word_embeddings=False, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+    settings = dict(steps=LONG, **METHODS[method], **PLACES[place])
+    compare(tiny("llama"), slots, **settings)
+    compare(copy.deepcopy(model), slots, **settings)
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    compare(model, slots, **settings)
 
 
 @pytest.mark.parametrize("place", ["block", "host optimizer"])

@@ -185,5 +185,6 @@ class LoPT:
         # Quantized weights are integers.
         weight = next(p for p in self.blocks.layers[block.stop - 1].parameters() if p.is_floating_point())
         size = base_model(self.model).config.get_text_config().hidden_size
+        device = None if weight.is_meta else weight.device  # a head is real where its block is elsewhere
         # Heads are small; in float32 they follow the small steps that bfloat16 would round away.
-        return ReconstructionHead(size, weight.device, torch.promote_types(weight.dtype, torch.float32))
+        return ReconstructionHead(size, device, torch.promote_types(weight.dtype, torch.float32))

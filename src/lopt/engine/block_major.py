@@ -11,6 +11,9 @@ For each block in order:
 4. a stage's gradient is final then: `Updates` clips and steps it.
 
 A block that does not learn is one forward sweep.
+
+In a pipeline (`lopt.engine.pipeline`) a process does this with its own blocks alone: it receives their input
+from the process before it, and sends their output to the next one as soon as it has been computed.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from lopt.core.attach import LoPT
 from lopt.core.boundaries import BoundaryReached
+from lopt.engine.links import Link, LinkedStash
 from lopt.engine.offload import Offload
 from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.random_state import micro_batch_seed
@@ -43,25 +47,32 @@ class BlockMajor:
         lopt: The handle.
         updates: Steps what is final.
         offload: Moves what the current stage does not need to host memory; None moves nothing.
+        link: To the neighbours in a pipeline; None runs all blocks in this process.
 
     Attributes:
-        stages: The stages, in order.
+        stages: The stages of the model, in order.
+        own: Those that this process runs.
         passes: Runs a micro-batch through one of them.
         after_pass: Called after each pass of a micro-batch through a stage that is not the last, with the
             stage, the number of the micro-batch and its local loss, detached and not weighted; None if there
             is none.
     """
 
-    def __init__(self, lopt: LoPT, updates: Updates, offload: Offload | None = None) -> None:
+    def __init__(
+        self, lopt: LoPT, updates: Updates, offload: Offload | None = None, link: Link | None = None
+    ) -> None:
         self.stages = updates.stages
+        self.own = self.stages.of_pipeline(*((link.position, link.size) if link else (0, 1)))
+        self.link = link
         self.updates = updates
         self.after_pass: Callable[[Stage, int, Tensor | None], None] = lambda stage, slot, loss: None
         self._lopt = lopt
         self._offload = offload
-        self._stash = Stash(lopt.device, on_host=offload is not None and offload.weights is not None)
+        self._stash = self._make_stash()
         self._steps = 0
         self.passes = StagePasses(lopt, self.stages, self._stash, self._learns)
-        self.passes.seed_of = lambda slot: micro_batch_seed(0, self._steps, slot)
+        process = 0 if link is None else link.position  # whose layers draw numbers of their own
+        self.passes.seed_of = lambda slot: micro_batch_seed(0, self._steps, slot, process)
 
     @property
     def optimizer(self) -> BlockOptimizer:
@@ -80,6 +91,11 @@ class BlockMajor:
             self._offload.close()
 
     @property
+    def has_task(self) -> bool:
+        """Whether this process runs the model's last stage, which has the loss of the task."""
+        return self.own[-1] is self.stages[-1]
+
+    @property
     def stashed_bytes(self) -> int:
         """Bytes of what waits between the stages."""
         return self._stash.nbytes
@@ -95,34 +111,36 @@ class BlockMajor:
                 step by its share. It is called once for each stage, and must do the same each time.
 
         Returns:
-            The losses, detached.
+            The losses, detached; none where another process runs the last stage.
         """
         losses = []
         self.run_to_last_stage(slots, forward)
-        for slot in range(slots):
-            with self.last_stage(slot):
-                loss = forward(slot)
-            loss.backward()
-            losses.append(loss.detach())
-        self.run_back(slots, forward)
+        if self.has_task:
+            for slot in range(slots):
+                with self.last_stage(slot):
+                    loss = forward(slot)
+                loss.backward()
+                losses.append(loss.detach())
+            self.run_back(slots, forward)
         self.updates.finish()
         self.end_step()
         return losses
 
     def run_to_last_stage(self, slots: int, forward: Forward) -> None:
-        """Run everything up to the model's last stage, which `last_stage` is for then."""
+        """Run everything up to the model's last stage, which `last_stage` is for then if it is run here."""
         self._stash.clear()
         self.passes.begin_step()
         self.stages.refresh()
         self.updates.begin()
-        for stage in self.stages[:-1]:
+        for stage in self.own[: -1 if self.has_task else None]:
             with_graph = stage.closes and self._learns(stage.block)
             self._enter(stage, with_graph)
             for slot in range(slots):
                 self.after_pass(stage, slot, self._run(stage, slot, with_graph, partial(forward, slot)))
             if with_graph:
                 self._finish_block(stage, slots, forward)
-        self._enter(self.stages[-1], with_graph=True)
+        if self.has_task:
+            self._enter(self.stages[-1], with_graph=True)
 
     @contextmanager
     def last_stage(self, slot: int) -> Iterator[None]:
@@ -180,7 +198,24 @@ class BlockMajor:
         if earlier:
             return earlier[-1]
         later = of_block[-1].index + 1 if back else stage.index + 1
-        return self.stages[later] if later < len(self.stages) else None
+        return self.stages[later] if later <= self.own[-1].index else None
+
+    def _make_stash(self) -> Stash:
+        on_host = self._offload is not None and self._offload.weights is not None
+        if self.link is None:
+            return Stash(self._lopt.device, on_host)
+        first, last = self.own[0].index, self.own[-1]
+        stash = LinkedStash(self._lopt.device, on_host, self.link, first, last.index + 1)
+        if not self.has_task:  # the output leaves before the block's own backward
+            layer = self._lopt.blocks.layers[last.stop - 1]
+            self._lopt.hooks.append(layer.register_forward_hook(self._send, prepend=True))
+        return stash
+
+    def _send(self, module: Any, args: tuple, output: Any) -> None:
+        one = self.passes.now
+        if one is not None and one.stage is self.own[-1]:
+            hidden = output[0] if isinstance(output, tuple | list) else output
+            self._stash.put(one.stage.index + 1, one.slot, hidden)
 
     def _learns(self, block: int) -> bool:
         is_last = block == len(self._lopt.blocks) - 1

@@ -85,19 +85,19 @@ class GradientReduction:
         self._running = []
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average the gradients of `parameters` over all ranks, which must all call this."""
-    for work in _all_reduce(parameters):
+def average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+    """Average the gradients of `parameters` over the ranks of `group` (None: all), who must all call this."""
+    for work in _all_reduce(parameters, group):
         work.wait()
 
 
-def _all_reduce(parameters: list[nn.Parameter]) -> list[dist.Work]:
+def _all_reduce(parameters: list[nn.Parameter], group: dist.ProcessGroup | None = None) -> list[dist.Work]:
     """Begin to average gradients; one that is unused here may not be elsewhere, so all ranks take part."""
-    ranks, running = dist.get_world_size(), []
+    ranks, running = dist.get_world_size(group), []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        work = dist.all_reduce(parameter.grad.div_(ranks), async_op=True)
+        work = dist.all_reduce(parameter.grad.div_(ranks), group=group, async_op=True)
         assert work is not None
         running.append(work)
     return running

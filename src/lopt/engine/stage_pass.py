@@ -81,6 +81,11 @@ class StagePasses:
         lopt.hooks.append(layers[0].register_forward_hook(self._note_kind))
         lopt.hooks.append(layers[-1].register_forward_hook(self._leave_last_layer))
 
+    @property
+    def now(self) -> Pass | None:
+        """What the running forward is; None outside of one."""
+        return self._running
+
     def begin_step(self) -> None:
         """Forget the random states of the optimizer step before."""
         self._random.clear()
@@ -192,7 +197,9 @@ class StagePasses:
 
     def _continue_random(self, one: Pass) -> None:
         """Go on where the stage before has ended; what feeds the first layer may have drawn some."""
-        set_random_state(self._lopt.device, self._random[one.stage.index, one.slot])
+        before = self._random.get((one.stage.index, one.slot))
+        if before is not None:  # in a pipeline another process has run it
+            set_random_state(self._lopt.device, before)
 
     def _leave_last_layer(self, module: Any, args: tuple, output: Any) -> None:
         one = self._running

@@ -76,6 +76,11 @@ class Stages(Sequence[Stage]):
         """Return the stages of block `index` (from 0)."""
         return [stage for stage in self._stages if stage.block == index]
 
+    def of_pipeline(self, position: int, size: int) -> list[Stage]:
+        """Return the stages of the blocks that process `position` (from 0) of `size` has."""
+        own = dealt(len(self._spans), position, size)
+        return [stage for stage in self._stages if stage.block in own]
+
     def modules(self, stage: Stage) -> list[nn.Module]:
         """Return the modules of `stage`: its layers, and what is before or after all layers."""
         spans = [span for block in self._spans for span in block]
@@ -128,6 +133,11 @@ class Stages(Sequence[Stage]):
         costs = [sum(_cost(module) for module in _unique(modules)) for modules in self._parts]
         stops = [block.stop for block in self._lopt.blocks]
         return split_into_stages(costs, stops, config.stages, config.stage_layers)
+
+
+def dealt(blocks: int, position: int, size: int) -> range:
+    """Return the blocks of process `position` (from 0) of `size`: in order, as evenly as can be."""
+    return range(blocks * position // size, blocks * (position + 1) // size)
 
 
 def split_into_stages(

@@ -39,7 +39,7 @@ class Updates:
         stepped: Blocks that have been stepped, at least in part, in this optimizer step.
         reduce: Called with the parameters whose gradients are final on this process: averages them over
             processes.
-        before_step: Called with the norms of the blocks that are about to be stepped, as far as known.
+        before_step: Called with the norms (k,) of all blocks, 0 of those that are not stepped now.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Updates:
         self.norms: dict[int, Tensor] = {}
         self.stepped: list[int] = []
         self.reduce: Callable[[list[nn.Parameter]], None] = lambda parameters: None
-        self.before_step: Callable[[dict[int, Tensor]], None] = lambda norms: None
+        self.before_step: Callable[[Tensor], None] = lambda norms: None
         self._lopt = lopt
         self._offload = offload if offload is not None and offload.weights is not None else None
         self._parameter_norms: dict[nn.Parameter, Tensor] = {}
@@ -111,8 +111,11 @@ class Updates:
     def finish(self) -> Tensor:
         """Step what waited for the norm of all blocks; return the norms (k,) of all blocks, 0 without one."""
         self._step_held()
+        return self._of_all_blocks(self.norms)
+
+    def _of_all_blocks(self, norms: dict[int, Tensor]) -> Tensor:
         zero = torch.zeros((), device=self._lopt.device)
-        return torch.stack([self.norms.get(block.index, zero) for block in self._lopt.blocks])
+        return torch.stack([norms.get(block.index, zero) for block in self._lopt.blocks])
 
     def _waiting_of(self, stage: Stage) -> WaitingGradients:
         return self._waiting.setdefault(stage.index, WaitingGradients(self._offload))
@@ -129,7 +132,7 @@ class Updates:
         norms = {block: self._norm(block) for block in dict.fromkeys(stage.block for stage in held)}
         if not held:
             return
-        self.before_step(norms)
+        self.before_step(self._of_all_blocks(norms))
         whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         self.stepped += [block for block in norms if block not in self.stepped]
         for number, stage in enumerate(held):

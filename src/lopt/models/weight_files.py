@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # As safetensors names them; integers other than these (masks, positions) are no weights.
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 _WEIGHTS = (".weight", "_proj")
@@ -27,10 +27,10 @@ def check_weight_files(folder: Path, name: str, *, quantized: bool) -> None:
     Raises:
         ValueError: with the file, and what to do.
     """
-    if (folder / _WHOLE).is_file() and (folder / _INDEX).is_file():
+    if (folder / WHOLE).is_file() and (folder / INDEX).is_file():
         raise ValueError(
-            f"`model_name_or_path` {name} holds its weights twice, in {_WHOLE} and in the shards of "
-            f"{_INDEX}: remove those that are not meant"
+            f"`model_name_or_path` {name} holds its weights twice, in {WHOLE} and in the shards of "
+            f"{INDEX}: remove those that are not meant"
         )
     for path in _files(folder):
         try:
@@ -51,11 +51,11 @@ def check_weight_files(folder: Path, name: str, *, quantized: bool) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     """Yield the files that a loader reads; shards that are missing are left to it."""
-    if (folder / _INDEX).is_file():
-        shards = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    if (folder / INDEX).is_file():
+        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         yield from (folder / shard for shard in sorted(set(shards)) if (folder / shard).is_file())
-    elif (folder / _WHOLE).is_file():
-        yield folder / _WHOLE
+    elif (folder / WHOLE).is_file():
+        yield folder / WHOLE
 
 
 def dropped_layers(unexpected: Iterable[str], parameters: Collection[str], further: int) -> list[str]:

@@ -143,13 +143,10 @@ class BlockMajorSteps:
             trainer.guard.note_losses({stage.block: loss}, inputs=self._prepared[slot].inputs)
         trainer.stops.obey_within_step()
 
-    def _before_step(self, norms: dict[int, Tensor]) -> None:
+    def _before_step(self, norms: Tensor) -> None:
         trainer = self._trainer
         trainer.guard.look()
-        zero = torch.zeros((), device=trainer.args.device)
-        trainer.guard.check_norms(
-            torch.stack([norms.get(block.index, zero) for block in trainer.lopt.blocks])
-        )
+        trainer.guard.check_norms(norms)
         trainer.stops.partly_stepped = True
         trainer.guard.phase = "optimizer"
 

@@ -1,0 +1,167 @@
+"""What flows between the ranks of a pipeline: hidden states, from each rank to the next.
+
+A boundary lets no gradient pass, so nothing flows back. Every rank reads the same rows and knows the shapes
+of what it will receive; a receive is posted before its tensor is needed. At most `depth` micro-batches are on
+their way between two ranks, which keeps a fast rank from running away from a slow one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lopt.engine.stash import Stash
+from lopt.validation import check_number
+
+
+class Link:
+    """Receives the inputs of this rank's blocks from the rank before, and sends their outputs to the next.
+
+    Args:
+        group: The ranks of the pipeline, in the order of their blocks; None is all ranks.
+        device: Where hidden states come from and go to.
+        hidden_size: H.
+        dtype: Of hidden states between blocks.
+        depth: Micro-batches that may be on their way at a time, in each direction of this rank.
+
+    Attributes:
+        group: As given.
+        position: Of this rank in the pipeline, from 0.
+        size: Number of ranks in the pipeline.
+        sent: Bytes that this rank has sent.
+        waited: Seconds that it has waited for its inputs.
+        blocked: Seconds that it has waited for the next rank to take its outputs.
+
+    Raises:
+        ValueError: `depth` is less than 1.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        hidden_size: int,
+        dtype: torch.dtype,
+        depth: int = 2,
+    ) -> None:
+        check_number("pipeline_depth", depth, minimum=1)
+        self.position, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent, self.waited, self.blocked = 0, 0.0, 0.0
+        self.group = group
+        self._device, self._hidden_size, self._dtype = device, hidden_size, dtype
+        self._depth = depth
+        self._expected: deque[tuple[int, int]] = deque()
+        self._receiving: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()  # a tensor lives until it is sent
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank has the first block."""
+        return self.position == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the last block."""
+        return self.position == self.size - 1
+
+    def expect(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Post receives for micro-batches to come, after those that are expected already.
+
+        Args:
+            shapes: (B, T) of each, in the order in which they will be received.
+        """
+        if not self.is_first:
+            self._expected.extend(shapes)
+            self._post()
+
+    def receive(self) -> Tensor:
+        """Return the next hidden state (B, T, H).
+
+        Raises:
+            RuntimeError: The rank before is gone.
+        """
+        work, hidden = self._receiving.popleft()
+        began = time.perf_counter()
+        work.wait()
+        self.waited += time.perf_counter() - began
+        self._post()
+        return hidden
+
+    def send(self, hidden: Tensor) -> None:
+        """Send a hidden state (B, T, H) to the next rank, which goes on while this one does.
+
+        Raises:
+            ValueError: It is not of the dtype or size that the next rank expects.
+            RuntimeError: The next rank is gone.
+        """
+        if hidden.dtype != self._dtype or hidden.shape[-1] != self._hidden_size:
+            raise ValueError(
+                f"a block's output has dtype {hidden.dtype} and size {hidden.shape[-1]}, and the link to the "
+                f"next rank was made for {self._dtype} and {self._hidden_size}"
+            )
+        began = time.perf_counter()
+        while len(self._sending) >= self._depth:
+            self._sending.popleft()[0].wait()
+        self.blocked += time.perf_counter() - began
+        hidden = hidden.detach().contiguous()
+        work = dist.isend(hidden, group=self.group, group_dst=self.position + 1)
+        assert work is not None
+        self._sending.append((work, hidden))
+        self.sent += hidden.nbytes
+
+    def flush(self) -> None:
+        """Wait until all that was sent has been taken, as at the end of a run."""
+        while self._sending:
+            self._sending.popleft()[0].wait()
+
+    def _post(self) -> None:
+        while self._expected and len(self._receiving) < self._depth:
+            shape = (*self._expected.popleft(), self._hidden_size)
+            hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
+            work = dist.irecv(hidden, group=self.group, group_src=self.position - 1)
+            assert work is not None
+            self._receiving.append((work, hidden))
+
+
+class LinkedStash(Stash):
+    """A stash whose first input comes from the rank before, and whose last output goes to the next.
+
+    Args:
+        device, on_host: As of `Stash`.
+        link: To these ranks.
+        first: The first stage of this rank.
+        end: The stage after its last one.
+    """
+
+    def __init__(self, device: torch.device, on_host: bool, link: Link, first: int, end: int) -> None:
+        super().__init__(device, on_host)
+        self._link, self._first, self._end = link, first, end
+        self._sent: set[int] = set()
+
+    def put(self, stage: int, slot: int, value: Tensor) -> None:
+        """Keep `value` (B, T, H), or send it if it is this rank's output and has not been sent yet."""
+        if stage != self._end or self._link.is_last:
+            super().put(stage, slot, value)
+        elif slot not in self._sent:
+            self._sent.add(slot)
+            self._link.send(value)
+
+    def get(self, stage: int, slot: int) -> Tensor:
+        """Return what is kept, on the device; this rank's input is received when it is asked for first."""
+        if stage == self._first and not self._link.is_first and (stage, slot) not in self._kept:
+            received = self._link.receive()
+            if not self._on_host:
+                self._kept[stage, slot] = received
+                return received.detach()
+            super().put(stage, slot, received)
+        return super().get(stage, slot)
+
+    def clear(self) -> None:
+        """Keep nothing, and begin an optimizer step."""
+        super().clear()
+        self._sent.clear()

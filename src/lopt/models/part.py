@@ -1,0 +1,112 @@
+"""Load the weights of some blocks of a model, as a process of a pipeline does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from lopt.core.blocks import Blocks
+from lopt.core.config import LoPTConfig
+from lopt.models.load import empty_model, load_config
+from lopt.models.names import resolve_model
+from lopt.models.weight_files import INDEX, WHOLE
+from lopt.tied_embeddings import shares_embeddings
+
+
+def load_part(
+    name: str,
+    config: LoPTConfig,
+    blocks: Collection[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM with the weights of `blocks`; all other weights are on the meta device.
+
+    Only the files that hold them are fetched from the hub, and only their tensors are read.
+
+    Args:
+        name: Folder or hub id.
+        config: How the model is cut.
+        blocks: Indices (from 0) of the blocks to load.
+        dtype: Of the weights.
+        revision, attn_implementation, trust_remote_code: As of `lopt.models.load.load_model`.
+
+    Raises:
+        ValueError: As `load_model`; or the files name a weight differently than the model does.
+    """
+    source: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
+    shape = load_config(name, weights=True, **source)
+    with init_empty_weights(include_buffers=False):
+        model = empty_model(shape, dtype=dtype, attn_implementation=attn_implementation)
+    model.tie_weights()  # anew: each weight has been replaced by an empty one
+    model.eval()
+    path = resolve_model(name)
+    if cached_file(path, "generation_config.json", **_OPTIONAL, **source):
+        model.generation_config = GenerationConfig.from_pretrained(path, **source)
+    places = _places(path, source)
+    wanted = _own_parameters(model, config, blocks)
+    missing = sorted(wanted - places.keys())
+    if missing:
+        raise ValueError(
+            f"`model_name_or_path` {name}: its files have no {missing[0]}, which a process of a pipeline "
+            "reads by this name: load the whole model with transformers and save it again"
+        )
+    for file in sorted({places[key] for key in wanted}):
+        local = cached_file(path, file, **source)
+        with safe_open(str(local), framework="pt") as tensors:
+            for key in sorted(key for key in wanted if places[key] == file):
+                _fill(name, model, key, tensors.get_tensor(key).to(dtype))
+    return model
+
+
+_OPTIONAL: dict[str, Any] = dict(_raise_exceptions_for_missing_entries=False)
+
+
+def _places(path: str, source: dict[str, Any]) -> dict[str, str]:
+    """Return the file of every tensor of a model in safetensors."""
+    if index := cached_file(path, INDEX, **_OPTIONAL, **source):
+        return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    whole = cached_file(path, WHOLE, **source)
+    with safe_open(str(whole), framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), WHOLE)
+
+
+def _own_parameters(model: Any, config: LoPTConfig, blocks: Collection[int]) -> set[str]:
+    """Return the names of the parameters of `blocks`, and of the matrix that is their LM head."""
+    cut = Blocks(model, config)
+    own = {name for index in blocks for name, _ in cut.parameters(model, index)}
+    if len(cut) - 1 in blocks and shares_embeddings(model):
+        matrix = model.get_input_embeddings().weight
+        own |= {name for name, parameter in model.named_parameters() if parameter is matrix}
+    return own
+
+
+def _fill(name: str, model: nn.Module, key: str, value: torch.Tensor) -> None:
+    """Give a parameter its value, in all modules that share it."""
+    empty = model.get_parameter(key)
+    if empty.shape != value.shape:
+        raise ValueError(
+            f"`model_name_or_path` {name}: its weights do not fit its config.json: {key} is "
+            f"{list(value.shape)}, not {list(empty.shape)}: get both from one place"
+        )
+    parameter = nn.Parameter(value, requires_grad=empty.requires_grad)
+    for module in model.modules():
+        for own, held in _held(module):
+            if held is empty:
+                setattr(module, own, parameter)
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from list(module.named_parameters(recurse=False))
