@@ -9,10 +9,11 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
+from lopt.cli.checks import check_lora
 from lopt.cli.parsing import check_effect, parse
 from lopt.cli.report_flags import PlanArguments
 from lopt.core.config import LoPTConfig
@@ -22,7 +23,7 @@ from lopt.models.shapes import SHAPES, model_config
 from lopt.planning.calibrate import calibrate
 from lopt.planning.plan import Plan, Planner
 from lopt.planning.run import Run, Setting
-from lopt.planning.search import BLOCKS, candidates, search
+from lopt.planning.search import BLOCKS, ONE_BLOCK, candidates, search
 from lopt.planning.sizes import Method
 from lopt.reports.plan import GIB, bars, hiding, picture, table
 from lopt.validation import check, check_choice, check_number
@@ -37,8 +38,10 @@ ALWAYS = (
 IF_CHANGED = (
     "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
     "use_cpu", "gradient_checkpointing", "schedule", "stages", "offload", "optimizer_device", "clip",
+    "tied_embeddings",
 )  # fmt: skip
 
+LORA = ("lora_r", "lora_alpha", "lora_target_modules")
 CHOSEN = ("method", "num_blocks", "schedule", "stages", "offload", "optimizer_device")
 
 
@@ -96,8 +99,15 @@ def check_arguments(args: PlanArguments) -> int | None:
     LoPTConfig(**{name: getattr(args, name) for name in names})
     for count in args.stages or ():
         check_number("stages", count, minimum=1)
+    for count in args.stage_layers or ():
+        check_number("stage_layers", count, minimum=1)
+    if args.stage_layers is not None and (args.stages is not None or args.fit is not None):
+        rule = "left out with `stages` or `fit`, which chooses among numbers of `stages`"
+        check(False, "stage_layers", args.stage_layers, rule)
     for method in args.method or [""]:
-        check_choice("method", method, ("lopt", "e2e", "frozen"))
+        check_choice("method", method, ("lopt", "e2e", "frozen", "lora"))
+    if "lora" in args.method:
+        check_lora(args.lora_r, args.lora_alpha)
     check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
     for name in ("json", "svg"):
         if (value := getattr(args, name)) is not None:
@@ -126,13 +136,13 @@ def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
     """Return the rows of the table."""
     rows = [Setting("e2e", 1), Setting("e2e", 1, checkpointing=True)]
     stages: Sequence[int | None] = args.stages or (None,)
-    ways: list[tuple[int, Method]] = [(1, "e2e")] if "e2e" in args.method else []
-    ways += [(k, method) for k in blocks for method in _methods(args) if method != "e2e"]
-    host = args.optimizer_device == "cpu" or args.stages is not None
+    ways = [(1, method) for method in _methods(args) if method in ONE_BLOCK]
+    ways += [(k, method) for k in blocks for method in _methods(args) if method not in ONE_BLOCK]
+    host = args.optimizer_device == "cpu" or args.stages is not None or args.stage_layers is not None
     for k, method in ways:
         rows += [
             s
-            for s in candidates(k, method, stages)
+            for s in candidates(k, method, stages, args.stage_layers or ())
             if (s.schedule == "eager" or not s.checkpointing) and (host or s.optimizer_device == "auto")
         ]
     return list(dict.fromkeys(rows))
@@ -144,13 +154,15 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     values = asdict(args) | {name: getattr(setting, name) for name in CHOSEN}
     values |= {"gradient_checkpointing": setting.checkpointing, "prefetch_gib": f"{prefetch / GIB:g}"}
     defaults = asdict(PlanArguments())
-    left_out = {"method": setting.method == "lopt", "num_blocks": setting.method == "e2e"}
+    left_out = {"method": setting.method == "lopt", "num_blocks": setting.method in ONE_BLOCK}
     names = [name for name in ALWAYS if not left_out.get(name)]
     names += [name for name in IF_CHANGED if values[name] != defaults[name]]
+    names += [name for name in LORA if setting.method == "lora" and values[name] != defaults[name]]
     names += ["prefetch_gib"] if setting.offload != "none" else []
     flags = {name: values[name] for name in names}
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
-    lines = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    lines = [f"--{name} {shlex.join(map(str, values))}" for name, values in words.items()]
     return "lopt sft " + " \\\n    ".join(lines)
 
 
@@ -170,9 +182,19 @@ def _run(args: PlanArguments) -> Run:
         local_every=args.local_every,
         frozen_blocks=args.frozen_blocks,
         aux_loss=args.aux_loss,
+        tied_embeddings=args.tied_embeddings,
+        adapters=_adapters(args),
         clip=args.clip,
         device="cuda" if on_gpu else "cpu",
     )
+
+
+def _adapters(args: PlanArguments) -> Any:
+    if "lora" not in args.method:
+        return None
+    from lopt.trainers.lora import lora_config
+
+    return lora_config(args.lora_r, args.lora_alpha, args.lora_target_modules)
 
 
 def _blocks(args: PlanArguments, layers: int) -> list[int]:
@@ -200,11 +222,12 @@ def _calibrated_setting(args: PlanArguments, blocks: int) -> Setting:
     method = _methods(args)[0]
     return Setting(
         method,
-        1 if method == "e2e" else blocks,
+        1 if method in ONE_BLOCK else blocks,
         args.schedule,
         args.gradient_checkpointing,
         args.offload,
         stages=args.stages[0] if args.stages else None,
+        stage_layers=args.stage_layers[0] if args.stage_layers else None,
         optimizer_device=args.optimizer_device,
     )
 

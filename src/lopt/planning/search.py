@@ -13,22 +13,32 @@ from lopt.planning.sizes import Method
 
 BLOCKS = (2, 4, 8)
 """Numbers of blocks that are tried unless others are given, as far as the model's layers allow."""
+ONE_BLOCK = ("e2e", "lora")
+"""Methods without boundaries."""
 PREFETCH_BYTES = tuple(n * 2**30 for n in (3, 4, 6, 8, 12, 16))
 QUICK = 1.05
 """Settings within so many times the fastest count as equally fast."""
 
 
-def candidates(k: int, method: Method = "lopt", stages: Sequence[int | None] = (None,)) -> list[Setting]:
+def candidates(
+    k: int,
+    method: Method = "lopt",
+    stages: Sequence[int | None] = (None,),
+    stage_layers: Sequence[int] = (),
+) -> list[Setting]:
     """Return all ways to run k blocks, the simplest first; one block is end to end.
 
     Args:
         stages: numbers that the block-major schedule has; None is as many as blocks.
+        stage_layers: instead of them the largest numbers of layers of a stage.
     """
     plain = [Setting(method, k)]
-    for count in stages:
-        if (count is None and method == "e2e") or (count is not None and count < k):
+    staged = [Setting(method, k, "block_major", stage_layers=most) for most in stage_layers]
+    for count in () if stage_layers else stages:
+        if (count is None and method in ONE_BLOCK) or (count is not None and count < k):
             continue
-        block_major = Setting(method, k, "block_major", stages=None if count == k else count)
+        staged.append(Setting(method, k, "block_major", stages=None if count == k else count))
+    for block_major in staged:
         block = replace(block_major, offload="block")
         plain += [block_major, replace(block_major, offload="optimizer"), block]
         plain += [replace(block, optimizer_device="cpu")]
@@ -66,8 +76,8 @@ def search(
     """
     counts = stage_counts(len(planner.sizes.layers)) if stages is None else stages
     blocks = list(blocks)
-    settings = [s for k in blocks for m in methods if m != "e2e" for s in candidates(k, m, counts)]
-    settings += candidates(1, "e2e", counts) if "e2e" in methods else []
+    settings = [s for k in blocks for m in methods if m not in ONE_BLOCK for s in candidates(k, m, counts)]
+    settings += [s for m in methods if m in ONE_BLOCK for s in candidates(1, m, counts)]
     if optimizer_device is not None:
         settings = [s for s in settings if s.offload != "block" or s.optimizer_device == optimizer_device]
     room = limit - (RESERVE if planner.run.device == "cuda" else 0)
