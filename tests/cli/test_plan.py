@@ -186,8 +186,8 @@ def test_fit_of_stages(capsys: pytest.CaptureFixture) -> None:
     wanted = dict(method="e2e", schedule="block_major", stages="30", offload="block", optimizer_device="cpu")
     assert wanted.items() <= {name.removeprefix("--"): value for name, value in flags.items()}.items()
     assert "--num_blocks" not in flags
-    assert plan("--model_name_or_path", "qwen2.5-7b", "--method", "lora") == 2
-    assert "--method must be one of lopt, e2e, frozen (got lora)" in capsys.readouterr().err
+    assert plan("--model_name_or_path", "qwen2.5-7b", "--method", "qlora") == 2
+    assert "--method must be one of lopt, e2e, frozen, lora (got qlora)" in capsys.readouterr().err
 
 
 def test_sizes() -> None:

@@ -19,6 +19,7 @@ from lopt.planning.plan import Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.sizes import elements
 from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.lora import lora_config
 
 WIDTH = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, head_dim=32)
 CONFIGS = {
@@ -33,6 +34,7 @@ CONFIGS = {
 }  # fmt: skip
 BF16 = torch.bfloat16
 E2E, LOPT, FROZEN = (Setting(m, k, "block_major") for m, k in (("e2e", 1), ("lopt", 2), ("frozen", 2)))
+LORA = Setting("lora", 1, "block_major")
 HOST: dict[str, Any] = dict(offload="block", optimizer_device="cpu")
 
 
@@ -62,6 +64,12 @@ CASES = [
     case("gpt2", FROZEN, 6, FEW, offload="block"),
     case("gemma3", FROZEN, 8, MANY, **HOST, dtype=BF16),
     case("llama", replace(E2E, stage_layers=2), None, MANY, offload="block"),
+    case("gemma3", E2E, 4, FEW, offload="optimizer", quick=True),  # the embedding's gradient meets the head's
+    case("gemma3", LORA, 8, MANY, **HOST, dtype=BF16, quick=True),
+    case("llama", LORA, 4, FEW, offload="block"),
+    case("llama", LORA, 4, MANY, checkpointing=True),
+    case("gemma3", LOPT, 5, FEW, offload="block", tied_embeddings="freeze", quick=True),
+    case("gemma3", E2E, 4, FEW, tied_embeddings="freeze"),
 ]
 
 
@@ -78,7 +86,7 @@ def test_prediction_and_live_bytes(
         most[0] = max(most[0], ledger.live["host"])
 
     monkeypatch.setattr(memory._Ledger, "_update", note)
-    options = dict(dtype=torch.float32, prefetch=3 * 10**5) | options
+    options = dict(dtype=torch.float32, prefetch=3 * 10**5, adapters=lora_config(8, 16)) | options
     planner = Planner(Run(CONFIGS[name], *rows, autocast=False, device="cpu", **options))
     predicted = planner.plan(setting)
     most[0] = 0

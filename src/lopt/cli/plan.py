@@ -12,10 +12,11 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import cast
+from typing import Any, cast
 
 import torch
 
+from lopt.cli.checks import check_lora
 from lopt.cli.parsing import check_effect, parse
 from lopt.cli.report_flags import PlanArguments
 from lopt.core.config import LoPTConfig
@@ -43,8 +44,10 @@ ALWAYS = (
 IF_CHANGED = (
     "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
     "use_cpu", "gradient_checkpointing", "schedule", "stages", "offload", "optimizer_device", "clip",
+    "tied_embeddings",
 )  # fmt: skip
 
+LORA = ("lora_r", "lora_alpha", "lora_target_modules")
 TIMED = 5
 """Steps that `--calibrate` times."""
 CHOSEN = ("method", "num_blocks", "schedule", "stages", "offload", "optimizer_device")
@@ -101,8 +104,15 @@ def check_arguments(args: PlanArguments) -> int | None:
     LoPTConfig(**{name: getattr(args, name) for name in names})
     for count in args.stages or ():
         check_number("stages", count, minimum=1)
+    for count in args.stage_layers or ():
+        check_number("stage_layers", count, minimum=1)
+    if args.stage_layers is not None and (args.stages is not None or args.fit is not None):
+        rule = "left out with `stages` or `fit`, which chooses among numbers of `stages`"
+        check(False, "stage_layers", args.stage_layers, rule)
     for method in args.method or [""]:
-        check_choice("method", method, ("lopt", "e2e", "frozen"))
+        check_choice("method", method, ("lopt", "e2e", "frozen", "lora"))
+    if "lora" in args.method:
+        check_lora(args.lora_r, args.lora_alpha)
     check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
     for name in ("json", "svg"):
         if (value := getattr(args, name)) is not None:
@@ -158,11 +168,11 @@ def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
     stages: Sequence[int | None] = args.stages or (None,)
     ways = [(1, method) for method in _methods(args) if method in ONE_BLOCK]
     ways += [(k, method) for k in blocks for method in _methods(args) if method not in ONE_BLOCK]
-    host = args.optimizer_device == "cpu" or args.stages is not None
+    host = args.optimizer_device == "cpu" or args.stages is not None or args.stage_layers is not None
     for k, method in ways:
         rows += [
             s
-            for s in candidates(k, method, stages)
+            for s in candidates(k, method, stages, args.stage_layers or ())
             if (s.schedule == "eager" or not s.checkpointing) and (host or s.optimizer_device == "auto")
         ]
     return list(dict.fromkeys(rows))
@@ -177,10 +187,12 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     left_out = {"method": setting.method == "lopt", "num_blocks": setting.method in ONE_BLOCK}
     names = [name for name in ALWAYS if not left_out.get(name)]
     names += [name for name in IF_CHANGED if values[name] != defaults[name]]
+    names += [name for name in LORA if setting.method == "lora" and values[name] != defaults[name]]
     names += ["prefetch_gib"] if setting.offload != "none" else []
     flags = {name: values[name] for name in names}
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
-    lines = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    lines = [f"--{name} {shlex.join(map(str, values))}" for name, values in words.items()]
     return "lopt sft " + " \\\n    ".join(lines)
 
 
@@ -205,9 +217,19 @@ def _run(args: PlanArguments) -> Run:
         local_every=args.local_every,
         frozen_blocks=args.frozen_blocks,
         aux_loss=args.aux_loss,
+        tied_embeddings=args.tied_embeddings,
+        adapters=_adapters(args),
         clip=args.clip,
         device="cuda" if on_gpu else "cpu",
     )
+
+
+def _adapters(args: PlanArguments) -> Any:
+    if "lora" not in args.method:
+        return None
+    from lopt.trainers.lora import lora_config
+
+    return lora_config(args.lora_r, args.lora_alpha, args.lora_target_modules)
 
 
 def _blocks(args: PlanArguments, layers: int) -> list[int]:
@@ -240,6 +262,7 @@ def _calibrated_setting(args: PlanArguments, blocks: int) -> Setting:
         args.gradient_checkpointing,
         args.offload,
         stages=args.stages[0] if args.stages else None,
+        stage_layers=args.stage_layers[0] if args.stage_layers else None,
         optimizer_device=args.optimizer_device,
     )
 

@@ -163,7 +163,7 @@ class PlanArguments:
     bf16: bool | None = flag(None, "Mixed precision in bfloat16. Default: on, off with --use_cpu.")
     use_cpu: bool = flag(False, "Plan for a CPU instead of a GPU.")
     method: list[str] = flag(
-        ["lopt"], "What is planned beside eager e2e, and what --fit chooses among: lopt, e2e, frozen."
+        ["lopt"], "What is planned beside eager e2e, and what --fit chooses among: lopt, e2e, frozen, lora."
     )
     num_blocks: list[int] | None = flag(
         None, "k, one or more. Default: those of 2, 4, 8 that the layers allow."
@@ -171,6 +171,9 @@ class PlanArguments:
     stages: list[int] | None = flag(
         None,
         "With block-major: stages of the model, one or more. Default: one per block; --fit tries several.",
+    )
+    stage_layers: list[int] | None = flag(
+        None, "Instead of --stages: the largest number of layers of a stage, one or more."
     )
     optimizer_device: Literal["auto", "cpu"] = flag(
         "auto", "cpu plans --offload block with steps in host memory; --fit tries both unless it is given."
@@ -181,6 +184,14 @@ class PlanArguments:
         "recon", "What the other earlier blocks learn: recon or next_token."
     )
     local_every: int = flag(1, "Earlier blocks learn on every N-th step.")
+    tied_embeddings: Literal["untie", "freeze"] = flag(
+        "untie", "An embedding shared with the LM head: untie trains two copies, freeze none."
+    )
+    lora_r: int = flag(16, "Rank of the adapters of --method lora.")
+    lora_alpha: int = flag(32, "Scale of the adapters of --method lora.")
+    lora_target_modules: list[str] | None = flag(
+        None, "Modules that get an adapter. Default: every linear layer but the head."
+    )
     per_device_train_batch_size: int = flag(4, "Rows in a micro-batch.")
     gradient_accumulation_steps: int = flag(8, "Micro-batches per step.")
     max_length: int = flag(1024, "Tokens in a row.")

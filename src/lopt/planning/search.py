@@ -23,17 +23,25 @@ SIMPLER = 1.02
 """And of as many blocks if they are simpler."""
 
 
-def candidates(k: int, method: Method = "lopt", stages: Sequence[int | None] = (None,)) -> list[Setting]:
+def candidates(
+    k: int,
+    method: Method = "lopt",
+    stages: Sequence[int | None] = (None,),
+    stage_layers: Sequence[int] = (),
+) -> list[Setting]:
     """Return all ways to run k blocks, the simplest first; one block is end to end.
 
     Args:
         stages: numbers that the block-major schedule has; None is as many as blocks.
+        stage_layers: instead of them the largest numbers of layers of a stage.
     """
     plain = [Setting(method, k)]
-    for count in stages:
+    staged = [Setting(method, k, "block_major", stage_layers=most) for most in stage_layers]
+    for count in () if stage_layers else stages:
         if (count is None and method in ONE_BLOCK) or (count is not None and count < k):
             continue
-        block_major = Setting(method, k, "block_major", stages=None if count == k else count)
+        staged.append(Setting(method, k, "block_major", stages=None if count == k else count))
+    for block_major in staged:
         block = replace(block_major, offload="block")
         plain += [block_major, replace(block_major, offload="optimizer"), block]
         plain += [replace(block, optimizer_device="cpu")]
