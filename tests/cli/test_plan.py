@@ -178,7 +178,7 @@ def test_fit_of_stages(capsys: pytest.CaptureFixture) -> None:
     """End to end on an 8 GB card: a command in which the flags of the schedule are given."""
     assert plan(
         "--model_name_or_path", "qwen2.5-7b", "--param_dtype", "bfloat16", "--method", "e2e",
-        "--stages", 8, 30, "--master_weights", "true", "--fit", "8GB",
+        "--stages", 8, 30, "--fit", "8GB",
     ) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "e2e, 30 stages, offload block, host steps" in out and "40 GB/s of host memory" in out
