@@ -107,9 +107,7 @@ def measure(run: Run, method: Method, checkpointing: bool, adapters: Any = None)
         )
     parts = Parts(layers=MEASURED[method])
     *starts, depth = accumulate(parts.layers.values())
-    cut = LoPTConfig(
-        method=method, block_boundaries=starts or None, tied_embeddings=run.tied_embeddings
-    )
+    cut = LoPTConfig(method=method, block_boundaries=starts or None, tied_embeddings=run.tied_embeddings)
     if method == "lopt":
         cut = cut.replace(aux_loss=run.aux_loss, frozen_blocks=min(run.frozen_blocks, 1))
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from lopt.core.config import LoPTConfig
 from lopt.planning.measure import Parts, Segment, measure
 from lopt.planning.optimizer_step import OPTIMIZERS, parts_of, state_of, temporary_bytes
 from lopt.planning.run import Bytes, Run, Setting
-from lopt.planning.sizes import BlockSizes, Method, Sizes, StageSizes, size_of
+from lopt.planning.sizes import BlockSizes, Sizes, StageSizes, size_of
 from lopt.planning.staged import StagedStep
 from lopt.planning.trace import Trace, casts
 from lopt.residency import Residency
