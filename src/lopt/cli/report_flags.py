@@ -154,7 +154,9 @@ class PlanArguments:
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
     param_dtype: str = flag("float32", "Dtype of the weights: float32 or bfloat16.", aliases=["--dtype"])
     state_dtype: str = flag("float32", "Dtype of the optimizer's state: float32 or bfloat16.")
-    master_weights: bool = flag(False, "Float32 masters of bfloat16 weights in the optimizer's state.")
+    master_weights: bool | None = flag(
+        None, "Float32 masters of bfloat16 weights in the optimizer's state. Default: where the host steps."
+    )
     prefetch_gib: float = flag(
         2.0, "With --offload: GiB on the device for what is being copied; --fit chooses its own."
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -129,6 +129,7 @@ class Planner:
         check(offload == "none" or block_major, "offload", offload, "none unless `schedule` is block_major")
         run, prefetch = self.run, self.run.prefetch if prefetch is None else prefetch
         sizes, cut = self._sizes(setting), self._cut(setting)
+        run = replace(run, masters=cut.keeps_masters(run.masters))
         blocks, parts = sizes.blocks(cut), self._measured(setting)
         trained = [t for block in blocks for t in block.trained]
         weights, state = sum(block.nbytes for block in blocks), state_of(run, trained)
