@@ -65,8 +65,8 @@ CASES = [
     case("gemma3", FROZEN, 8, MANY, **HOST, dtype=BF16),
     case("llama", replace(E2E, stage_layers=2), None, MANY, offload="block"),
     case("gemma3", E2E, 4, FEW, offload="optimizer", quick=True),  # the embedding's gradient meets the head's
-    case("gemma3", LORA, 8, MANY, **HOST, dtype=BF16, quick=True),
-    case("llama", LORA, 4, FEW, offload="block"),
+    case("gemma3", LORA, 8, FEW, **HOST, dtype=BF16, quick=True),
+    case("llama", LORA, 4, MANY, **HOST, dtype=BF16),
     case("llama", LORA, 4, MANY, checkpointing=True),
     case("gemma3", LOPT, 5, FEW, offload="block", tied_embeddings="freeze", quick=True),
     case("gemma3", E2E, 4, FEW, tied_embeddings="freeze"),

@@ -54,7 +54,7 @@ class Run:
         dtype: of the weights. autocast: whether forwards run under bfloat16 autocast.
         optimizer: a name of `lopt.planning.optimizer_step.OPTIMIZERS`.
         state_dtype: of the optimizer's state. masters: whether bfloat16 weights have float32 masters;
-            None: where the host steps.
+            None: as `Residency.keeps_masters` says.
         local_every: earlier blocks learn in every N-th step.
         frozen_blocks: how many blocks of lopt, from the first on, do not learn.
         aux_loss: what the other earlier blocks of lopt learn.
@@ -73,7 +73,7 @@ class Run:
     autocast: bool = True
     optimizer: str = "adamw_torch_fused"
     state_dtype: torch.dtype = torch.float32
-    masters: bool | None = False
+    masters: bool | None = None
     local_every: int = 1
     frozen_blocks: int = 0
     aux_loss: Literal["recon", "next_token"] = "recon"
