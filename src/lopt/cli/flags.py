@@ -32,7 +32,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = flag(
         None,
-        "A folder, a hub id, an alias (qwen3-4b, qwen2.5-7b, qwen2.5-32b, llama3.1-8b) or gemma3-270m, the "
+        "A folder, a hub id, an alias (qwen3-4b, qwen2.5-7b, llama3.1-8b, ...) or gemma3-270m, the "
         "packaged model that needs no hub.",
     )
     model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
