@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig
 
+from lopt.core.config import LoPTConfig
 from lopt.data.messages import read_messages
 from lopt.data.notes import Notes
 from lopt.data.rows import column_error, column_names
@@ -44,6 +45,18 @@ def check_preference_numbers(args: DPOConfig) -> None:
         check_number("loss_weights", weight)
     if weights and not any(weights):
         raise ValueError("`loss_weights` are all 0, so that nothing would be learned: give one that is not")
+
+
+def check_preference_method(config: LoPTConfig) -> None:
+    """Refuse a local loss that would learn from rejected answers.
+
+    Raises:
+        ValueError: with the argument, and the one to give instead.
+    """
+    if config.is_local and config.aux_loss == "next_token":
+        raise ValueError(
+            "`aux_loss` next_token would teach earlier blocks rejected answers as well: use `aux_loss` recon"
+        )
 
 
 def check_preferences(rows: Any, name: str) -> None:
