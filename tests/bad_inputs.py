@@ -58,7 +58,7 @@ PAIRS: dict[str, tuple[str, str]] = {
         "must go on after the prompt with an assistant message, and has one of user",
     ),
     "unlike.jsonl": (pair(..., said("a", "b"), said("c", "d")), "give their prompt in a column `prompt`"),
-    "equal.jsonl": (pair("a", "b", "b"), "in all of them `chosen` equals `rejected`: give others"),
+    "equal.jsonl": (pair("a", "b", "b"), "in all rows `chosen` equals `rejected`: give others"),
 }
 SAID = (("user", "Hi"), ("assistant", "Hello"))
 # Rows that cannot be trained on -> what `lopt sft --train_file NAME` says of them.

@@ -340,6 +340,7 @@ LATE = (
     "adapted",
     "not_finite",
     "max_seq_length",
+    "max_length 2",
     "attn_implementation",
     "--window",
 )

@@ -57,7 +57,7 @@ def preference_rows(
         there are such.
 
     Raises:
-        ValueError: a column is missing; a malformed row, with its number (from 0) and the column.
+        ValueError: a column is missing; a malformed row, with its number (from 0) and the column; no row prefers anything.
     """
     names = column_names(rows)
     used = preference_columns(names)
@@ -67,6 +67,8 @@ def preference_rows(
     made = convert_rows(rows, used, convert, convert.features, "Formatting pairs", named=used)
     if isinstance(made, Dataset):
         notes.show(len(rows))
+        if all(row["chosen"] == row["rejected"] for row in made):
+            raise ValueError(f"{SOURCE}: in all rows `chosen` equals `rejected`: give others")
     elif next(iter(made), None) is None:
         raise ValueError(f"{SOURCE}: the stream has no rows: give at least one")
     return made
