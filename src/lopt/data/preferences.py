@@ -57,7 +57,8 @@ def preference_rows(
         there are such.
 
     Raises:
-        ValueError: a column is missing; a malformed row, with its number (from 0) and the column; no row prefers anything.
+        ValueError: a column is missing; a malformed row, with its number (from 0) and the column; answers
+            that are equal in all rows.
     """
     names = column_names(rows)
     used = preference_columns(names)
