@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from bad_flags import FLAGS
-from bad_inputs import ROWS, build
+from bad_inputs import PAIRS, ROWS, build
 from lopt.cli.main import main
 
 pytest.importorskip("lm_eval")
@@ -24,6 +24,7 @@ TRAIN = "--model_name_or_path model --train_file rows.jsonl --output_dir out --m
 ASK = "--task gsm8k --num_generations 4 --per_device_train_batch_size 4 --per_device_eval_batch_size 4"
 BASE = {
     "sft": TRAIN,
+    "dpo": f"{TRAIN} --train_file pairs.jsonl",
     "grpo": f"{TRAIN} {ASK} --max_completion_length 4",
     "compare": f"{TRAIN} --held_out 4 --methods e2e lopt --retention_text notes.txt",
     "data preview": TRAIN,
@@ -38,6 +39,7 @@ BASE = {
 LONG = "x" * 300
 CASES: list[tuple[str, str, str]] = [
     *(("sft", f"--train_file {name}", message) for name, (_, message) in ROWS.items()),
+    *(("dpo", f"--train_file {name}", message) for name, (_, message) in PAIRS.items()),
     # -- files
     ("sft", "--train_file none.jsonl", "--train_file: none.jsonl does not exist: check the path"),
     ("sft", "--train_file data", "--train_file: data is a folder: name the files to read"),
@@ -344,6 +346,7 @@ LATE = (
     "adapted",
     "not_finite",
     "max_seq_length",
+    "max_length 2",
     "attn_implementation",
     "--window",
 )

@@ -50,7 +50,7 @@ def test_common_flags_are_the_real_ones(command: str) -> None:
         assert line.default.replace("COMMAND", command) == shown, line.name
 
 
-@pytest.mark.parametrize("command", ["sft", "grpo", "eval"])
+@pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "eval"])
 def test_every_flag_is_shown_once(command: str, capsys: pytest.CaptureFixture) -> None:
     assert main([command, "--help-all"]) == 0
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
