@@ -26,6 +26,40 @@ def talk(*turns: object) -> str:
 
 
 GOOD = "".join(row(f"What is {a} plus {a * a}?", f"{a + a * a}") for a in range(12))
+PREFERRED = [(f"What is {a} plus 1? ", f"It is {a + 1}.", f"It is {a}.") for a in range(12)]
+
+
+def pair(prompt: object, chosen: object, rejected: object) -> str:
+    given = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return json.dumps({name: value for name, value in given.items() if value is not ...}) + "\n"
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+# Pairs that cannot be trained on -> what `lopt dpo --train_file NAME` says of them.
+PAIRS: dict[str, tuple[str, str]] = {
+    "misspelt.jsonl": (
+        '{"prompt": "a", "chosen": "b", "rejcted": "c"}\n',
+        "no column rejected, found prompt",
+    ),
+    "no_answer.jsonl": (
+        pair("a", "b", "c") + pair("a", None, "c"),
+        "row 1 (from 0), column `chosen`, must be",
+    ),
+    "blank_prompt.jsonl": (pair(" ", "b", "c"), "column `prompt`, is empty: fill it or remove the row"),
+    "mixed.jsonl": (
+        pair("a", "b", "c") + pair(said("a"), said("b"), "c"),
+        "is messages, and the first row's",
+    ),
+    "questions_differ.jsonl": (
+        pair(..., said("a", "b", "c", "d"), said("a", "b", "e", "f")),
+        "must go on after the prompt with an assistant message, and has one of user",
+    ),
+    "unlike.jsonl": (pair(..., said("a", "b"), said("c", "d")), "give their prompt in a column `prompt`"),
+    "equal.jsonl": (pair("a", "b", "b"), "in all rows `chosen` equals `rejected`: give others"),
+}
 SAID = (("user", "Hi"), ("assistant", "Hello"))
 # Rows that cannot be trained on -> what `lopt sft --train_file NAME` says of them.
 ROWS: dict[str, tuple[str | bytes, str]] = {
@@ -81,6 +115,7 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
 }  # fmt: skip
 FILES: dict[str, str | bytes] = {
     "rows.jsonl": GOOD,
+    "pairs.jsonl": "".join(pair(*one) for one in PREFERRED),
     "notes.txt": "Some text that has nothing to do with sums. " * 40,
     "binary.txt": b"\xff\xfe\xfa",
     "blank.txt": " \n",
@@ -106,7 +141,7 @@ FILES: dict[str, str | bytes] = {
 
 def build(folder: Path) -> None:
     """Write all of it into `folder`."""
-    for name, content in (FILES | {name: content for name, (content, _) in ROWS.items()}).items():
+    for name, content in (FILES | {name: content for name, (content, _) in (ROWS | PAIRS).items()}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     Dataset.from_list([{"question": "a", "answer": "b"}] * 50).to_parquet(folder / "truncated.parquet")

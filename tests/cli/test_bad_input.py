@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from bad_flags import FLAGS
-from bad_inputs import ROWS, build
+from bad_inputs import PAIRS, ROWS, build
 from lopt.cli.main import main
 
 pytest.importorskip("lm_eval")
@@ -24,6 +24,7 @@ TRAIN = "--model_name_or_path model --train_file rows.jsonl --output_dir out --m
 ASK = "--task gsm8k --num_generations 4 --per_device_train_batch_size 4 --per_device_eval_batch_size 4"
 BASE = {
     "sft": TRAIN,
+    "dpo": f"{TRAIN} --train_file pairs.jsonl",
     "grpo": f"{TRAIN} {ASK} --max_completion_length 4",
     "compare": f"{TRAIN} --held_out 4 --methods e2e lopt --retention_text notes.txt",
     "data preview": TRAIN,
@@ -38,6 +39,7 @@ BASE = {
 LONG = "x" * 300
 CASES: list[tuple[str, str, str]] = [
     *(("sft", f"--train_file {name}", message) for name, (_, message) in ROWS.items()),
+    *(("dpo", f"--train_file {name}", message) for name, (_, message) in PAIRS.items()),
     # -- files
     ("sft", "--train_file none.jsonl", "--train_file: none.jsonl does not exist: check the path"),
     ("sft", "--train_file data", "--train_file: data is a folder: name the files to read"),
@@ -308,7 +310,13 @@ CASES: list[tuple[str, str, str]] = [
     ("plan", "--fit much", "--fit must be a size such as 24GiB, 80GB (both in bytes) or 24"),
     ("plan", "--fit 24Gb", "--fit must be a size such as 24GiB, 80GB (both in bytes) or 24 (GiB) (got 24Gb)"),
     ("plan", "--schedule block_major", "--schedule has no effect without --calibrate: add it, or leave"),
-    ("plan", "--calibrate", "--json must be left out with --calibrate, which only compares (got out)"),
+    ("plan", "--calibrate", "--json must be left out with --calibrate, which measures and compares (got"),
+    ("plan", "--tflops 1 2", "--tflops must be 1 or 3 numbers (got [1.0, 2.0])"),
+    ("plan", "--device_name gtx", "--device_name must be one of rtx3090, rtx4090"),
+    ("plan", "--device_name h100 --use_cpu", "--device_name must be left out with --use_cpu (got h100)"),
+    ("plan", "--fit device", "--fit must be a size, or device with --device_name (got device)"),
+    ("plan", "--host_memory 64GiB", "--host_memory must be given with --fit (got 64GiB)"),
+    ("plan", "--fit 8 --host_memory x", "--host_memory must be a size such as 24GiB, 80GB (both in bytes)"),
     ("plan", "--max_length 99999999999", "--max_length must be >= 2 and <= 2147483647 (got 99999999999)"),
     ("plan", "--svg nowhere/a.svg", "--svg must be a file in a folder that exists: make it first"),
     ("plan", "--json pipe.jsonl", "--json must be a regular file, and this is a device or a pipe (got"),
@@ -338,6 +346,7 @@ LATE = (
     "adapted",
     "not_finite",
     "max_seq_length",
+    "max_length 2",
     "attn_implementation",
     "--window",
 )

@@ -20,6 +20,7 @@ from lopt.models.packaged import PACKAGED_MODEL
 from lopt.rewards import REWARDS
 from lopt.trainers.checks import check_settings
 from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.preferences import check_preference_numbers
 from page_commands import commands
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -50,6 +51,9 @@ def test_it_becomes_a_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     if name.startswith("sft"):
         sft.check(model_args, data_args, args)
         assert data_args.dataset_preset in PRESETS
+    elif name.startswith("dpo"):
+        sft.check(model_args, data_args, args)
+        check_preference_numbers(args)
     else:
         check_task(rest[0], data_args)
         grpo.check(data_args, args)

@@ -50,7 +50,7 @@ def test_common_flags_are_the_real_ones(command: str) -> None:
         assert line.default.replace("COMMAND", command) == shown, line.name
 
 
-@pytest.mark.parametrize("command", ["sft", "grpo", "eval"])
+@pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "eval"])
 def test_every_flag_is_shown_once(command: str, capsys: pytest.CaptureFixture) -> None:
     assert main([command, "--help-all"]) == 0
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
@@ -77,12 +77,13 @@ def test_names_in_the_help_are_those_of_the_library() -> None:
     from lopt.data.procedural import TASKS
     from lopt.models.packaged import PACKAGED_MODEL
     from lopt.models.shapes import SHAPES
+    from lopt.planning.devices import DEVICES, HOST_GBPS, REACHED
     from lopt.planning.optimizer_step import OPTIMIZERS
-    from lopt.planning.plan import BANDWIDTH, TFLOPS
 
     assert ", ".join(OPTIMIZERS) == flags.OPTIMIZERS
     plan, demo = flags.PlanArguments(), flags.DemoArguments()
-    assert (plan.bandwidth, plan.tflops) == (BANDWIDTH, TFLOPS)
+    assert ", ".join(DEVICES) == flags.DEVICES
     assert demo.model == PACKAGED_MODEL and demo.task in TASKS
     texts = {field.name: field.metadata["help"] for field in fields(plan)}
     assert ", ".join(SHAPES) in texts["model_name_or_path"]
+    assert f"Default: {REACHED} of" in texts["tflops"] and f"Default: {HOST_GBPS:g}." in texts["host_gbps"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -48,8 +49,9 @@ def test_table_bars_and_files(folder: str, tmp_path: Path, capsys: pytest.Captur
         names += [f"k={k}{row}" for row in rows]
     plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
     assert [row["name"] for row in plans] == names
-    table, bars, hiding = out.split("\n\n")[1:4]
-    for text in (table, bars):
+    table, bars, times, hiding = out.split("\n\n")[1:5]
+    assert max(map(len, out.splitlines())) <= 120
+    for text in (table, bars, times):
         assert [name for line in text.splitlines() if (name := line[:24].strip()) in names] == names
     totals = {row["name"]: row["total"] for row in plans}
     assert totals["k=3, block-major"] < totals["k=2, block-major"] < totals["k=2"] < totals["e2e"]
@@ -57,11 +59,17 @@ def test_table_bars_and_files(folder: str, tmp_path: Path, capsys: pytest.Captur
         assert sum(row["peak"].values()) == row["total"]
     longest = max(bars.splitlines()[:-1], key=len)
     assert longest.startswith("e2e ") and set(longest[24:].split()[0]) == set("WGOAH")
-    assert "Copies hide" in hiding and "--offload block" in hiding and "tokens a step on" in hiding
+    assert "Copies can hide" in hiding and "--offload block" in hiding and "tokens a step on" in hiding
     row = next(line for line in table.splitlines() if line.startswith("k=3, block-major"))
     last = plans[names.index("k=3, block-major")]
     shown = [float(number) for number in row[24:].replace("-", "0").split()]
-    assert shown[6] == round(last["total"] / GIB, 1) and shown[9] == round(last["flops"] / 1e15, 2)
+    assert shown[6] == round(last["total"] / GIB, 1)
+    row = next(line for line in times.splitlines() if line.startswith("k=3, block-major"))
+    predicted = last["predicted"]
+    assert row.split()[-1] == predicted["bound"] == "compute"
+    tokens = 2 * 128 * 8
+    assert predicted["tokens_per_second"] == pytest.approx(tokens / predicted["seconds"])
+    assert f"{predicted['tokens_per_second']:,.0f}" in row
     svg = ET.fromstring((tmp_path / "plan.svg").read_text())
     shown = " ".join("".join(element.itertext()) for element in svg.iter() if element.tag.endswith("text"))
     for name in [*names, "weights", "gradients", "optimizer", "activations", "head and loss"]:
@@ -80,8 +88,8 @@ def test_fit_takes_the_fastest_that_fits(folder: str) -> None:
     config = model_config(folder)
     planner = Planner(Run(config, tokens=128, dtype=torch.float32, autocast=False, device="cpu"))
 
-    def proposed(limit: int, bandwidth: float = 25) -> tuple[str, dict[str, str]]:
-        plan = search(planner, [2, 3], limit, tflops=100, bandwidth=bandwidth)
+    def proposed(limit: int) -> tuple[str, dict[str, str]]:
+        plan = search(planner, [2, 3], limit)
         assert plan.total <= limit
         return str(plan.setting), flags_of(command(plan, args, plan.peak.transfers))
 
@@ -98,10 +106,18 @@ def test_fit_takes_the_fastest_that_fits(folder: str) -> None:
         proposed(1000)
     on_gpu = Planner(replace(planner.run, device="cuda"))
     limit = on_gpu.plan(Setting(num_blocks=2)).total + RESERVE
-    assert str(search(on_gpu, [2], limit, 100, 25).setting) == "k=2"
-    assert str(search(on_gpu, [2], limit - 1, 100, 25).setting) != "k=2"
+    assert str(search(on_gpu, [2], limit).setting) == "k=2"
+    assert str(search(on_gpu, [2], limit - 1).setting) != "k=2"
+    offloaded = on_gpu.plan(replace(staged, offload="optimizer"))
+    limit = offloaded.total + RESERVE
+    assert search(on_gpu, [2, 3], limit).setting.offload != "none"
+    assert search(on_gpu, [2, 3], limit, host_limit=offloaded.host).host <= offloaded.host
+    with pytest.raises(
+        ValueError, match=r"`host_memory`: nothing .* into 1\.0 KiB of .* smallest there is k="
+    ):
+        search(on_gpu, [2, 3], limit, host_limit=1024)
     with pytest.raises(ValueError, match=r"1\.0 GiB is left for CUDA"):
-        search(on_gpu, [2], RESERVE, 100, 25)
+        search(on_gpu, [2], RESERVE)
 
 
 def test_fit_of_a_large_model(capsys: pytest.CaptureFixture) -> None:
@@ -142,11 +158,17 @@ def test_calibrate(folder: str, capsys: pytest.CaptureFixture, monkeypatch: pyte
     flags = ("--model_name_or_path", folder, "--num_blocks", 3, "--max_length", 64, "--use_cpu")
     flags += ("--gradient_accumulation_steps", 1, "--calibrate")
     offloaded = ("--schedule", "block_major", "--offload", "block", "--gradient_checkpointing", "true")
+    monkeypatch.setattr("lopt.cli.plan.TIMED", 1)
     for more in ((), offloaded):
         assert plan(*flags, *more) == 0
         out = capsys.readouterr().out
         total = next(line for line in out.splitlines() if line.strip().startswith("total"))
         assert abs(float(total.partition("(")[2].partition("%")[0])) < 5
+        assert re.search(r"a step +predicted +\S+ s, measured +\S+ s", out)
+    given = re.search(r"--tflops (\S+) \S+ \S+ --bandwidth \S+ \S+ --host_gbps \S+$", out.strip())
+    assert given is not None and float(given[1]) > 0
+    assert plan(*flags, "--tflops", 1) == 2
+    assert "--tflops must be left out with --calibrate" in capsys.readouterr().err
     monkeypatch.setattr("lopt.cli.plan.free_memory", lambda device: 10**6)
     assert plan(*flags) == 2
     assert "--calibrate would run k=3" in capsys.readouterr().err
@@ -159,13 +181,13 @@ def test_fit_of_stages(capsys: pytest.CaptureFixture) -> None:
         "--stages", 8, 30, "--fit", "8GB",
     ) == 0  # fmt: skip
     out = capsys.readouterr().out
-    assert "e2e, 30 stages, offload block, host steps" in out and "host steps at 40 GB/s" in out
+    assert "e2e, 30 stages, offload block, host steps" in out and "40 GB/s of host memory" in out
     flags = flags_of(out[out.index("lopt sft ") :])
     wanted = dict(method="e2e", schedule="block_major", stages="30", offload="block", optimizer_device="cpu")
     assert wanted.items() <= {name.removeprefix("--"): value for name, value in flags.items()}.items()
     assert "--num_blocks" not in flags
-    assert plan("--model_name_or_path", "qwen2.5-7b", "--method", "lora") == 2
-    assert "--method must be one of lopt, e2e, frozen (got lora)" in capsys.readouterr().err
+    assert plan("--model_name_or_path", "qwen2.5-7b", "--method", "qlora") == 2
+    assert "--method must be one of lopt, e2e, frozen, lora (got qlora)" in capsys.readouterr().err
 
 
 def test_sizes() -> None:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from lopt.data.columns import FORMATS, infer_format
 from lopt.data.load import load_rows
+from lopt.data.preferences import preference_columns
 from lopt.data.presets import PRESETS
 
 
@@ -24,8 +26,13 @@ def write(path: Path, *rows: dict) -> Path:
 
 
 def test_every_preset_has_columns_that_make_an_example() -> None:
-    assert sorted(PRESETS) == ["alpaca", "gsm8k", "metamathqa", "numinamath", "tulu3"]
+    assert sorted(PRESETS) == [
+        *("alpaca", "gsm8k", "metamathqa", "numinamath", "tulu3", "tulu3_preferences", "ultrafeedback")
+    ]
     for preset in PRESETS.values():
+        if preset.use == "dpo":
+            assert preference_columns(list(preset.columns))[1:3] == list(preset.columns)
+            continue
         fmt = infer_format(preset.columns)
         assert fmt in FORMATS and set(fmt.columns) <= set(preset.columns) <= {*fmt.columns, *fmt.optional}
 
@@ -46,6 +53,21 @@ def test_a_local_copy_must_have_the_columns_and_gives_no_others(tmp_path: Path, 
     ) as e:
         load_rows(path, dataset_preset="alpaca", streaming=streaming)
     assert "it has source, problem, solution, messages" in str(e.value)
+
+
+def test_a_preset_has_its_own_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_hub(name: str, config: str | None, split: str, *more: object, **options: object) -> Dataset:
+        asked.append((name, split))
+        return Dataset.from_list([{"chosen": "a b", "rejected": "a c", "prompt": "a"}])
+
+    monkeypatch.setattr("lopt.data.load.load_hub", load_hub)
+    for split in ("train", "train[:5%]", "test_prefs"):
+        rows = load_rows(dataset_preset="ultrafeedback", dataset_split=split)
+        assert rows.column_names == ["chosen", "rejected"]
+    name = "HuggingFaceH4/ultrafeedback_binarized"
+    assert asked == [(name, "train_prefs"), (name, "train_prefs[:5%]"), (name, "test_prefs")]
 
 
 def test_mistakes(tmp_path: Path) -> None:

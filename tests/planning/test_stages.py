@@ -9,15 +9,17 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
 
-from lopt import LoPTSFTTrainer
+from lopt import LoPTConfig, LoPTSFTTrainer
 from lopt.engine import plain_loop
 from lopt.instruments import memory
 from lopt.instruments.memory import MemoryPeak
 from lopt.planning.calibrate import calibrate
+from lopt.planning.devices import Machine
 from lopt.planning.plan import Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.sizes import elements
 from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.lora import lora_config
 
 WIDTH = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, head_dim=32)
 CONFIGS = {
@@ -32,6 +34,7 @@ CONFIGS = {
 }  # fmt: skip
 BF16 = torch.bfloat16
 E2E, LOPT, FROZEN = (Setting(m, k, "block_major") for m, k in (("e2e", 1), ("lopt", 2), ("frozen", 2)))
+LORA = Setting("lora", 1, "block_major")
 HOST: dict[str, Any] = dict(offload="block", optimizer_device="cpu")
 
 
@@ -61,6 +64,12 @@ CASES = [
     case("gpt2", FROZEN, 6, FEW, offload="block"),
     case("gemma3", FROZEN, 8, MANY, **HOST, dtype=BF16),
     case("llama", replace(E2E, stage_layers=2), None, MANY, offload="block"),
+    case("gemma3", E2E, 4, FEW, offload="optimizer", quick=True),  # the embedding's gradient meets the head's
+    case("gemma3", LORA, 8, FEW, **HOST, dtype=BF16, quick=True),
+    case("llama", LORA, 4, MANY, **HOST, dtype=BF16),
+    case("llama", LORA, 4, MANY, checkpointing=True),
+    case("gemma3", LOPT, 5, FEW, offload="block", tied_embeddings="freeze", quick=True),
+    case("gemma3", E2E, 4, FEW, tied_embeddings="freeze"),
 ]
 
 
@@ -77,7 +86,7 @@ def test_prediction_and_live_bytes(
         most[0] = max(most[0], ledger.live["host"])
 
     monkeypatch.setattr(memory._Ledger, "_update", note)
-    options = dict(dtype=torch.float32, prefetch=3 * 10**5) | options
+    options = dict(dtype=torch.float32, prefetch=3 * 10**5, adapters=lora_config(8, 16)) | options
     planner = Planner(Run(CONFIGS[name], *rows, autocast=False, device="cpu", **options))
     predicted = planner.plan(setting)
     most[0] = 0
@@ -97,7 +106,7 @@ def test_operations_and_traffic() -> None:
     """All but a block's last stage run forward once more, and their weights come in for both sweeps."""
     planner = Planner(Run(CONFIGS["llama"], 2, 64, 4, BF16, False, prefetch=10**5))
     whole = planner.plan(E2E)
-    stages = planner.sizes.stages(planner.sizes.blocks("e2e", 1), 4, None)
+    stages = planner.sizes.stages(LoPTConfig(method="e2e", schedule="block_major", stages=4))
     host = planner.plan(replace(E2E, stages=4, **HOST))
     layers = len(stages[-1].layers)
     forward = planner.plan(FROZEN).flops - planner.plan(replace(FROZEN, stages=4)).flops
@@ -121,10 +130,21 @@ def test_operations_and_traffic() -> None:
 
 
 def test_steps_in_host_memory_hide_where_blocks_are_needed_later() -> None:
-    """End to end waits for what it updates last; blocks that are updated in order do not."""
-    planner = Planner(Run(CONFIGS["llama"], 2, 64, 4, BF16, False))
+    """End to end waits for what it steps last; blocks that are stepped in order do not."""
+    planner = Planner(Run(CONFIGS["llama"], 2, 64, 4, BF16, False, masters=True))
     e2e, lopt = (planner.plan(replace(s, stages=8, **HOST)) for s in (E2E, LOPT))
-    slow = 1e-4  # TFLOP/s: the device takes as long as the host, and more
-    assert lopt.seconds(slow, 25) == pytest.approx(replace(lopt, host_traffic=0).seconds(slow, 25))
-    busy = replace(e2e, host_traffic=round(0.5 * e2e.seconds(slow, 25) * 40e9))
-    assert busy.seconds(slow, 25) == pytest.approx(1.25 * replace(e2e, host_traffic=0).seconds(slow, 25))
+    machine = Machine((1e-3,) * 3, (float("inf"),) * 2)
+    busy = lopt.time(machine)
+    host = replace(
+        machine, host_gbps=40 * busy.stepping / (0.9 * busy.seconds)
+    )  # it is at work 0.9 of the time
+    assert lopt.time(host).host == 0 < busy.stepping and lopt.time(host).bound == "compute"
+    steps = [sum(update.traffic for update in stage) / host.host_gbps / 1e9 for stage in e2e.work.updates]
+    sweep = [turn for turn in e2e.work.turns if not turn.with_graph]
+    wait = now = ready = 0.0  # from the end of one step on
+    for stage, step in enumerate(steps):
+        ready += step
+        wait, now = wait + max(0.0, ready - now), max(now, ready)
+        now += sweep[stage].flops / 1e9 if stage < len(sweep) else 0.0
+    found = e2e.time(host)
+    assert found.host == pytest.approx(wait) and wait > 0 and found.bound == "wait"

@@ -18,11 +18,13 @@ from transformers.integrations import (
     get_reporting_integration_callbacks,
 )
 from transformers.trainer_utils import IntervalStrategy
+from trl import DPOConfig, GRPOConfig
 
 from lopt.cli.flags import DataArguments, ModelArguments
 from lopt.cli.inherited import check_effects
 from lopt.core.blocks import split
 from lopt.core.config import LoPTConfig
+from lopt.data.presets import PRESETS
 from lopt.messages import error_text
 from lopt.models.load import load_config
 from lopt.trainers.checks import check_numbers, check_routers, check_settings, check_workers
@@ -33,6 +35,10 @@ _NEVER_LISTED = ("azure_ml", "flyte")
 
 METRICS = {
     "sft": ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
+    "dpo": (
+        *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/*"),
+        *("logits/*", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
+    ),
     "grpo": (
         *("loss", "reward", "reward_std", "frac_reward_zero_std", "rewards/*/mean", "rewards/*/std", "kl"),
         *("entropy", "completions/*", "clip_ratio/*", "sampling/*", "num_tokens", "aux_loss", "step_time"),
@@ -61,10 +67,19 @@ def check_run(
     check_hub(args)
     check_cache()
     if config.method == "lora":
-        check_number("lora_r", model_args.lora_r, minimum=1)
-        check_number("lora_alpha", model_args.lora_alpha, above=0)
-        if importlib.util.find_spec("peft") is None:
-            raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
+        check_lora(model_args.lora_r, model_args.lora_alpha)
+
+
+def check_lora(r: int, lora_alpha: int) -> None:
+    """Check the flags of adapters.
+
+    Raises:
+        ValueError: a number is out of its bounds; PEFT is not installed.
+    """
+    check_number("lora_r", r, minimum=1)
+    check_number("lora_alpha", lora_alpha, above=0)
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
 
 
 def _check_more_numbers(args: Any) -> None:
@@ -82,11 +97,16 @@ def _check_metric(args: TrainingArguments) -> None:
     A trainer in Python may have more figures: of several data sets, or of a function of its own.
     """
     metric = args.metric_for_best_model
-    figures = METRICS["grpo" if hasattr(args, "num_generations") else "sft"]
+    figures = METRICS[_command_of(args)]
     if metric is not None and not any(fnmatch(metric.removeprefix("eval_"), figure) for figure in figures):
         raise ValueError(
             f"`metric_for_best_model` {metric} is no figure of an evaluation: use one of {', '.join(figures)}"
         )
+
+
+def _command_of(args: TrainingArguments) -> str:
+    """Return the command whose trainer has this config."""
+    return "grpo" if isinstance(args, GRPOConfig) else "dpo" if isinstance(args, DPOConfig) else "sft"
 
 
 def check_cache() -> None:
@@ -170,7 +190,17 @@ def check_model(model_args: ModelArguments) -> None:
 
 
 def check_evaluation(data_args: DataArguments, args: TrainingArguments) -> None:
-    """Evaluate where rows are held out, each epoch or every `--eval_steps`; refuse it where none are."""
+    """Evaluate where rows are held out, each epoch or every `--eval_steps`; refuse it where none are.
+
+    Raises:
+        ValueError: nothing is held out; a preset of pairs outside `lopt dpo`, or another within.
+    """
+    preset = PRESETS.get(data_args.dataset_preset or "")
+    if preset is not None and (preset.use == "dpo") != (_command_of(args) == "dpo"):
+        pairs = [name for name, preset in PRESETS.items() if preset.use == "dpo"]
+        what = "has pairs for lopt dpo" if preset.use == "dpo" else "has no pairs"
+        names = pairs if preset.use != "dpo" else [name for name in PRESETS if name not in pairs]
+        raise ValueError(f"--dataset_preset {preset.name} {what}: use one of {', '.join(names)}")
     if args.eval_strategy == "no":
         if args.do_eval and not args.do_train:
             raise ValueError("--do_eval alone asks for no training: use lopt eval, or add --do_train")

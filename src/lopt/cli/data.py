@@ -54,7 +54,11 @@ def _download(arguments: Sequence[str]) -> None:
             print(f"{preset.name}: failed. {reason}")
             continue
         sft = f"--dataset_preset {preset.name}"
-        flags = sft if preset.use == "sft" else f"--task {preset.name} (lopt grpo) or {sft} (lopt sft)"
+        flags = {
+            "sft": sft,
+            "dpo": f"{sft} (lopt dpo)",
+            "grpo": f"--task {preset.name} (lopt grpo) or {sft} (lopt sft)",
+        }[preset.use]
         if path is None:
             print(f"{preset.name}: {rows:,} rows are in the cache. Train with {flags}")
         else:

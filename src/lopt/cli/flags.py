@@ -32,7 +32,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = flag(
         None,
-        "A folder, a hub id, an alias (qwen3-4b, qwen2.5-7b, qwen2.5-32b, llama3.1-8b) or gemma3-270m, the "
+        "A folder, a hub id, an alias (qwen3-4b, qwen2.5-7b, llama3.1-8b, ...) or gemma3-270m, the "
         "packaged model that needs no hub.",
     )
     model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
@@ -162,6 +162,7 @@ class RetentionArguments:
 _RUN = (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig)
 OWN: dict[str, tuple[type, ...]] = {
     "sft": _RUN,
+    "dpo": _RUN,
     "grpo": (*_RUN[:2], TaskArguments, *_RUN[2:]),
     "eval": (EvalArguments,),
     "compare": (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig),
@@ -172,7 +173,11 @@ OWN: dict[str, tuple[type, ...]] = {
     "demo": (DemoArguments,),
 }
 """Our own dataclasses whose fields are the flags of a command, in the order in which `parse` returns them."""
-_TRAINERS = dict.fromkeys(("sft", "compare", "data preview"), "LoPTSFTConfig") | {"grpo": "LoPTGRPOConfig"}
+_TRAINERS = {
+    **dict.fromkeys(("sft", "compare", "data preview"), "LoPTSFTConfig"),
+    "dpo": "LoPTDPOConfig",
+    "grpo": "LoPTGRPOConfig",
+}
 
 
 def flags_of(command: str) -> Sequence[Any]:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from lopt.cli.checks import check_evaluation, check_run
-from lopt.cli.flags import DataArguments, ModelArguments
+from lopt.cli.flags import DataArguments
 from lopt.cli.noise import at_log_level
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
 from lopt.cli.retention import check_retention
 from lopt.cli.rows import check_task, grpo_rows
-from lopt.cli.training import prepare, run
+from lopt.cli.training import load_reference_alike, prepare, run
 from lopt.reliability.stop import obeying
 from lopt.trainers import LoPTGRPOTrainer
 from lopt.trainers.config import LoPTGRPOConfig
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str]) -> None:
         checkpoint = prepare(model_args, run_args, config, args)
         rows = grpo_rows(model_args, data_args, task_args, args)
         _check_metric(args, rows.rewards)
-        _load_reference_alike(args, model_args)
+        if args.beta or model_args.model_revision is not None:
+            load_reference_alike(args, model_args)
         record = record_of("grpo", arguments)
         rewards = {"reward_funcs": rows.rewards}
         run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, record, retention, **rewards)
@@ -55,17 +56,6 @@ def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:
             f"--held_out: {group} generations do not divide the {rows} rows of an evaluation batch: change "
             "--per_device_eval_batch_size or --num_generations_eval"
         )
-
-
-def _load_reference_alike(args: LoPTGRPOConfig, model_args: ModelArguments) -> None:
-    """Have TRL load the reference model, if there is one, as the policy was loaded."""
-    if not args.beta and model_args.model_revision is None:
-        return
-    found: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": args.trust_remote_code}
-    if model_args.model_revision is not None:
-        found["revision"] = model_args.model_revision
-    given: Any = args.model_init_kwargs or {}  # a dict by now: TRL's config has parsed it
-    args.model_init_kwargs = {**given, **found}
 
 
 def _check_metric(args: LoPTGRPOConfig, rewards: Sequence[Any]) -> None:

@@ -41,6 +41,12 @@ SFT_DATA = (
     Line("max_length", "1024", "tokens per row; longer ones are cut"),
     Line("packing", "False", "fill sequences with several rows"),
 )
+DPO_DATA = (
+    *DATA,
+    Line("max_length", "1024", "tokens of prompt and answer; longer is cut"),
+    Line("beta", "0.1", "how close to stay to the model as it was"),
+    Line("loss_type", "sigmoid", "sigmoid, ipo, hinge and others of TRL"),
+)
 GRPO_DATA = (
     *DATA,
     Line("task", "", "gsm8k, numinamath, chain_sum or gsm_symbolic"),
@@ -81,6 +87,7 @@ RUN = (
     Line("report_to", "none", "tensorboard, wandb, trackio, ..."),
 )
 SFT_RUN = (Line("learning_rate", "2e-05", "of the last block"), *RUN)
+DPO_RUN = (Line("learning_rate", "1e-06", "of the last block"), *RUN)
 GRPO_RUN = (Line("learning_rate", "1e-06", "of the last block"), *RUN)
 EVALUATION = (
     Line("held_out", "0.0", "rows kept back: a share below 1, or a number"),
@@ -105,6 +112,7 @@ _MODEL_AND_DATA = {"model": MODEL, "data": SFT_DATA}
 _METHOD = {"method": METHOD, "memory": MEMORY}
 COMMON: dict[str, dict[str, Sequence[Line]]] = {
     "sft": {**_MODEL_AND_DATA, **_METHOD, "run": SFT_RUN, "evaluation": EVALUATION},
+    "dpo": {"model": MODEL, "data": DPO_DATA, **_METHOD, "run": DPO_RUN, "evaluation": EVALUATION},
     "grpo": {"model": MODEL, "data": GRPO_DATA, **_METHOD, "run": GRPO_RUN, "evaluation": EVALUATION},
     "compare": {
         "comparison": COMPARISON,

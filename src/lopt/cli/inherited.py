@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
+from trl import DPOConfig
+
 
 class Need(NamedTuple):
     """Flags that are read only together with another.
@@ -46,6 +48,9 @@ NEEDS = (
     Need(("fsdp_config",), "fsdp"),
     Need(("packing_strategy",), "packing eval_packing"),
     Need(("ref_model_*",), "sync_ref_model"),
+    Need(("precompute_ref_batch_size",), "precompute_ref_log_probs"),
+    Need(("f_alpha_divergence_coef",), "f_divergence_type", ("alpha_divergence",)),
+    Need(("discopop_tau",), "loss_type", ("discopop",)),
     Need(("sync_ref_model", "use_bias_correction_kl"), "beta"),
     Need(("num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"), "log_completions"),
     Need(("entropy_coef_*", "entropy_target"), "use_adaptive_entropy"),
@@ -110,7 +115,7 @@ def check_effects(args: Any, *, streaming: bool = False) -> None:
         raise ValueError(f"`{name}`: {REFUSED[name]}")
     for need in NEEDS:
         for name in _matching(need.names, changed):
-            if not _is_met(need, args, changed):
+            if not _is_met(need, args):
                 values = f" {' or '.join(map(str, need.values))}" if need.values else ""
                 needed = f"`{need.needed.split()[0]}`{values}"
                 raise ValueError(f"`{name}` has no effect without {needed}: add it, or leave it out")
@@ -118,6 +123,8 @@ def check_effects(args: Any, *, streaming: bool = False) -> None:
         raise ValueError("`local_rank` is given by a launcher: start the command with torchrun")
     if args.fsdp and "WORLD_SIZE" not in os.environ:
         raise ValueError("`fsdp` is for several processes: start the command with torchrun, or leave it out")
+    if getattr(args, "padding_free", False) and isinstance(args, DPOConfig):
+        raise ValueError("`padding_free`: TRL's DPO pads all the same: leave it out")
     if getattr(args, "padding_free", False) and not args.packing and args.max_length is not None:
         raise ValueError("`padding_free` cuts no row at `max_length`: add `packing`, or leave it out")
     trackers = _matching(["trackio_*"], changed)
@@ -147,9 +154,9 @@ def _matching(patterns: Collection[str], names: Collection[str]) -> list[str]:
     return sorted(name for name in names if any(fits(name, pattern) for pattern in patterns))
 
 
-def _is_met(need: Need, args: Any, changed: Collection[str]) -> bool:
+def _is_met(need: Need, args: Any) -> bool:
     if need.values:
         value = getattr(args, need.needed)
-        return getattr(value, "value", value) in need.values
-    # Configs themselves make false or an empty list of some that were not given.
-    return any(name in changed and getattr(args, name) for name in need.needed.split())
+        given = value if isinstance(value, list) else [getattr(value, "value", value)]
+        return any(one in need.values for one in given)
+    return any(getattr(args, name, None) for name in need.needed.split())

@@ -21,6 +21,7 @@ from lopt.version import __version__
 # Command -> what it does. Each lives in lopt.cli.<command> and has `main(arguments)`.
 COMMANDS = {
     "sft": "supervised fine-tuning by LoPT, end to end, with frozen early blocks or LoRA",
+    "dpo": "preferences between two answers, by the same methods",
     "grpo": "reinforcement learning from checked answers, by the same methods",
     "eval": "benchmarks, and what a model gained and lost against its base",
     "compare": "methods side by side: what each learns, keeps and costs, over seeds",

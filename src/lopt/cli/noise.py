@@ -20,7 +20,10 @@ DROPPED = {
     # A table of weights that are missing, of another size or not used: `lopt.models.load` says it in a line.
     "transformers.modeling_utils": ".*LOAD REPORT",
     # TRL says that they are ignored, of the policy; the reference model is loaded by them.
-    "trl.trainer.grpo_trainer": r"(\[RANK \d+\] )?You passed `model_init_kwargs`",
+    **dict.fromkeys(
+        ("trl.trainer.grpo_trainer", "trl.trainer.dpo_trainer"),
+        r"(\[RANK \d+\] )?You passed `model_init_kwargs`",
+    ),
 }
 """Logger -> a pattern that the messages which are dropped begin with."""
 # TRL and peft call what transformers has renamed.

@@ -7,24 +7,31 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from statistics import median
+from typing import Any, cast
 
 import torch
 
+from lopt.cli.checks import check_lora
 from lopt.cli.parsing import check_effect, parse
 from lopt.cli.report_flags import PlanArguments
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
 from lopt.instruments.memory import MemoryPeak, format_bytes, free_memory
 from lopt.models.shapes import SHAPES, model_config
-from lopt.planning.calibrate import calibrate
+from lopt.planning.calibrate import measured
+from lopt.planning.devices import DEVICES, Machine, machine_of
 from lopt.planning.plan import Plan, Planner
+from lopt.planning.rates import rates_bytes, typical
 from lopt.planning.run import Run, Setting
-from lopt.planning.search import BLOCKS, candidates, search
+from lopt.planning.search import BLOCKS, ONE_BLOCK, candidates, search
 from lopt.planning.sizes import Method
-from lopt.reports.plan import GIB, bars, hiding, picture, table
+from lopt.reports import plan as report
+from lopt.reports.plan import GIB
 from lopt.validation import check, check_choice, check_number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,8 +44,12 @@ ALWAYS = (
 IF_CHANGED = (
     "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
     "use_cpu", "gradient_checkpointing", "schedule", "stages", "offload", "optimizer_device", "clip",
+    "tied_embeddings",
 )  # fmt: skip
 
+LORA = ("lora_r", "lora_alpha", "lora_target_modules")
+TIMED = 5
+"""Steps that `--calibrate` times."""
 CHOSEN = ("method", "num_blocks", "schedule", "stages", "offload", "optimizer_device")
 
 
@@ -51,21 +62,26 @@ def main(arguments: Sequence[str]) -> None:
     if args.calibrate:
         print(_calibrated(planner, _calibrated_setting(args, blocks[0])))
         return
-    speed = args.tflops, args.bandwidth
+    machine = _machine(args, planner.run)
     plans = [planner.plan(setting) for setting in settings(args, blocks)]
     print(_headline(args, planner))
-    print(table(plans, *speed), bars(plans), hiding(plans, planner.run.step_tokens, *speed), sep="\n")
+    print(
+        report.table(plans),
+        report.bars(plans),
+        report.times(plans, machine),
+        report.hiding(plans, machine),
+        sep="\n",
+    )
     if args.json:
-        rows = [asdict(plan) | {"name": str(plan.setting), "total": plan.total} for plan in plans]
-        write_text(Path(args.json), json.dumps({"arguments": asdict(args), "plans": rows}, indent=1) + "\n")
+        rows = [report.as_row(plan, machine) for plan in plans]
+        found = {"arguments": asdict(args), "machine": asdict(machine), "plans": rows}
+        write_text(Path(args.json), json.dumps(found, indent=1) + "\n")
     if args.svg:
         batch = f"{args.per_device_train_batch_size} x {args.max_length} tokens, {args.param_dtype}"
         title = f"{args.model_name_or_path}: peak memory"
-        write_text(Path(args.svg), picture(plans, title, f"GiB on the device, {batch}") + "\n")
+        write_text(Path(args.svg), report.picture(plans, title, f"GiB on the device, {batch}") + "\n")
     if limit is not None:
-        host = "cpu" if args.optimizer_device == "cpu" else None
-        found = search(planner, blocks, limit, *speed, _methods(args), args.stages, host)
-        print(_proposal(found, limit, args))
+        print(_proposal(planner, blocks, limit, args, machine))
 
 
 def check_arguments(args: PlanArguments) -> int | None:
@@ -83,21 +99,20 @@ def check_arguments(args: PlanArguments) -> int | None:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "local_every"):
         check_number(name, getattr(args, name), minimum=1)
     check_number("max_length", args.max_length, minimum=2)
-    for name in ("bandwidth", "tflops"):
-        check_number(name, getattr(args, name), above=0)
-    for name in ("fit", "json", "svg") if args.calibrate else ():
-        check(
-            getattr(args, name) is None,
-            name,
-            getattr(args, name),
-            "left out with `calibrate`, which only compares",
-        )
+    _check_machine(args)
     names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
     LoPTConfig(**{name: getattr(args, name) for name in names})
     for count in args.stages or ():
         check_number("stages", count, minimum=1)
+    for count in args.stage_layers or ():
+        check_number("stage_layers", count, minimum=1)
+    if args.stage_layers is not None and (args.stages is not None or args.fit is not None):
+        rule = "left out with `stages` or `fit`, which chooses among numbers of `stages`"
+        check(False, "stage_layers", args.stage_layers, rule)
     for method in args.method or [""]:
-        check_choice("method", method, ("lopt", "e2e", "frozen"))
+        check_choice("method", method, ("lopt", "e2e", "frozen", "lora"))
+    if "lora" in args.method:
+        check_lora(args.lora_r, args.lora_alpha)
     check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
     for name in ("json", "svg"):
         if (value := getattr(args, name)) is not None:
@@ -107,10 +122,35 @@ def check_arguments(args: PlanArguments) -> int | None:
             check(not path.is_dir(), name, value, "a file, and this is a folder")
             device = path.exists() and not path.is_file()  # which would be replaced
             check(not device, name, value, "a regular file, and this is a device or a pipe")
+    if args.fit == "device":
+        check(args.device_name is not None, "fit", args.fit, "a size, or device with `device_name`")
+        return int(DEVICES[str(args.device_name)].memory_gib * GIB)
     return None if args.fit is None else size_in_bytes(args.fit)
 
 
-def size_in_bytes(text: str) -> int:
+def _check_machine(args: PlanArguments) -> None:
+    """Refuse what makes no sense of the flags that describe a machine."""
+    for name, counts in (("bandwidth", (1, 2)), ("tflops", (1, 3))):
+        values = getattr(args, name)
+        check(values is None or len(values) in counts, name, values, f"{counts[0]} or {counts[1]} numbers")
+        for value in values or ():
+            check_number(name, value, above=0)
+    check_number("host_gbps", args.host_gbps, above=0)
+    if args.device_name is not None:
+        check_choice("device_name", args.device_name, DEVICES)
+        check(not args.use_cpu, "device_name", args.device_name, "left out with `use_cpu`")
+    check(
+        args.host_memory is None or args.fit is not None, "host_memory", args.host_memory, "given with `fit`"
+    )
+    if args.host_memory is not None:
+        size_in_bytes(args.host_memory, "host_memory")
+    found = ("fit", "json", "svg", "device_name", "tflops", "bandwidth", "host_gbps")
+    for name in found if args.calibrate else ():
+        rule = "left out with `calibrate`, which measures and compares"
+        check(getattr(args, name) is None, name, getattr(args, name), rule)
+
+
+def size_in_bytes(text: str, name: str = "fit") -> int:
     """Return the bytes of "24GiB", "24GB" or "24" (GiB).
 
     Raises:
@@ -118,7 +158,7 @@ def size_in_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(GiB|GB|G|gib|gb|g|)\s*", text)  # Gb are bits
     size = float(found[1]) * UNITS[found[2].lower()] if found else 0
-    check(0 < size < 2**63, "fit", text, "a size such as 24GiB, 80GB (both in bytes) or 24 (GiB)")
+    check(0 < size < 2**63, name, text, "a size such as 24GiB, 80GB (both in bytes) or 24 (GiB)")
     return int(size)
 
 
@@ -126,13 +166,13 @@ def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
     """Return the rows of the table."""
     rows = [Setting("e2e", 1), Setting("e2e", 1, checkpointing=True)]
     stages: Sequence[int | None] = args.stages or (None,)
-    ways: list[tuple[int, Method]] = [(1, "e2e")] if "e2e" in args.method else []
-    ways += [(k, method) for k in blocks for method in _methods(args) if method != "e2e"]
-    host = args.optimizer_device == "cpu" or args.stages is not None
+    ways = [(1, method) for method in _methods(args) if method in ONE_BLOCK]
+    ways += [(k, method) for k in blocks for method in _methods(args) if method not in ONE_BLOCK]
+    host = args.optimizer_device == "cpu" or args.stages is not None or args.stage_layers is not None
     for k, method in ways:
         rows += [
             s
-            for s in candidates(k, method, stages)
+            for s in candidates(k, method, stages, args.stage_layers or ())
             if (s.schedule == "eager" or not s.checkpointing) and (host or s.optimizer_device == "auto")
         ]
     return list(dict.fromkeys(rows))
@@ -144,14 +184,21 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     values = asdict(args) | {name: getattr(setting, name) for name in CHOSEN}
     values |= {"gradient_checkpointing": setting.checkpointing, "prefetch_gib": f"{prefetch / GIB:g}"}
     defaults = asdict(PlanArguments())
-    left_out = {"method": setting.method == "lopt", "num_blocks": setting.method == "e2e"}
+    left_out = {"method": setting.method == "lopt", "num_blocks": setting.method in ONE_BLOCK}
     names = [name for name in ALWAYS if not left_out.get(name)]
     names += [name for name in IF_CHANGED if values[name] != defaults[name]]
+    names += [name for name in LORA if setting.method == "lora" and values[name] != defaults[name]]
     names += ["prefetch_gib"] if setting.offload != "none" else []
     flags = {name: values[name] for name in names}
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
-    lines = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    lines = [f"--{name} {shlex.join(map(str, values))}" for name, values in words.items()]
     return "lopt sft " + " \\\n    ".join(lines)
+
+
+def _machine(args: PlanArguments, run: Run) -> Machine:
+    given = args.device_name, args.tflops, args.bandwidth
+    return machine_of(*given, args.host_gbps, on_gpu=run.device == "cuda")
 
 
 def _run(args: PlanArguments) -> Run:
@@ -170,9 +217,19 @@ def _run(args: PlanArguments) -> Run:
         local_every=args.local_every,
         frozen_blocks=args.frozen_blocks,
         aux_loss=args.aux_loss,
+        tied_embeddings=args.tied_embeddings,
+        adapters=_adapters(args),
         clip=args.clip,
         device="cuda" if on_gpu else "cpu",
     )
+
+
+def _adapters(args: PlanArguments) -> Any:
+    if "lora" not in args.method:
+        return None
+    from lopt.trainers.lora import lora_config
+
+    return lora_config(args.lora_r, args.lora_alpha, args.lora_target_modules)
 
 
 def _blocks(args: PlanArguments, layers: int) -> list[int]:
@@ -200,11 +257,12 @@ def _calibrated_setting(args: PlanArguments, blocks: int) -> Setting:
     method = _methods(args)[0]
     return Setting(
         method,
-        1 if method == "e2e" else blocks,
+        1 if method in ONE_BLOCK else blocks,
         args.schedule,
         args.gradient_checkpointing,
         args.offload,
         stages=args.stages[0] if args.stages else None,
+        stage_layers=args.stage_layers[0] if args.stage_layers else None,
         optimizer_device=args.optimizer_device,
     )
 
@@ -226,19 +284,30 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     )
 
 
-def _proposal(plan: Plan, limit: int, args: PlanArguments) -> str:
-    seconds = plan.seconds(args.tflops, args.bandwidth)
-    need = f"{format_bytes(plan.total)} on the device"
-    if plan.host:
-        need += f", {format_bytes(plan.host)} of host memory"
-    return (
-        f"The fastest that fits into {format_bytes(limit)}: {plan.setting} ({need}, {seconds:.1f} s a step)"
-        f"\n\n{command(plan, args, plan.prefetch)}"
-    )
+def _proposal(planner: Planner, blocks: list[int], limit: int, args: PlanArguments, machine: Machine) -> str:
+    where = "cpu" if args.optimizer_device == "cpu" else None
+    host = None if args.host_memory is None else size_in_bytes(args.host_memory, "host_memory")
+
+    def found(methods: list[Method]) -> Plan:
+        return search(planner, blocks, limit, machine, methods, args.stages, where, host)
+
+    def described(plan: Plan) -> str:
+        need = f"{format_bytes(plan.total)} on the device"
+        if plan.host:
+            need += f", {format_bytes(plan.host)} of host memory"
+        return f"{plan.setting}\n({need}; predicted: {report.speed(plan, machine)})"
+
+    best = found(_methods(args))
+    lines = [f"The fastest that fits into {format_bytes(limit)}: {described(best)}"]
+    for method in _methods(args):
+        if method != best.setting.method:
+            with suppress(ValueError):  # nothing fits
+                lines.append(f"Of {method} the fastest is {described(found([method]))}")
+    return "\n".join([*lines, "", command(best, args, best.prefetch)])
 
 
 def _calibrated(planner: Planner, setting: Setting) -> str:
-    """Return the predicted beside the measured bytes, on this machine's device.
+    """Return predicted beside measured bytes and time, on this machine's device.
 
     Raises:
         ValueError: this machine has not enough memory.
@@ -247,24 +316,31 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
     from lopt.trainers.config import LoPTSFTConfig
 
     plan, have = planner.plan(setting), free_memory(torch.device(planner.run.device))
-    if plan.total > have:
+    if (need := plan.total + rates_bytes(planner.run, planner.sizes)) > have:
         raise ValueError(
-            f"`calibrate` would run {setting} on this machine, which needs {format_bytes(plan.total)} of "
+            f"`calibrate` would run {setting} on this machine, which needs {format_bytes(need)} of "
             f"{format_bytes(have)}: use a smaller model, `per_device_train_batch_size` or `max_length`"
         )
-    measured = calibrate(planner.run, setting, LoPTSFTTrainer, LoPTSFTConfig)
-    lines = [f"{setting}, two real steps on this machine's {planner.run.device}:"]
-    peak = plan.peak
-    if isinstance(measured, MemoryPeak):
+    found = measured(planner.run, setting, LoPTSFTTrainer, LoPTSFTConfig, TIMED)
+    machine, peak, bytes_ = typical(found.machines), plan.peak, found.peak
+    lines = [f"{setting} on this machine's {planner.run.device}, {TIMED} steps between measurements of it:"]
+    lines += [*report.rates(found.product, machine), "memory:"]
+    if isinstance(bytes_, MemoryPeak):
         activations = peak.activations + peak.head_and_loss + peak.stash
-        lines.append(_compared("weights", peak.weights, measured.parameters))
-        lines.append(_compared("gradients", peak.gradients, measured.gradients))
-        lines.append(_compared("optimizer", peak.optimizer, measured.optimizer))
-        lines.append(_compared("activations", activations, measured.activations))
-        measured = measured.total
-    return "\n".join([*lines, _compared("total", plan.total, measured)])
+        lines.append(_compared("weights", peak.weights, bytes_.parameters))
+        lines.append(_compared("gradients", peak.gradients, bytes_.gradients))
+        lines.append(_compared("optimizer", peak.optimizer, bytes_.optimizer))
+        lines.append(_compared("activations", activations, bytes_.activations))
+        bytes_ = bytes_.total
+    lines += [_compared("total", plan.total, bytes_), "time:"]
+    around = [plan.time(machine).seconds for machine in found.machines]
+    predicted = [(before + after) / 2 for before, after in pairwise(around)]
+    off = median(one / real - 1 for one, real in zip(predicted, found.seconds, strict=True))
+    seconds = f"predicted {median(predicted):>8.3g} s, measured {median(found.seconds):>8.3g} s"
+    lines.append(f"  {'a step':12} {seconds} ({off:+.1%}, the median of {len(predicted)})")
+    return "\n".join([*lines, f"To plan with these rates: {report.flags_of(machine)}"])
 
 
-def _compared(name: str, predicted: int, measured: int) -> str:
-    off = f" ({predicted / measured - 1:+.1%})" if measured else ""
-    return f"  {name:12} predicted {format_bytes(predicted):>10}, measured {format_bytes(measured):>10}{off}"
+def _compared(name: str, predicted: int, real: int) -> str:
+    off = f" ({predicted / real - 1:+.1%})" if real else ""
+    return f"  {name:12} predicted {format_bytes(predicted):>10}, measured {format_bytes(real):>10}{off}"

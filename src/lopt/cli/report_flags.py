@@ -12,6 +12,7 @@ OPTIMIZERS = (
     "adamw_torch_fused, adamw_torch, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_torch_8bit, "
     "adamw_torch_4bit, lion_32bit, lion_8bit"
 )
+DEVICES = "rtx3090, rtx4090, rtx5090, l40s, a100-40, a100-80, h100, h200"
 BENCHMARKS = "mmlu, ifeval, arc_challenge, gsm8k, hellaswag, truthfulqa_mc, truthfulqa_gen, winogrande"
 
 
@@ -140,6 +141,7 @@ class PlanArguments:
         "Memory": "param_dtype",
         "Method": "num_blocks",
         "Batch": "per_device_train_batch_size",
+        "Machine": "device_name",
         "Search": "fit",
         "Output": "json",
         "Check on this machine": "calibrate",
@@ -147,21 +149,23 @@ class PlanArguments:
 
     model_name_or_path: str | None = flag(
         None,
-        "A folder, a config.json, a hub id or, without any network: qwen3-4b, qwen2.5-7b, qwen2.5-32b, "
-        "llama3.1-8b, gemma3-270m.",
+        "A folder, a config.json, a hub id or, without any network: qwen3-4b, qwen3-8b, qwen3-14b, "
+        "qwen3-32b, qwen2.5-7b, qwen2.5-32b, llama3.1-8b, gemma3-270m.",
     )
     model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
     param_dtype: str = flag("float32", "Dtype of the weights: float32 or bfloat16.", aliases=["--dtype"])
     state_dtype: str = flag("float32", "Dtype of the optimizer's state: float32 or bfloat16.")
-    master_weights: bool = flag(False, "Float32 masters of bfloat16 weights in the optimizer's state.")
+    master_weights: bool | None = flag(
+        None, "Float32 masters of bfloat16 weights in the optimizer's state. Default: where the host steps."
+    )
     prefetch_gib: float = flag(
         2.0, "With --offload: GiB on the device for what is being copied; --fit chooses its own."
     )
     bf16: bool | None = flag(None, "Mixed precision in bfloat16. Default: on, off with --use_cpu.")
     use_cpu: bool = flag(False, "Plan for a CPU instead of a GPU.")
     method: list[str] = flag(
-        ["lopt"], "What is planned beside eager e2e, and what --fit chooses among: lopt, e2e, frozen."
+        ["lopt"], "What is planned beside eager e2e, and what --fit chooses among: lopt, e2e, frozen, lora."
     )
     num_blocks: list[int] | None = flag(
         None, "k, one or more. Default: those of 2, 4, 8 that the layers allow."
@@ -169,6 +173,9 @@ class PlanArguments:
     stages: list[int] | None = flag(
         None,
         "With block-major: stages of the model, one or more. Default: one per block; --fit tries several.",
+    )
+    stage_layers: list[int] | None = flag(
+        None, "Instead of --stages: the largest number of layers of a stage, one or more."
     )
     optimizer_device: Literal["auto", "cpu"] = flag(
         "auto", "cpu plans --offload block with steps in host memory; --fit tries both unless it is given."
@@ -179,17 +186,48 @@ class PlanArguments:
         "recon", "What the other earlier blocks learn: recon or next_token."
     )
     local_every: int = flag(1, "Earlier blocks learn on every N-th step.")
+    tied_embeddings: Literal["untie", "freeze"] = flag(
+        "untie", "An embedding shared with the LM head: untie trains two copies, freeze none."
+    )
+    lora_r: int = flag(16, "Rank of the adapters of --method lora.")
+    lora_alpha: int = flag(32, "Scale of the adapters of --method lora.")
+    lora_target_modules: list[str] | None = flag(
+        None, "Modules that get an adapter. Default: every linear layer but the head."
+    )
     per_device_train_batch_size: int = flag(4, "Rows in a micro-batch.")
     gradient_accumulation_steps: int = flag(8, "Micro-batches per step.")
     max_length: int = flag(1024, "Tokens in a row.")
     optim: str = flag("adamw_torch_fused", f"The optimizer: {OPTIMIZERS}.")
-    fit: str | None = flag(None, "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB.")
-    bandwidth: float = flag(25.0, "GB/s from host to GPU and the same back; decides what --offload costs.")
-    tflops: float = flag(100.0, "TFLOP/s that the GPU reaches in training.")
+    device_name: str | None = flag(
+        None, f"The GPU, which decides about time: {DEVICES}. Default: much like an rtx4090."
+    )
+    tflops: list[float] | None = flag(
+        None,
+        "TFLOP/s that the device reaches in training: one number, or those of layers with a graph, of layers "
+        "without one and of the LM head, as --calibrate prints them. Default: 0.6 of the GPU's peak.",
+    )
+    bandwidth: list[float] | None = flag(
+        None,
+        "GB/s from host memory to the GPU: one number, or two if the way back differs. Default: 0.8 of the "
+        "GPU's PCIe.",
+    )
+    host_gbps: float | None = flag(
+        None, "GB/s at which steps in host memory read and write weights, gradients and state. Default: 40."
+    )
+    fit: str | None = flag(
+        None,
+        "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB; device: that of "
+        "--device_name.",
+    )
+    host_memory: str | None = flag(
+        None, "With --fit: host memory that offloading may take, such as 64GiB. Default: any."
+    )
     json: str | None = flag(None, "Write the plan to this file as JSON.")
     svg: str | None = flag(None, "Write the bars to this file as SVG.")
     calibrate: bool = flag(
-        False, "Run two steps of LoPT with the first k on this machine and compare with the plan."
+        False,
+        "Measure this machine's rates, run a few steps of the first method and k here, and compare memory "
+        "and time with the plan.",
     )
     schedule: Literal["eager", "block_major"] = flag("eager", "What --calibrate runs: eager or block_major.")
     offload: Literal["none", "optimizer", "block"] = flag(

@@ -10,6 +10,7 @@ from lopt.data.columns import needed_columns
 from lopt.data.files import Choose
 from lopt.data.formats import format_rows
 from lopt.data.load import check_held_out, load_rows, split_held_out
+from lopt.data.preferences import preference_columns, preference_rows
 from lopt.data.procedural import TASKS
 from lopt.data.question_tasks import QUESTION_TASKS
 from lopt.data.questions import procedural_rows, question_rows
@@ -24,7 +25,7 @@ PROBLEMS = 5_000
 
 
 class SFTRows(NamedTuple):
-    """Formatted rows, not yet tokenized.
+    """Formatted rows, or pairs of DPO, not yet tokenized.
 
     `read` is the number of rows that were read before empty ones were dropped; None for a stream.
     """
@@ -61,6 +62,16 @@ def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
         raise ValueError(
             "`completion_only_loss` needs prompts with a completion, and these rows have none: leave it out"
         )
+    train, held_out = split_held_out(rows, data_args.held_out, args.seed)
+    return SFTRows(train, held_out, tokenizer, read)
+
+
+def dpo_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
+    """Return pairs and tokenizer of a DPO run."""
+    rows = _read_rows(data_args, args.seed, preference_columns)
+    read = None if data_args.streaming else len(rows)
+    tokenizer = _tokenizer(model_args, args)
+    rows = preference_rows(rows, tokenizer)
     train, held_out = split_held_out(rows, data_args.held_out, args.seed)
     return SFTRows(train, held_out, tokenizer, read)
 

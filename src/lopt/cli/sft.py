@@ -14,7 +14,7 @@ from lopt.cli.rows import check_rows, sft_rows
 from lopt.cli.training import prepare, run
 from lopt.reliability.stop import obeying
 from lopt.trainers import LoPTSFTTrainer
-from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.config import LoPTDPOConfig, LoPTSFTConfig
 from lopt.validation import check_number
 
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, record, retention)
 
 
-def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig) -> None:
+def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig | LoPTDPOConfig) -> None:
     """Check what model and data flags say together, and carry it over into `args`.
 
     Raises:
@@ -39,7 +39,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTCon
     """
     check_model(model_args)
     if data_args.max_seq_length is not None:
-        if args.max_length not in (LoPTSFTConfig.max_length, data_args.max_seq_length):
+        if args.max_length not in (type(args).max_length, data_args.max_seq_length):
             raise ValueError(
                 f"--max_seq_length {data_args.max_seq_length} and --max_length {args.max_length} are two "
                 "names of one length: give one of them"

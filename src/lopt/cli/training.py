@@ -72,6 +72,15 @@ def load(model_args: ModelArguments, args: Any) -> PreTrainedModel:
     )
 
 
+def load_reference_alike(args: Any, model_args: ModelArguments) -> None:
+    """Have TRL load the reference model, if there is one, as the policy was loaded."""
+    found: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": args.trust_remote_code}
+    if model_args.model_revision is not None:
+        found["revision"] = model_args.model_revision
+    given: Any = args.model_init_kwargs or {}  # a dict by now: TRL's config has parsed it
+    args.model_init_kwargs = {**given, **found}
+
+
 def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
     """Load the model and print how it is cut."""
     model = load(model_args, args)

@@ -8,6 +8,7 @@ through a buffer of rows that are drawn from at random with the seed, always in 
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 from datasets import Dataset, IterableDataset
@@ -69,6 +70,8 @@ def load_rows(
         name, config, source = str(dataset_name), dataset_config, "`dataset_name`"
         if preset is not None:
             name, config, source = preset.hub_id, preset.config, f"`dataset_preset` {preset.name}"
+        if preset is not None:
+            dataset_split = re.sub(r"^train(?=\[|$)", preset.split, dataset_split)
         rows = load_hub(name, config, dataset_split, dataset_revision, streaming=streaming, source=source)
     if preset is not None:
         if train_file is None:

@@ -20,14 +20,15 @@ class Preset:
         config: Its configuration there, where it has several.
         split: The split to train on.
         columns: The columns that are used; a local copy must have them, whatever else it holds.
-        use: What it is meant for. Rows for "grpo" have an answer that can be checked, and serve "sft" too.
+        use: What it is meant for. Rows for "dpo" are pairs of answers. Those for "grpo" have an answer that
+            can be checked, and serve "sft" too.
         licence: Its licence, in a few words.
     """
 
     name: str
     hub_id: str
     columns: tuple[str, ...]
-    use: Literal["sft", "grpo"]
+    use: Literal["sft", "dpo", "grpo"]
     licence: str
     config: str | None = None
     split: str = "train"
@@ -52,6 +53,21 @@ PRESETS = {
             "allenai/tulu-3-sft-mixture",
             ("messages",),
             "sft",
+            "ODC-BY 1.0 (parts are under other licences, some of them non-commercial)",
+        ),
+        Preset(
+            "ultrafeedback",
+            "HuggingFaceH4/ultrafeedback_binarized",
+            ("chosen", "rejected"),  # each with the prompt
+            "dpo",
+            "MIT",
+            split="train_prefs",
+        ),
+        Preset(
+            "tulu3_preferences",
+            "allenai/llama-3.1-tulu-3-8b-preference-mixture",
+            ("chosen", "rejected"),
+            "dpo",
             "ODC-BY 1.0 (parts are under other licences, some of them non-commercial)",
         ),
         Preset("gsm8k", "openai/gsm8k", ("question", "answer"), "grpo", "MIT", config="main"),

@@ -9,6 +9,9 @@ from lopt.models.packaged import PACKAGED_MODEL, packaged_model
 
 ALIASES = {
     "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-14b": "Qwen/Qwen3-14B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
     "qwen2.5-32b": "Qwen/Qwen2.5-32B-Instruct",
     "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",

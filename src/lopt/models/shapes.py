@@ -19,6 +19,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
         tie_word_embeddings=True,
     ),
+    "qwen3-8b": dict(
+        model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+        tie_word_embeddings=False,
+    ),
+    "qwen3-14b": dict(
+        model_type="qwen3", hidden_size=5120, intermediate_size=17408, num_hidden_layers=40,
+        num_attention_heads=40, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+        tie_word_embeddings=False,
+    ),
+    "qwen3-32b": dict(
+        model_type="qwen3", hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+        tie_word_embeddings=False,
+    ),
     "qwen2.5-7b": dict(
         model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
         num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,

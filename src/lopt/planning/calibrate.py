@@ -1,9 +1,14 @@
-"""Measure two real optimizer steps with random weights on random tokens, to compare a plan with."""
+"""Measure real optimizer steps with random weights on random tokens, to compare a plan with."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,36 +17,67 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from lopt.core.config import LoPTConfig
-from lopt.instruments.memory import MemoryPeak, MemoryTracker
+from lopt.instruments.memory import MemoryPeak, MemoryTracker, unwrap_optimizer
 from lopt.models.load import empty_model
+from lopt.planning.devices import Machine
+from lopt.planning.rates import Rates
 from lopt.planning.run import Run, Setting
+
+
+@dataclass
+class Measured:
+    """What the steps of one setting have taken.
+
+    Attributes:
+        peak: of the second step. On a CPU live tensor bytes by category, on a GPU what its allocator had
+            given out.
+        seconds: of each timed step after it.
+        machines: this machine before each of them and after the last.
+        product: TFLOP/s of a plain matrix product.
+    """
+
+    peak: MemoryPeak | int
+    seconds: list[float]
+    machines: list[Machine]
+    product: float = 0.0
 
 
 def calibrate(
     run: Run, setting: Setting, trainer_type: Callable[..., Any], settings_type: Callable[..., Any]
 ) -> MemoryPeak | int:
-    """Measure the peak of the second optimizer step on the device of this machine.
+    """Measure the peak of the second optimizer step on the device of this machine; see `measured`."""
+    return measured(run, setting, trainer_type, settings_type).peak
+
+
+def measured(
+    run: Run,
+    setting: Setting,
+    trainer_type: Callable[..., Any],
+    settings_type: Callable[..., Any],
+    timed: int = 0,
+) -> Measured:
+    """Run real optimizer steps on the device of this machine: two, and as many more as are `timed`.
 
     Args:
         run, setting: what was planned.
         trainer_type: `lopt.LoPTSFTTrainer`.
         settings_type: makes that trainer's `args`, as `LoPTSFTConfig` does.
-
-    Returns:
-        On a CPU live tensor bytes by category, on a GPU what its allocator had given out.
     """
+    steps = 2 + timed * (1 + (setting.optimizer_device == "cpu"))
     torch.manual_seed(0)
     model = empty_model(run.config, dtype=run.dtype, attn_implementation="sdpa")
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_type(
             model,
-            args=settings_type(output_dir=folder, **_settings(run, setting)),
-            train_dataset=_rows(run, model.get_input_embeddings().num_embeddings),
+            args=settings_type(output_dir=folder, max_steps=steps, **_settings(run, setting)),
+            train_dataset=_rows(run, steps, model.get_input_embeddings().num_embeddings),
             processing_class=_tokenizer(),
+            peft_config=copy.deepcopy(run.adapters) if setting.method == "lora" else None,
             lopt_config=LoPTConfig(
                 method=setting.method,
                 num_blocks=setting.num_blocks,
                 frozen_blocks=run.frozen_blocks,
+                tied_embeddings=run.tied_embeddings,
                 aux_loss=run.aux_loss,
                 schedule=setting.schedule,
                 stages=setting.stages,
@@ -53,11 +89,13 @@ def calibrate(
                 head_warmup_steps=0,
             ),
         )
-        second_step = _SecondStep(trainer)
-        trainer.add_callback(second_step)
+        memory, clock = _SecondStep(trainer), _Clock(trainer, run, setting)
+        trainer.add_callback(memory)
+        trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return second_step.peak
+    product = 0.0 if clock.rates is None else clock.rates.product()
+    return Measured(memory.peak, clock.seconds, clock.machines, product)
 
 
 def _settings(run: Run, setting: Setting) -> dict[str, Any]:
@@ -65,7 +103,6 @@ def _settings(run: Run, setting: Setting) -> dict[str, Any]:
         per_device_train_batch_size=run.batch,
         gradient_accumulation_steps=run.accumulation,
         max_length=run.tokens,
-        max_steps=2,
         gradient_checkpointing=setting.checkpointing,
         bf16=run.autocast,
         max_grad_norm=1.0 if run.clips else 0.0,
@@ -81,9 +118,9 @@ def _settings(run: Run, setting: Setting) -> dict[str, Any]:
     )
 
 
-def _rows(run: Run, vocabulary: int) -> Dataset:
+def _rows(run: Run, steps: int, vocabulary: int) -> Dataset:
     """Random rows of T tokens; the last of every micro-batch of several rows is a token shorter."""
-    count = 2 * run.batch * run.accumulation
+    count = steps * run.batch * run.accumulation
     ids = torch.randint(2, vocabulary, (count, run.tokens)).tolist()
     for row in ids[run.batch - 1 :: run.batch] if run.batch > 1 else ():
         row.pop()
@@ -120,3 +157,44 @@ class _SecondStep(TrainerCallback):
             self.peak, self._tracker = self._tracker.peak, None
         elif args.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated()
+
+
+class _Clock(TrainerCallback):
+    """Times steps after the second, and measures the machine before each of them and after the last.
+
+    While rates are measured, steps in host memory end; so a step that nobody times comes first, after which
+    they are on their way again.
+    """
+
+    def __init__(self, trainer: Any, run: Run, setting: Setting) -> None:
+        self.seconds: list[float] = []
+        self.machines: list[Machine] = []
+        self.rates: Rates | None = None
+        self._trainer, self._run, self._setting = trainer, run, setting
+        self._untimed = int(setting.optimizer_device == "cpu")
+        self._began = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        number = (state.global_step - 2) % (1 + self._untimed)
+        if state.global_step > 2 and number == 0:
+            _synchronize(args.device)
+            self.seconds.append(time.perf_counter() - self._began)
+        if state.global_step >= 2 and number == 0 and state.max_steps > 2:
+            self._trainer.synchronize_weights()
+            if self.rates is None:
+                inner = unwrap_optimizer(self._trainer.optimizer)
+                kind: Any = type(inner)
+                known = inspect.signature(kind).parameters
+                settings = {name: value for name, value in inner.defaults.items() if name in known}
+                make = partial(kind, **settings)
+                masters = self._trainer.lopt.config.keeps_masters(self._run.masters)
+                run = replace(self._run, masters=masters)
+                self.rates = Rates(run, self._setting.checkpointing, make, args.device)
+            self.machines.append(self.rates.sample())
+        _synchronize(args.device)
+        self._began = time.perf_counter()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

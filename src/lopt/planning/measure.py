@@ -35,6 +35,7 @@ from lopt.losses import next_token
 from lopt.losses.lm_head import lean_fused_head
 from lopt.losses.next_token import NextToken
 from lopt.models.load import empty_model
+from lopt.planning.adapters import adapted
 from lopt.planning.run import Run
 from lopt.planning.sizes import Method
 
@@ -43,6 +44,7 @@ MEASURED: dict[Method, dict[str, int]] = {
     "e2e": {"whole": 2},
     "lopt": {"first": 1, "middle": 2, "last": 2},
     "frozen": {"first": 1, "last": 2},
+    "lora": {"whole": 2},
 }
 
 MOST_TOKENS = 2**18
@@ -84,13 +86,14 @@ class Parts:
     layers: dict[str, int] = field(default_factory=dict)
 
 
-def measure(run: Run, method: Method, checkpointing: bool) -> Parts:
+def measure(run: Run, method: Method, checkpointing: bool, adapters: Any = None) -> Parts:
     """Run two micro-batches of a small model of the real width.
 
     Args:
         run: its model, batch, number formats, device, and for lopt `frozen_blocks` and `aux_loss`.
         method: how the small model is cut.
         checkpointing: non-reentrant activation checkpointing of every layer.
+        adapters: the `peft.LoraConfig` of what alone is trained, where the method does.
 
     Raises:
         ValueError: the model does not run on fake tensors, for example because it asks for values; a
@@ -104,19 +107,16 @@ def measure(run: Run, method: Method, checkpointing: bool) -> Parts:
         )
     parts = Parts(layers=MEASURED[method])
     *starts, depth = accumulate(parts.layers.values())
-    cut = LoPTConfig(method=method, block_boundaries=starts or None)
+    cut = LoPTConfig(method=method, block_boundaries=starts or None, tied_embeddings=run.tied_embeddings)
     if method == "lopt":
         cut = cut.replace(aux_loss=run.aux_loss, frozen_blocks=min(run.frozen_blocks, 1))
     try:
         with _fake_run(run):
-            model = empty_model(
-                _shortened(run.config, depth), dtype=run.dtype, attn_implementation="sdpa"
-            ).train()
-            check_positions(model, run.tokens, "set `max_length` to {limit} or less")
-            add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
-            if checkpointing:
-                compat.checkpoint_activations(model)
-            recorder = _Recorder(model, cut, run)
+            model = short_model(run, depth, checkpointing)
+            # PEFT moves adapters to where the model is, which fake tensors already are, and not all can move.
+            with compat.replaced(nn.Module, to=lambda module, *_, **__: module):
+                whole = model if adapters is None else adapted(model, adapters, checkpointing)
+            recorder = _Recorder(whole, cut, run)
             for segments in (parts.fresh, parts.again):
                 recorder.micro_batch(segments)
                 _complete(segments, cut)
@@ -127,6 +127,17 @@ def measure(run: Run, method: Method, checkpointing: bool) -> Parts:
             f"a {run.config.model_type} model cannot be planned, it does not run on fake tensors: {reason}"
         ) from error
     return parts
+
+
+def short_model(run: Run, layers: int, checkpointing: bool) -> Any:
+    """Return the run's model with so many layers, as a trainer would have it."""
+    config = _shortened(run.config, layers)
+    model = empty_model(config, dtype=run.dtype, attn_implementation="sdpa").train()
+    check_positions(model, run.tokens, "set `max_length` to {limit} or less")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's SFTTrainer
+    if checkpointing:
+        compat.checkpoint_activations(model)
+    return model
 
 
 def _complete(segments: dict[tuple[str, str], Segment], cut: LoPTConfig) -> None:
@@ -203,7 +214,8 @@ class _Recorder:
         if not self.run.autocast or self.run.dtype != torch.float32:
             return 0
         linear = [m for m in self.blocks.layers[-1].modules() if isinstance(m, (nn.Linear, Conv1D))]
-        return 2 * sum(p.numel() for m in linear for p in m.parameters())
+        # A weight that is not trained is copied anew each time.
+        return 2 * sum(p.numel() for m in linear for p in m.parameters() if p.requires_grad)
 
     def micro_batch(self, segments: dict[tuple[str, str], Segment]) -> None:
         """Run forward and backward, and fill `segments`."""

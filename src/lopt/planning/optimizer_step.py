@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from lopt.engine.optimizer import PART_BYTES, split_into_parts
 from lopt.engine.rounding import ROUNDED_AT_ONCE
 from lopt.planning.run import Run
-from lopt.planning.sizes import BlockSizes, elements
+from lopt.planning.sizes import BlockSizes, elements, size_of
 
 # State tensors per parameter, bytes beside them (quantized state), and tensors that a step makes on a
 # GPU for a part's parameters at once.
@@ -28,39 +28,44 @@ OPTIMIZERS = {
 }
 
 
-def state_bytes(run: Run, weights: int, heads: int = 0) -> int:
-    """Return the bytes of optimizer state for so many elements of weights and of (float32) heads."""
-    tensors, extra, _ = OPTIMIZERS[run.optimizer]
-    each = tensors * run.state_dtype.itemsize + extra
-    return each * (weights + heads) + 4 * weights * (run.masters and run.dtype == torch.bfloat16)
-
-
-def state_of(run: Run, part: Sequence[Tensor]) -> int:
-    """Return the bytes of optimizer state for a part."""
-    heads = elements(t for t in part if t.dtype != run.dtype)
-    return state_bytes(run, elements(part) - heads, heads)
+def state_of(run: Run, tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of optimizer state for weights, heads and adapters."""
+    kinds, extra, _ = OPTIMIZERS[run.optimizer]
+    each = kinds * run.state_dtype.itemsize + extra
+    return sum(t.numel() * (each + 4 * (bool(run.masters) and t.dtype == torch.bfloat16)) for t in tensors)
 
 
 def temporary_bytes(run: Run, part: Sequence[Tensor]) -> int:
     """Return the bytes that stepping a part adds, beside its state and gradients in the weights' dtype."""
-    tensors, _, made = OPTIMIZERS[run.optimizer]
-    count = elements(part)
+    kinds, _, made = OPTIMIZERS[run.optimizer]
+    count, rounded = elements(part), [t.numel() for t in part if t.dtype == torch.bfloat16]
     total = 4 * made * count * (run.device == "cuda")  # there the step works on all of a part at once
     if run.state_dtype != torch.float32:
-        total += 4 * tensors * count
-    if any(t.dtype == torch.bfloat16 for t in part):
-        total += 4 * count * (1 if run.masters else 2)
-        total += 0 if run.masters else 4 * min(max(t.numel() for t in part), ROUNDED_AT_ONCE)
+        total += 4 * kinds * count
+    total += 4 * sum(rounded) * (1 if run.masters else 2)
+    total += 0 if run.masters else 4 * min(max(rounded, default=0), ROUNDED_AT_ONCE)
     return total
+
+
+def traffic_of(run: Run, part: Sequence[Tensor]) -> tuple[int, int]:
+    """Return what stepping a part takes, wherever it is stepped.
+
+    Returns:
+        Bytes that are read (weights, gradients, state) and written (weights, state), and how many numbers are
+        rounded stochastically.
+    """
+    weights, narrow = size_of(part), elements(t for t in part if t.dtype == torch.bfloat16)
+    rounded = 0 if run.masters else narrow
+    rounded += OPTIMIZERS[run.optimizer][0] * elements(part) * (run.state_dtype == torch.bfloat16)
+    return 3 * weights + 2 * state_of(run, part), rounded
 
 
 def parts_of(block: BlockSizes, part_bytes: int = PART_BYTES) -> Sequence[Sequence[Tensor]]:
     """Return what of a block is stepped together, in order; nothing of one that does not learn."""
-    if not block.learns:
-        return []
+    heads = {id(t) for t in block.head}
     groups = [
-        {"params": [t for t in tensors if (t.ndim >= 2) == matrices]}
-        for tensors in (block.tensors, block.head)
+        {"params": [t for t in block.trained if (id(t) in heads) == head and (t.ndim >= 2) == matrices]}
+        for head in (False, True)
         for matrices in (True, False)
     ]
     return split_into_parts(groups, part_bytes, lambda tensor: 0)

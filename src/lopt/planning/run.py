@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
@@ -33,7 +33,7 @@ class Setting:
     optimizer_device: Literal["auto", "cpu"] = "auto"
 
     def __str__(self) -> str:
-        words = ["e2e" if self.method == "e2e" else f"k={self.num_blocks}"]
+        words = [f"k={self.num_blocks}" if self.method in ("lopt", "frozen") else self.method]
         if self.method == "frozen":
             words.append("frozen")
         if self.schedule == "block_major":
@@ -53,10 +53,13 @@ class Run:
         accumulation: micro-batches per optimizer step.
         dtype: of the weights. autocast: whether forwards run under bfloat16 autocast.
         optimizer: a name of `lopt.planning.optimizer_step.OPTIMIZERS`.
-        state_dtype: of the optimizer's state. masters: whether bfloat16 weights have float32 masters.
+        state_dtype: of the optimizer's state. masters: whether bfloat16 weights have float32 masters;
+            None: as `Residency.keeps_masters` says.
         local_every: earlier blocks learn in every N-th step.
         frozen_blocks: how many blocks of lopt, from the first on, do not learn.
         aux_loss: what the other earlier blocks of lopt learn.
+        tied_embeddings: as in `LoPTConfig`.
+        adapters: the `peft.LoraConfig` of method lora.
         clips, clip: whether gradients are clipped, and by the norm of a block or of all ("global").
         prefetch: bytes of device memory for what offloading has on its way.
         device: "cuda" or "cpu".
@@ -70,10 +73,12 @@ class Run:
     autocast: bool = True
     optimizer: str = "adamw_torch_fused"
     state_dtype: torch.dtype = torch.float32
-    masters: bool = False
+    masters: bool | None = None
     local_every: int = 1
     frozen_blocks: int = 0
     aux_loss: Literal["recon", "next_token"] = "recon"
+    tied_embeddings: Literal["untie", "freeze"] = "untie"
+    adapters: Any = None
     clips: bool = True
     clip: Literal["block", "global"] = "block"
     prefetch: int = PREFETCH

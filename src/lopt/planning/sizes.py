@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from lopt.core.config import LoPTConfig
 from lopt.core.objective import ReconstructionHead
 from lopt.engine.stages import split_into_stages
 from lopt.models.load import empty_model
+from lopt.planning.adapters import adapted
 from lopt.tied_embeddings import shares_embeddings
-from lopt.validation import check
 
-Method = Literal["lopt", "frozen", "e2e"]
+Method = Literal["lopt", "frozen", "e2e", "lora"]
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,19 @@ class BlockSizes:
         return [*self.before, *chain(*self.layers), *self.after]
 
     @property
-    def weights(self) -> int:
-        """Elements of the block's part of the model."""
-        return elements(self.tensors)
+    def trained(self) -> list[Tensor]:
+        """What is trained, its head's included."""
+        return [t for t in (*self.tensors, *self.head) if t.requires_grad] if self.learns else []
 
     @property
-    def head_weights(self) -> int:
-        """Elements of its reconstruction head."""
-        return elements(self.head)
+    def nbytes(self) -> int:
+        """Bytes of all weights, its head's included."""
+        return size_of(self.tensors) + size_of(self.head)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients of its own parameters."""
+        return size_of(self.trained)
 
 
 @dataclass(frozen=True)
@@ -66,30 +71,31 @@ class StageSizes(BlockSizes):
         index: of the stage in the model, from 0.
         block: index of its block.
         opens, closes: whether it is the first and the last of its block.
+        reaches_back: whether an earlier stage of its block learns, which needs the gradient of its input.
         borrowed: an LM head that is the token embedding, and belongs to the first stage.
-        reaches_back: whether an earlier stage of its block learns.
     """
 
     index: int = 0
     block: int = 0
     opens: bool = True
     closes: bool = True
+    reaches_back: bool = False
     borrowed: list[Tensor] = field(default_factory=list)
 
     @property
-    def reaches_back(self) -> bool:
-        """Whether an earlier stage of its block learns, which needs the gradient of its input."""
-        return self.learns and not self.opens
+    def runs_back(self) -> bool:
+        """Whether the backward sweep of its block runs through it."""
+        return self.reaches_back or bool(self.trained)
 
     @property
-    def gradients(self) -> int:
-        """Bytes of the gradients of its own parameters."""
-        return sum(t.nbytes for t in (*self.tensors, *self.head)) if self.learns else 0
+    def left(self) -> int:
+        """Bytes of the gradients that it leaves for the first stage."""
+        return size_of(t for t in self.borrowed if t.requires_grad)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The weights of a model, on the meta device.
+    """The weights of a model, on the meta device; `requires_grad` says which are trained.
 
     Attributes:
         embedding: all that feeds the first layer.
@@ -108,11 +114,26 @@ class Sizes:
     buffers: int
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Sizes:
-        """Return the sizes of the model with this config, with weights of `dtype`."""
+    def of(
+        cls,
+        config: PreTrainedConfig,
+        dtype: torch.dtype = torch.float32,
+        adapters: Any = None,
+        freeze_tied: bool = False,
+    ) -> Sizes:
+        """Return the sizes of the model with this config, with weights of `dtype`.
+
+        Args:
+            adapters: the `peft.LoraConfig` of adapters, which alone are trained then.
+            freeze_tied: an embedding that is the LM head as well is not trained.
+        """
         with torch.device("meta"):
-            model = empty_model(config, dtype=dtype)
+            base = empty_model(config, dtype=dtype)
             head = ReconstructionHead(config.get_text_config().hidden_size)
+            model = base if adapters is None else adapted(base, adapters)
+        tied = shares_embeddings(base)
+        if tied and freeze_tied:
+            base.get_input_embeddings().requires_grad_(False)
         count = len(Blocks(model, LoPTConfig(method="e2e")).layers)
         blocks = Blocks(model, LoPTConfig(method="frozen", num_blocks=count))
         layers: list[list[Tensor]] = [list(layer.parameters()) for layer in blocks.layers]
@@ -123,22 +144,22 @@ class Sizes:
             embedding=[p for p in others[0] if id(p) not in beside],
             layers=layers,
             tail=list(others[-1]) if count > 1 else [],
-            tied=[model.get_output_embeddings().weight] if shares_embeddings(model) else [],
+            tied=[base.get_output_embeddings().weight] if tied else [],
             head=list(head.parameters()),
             buffers=sum(b.nbytes for b in (*model.buffers(), *beside.values())),
         )
 
-    def blocks(self, method: Method, num_blocks: int, frozen_blocks: int = 0) -> list[BlockSizes]:
-        """Return the blocks of a method; two blocks or more untie embedding and LM head.
+    def blocks(self, cut: LoPTConfig) -> list[BlockSizes]:
+        """Return the blocks of a method; two blocks or more untie a trained embedding and LM head.
 
         Raises:
-            ValueError: more blocks than layers, or all earlier blocks of lopt frozen.
+            ValueError: more blocks or stages than the model can be cut into, or no earlier block learns.
         """
-        cut = LoPTConfig(method=method, num_blocks=num_blocks, frozen_blocks=frozen_blocks)
         spans = split(len(self.layers), cut)
         last, blocks = len(spans) - 1, []
+        untied = self.tied if last and cut.tied_embeddings == "untie" else []
         for index, (start, stop) in enumerate(spans):
-            learns = index == last or (method != "frozen" and index >= frozen_blocks)
+            learns = index == last or (cut.is_local and index >= cut.frozen_blocks)
             between = "middle" if learns else "resting"
             place = "first" if index == 0 else "last" if index == last else between
             blocks.append(
@@ -147,32 +168,27 @@ class Sizes:
                     learns=learns,
                     before=self.embedding if index == 0 else [],
                     layers=self.layers[start:stop],
-                    after=self.tail + (self.tied if last else []) if index == last else [],
-                    head=self.head if method == "lopt" and learns and index < last else [],
+                    after=[*self.tail, *untied] if index == last else [],
+                    head=self.head if cut.is_local and learns and index < last else [],
                 )
             )
         return blocks
 
-    def stages(
-        self, blocks: list[BlockSizes], stages: int | None, stage_layers: int | None
-    ) -> list[StageSizes]:
-        """Return the stages of `blocks`, split as the engine does.
+    def stages(self, cut: LoPTConfig) -> list[StageSizes]:
+        """Return the stages of a method's blocks, split as the engine does.
 
         Raises:
-            ValueError: the model cannot be split into so many.
+            ValueError: of `blocks`.
         """
-        most = len(self.layers) + 2
-        rule = f"<= {most}, the layers, the embedding and the LM head"
-        check(stages is None or stages <= most, "stages", stages, rule)
-        tied = self.tied if len(blocks) == 1 else []
-        check(stages is None or stages >= len(blocks), "stages", stages, f">= {len(blocks)}, the blocks")
+        blocks = self.blocks(cut)
+        tied = self.tied if len(blocks) == 1 or cut.tied_embeddings == "freeze" else []
         layers = [(layer, block.learns) for block in blocks for layer in block.layers]
         ends = [(self.embedding, blocks[0].learns), ([*blocks[-1].after, *tied], blocks[-1].learns)]
         parts = [ends[0], *layers, ends[1]]
-        costs = [sum(t.nbytes for t in tensors) * (1 + learns) for tensors, learns in parts]
+        costs = [sum(t.nbytes * (1 + (learns and t.requires_grad)) for t in part) for part, learns in parts]
         stops = list(accumulate(len(block.layers) for block in blocks))
         found: list[StageSizes] = []
-        for block, spans in enumerate(split_into_stages(costs, stops, stages, stage_layers)):
+        for block, spans in enumerate(split_into_stages(costs, stops, cut.stages, cut.stage_layers)):
             for number, (first, end) in enumerate(spans):
                 opens, closes, whole = number == 0, number == len(spans) - 1, blocks[block]
                 top = end == len(parts)
@@ -188,6 +204,7 @@ class Sizes:
                         block=block,
                         opens=opens,
                         closes=closes,
+                        reaches_back=not opens and found[-1].runs_back,
                         borrowed=tied if top and first > 0 else [],
                     )
                 )
@@ -202,3 +219,8 @@ class Sizes:
 def elements(tensors: Iterable[Tensor]) -> int:
     """Return the number of elements of all tensors together."""
     return sum(tensor.numel() for tensor in tensors)
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of all tensors together."""
+    return sum(tensor.nbytes for tensor in tensors)

@@ -6,8 +6,8 @@ found by the engine's own `HostTransfer`, with tensors that have no memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,27 +15,13 @@ from torch import Tensor
 from lopt.engine.host_transfer import HostTransfer, TensorGroup
 from lopt.engine.optimizer import PART_BYTES, part_bytes_within
 from lopt.planning.measure import Parts, Segment
-from lopt.planning.optimizer_step import parts_of, state_of, temporary_bytes
+from lopt.planning.optimizer_step import parts_of, state_of, temporary_bytes, traffic_of
 from lopt.planning.run import Bytes, Run, Setting
-from lopt.planning.sizes import StageSizes
+from lopt.planning.sizes import StageSizes, size_of
+from lopt.planning.timeline import Turn, Update, Work, stored
 from lopt.planning.trace import Trace, casts, total
 
 Segments = dict[tuple[str, str], Segment]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What the device does for one stage at a time.
-
-    Attributes:
-        bytes_in: weights, state and gradients that come to the device.
-        stash_in: bytes of hidden states and their gradients that come to the device.
-        flops: that it computes.
-    """
-
-    bytes_in: float
-    stash_in: int
-    flops: float
 
 
 class StagedStep:
@@ -54,7 +40,8 @@ class StagedStep:
         stash: bytes of what waits between stages, at most.
         host_gradients: bytes of host memory for gradients.
         host_temporaries: bytes that a step in host memory adds.
-        turns: in order.
+        bytes_in, stash_in: bytes that come to the device: weights, state and gradients, and hidden states.
+        work: for `lopt.planning.timeline`.
     """
 
     def __init__(
@@ -69,19 +56,19 @@ class StagedStep:
         prefetch: int,
     ) -> None:
         self.run, self.setting, self.parts, self.forward, self.stages = run, setting, parts, forward, stages
-        self.peak, self.turns = Bytes(), list[Turn]()
-        self.stash = self.host_gradients = 0
+        self.peak = Bytes()
+        self.stash = self.host_gradients = self.bytes_in = self.stash_in = 0
         self._moves = setting.offload == "block"
         self._on_host = setting.optimizer_device == "cpu"
         self._resident = Bytes(
-            weights=buffers + sum(map(self._weight_bytes, stages)) * (not self._moves),
+            weights=buffers + sum(stage.nbytes for stage in stages) * (not self._moves),
             optimizer=state * (setting.offload == "none"),
         )
         self._transfer = HostTransfer(torch.device("meta"), prefetch)
         size = PART_BYTES if setting.offload == "none" or self._on_host else part_bytes_within(prefetch)
         self._parts = [parts_of(stage, size) for stage in stages]
         moving_state = setting.offload != "none" and not self._on_host
-        self._state = [[_stored(state_of(run, part)) for part in own if moving_state] for own in self._parts]
+        self._state = [[stored(state_of(run, part)) for part in own if moving_state] for own in self._parts]
         self._weights = [self._weight_groups(stage) for stage in stages]
         if stages[-1].borrowed:
             self._weights[-1] += self._weights[0][:1]
@@ -93,7 +80,8 @@ class StagedStep:
         self._waiting: dict[int, int] = {}  # bytes on the device of gradients that wait, by stage
         self._gradients_on_host: dict[int, int] = {}
         self._shared = 0  # bytes on the device of the gradient of a matrix that the first stage owns
-        self._bytes_in = 0.0
+        self._turns: list[Turn] = []
+        self._turn = Turn()  # that has begun
         for stage in stages:
             with_graph = stage.closes and stage.learns
             self._enter(stage, with_graph)
@@ -101,25 +89,24 @@ class StagedStep:
             if with_graph:
                 self._finish_block(stage)
         self._step_held()
+        updates = [updates_of(run, *both) for both in zip(self._parts, self._state, strict=True)]
+        self.work = Work(self._turns, self._weights, updates)
 
     # -- the engine's order ----------------------------------------------------------------------
 
     def _finish_block(self, last: StageSizes) -> None:
         self._stage_done(last)
         own = [stage for stage in self.stages if stage.block == last.block]
-        for stage in reversed(own[:-1]):
+        for stage in reversed([stage for stage in own[:-1] if stage.runs_back]):
             self._enter(stage, with_graph=True)
             self._pass(stage, with_graph=True)
             self._stage_done(stage)
 
     def _enter(self, stage: StageSizes, with_graph: bool) -> None:
-        if with_graph and not stage.opens:
-            after = stage.index - 1
-        elif with_graph:
-            after = 1 + max(s.index for s in self.stages if s.block == stage.block)
-        else:
-            after = stage.index + 1
-        following = self.stages[after] if after < len(self.stages) else None
+        own = [s for s in self.stages if s.block == stage.block]
+        earlier = [s for s in own if s.index < stage.index and s.runs_back] if with_graph else []
+        later = self.stages[(own[-1].index if with_graph else stage.index) + 1 :]
+        following = earlier[-1] if earlier else next(iter(later), None)
         self._turn_to(stage, with_graph and self._steps_at_once(stage), following)
 
     def _turn_to(self, stage: StageSizes, will_step: bool, following: StageSizes | None) -> None:
@@ -131,6 +118,8 @@ class StagedStep:
                 self._fetch(group)
         if will_step:
             self._transfer.prefetch(self._state[stage.index])
+        after = None if following is None else following.index
+        self._turn = Turn(stage.index, after, announced=will_step)
         if following is not None:
             self._transfer.prefetch(self._weights[following.index])
 
@@ -149,6 +138,8 @@ class StagedStep:
             self._gradients_on_host |= self._waiting
             if self._shared:
                 self._gradients_on_host[-1] = self._shared
+            borrows = bool(self._turns) and bool(self.stages[self._turns[-1].stage].borrowed)
+            self._note_leaving(sum(self._waiting.values()) + self._shared * borrows)
             self._waiting, self._shared = {}, 0
             self.host_gradients = sum(self._gradients_on_host.values())
 
@@ -156,7 +147,7 @@ class StagedStep:
         self._held.append(stage)
         self._waiting[stage.index] = stage.gradients
         if stage.borrowed:
-            self._shared = sum(t.nbytes for t in stage.borrowed)
+            self._shared = stage.left
         if self._steps_at_once(stage):
             self._step_held()
 
@@ -165,20 +156,29 @@ class StagedStep:
         for number, stage in enumerate(held):
             if self._on_host:
                 self._gradients_on_host[stage.index] = stage.gradients
-                self._waiting.pop(stage.index, None)
+                self._note_leaving(self._waiting.pop(stage.index, 0))
                 self._put_away()
+                last = self._turns[-1]
+                self._turns[-1] = replace(last, handed_over=(*last.handed_over, stage.index))
             else:
                 self._step(stage, held[number + 1] if number + 1 < len(held) else None)
         if held and self._on_host:
             self._leave()
+
+    def _note_leaving(self, gradients: int) -> None:
+        if gradients:
+            last = self._turns[-1]
+            self._turns[-1] = replace(last, gradients_out=last.gradients_out + gradients)
 
     # -- moments ---------------------------------------------------------------------------------
 
     def _pass(self, stage: StageSizes, with_graph: bool) -> None:
         """Run all micro-batches through a stage."""
         run, boundary = self.run, self.parts.boundary
-        if stage.index == 0 and with_graph and self.stages[-1].borrowed and self._moves:
+        if stage.index == 0 and with_graph and self.stages[-1].left and self._moves:
             self._shared = self._gradients_on_host.get(-1, 0)  # its gradient is on the device again
+            self._turn = replace(self._turn, gradients_in=self._shared)
+            self.bytes_in += self._shared
         fed = self._fed(stage, with_graph)
         stashed = self._stashed(stage, with_graph)
         self.stash = max(self.stash, boundary * max(stashed))
@@ -191,31 +191,51 @@ class StagedStep:
             trace.stash = boundary * (fed if self._moves else count)
             trace.activations = ids
             trace.run(segments[self.stages[0].place, "start"], "start")
-            trace.flops = 0.0
+            trace.flops = trace.head_flops = 0.0
             if with_graph:
                 self._run_with_graph(trace, segments, stage)
             else:
                 self._run_without_graph(trace, stage)
             if segments is self.parts.fresh:  # a shared matrix was measured with both of its gradients
-                trace.gradients += sum(t.nbytes for t in stage.borrowed)
+                trace.gradients += stage.left
         self._see(trace.peak)
-        flops = trace.flops
+        self._note_pass(stage, with_graph, trace, fed)
+
+    def _note_pass(self, stage: StageSizes, with_graph: bool, trace: Trace, fed: int) -> None:
+        """Note the operations and the traffic of all micro-batches in a stage."""
+        run, head = self.run, trace.head_flops
+        layers = trace.flops - head
         if run.local_every > 1 and self.setting.method == "lopt" and stage.place in ("first", "middle"):
             learning = 1 / run.local_every
             if with_graph:  # at other times it is a forward, or nothing
                 of_layer = self.parts.fresh[stage.place, "forward"].flops
                 rest = of_layer * len(stage.layers) * stage.closes
-                flops = learning * flops + (1 - learning) * rest
-        stash_in = run.accumulation * boundary * fed * self._moves
-        self.turns.append(Turn(self._bytes_in, stash_in, flops * run.accumulation))
-        self._bytes_in = 0.0
+                layers, head = learning * layers + (1 - learning) * rest, learning * head
+        if with_graph:
+            kept = stage.reaches_back + (stage.closes and stage.index + 1 < len(self.stages))
+        else:
+            kept = 1 + (stage.index == 0 and self._keeps_first_input(stage))
+        moved = run.accumulation * self.parts.boundary * self._moves
+        self.stash_in += moved * fed
+        turn = replace(
+            self._turn,
+            with_graph=with_graph,
+            flops=run.accumulation * layers,
+            head_flops=run.accumulation * head,
+            stash_in=moved * fed,
+            stash_out=moved * kept,
+        )
+        self._turns.append(turn)
 
     def _micro_batches(self, stage: StageSizes) -> tuple[Segments, Segments]:
         """Return the segments of a micro-batch that finds no gradients, and of one that does."""
         fresh, again = self.parts.fresh, self.parts.again
-        if stage.index == 0 and self.stages[-1].borrowed:  # where the head has left one for the embedding
+        if left := self.stages[-1].left * (stage.index == 0):
+            # Measured was the sum of this gradient and the head's, which has been added already.
             key = (stage.place, "embedding")
-            fresh = fresh | {key: again[key]}
+            found = again[key]
+            only = {key: replace(found, rise=found.rise - left, activations=found.activations + left)}
+            fresh, again = fresh | only, again | only
         return fresh, again
 
     def _run_with_graph(self, trace: Trace, segments: Segments, stage: StageSizes) -> None:
@@ -242,7 +262,10 @@ class StagedStep:
         if self._moves and not here:
             self._turn_to(stage, will_step=True, following=following)
             self._waiting[stage.index] = stage.gradients
-            self._bytes_in += stage.gradients
+            self.bytes_in += stage.gradients
+            self._turns.append(replace(self._turn, gradients_in=stage.gradients))
+        elif not here:
+            self._turns.append(Turn(stage.index))
         if stage.index == 0:
             self._shared = 0
         base, stash = self._base(stage), self._stash_left(stage) * (not self._moves)
@@ -270,11 +293,7 @@ class StagedStep:
             if self.setting.offload != "none":
                 self._transfer.release(group)
         self._waiting.pop(stage.index, None)
-        if here:  # its state has been on its way since micro-batches ran
-            self.turns[-1] = replace(self.turns[-1], bytes_in=self.turns[-1].bytes_in + self._bytes_in)
-        else:
-            self.turns.append(Turn(self._bytes_in, 0, 0.0))
-        self._bytes_in = 0.0
+        self._turns[-1] = replace(self._turns[-1], steps=True)
 
     def _see(self, moment: Bytes) -> None:
         self.peak = max(self.peak, moment, key=total)
@@ -282,7 +301,7 @@ class StagedStep:
     def _base(self, stage: StageSizes) -> Bytes:
         if not self._moves:
             return self._resident
-        weights = self._weight_bytes(stage) + sum(t.nbytes for t in stage.borrowed)
+        weights = stage.nbytes + size_of(stage.borrowed)
         return replace(self._resident, weights=self._resident.weights + weights)
 
     def _stashed(self, stage: StageSizes, with_graph: bool) -> tuple[int, int]:
@@ -326,27 +345,22 @@ class StagedStep:
 
     # -- what moves ------------------------------------------------------------------------------
 
-    def _weight_bytes(self, stage: StageSizes) -> int:
-        return sum(t.nbytes for t in (*stage.tensors, *stage.head))
-
     def _weight_groups(self, stage: StageSizes) -> list[TensorGroup]:
         if not self._moves:
             return []
-        sizes = [_bytes([*stage.before, *stage.after]), *map(_bytes, stage.layers), _bytes(stage.head)]
-        return [_stored(size) for size in sizes if size]
+        sizes = [size_of([*stage.before, *stage.after]), *map(size_of, stage.layers), size_of(stage.head)]
+        return [stored(size) for size in sizes if size]
 
     def _fetch(self, group: TensorGroup) -> None:
-        self._bytes_in += group.nbytes
+        self.bytes_in += group.nbytes
         self._transfer.fetch(group)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def _stored(nbytes: int) -> TensorGroup:
-    """Return a group of so many bytes that is in host memory."""
-    held = {0: torch.empty(nbytes, dtype=torch.uint8, device="meta")}
-    group = TensorGroup(lambda: dict(held), lambda tensors: None)
-    group.host = dict(held)
-    return group
+def updates_of(
+    run: Run, parts: Sequence[Sequence[Tensor]], states: Sequence[TensorGroup] = ()
+) -> list[Update]:
+    """Return what stepping some parts takes; `states` are of those whose state moves."""
+    return [
+        Update(*traffic_of(run, part), state=states[number] if states else None)
+        for number, part in enumerate(parts)
+    ]

@@ -11,13 +11,17 @@ from lopt.planning.sizes import BlockSizes, StageSizes
 
 @dataclass
 class Trace:
-    """Follows live bytes through segments; `peak` is their largest sum, by part."""
+    """Follows live bytes through segments; `peak` is their largest sum, by part.
+
+    `head_flops` is the part of `flops` that the LM head and losses take.
+    """
 
     base: Bytes
     stash: int = 0
     gradients: int = 0
     activations: int = 0
     flops: float = 0.0
+    head_flops: float = 0.0
     peak: Bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -34,6 +38,7 @@ class Trace:
         self.activations += segment.activations - freed
         self.gradients += segment.gradients
         self.flops += segment.flops
+        self.head_flops += segment.flops if top else 0.0
 
     def run_block(self, segments: dict[tuple[str, str], Segment], block: BlockSizes, casts: int) -> None:
         """Run one micro-batch through one block, forward and backward.
@@ -59,7 +64,7 @@ class Trace:
                 when the local backward ends.
         """
         rest = stage.place if stage.closes or stage.place == "whole" else "last"
-        count, first = len(stage.layers), stage.opens and bool(stage.layers)
+        count, first = len(stage.layers), bool(stage.layers) and not stage.reaches_back
         forward = [(stage.place, "forward0")] * first + [(rest, "forward")] * (count - first)
         backward = [(rest, "backward")] * (count - first) + [(stage.place, "backward0")] * first
         top = [(stage.place, "head"), (stage.place, "loss")] * stage.closes

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from lopt.core.config import LoPTConfig
 from lopt.instruments.memory import format_bytes, free_memory, used_memory
-from lopt.planning.plan import BANDWIDTH, RESERVE, TFLOPS, Plan, Planner
+from lopt.planning.devices import machine_of
+from lopt.planning.plan import RESERVE, Plan, Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.search import BLOCKS, search
 from lopt.reliability.ranks import processes_here
@@ -97,9 +98,10 @@ def _proposals(attempt: Attempt) -> list[str]:
     layers = len(planner.sizes.layers)
     least = attempt.lopt.frozen_blocks + 2
     blocks = sorted({k for k in (*BLOCKS, now.num_blocks) if least <= k <= layers})
+    machine = machine_of(on_gpu=attempt.device.type == "cuda")
     for method in dict.fromkeys((now.method, "lopt")):  # what learns the same, if it fits
         try:
-            best = search(planner, blocks, limit, TFLOPS, BANDWIDTH, (method,))
+            best = search(planner, blocks, limit, machine, (method,))
         except ValueError:  # nothing fits
             continue
         return [*found, _sentence(_changed(best, now), best)]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from lopt.planning.plan import HOST_BANDWIDTH, Plan
+from lopt.planning.devices import Machine
+from lopt.planning.plan import Plan
 from lopt.reports.plots import bar_plot, standalone
 
 GIB = 2**30
@@ -20,22 +23,74 @@ PARTS = {
 }
 
 
-def table(plans: Sequence[Plan], tflops: float, bandwidth: float) -> str:
-    """Return a row per plan: GiB by part, GiB of host and disk, FLOPs, copies and seconds of a step."""
-    heads = ["weight", "grads", "optim.", "activ.", "head", "stash", "total", "host", "disk"]
+def table(plans: Sequence[Plan]) -> str:
+    """Return a row per plan: GiB by part, and GiB of host and disk."""
+    heads = ["weight", "grads", "optim", "activ", "head", "stash", "total", "host", "disk"]
     names = _columns(plans)
-    lines = [" " * names + "".join(f"{head:>7}" for head in [*heads, "PFLOP", "bus GB", "s/step"])]
+    lines = [" " * names + "".join(f"{head:>7}" for head in heads)]
     for plan in plans:
         sizes = [*_parts(plan).values(), plan.total, plan.host, plan.checkpoint]
-        numbers = [f"{size / GIB:7.1f}" if size else f"{'-':>7}" for size in sizes]
-        numbers += [f"{plan.flops / 1e15:7.2f}", f"{plan.bus / 1e9:7.0f}" if plan.bus else f"{'-':>7}"]
-        lines.append(f"{plan.setting!s:{names}}{''.join(numbers)}{plan.seconds(tflops, bandwidth):7.1f}")
-    note = "(head: with the loss; stash: with transfers; disk: one checkpoint; bus: each way; "
-    note += f"s/step: at {tflops:g} TFLOP/s and {bandwidth:g} GB/s"
-    if any(plan.host_traffic for plan in plans):
-        note += f", host steps at {HOST_BANDWIDTH:g} GB/s of host memory"
-    note += ")"
-    return "\n".join([*lines, note, ""])
+        lines.append(f"{plan.setting!s:{names}}" + "".join(f"{_gib(size):>7}" for size in sizes))
+    return "\n".join([*lines, "(head: with the loss; stash: with transfers; disk: one checkpoint)", ""])
+
+
+def times(plans: Sequence[Plan], machine: Machine) -> str:
+    """Return a row per plan: operations, traffic, and the predicted time of a step."""
+    names = _columns(plans)
+    rates = "/".join(f"{rate:.3g}" for rate in dict.fromkeys(machine.tflops))
+    ways = "{:g} GB/s to the device and {:g} back".format(*machine.bandwidth)
+    where = f"{rates} TFLOP/s, {ways}, {machine.host_gbps:.3g} GB/s of host memory"
+    lines = [f"Predicted time of a step, at {where}:"]
+    heads = ["PFLOP", "bus GB", "s", "tokens/s", "copies", "host", "bound by"]
+    lines.append(" " * names + "".join(f"{head:>9}" for head in heads))
+    for plan in plans:
+        time = plan.time(machine)
+        cells = [f"{plan.flops / 1e15:.2f}", f"{plan.bus / 1e9:.0f}" if plan.bus else "-"]
+        cells += [f"{time.seconds:.{1 if time.seconds >= 10 else 2}f}", f"{plan.tokens / time.seconds:,.0f}"]
+        waits = (time.copies / time.seconds, time.host / time.seconds)
+        cells += [f"{wait:.0%}" if plan.bus else "-" for wait in waits]
+        lines.append(f"{plan.setting!s:{names}}" + "".join(f"{cell:>9}" for cell in [*cells, time.bound]))
+    notes = (
+        "(bus: to the device; copies, host: share of the time in which the device waits for them;",
+        "bound by host: steps in host memory take longer than the device's work; wait: they do not, but what",
+        "they step last is needed first)",
+    )
+    return "\n".join([*lines, *notes, ""])
+
+
+def speed(plan: Plan, machine: Machine) -> str:
+    """Return the predicted time of a step in words."""
+    time = plan.time(machine)
+    return f"{time.seconds:.3g} s a step, {plan.tokens / time.seconds:,.0f} tokens/s, bound by {time.bound}"
+
+
+def rates(product: float, machine: Machine) -> list[str]:
+    """Return the measured rates of a machine, one a line; `product` is that of a plain matrix product."""
+    names = ("layers with a graph", "layers without one", "LM head and loss", "a matrix product")
+    lines = [f"  {n:22}{r:8.3g} TFLOP/s" for n, r in zip(names, (*machine.tflops, product), strict=True)]
+    ways = dict(zip(("copies to the device", "copies from the device"), machine.bandwidth, strict=True))
+    for name, rate in (ways | {"steps in host memory": machine.host_gbps}).items():
+        lines.append(f"  {name:22}{rate:8.3g} GB/s")
+    return lines
+
+
+def flags_of(machine: Machine) -> str:
+    """Return the flags of `lopt plan` that describe a machine."""
+    tflops, ways = (" ".join(f"{rate:.3g}" for rate in pair) for pair in (machine.tflops, machine.bandwidth))
+    return f"--tflops {tflops} --bandwidth {ways} --host_gbps {machine.host_gbps:.3g}"
+
+
+def as_row(plan: Plan, machine: Machine) -> dict[str, Any]:
+    """Return a plan for JSON; all that is about time is under "predicted"."""
+    time = plan.time(machine)
+    row = {name: value for name, value in vars(plan).items() if name != "work"}
+    return row | {
+        "setting": asdict(plan.setting),
+        "peak": asdict(plan.peak),
+        "name": str(plan.setting),
+        "total": plan.total,
+        "predicted": asdict(time) | {"tokens_per_second": plan.tokens / time.seconds, "bound": time.bound},
+    }
 
 
 def bars(plans: Sequence[Plan], width: int = 64) -> str:
@@ -52,22 +107,18 @@ def bars(plans: Sequence[Plan], width: int = 64) -> str:
     return "\n".join(lines) + f"\n({legend})\n"
 
 
-def hiding(plans: Sequence[Plan], step_tokens: int, tflops: float, bandwidth: float) -> str:
-    """Return from how many tokens a step on offloading costs no time, whatever k is.
-
-    Args:
-        step_tokens: tokens per optimizer step of the plans.
-    """
-    where = f"at {bandwidth:g} GB/s and {tflops:g} TFLOP/s"
-    lines = [f"Copies hide behind compute, {where} (here: {step_tokens:,} tokens a step)"]
+def hiding(plans: Sequence[Plan], machine: Machine) -> str:
+    """Return from how many tokens a step on offloading costs no time, whatever k is; nothing without any."""
+    tokens = plans[0].tokens
+    lines = [f"Copies can hide behind compute (here: {tokens:,} tokens a step)"]
     for offload in ("optimizer", "block"):
         those = [plan for plan in plans if plan.setting.offload == offload]
         if not those:
             continue
-        tokens = max(plan.hidden_from(step_tokens, tflops, bandwidth) for plan in those)
-        how = "never" if tokens == float("inf") else f"from {tokens:,.0f} tokens a step on"
+        least = max(plan.hidden_from(machine) for plan in those)
+        how = "never" if least == float("inf") else f"from {least:,.0f} tokens a step on"
         lines.append(f"  --offload {offload:{NAMES - 12}}{how}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if len(lines) > 1 else ""
 
 
 def picture(plans: Sequence[Plan], title: str, x_label: str) -> str:
@@ -95,3 +146,7 @@ def _columns(plans: Sequence[Plan]) -> int:
 
 def _parts(plan: Plan) -> dict[str, int]:
     return {k: sum(getattr(plan.peak, name) for name in names) for k, (_, names) in PARTS.items()}
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.{0 if size >= 1000 * GIB else 1}f}" if size else "-"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import GenerationConfig
 from transformers.training_args import OptimizerNames
-from trl import GRPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from lopt.reliability.manifest import VERIFY
 from lopt.reliability.secrets import redacted
@@ -141,6 +141,11 @@ class LoPTSFTConfig(_Defaults, SFTConfig):
         default=False,
         metadata={"help": "Leave rows longer than max_length out instead of cutting them there."},
     )
+
+
+@dataclass
+class LoPTDPOConfig(_Defaults, DPOConfig):
+    """`trl.DPOConfig` with the defaults above."""
 
 
 @dataclass

@@ -10,7 +10,12 @@ from lopt.core.config import LoPTConfig
 from lopt.data.cells import kept_as_cells
 from lopt.data.rows import column_names
 from lopt.trainers.mixin import LoPTMixin
-from lopt.trainers.preferences import check_left, check_preference_numbers, check_preferences
+from lopt.trainers.preferences import (
+    check_left,
+    check_preference_method,
+    check_preference_numbers,
+    check_preferences,
+)
 from lopt.trainers.rows import say_what_is_lost
 
 
@@ -18,11 +23,8 @@ class LoPTDPOTrainer(LoPTMixin, DPOTrainer):
     """`trl.DPOTrainer` with one argument more, `lopt_config`."""
 
     def __init__(self, *args: Any, lopt_config: LoPTConfig | None = None, **kwargs: Any) -> None:
-        if lopt_config is not None and lopt_config.is_local and lopt_config.aux_loss == "next_token":
-            raise ValueError(
-                "`aux_loss` next_token would teach earlier blocks rejected answers as well: "
-                "use `aux_loss` recon"
-            )
+        if lopt_config is not None:
+            check_preference_method(lopt_config)
         for given in (*args, *kwargs.values()):
             if isinstance(given, DPOConfig):
                 check_preference_numbers(given)

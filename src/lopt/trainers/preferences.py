@@ -10,14 +10,19 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig
 
+from lopt.core.config import LoPTConfig
 from lopt.data.messages import read_messages
 from lopt.data.notes import Notes
 from lopt.data.rows import column_error, column_names
-from lopt.validation import LARGEST_COUNT, check_number
+from lopt.validation import LARGEST_COUNT, check_choice, check_number
 
 logger = logging.getLogger(__name__)
 
 _ANSWERS = ("chosen", "rejected")
+# What TRL compares with in the first step.
+_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+           "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")  # fmt: skip
+_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _LOOK_AHEAD = 1_000  # rows of a stream that are looked at
 
 
@@ -39,11 +44,26 @@ def check_preference_numbers(args: DPOConfig) -> None:
     check_number("num_train_epochs", args.num_train_epochs, maximum=LARGEST_COUNT)
     if not args.loss_type:
         raise ValueError("`loss_type` is empty: name a loss, such as sigmoid")
+    for loss in args.loss_type:
+        check_choice("loss_type", loss, _LOSSES)
+    check_choice("f_divergence_type", args.f_divergence_type, _DIVERGENCES)
     weights = args.loss_weights or ()
     for weight in weights:
         check_number("loss_weights", weight)
     if weights and not any(weights):
         raise ValueError("`loss_weights` are all 0, so that nothing would be learned: give one that is not")
+
+
+def check_preference_method(config: LoPTConfig) -> None:
+    """Refuse a local loss that would learn from rejected answers.
+
+    Raises:
+        ValueError: with the argument, and the one to give instead.
+    """
+    if config.is_local and config.aux_loss == "next_token":
+        raise ValueError(
+            "`aux_loss` next_token would teach earlier blocks rejected answers as well: use `aux_loss` recon"
+        )
 
 
 def check_preferences(rows: Any, name: str) -> None:
