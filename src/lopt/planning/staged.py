@@ -230,9 +230,12 @@ class StagedStep:
     def _micro_batches(self, stage: StageSizes) -> tuple[Segments, Segments]:
         """Return the segments of a micro-batch that finds no gradients, and of one that does."""
         fresh, again = self.parts.fresh, self.parts.again
-        if stage.index == 0 and self.stages[-1].left:  # where the head has left one for the embedding
+        if left := self.stages[-1].left * (stage.index == 0):
+            # Measured was the sum of this gradient and the head's, which has been added already.
             key = (stage.place, "embedding")
-            fresh = fresh | {key: again[key]}
+            found = again[key]
+            only = {key: replace(found, rise=found.rise - left, activations=found.activations + left)}
+            fresh, again = fresh | only, again | only
         return fresh, again
 
     def _run_with_graph(self, trace: Trace, segments: Segments, stage: StageSizes) -> None:
