@@ -62,3 +62,12 @@ class Residency:
             raise ValueError(
                 "`optimizer_device` cpu steps weights that are in host memory: add `offload` block"
             )
+
+    def keeps_masters(self, asked: bool | None) -> bool:
+        """Return whether weights in bfloat16 have float32 masters.
+
+        Args:
+            asked: What the user says; None: where the host steps, which rounds stochastically more slowly
+                than it steps, and has the memory.
+        """
+        return self.optimizer_device == "cpu" if asked is None else asked

@@ -24,9 +24,11 @@ SETTINGS: dict[str, Any] = dict(max_steps=2, disable_tqdm=True, report_to="none"
 
 @pytest.fixture
 def trainer(tiny_folder: Path, tmp_path: Path):
-    def make(config: LoPTConfig | None = None, peft: Any = None, **flags: Any) -> LoPTSFTTrainer:
+    def make(
+        config: LoPTConfig | None = None, peft: Any = None, dtype: Any = torch.float32, **flags: Any
+    ) -> LoPTSFTTrainer:
         return LoPTSFTTrainer(
-            tiny("llama", vocab_size=260),
+            tiny("llama", dtype, vocab_size=260),
             args=LoPTSFTConfig(
                 output_dir=str(tmp_path), max_steps=2, disable_tqdm=True, report_to="none", **flags
             ),
@@ -82,6 +84,16 @@ def test_adapters_keep_the_precision_that_was_asked_for(trainer) -> None:
     made.train()
     for state in made.bare_optimizer().state.values():
         assert state["exp_avg"].dtype == torch.bfloat16 and state[MASTER].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("place", "asked", "expected"), [("cpu", None, True), ("cpu", False, False), ("auto", None, False)]
+)
+def test_a_host_optimizer_keeps_masters_unless_told_not_to(trainer, place, asked, expected) -> None:
+    config = LoPTConfig(schedule="block_major", offload="block", optimizer_device=place, head_warmup_steps=1)
+    made = trainer(config, dtype=torch.bfloat16, master_weights=asked)
+    made.train()
+    assert any(MASTER in state for state in made.bare_optimizer().state.values()) == expected
 
 
 def test_too_little_host_memory_is_said_before_the_first_step(trainer, monkeypatch) -> None:

@@ -37,7 +37,8 @@ def block_major(
         make: Makes an optimizer out of such groups, for example `torch.optim.AdamW`.
         device: Where to compute; default: where the model is.
         max_norm: Norm to clip gradients to, by `clip` of the config; infinity clips nothing.
-        precision: How bfloat16 weights are stepped.
+        precision: How bfloat16 weights are stepped; default: by float32 masters where the host steps them,
+            and rounded stochastically elsewhere.
         threads: That a host optimizer computes with; 0 steps in the calling thread. Default: `step_threads`.
 
     Returns:
@@ -76,7 +77,7 @@ def staged_optimizer(
     optimizer = BlockOptimizer(
         groups,
         make,
-        precision=precision,
+        precision=precision or Precision(masters=lopt.config.keeps_masters(None)),
         transfer=None if offload is None or on_host else offload.transfer,
         stage_of=stages.owner,
         device=HOST if on_host else None,

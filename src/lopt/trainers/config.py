@@ -65,11 +65,12 @@ class _Defaults(TrainingArguments):
             "sgd, adafactor, ...) or a class of torch.optim (NAdam, RMSprop, ...)."
         },
     )
-    master_weights: bool = field(
-        default=False,
+    master_weights: bool | None = field(
+        default=None,
         metadata={
             "help": "With weights in bfloat16: keep float32 masters in the optimizer's state (4 bytes per "
-            "parameter) instead of rounding stochastically."
+            "parameter) instead of rounding stochastically. Default: with `optimizer_device` cpu, where "
+            "rounding takes longer than the step."
         },
     )
     state_dtype: str = field(

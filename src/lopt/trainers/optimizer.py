@@ -35,7 +35,7 @@ def block_optimizer(trainer: Any) -> Optimizer:
         return make([group for group in groups if not group["heads"]])
     precision = Precision(
         # TRL's own configs have neither field.
-        masters=getattr(args, "master_weights", False),
+        masters=trainer.lopt.config.keeps_masters(getattr(args, "master_weights", None)),
         state_dtype=getattr(torch, getattr(args, "state_dtype", "float32")),
         seed=args.seed,
     )
