@@ -38,10 +38,9 @@ def times(plans: Sequence[Plan], machine: Machine) -> str:
     """Return a row per plan: operations, traffic, and the predicted time of a step."""
     names = _columns(plans)
     rates = "/".join(f"{rate:.3g}" for rate in dict.fromkeys(machine.tflops))
-    where = f"{rates} TFLOP/s"
-    if machine.beside:
-        where += ", {} GB/s to the device and {} back".format(*(f"{way:g}" for way in machine.bandwidth))
-    lines = [f"Predicted time of a step, at {where}, {machine.host_gbps:.3g} GB/s of host memory:"]
+    ways = "{:g} GB/s to the device and {:g} back".format(*machine.bandwidth)
+    where = f"{rates} TFLOP/s, {ways}, {machine.host_gbps:.3g} GB/s of host memory"
+    lines = [f"Predicted time of a step, at {where}:"]
     heads = ["PFLOP", "bus GB", "s", "tokens/s", "copies", "host", "bound by"]
     lines.append(" " * names + "".join(f"{head:>9}" for head in heads))
     for plan in plans:
