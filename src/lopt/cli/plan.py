@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -42,12 +43,14 @@ ALWAYS = (
 )  # fmt: skip
 IF_CHANGED = (
     "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
-    "use_cpu", "gradient_checkpointing", "schedule", "stages", "offload", "optimizer_device", "clip",
+    "use_cpu", "gradient_checkpointing", "schedule", "stages", "stage_layers", "offload", "optimizer_device",
+    "clip", "tied_embeddings",
 )  # fmt: skip
+OF_LORA = ("lora_r", "lora_target_modules")
 
 TIMED = 5
 """Steps that `--calibrate` times."""
-CHOSEN = ("method", "num_blocks", "schedule", "stages", "offload", "optimizer_device")
+CHOSEN = ("method", "num_blocks", "schedule", "stages", "stage_layers", "offload", "optimizer_device")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -97,12 +100,10 @@ def check_arguments(args: PlanArguments) -> int | None:
         check_number(name, getattr(args, name), minimum=1)
     check_number("max_length", args.max_length, minimum=2)
     _check_machine(args)
-    names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
+    names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks", "tied_embeddings")
     LoPTConfig(**{name: getattr(args, name) for name in names})
-    for count in args.stages or ():
-        check_number("stages", count, minimum=1)
-    for method in args.method or [""]:
-        check_choice("method", method, ("lopt", "e2e", "frozen"))
+    _check_stages(args)
+    _check_method(args)
     check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
     for name in ("json", "svg"):
         if (value := getattr(args, name)) is not None:
@@ -116,6 +117,27 @@ def check_arguments(args: PlanArguments) -> int | None:
         check(args.device_name is not None, "fit", args.fit, "a size, or device with `device_name`")
         return int(DEVICES[str(args.device_name)].memory_gib * GIB)
     return None if args.fit is None else size_in_bytes(args.fit)
+
+
+def _check_stages(args: PlanArguments) -> None:
+    for name in ("stages", "stage_layers"):
+        for count in getattr(args, name) or ():
+            check_number(name, count, minimum=1)
+    both = args.stages is not None and args.stage_layers is not None
+    rule = "left out with `stages`, which says the same thing"
+    check(not both, "stage_layers", args.stage_layers, rule)
+
+
+def _check_method(args: PlanArguments) -> None:
+    for method in args.method or [""]:
+        check_choice("method", method, get_args(Method))
+    lora, plain = "lora" in args.method, PlanArguments()
+    for name in OF_LORA:
+        value = getattr(args, name)
+        check(lora or value == getattr(plain, name), name, value, "left out without `method` lora")
+    check_number("lora_r", args.lora_r, minimum=1)
+    if lora and importlib.util.find_spec("peft") is None:
+        raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
 
 
 def _check_machine(args: PlanArguments) -> None:
@@ -158,11 +180,11 @@ def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
     stages: Sequence[int | None] = args.stages or (None,)
     ways = [(1, method) for method in _methods(args) if method in ONE_BLOCK]
     ways += [(k, method) for k in blocks for method in _methods(args) if method not in ONE_BLOCK]
-    host = args.optimizer_device == "cpu" or args.stages is not None
+    host = args.optimizer_device == "cpu" or args.stages is not None or args.stage_layers is not None
     for k, method in ways:
         rows += [
             s
-            for s in candidates(k, method, stages)
+            for s in candidates(k, method, stages, args.stage_layers)
             if (s.schedule == "eager" or not s.checkpointing) and (host or s.optimizer_device == "auto")
         ]
     return list(dict.fromkeys(rows))
@@ -176,11 +198,13 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     defaults = asdict(PlanArguments())
     left_out = {"method": setting.method == "lopt", "num_blocks": setting.method in ONE_BLOCK}
     names = [name for name in ALWAYS if not left_out.get(name)]
-    names += [name for name in IF_CHANGED if values[name] != defaults[name]]
+    optional = IF_CHANGED + (OF_LORA if setting.method == "lora" else ())
+    names += [name for name in optional if values[name] != defaults[name]]
     names += ["prefetch_gib"] if setting.offload != "none" else []
     flags = {name: values[name] for name in names}
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
-    lines = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    lines = [f"--{name} {shlex.join(map(str, value))}" for name, value in words.items()]
     return "lopt sft " + " \\\n    ".join(lines)
 
 
@@ -206,8 +230,19 @@ def _run(args: PlanArguments) -> Run:
         frozen_blocks=args.frozen_blocks,
         aux_loss=args.aux_loss,
         clip=args.clip,
+        tied_embeddings=args.tied_embeddings,
+        adapters=_adapters(args),
         device="cuda" if on_gpu else "cpu",
     )
+
+
+def _adapters(args: PlanArguments) -> Any:
+    """Return the `peft.LoraConfig` that `lopt sft` would make, None without adapters."""
+    if "lora" not in args.method:
+        return None
+    from lopt.trainers.lora import lora_config
+
+    return lora_config(args.lora_r, 2 * args.lora_r, args.lora_target_modules)
 
 
 def _blocks(args: PlanArguments, layers: int) -> list[int]:
@@ -240,6 +275,7 @@ def _calibrated_setting(args: PlanArguments, blocks: int) -> Setting:
         args.gradient_checkpointing,
         args.offload,
         stages=args.stages[0] if args.stages else None,
+        stage_layers=args.stage_layers[0] if args.stage_layers else None,
         optimizer_device=args.optimizer_device,
     )
 
@@ -266,7 +302,7 @@ def _proposal(planner: Planner, blocks: list[int], limit: int, args: PlanArgumen
     host = None if args.host_memory is None else size_in_bytes(args.host_memory, "host_memory")
 
     def found(methods: list[Method]) -> Plan:
-        return search(planner, blocks, limit, machine, methods, args.stages, where, host)
+        return search(planner, blocks, limit, machine, methods, args.stages, args.stage_layers, where, host)
 
     def described(plan: Plan) -> str:
         need = f"{format_bytes(plan.total)} on the device"
@@ -293,7 +329,7 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
     from lopt.trainers.config import LoPTSFTConfig
 
     plan, have = planner.plan(setting), free_memory(torch.device(planner.run.device))
-    if (need := plan.total + rates_bytes(planner.run, planner.sizes)) > have:
+    if (need := plan.total + rates_bytes(planner.run.in_setting(setting), planner.sizes)) > have:
         raise ValueError(
             f"`calibrate` would run {setting} on this machine, which needs {format_bytes(need)} of "
             f"{format_bytes(have)}: use a smaller model, `per_device_train_batch_size` or `max_length`"

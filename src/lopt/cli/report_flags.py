@@ -156,14 +156,17 @@ class PlanArguments:
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
     param_dtype: str = flag("float32", "Dtype of the weights: float32 or bfloat16.", aliases=["--dtype"])
     state_dtype: str = flag("float32", "Dtype of the optimizer's state: float32 or bfloat16.")
-    master_weights: bool = flag(False, "Float32 masters of bfloat16 weights in the optimizer's state.")
+    master_weights: bool | None = flag(
+        None,
+        "Float32 masters of bfloat16 weights in the optimizer's state. Default: with --optimizer_device cpu.",
+    )
     prefetch_gib: float = flag(
         2.0, "With --offload: GiB on the device for what is being copied; --fit chooses its own."
     )
     bf16: bool | None = flag(None, "Mixed precision in bfloat16. Default: on, off with --use_cpu.")
     use_cpu: bool = flag(False, "Plan for a CPU instead of a GPU.")
     method: list[str] = flag(
-        ["lopt"], "What is planned beside eager e2e, and what --fit chooses among: lopt, e2e, frozen."
+        ["lopt"], "What is planned beside eager e2e, and what --fit chooses among: lopt, e2e, frozen, lora."
     )
     num_blocks: list[int] | None = flag(
         None, "k, one or more. Default: those of 2, 4, 8 that the layers allow."
@@ -171,6 +174,17 @@ class PlanArguments:
     stages: list[int] | None = flag(
         None,
         "With block-major: stages of the model, one or more. Default: one per block; --fit tries several.",
+    )
+    stage_layers: list[int] | None = flag(
+        None, "Instead of --stages: the largest number of layers of a stage, one or more."
+    )
+    lora_r: int = flag(16, "Rank of the adapters of --method lora.")
+    lora_target_modules: list[str] | None = flag(
+        None, "Modules that get an adapter. Default: every linear layer but the head."
+    )
+    tied_embeddings: Literal["untie", "freeze"] = flag(
+        "untie",
+        "What two blocks or more do with an embedding that is the LM head too: untie (train both) or freeze.",
     )
     optimizer_device: Literal["auto", "cpu"] = flag(
         "auto", "cpu plans --offload block with steps in host memory; --fit tries both unless it is given."

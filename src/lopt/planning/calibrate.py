@@ -170,7 +170,7 @@ class _Clock(TrainerCallback):
         self.seconds: list[float] = []
         self.machines: list[Machine] = []
         self.rates: Rates | None = None
-        self._trainer, self._run, self._setting = trainer, run, setting
+        self._trainer, self._run, self._setting = trainer, run.in_setting(setting), setting
         self._untimed = int(setting.optimizer_device == "cpu")
         self._began = 0.0
 

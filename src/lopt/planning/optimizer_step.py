@@ -1,4 +1,7 @@
-"""The optimizer's step in a plan: its state, and what it adds while it steps."""
+"""The optimizer's step in a plan: its state, and what it adds while it steps.
+
+A `run` is one of `Run.in_setting` everywhere.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def state_of(run: Run, tensors: Iterable[Tensor]) -> int:
     """Return the bytes of optimizer state for weights, heads and adapters."""
     kinds, extra, _ = OPTIMIZERS[run.optimizer]
     each = kinds * run.state_dtype.itemsize + extra
-    return sum(t.numel() * (each + 4 * (run.masters and t.dtype == torch.bfloat16)) for t in tensors)
+    return sum(t.numel() * (each + 4 * (bool(run.masters) and t.dtype == torch.bfloat16)) for t in tensors)
 
 
 def temporary_bytes(run: Run, part: Sequence[Tensor]) -> int:

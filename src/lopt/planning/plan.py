@@ -111,7 +111,7 @@ class Planner:
         """
         block_major, offload = setting.schedule == "block_major", setting.offload
         check(offload == "none" or block_major, "offload", offload, "none unless `schedule` is block_major")
-        run, prefetch = self.run, self.run.prefetch if prefetch is None else prefetch
+        run, prefetch = self.run.in_setting(setting), self.run.prefetch if prefetch is None else prefetch
         sizes, cut = self._sizes(setting), self._cut(setting)
         blocks, parts = sizes.blocks(cut), self._measured(setting)
         trained = [t for block in blocks for t in block.trained]
@@ -122,8 +122,8 @@ class Planner:
         common: dict[str, Any] = dict(checkpoint=checkpoint, model=model, tokens=run.step_tokens)
         if not block_major:
             resident = Bytes(weights=weights + sizes.buffers, optimizer=state)
-            peak = self._eager(setting, parts, blocks, resident)
-            work = self._eager_work(setting, parts, blocks)
+            peak = self._eager(run, setting, parts, blocks, resident)
+            work = self._eager_work(run, setting, parts, blocks)
             return Plan(setting, peak, host=0, flops=_flops(work), work=work, **common)
         stages = sizes.stages(cut)
         forward = self._forward(setting, parts, stages)
@@ -184,13 +184,16 @@ class Planner:
 
     # -- micro-batches ---------------------------------------------------------------------------
 
-    def _eager(self, setting: Setting, parts: Parts, blocks: list[BlockSizes], resident: Bytes) -> Bytes:
+    def _eager(
+        self, run: Run, setting: Setting, parts: Parts, blocks: list[BlockSizes], resident: Bytes
+    ) -> Bytes:
         trace = Trace(resident)
         for segments in self._micro_batches(trace, parts):
             trace.run(segments[blocks[0].place, "start"], "start")
             for block in blocks:
                 trace.run_block(segments, block, casts(setting, parts, block))
-        trace.step(self._temporaries(blocks))
+        # What the step of the largest part adds to gradients and state that are all there.
+        trace.step(max((temporary_bytes(run, part) for b in blocks for part in parts_of(b)), default=0))
         return trace.peak
 
     def _micro_batches(self, trace: Trace, parts: Parts) -> Iterator[dict[tuple[str, str], Segment]]:
@@ -200,13 +203,9 @@ class Planner:
             trace.activations = waiting
             yield segments
 
-    def _temporaries(self, blocks: list[BlockSizes]) -> int:
-        """What the step of the largest part adds to gradients and state that are all there."""
-        return max((temporary_bytes(self.run, part) for b in blocks for part in parts_of(b)), default=0)
-
-    def _eager_work(self, setting: Setting, parts: Parts, blocks: list[BlockSizes]) -> Work:
+    def _eager_work(self, run: Run, setting: Setting, parts: Parts, blocks: list[BlockSizes]) -> Work:
         """Return the blocks' work one by one; an earlier block that rests at times only runs forward then."""
-        run, turns, updates = self.run, list[Turn](), list[list[Update]]()
+        turns, updates = list[Turn](), list[list[Update]]()
         every = run.local_every if setting.method == "lopt" else 1
         for block in blocks:
             trace, updates = Trace(Bytes()), [*updates, updates_of(run, parts_of(block))]

@@ -60,7 +60,7 @@ class Rates:
         self.run, self._device = run, device
         self._model = short_model(run, LAYERS, checkpointing).to(device)
         self._blocks = Blocks(self._model, LoPTConfig(method="e2e"))
-        precision = Precision(run.masters, run.state_dtype)
+        precision = Precision(bool(run.masters), run.state_dtype)
         layer = list(self._blocks.layers[0].parameters())
         self._on_host = self._on_device = _Stepper(run, layer, make, precision)
         if device.type == "cuda":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
 
 from lopt.planning.sizes import Method
+from lopt.residency import Residency
 
 PREFETCH = 2 * 2**30
 """Default of the bytes of weights and optimizer state that are on their way to or from the device."""
@@ -32,6 +33,16 @@ class Setting:
     stage_layers: int | None = None
     optimizer_device: Literal["auto", "cpu"] = "auto"
 
+    @property
+    def residency(self) -> Residency:
+        """What the trainers would be given.
+
+        Raises:
+            ValueError: a combination that does not exist.
+        """
+        names = [f.name for f in fields(Residency) if f.name != "prefetch_gib"]
+        return Residency(**{name: getattr(self, name) for name in names})
+
     def __str__(self) -> str:
         words = [f"k={self.num_blocks}" if self.method in ("lopt", "frozen") else self.method]
         if self.method == "frozen":
@@ -53,7 +64,8 @@ class Run:
         accumulation: micro-batches per optimizer step.
         dtype: of the weights. autocast: whether forwards run under bfloat16 autocast.
         optimizer: a name of `lopt.planning.optimizer_step.OPTIMIZERS`.
-        state_dtype: of the optimizer's state. masters: whether bfloat16 weights have float32 masters.
+        state_dtype: of the optimizer's state.
+        masters: whether bfloat16 weights have float32 masters; None: as `Residency.keeps_masters`.
         local_every: earlier blocks learn in every N-th step.
         frozen_blocks: how many blocks of lopt, from the first on, do not learn.
         aux_loss: what the other earlier blocks of lopt learn.
@@ -72,7 +84,7 @@ class Run:
     autocast: bool = True
     optimizer: str = "adamw_torch_fused"
     state_dtype: torch.dtype = torch.float32
-    masters: bool = False
+    masters: bool | None = None
     local_every: int = 1
     frozen_blocks: int = 0
     aux_loss: Literal["recon", "next_token"] = "recon"
@@ -87,6 +99,10 @@ class Run:
     def step_tokens(self) -> int:
         """Tokens per optimizer step, padding included."""
         return self.batch * self.tokens * self.accumulation
+
+    def in_setting(self, setting: Setting) -> Run:
+        """Return the run with what depends on the setting unless it is given."""
+        return replace(self, masters=setting.residency.keeps_masters(self.masters))
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,26 @@ SIMPLER = 1.02
 """And of as many blocks if they are simpler."""
 
 
-def candidates(k: int, method: Method = "lopt", stages: Sequence[int | None] = (None,)) -> list[Setting]:
+def candidates(
+    k: int,
+    method: Method = "lopt",
+    stages: Sequence[int | None] = (None,),
+    stage_layers: Sequence[int] | None = None,
+) -> list[Setting]:
     """Return all ways to run k blocks, the simplest first; one block is end to end.
 
     Args:
         stages: numbers that the block-major schedule has; None is as many as blocks.
+        stage_layers: in place of `stages`, the largest numbers of layers of a stage.
     """
+    staged = [Setting(method, k, "block_major", stage_layers=count) for count in stage_layers or ()]
+    for count in stages if stage_layers is None else ():
+        if count is None or count >= k:
+            staged.append(Setting(method, k, "block_major", stages=None if count == k else count))
     plain = [Setting(method, k)]
-    for count in stages:
-        if (count is None and method in ONE_BLOCK) or (count is not None and count < k):
+    for block_major in staged:
+        if method in ONE_BLOCK and (block_major.stages, block_major.stage_layers) == (None, None):
             continue
-        block_major = Setting(method, k, "block_major", stages=None if count == k else count)
         block = replace(block_major, offload="block")
         plain += [block_major, replace(block_major, offload="optimizer"), block]
         plain += [replace(block, optimizer_device="cpu")]
@@ -54,6 +63,7 @@ def search(
     machine: Machine | None = None,
     methods: Sequence[Method] = ("lopt",),
     stages: Sequence[int] | None = None,
+    stage_layers: Sequence[int] | None = None,
     optimizer_device: str | None = None,
     host_limit: int | None = None,
 ) -> Plan:
@@ -64,7 +74,7 @@ def search(
     Args:
         machine: what decides about time; default: one with a GPU like an RTX 4090.
         methods: that may be chosen; e2e and lora are one block.
-        stages: the numbers of stages that may be chosen; default: those of `stage_counts`.
+        stages, stage_layers: those that may be chosen, one of both; default: those of `stage_counts`.
         optimizer_device: the only one that may be chosen where weights are offloaded.
         host_limit: bytes of host memory that offloading may take.
 
@@ -74,8 +84,8 @@ def search(
     machine = machine or Machine()
     counts = stage_counts(len(planner.sizes.layers)) if stages is None else stages
     several = [m for m in methods if m not in ONE_BLOCK]
-    settings = [s for k in blocks for m in several for s in candidates(k, m, counts)]
-    settings += [s for m in methods if m in ONE_BLOCK for s in candidates(1, m, counts)]
+    settings = [s for k in blocks for m in several for s in candidates(k, m, counts, stage_layers)]
+    settings += [s for m in methods if m in ONE_BLOCK for s in candidates(1, m, counts, stage_layers)]
     if optimizer_device is not None:
         settings = [s for s in settings if s.offload != "block" or s.optimizer_device == optimizer_device]
     room = limit - (RESERVE if planner.run.device == "cuda" else 0)
