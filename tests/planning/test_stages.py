@@ -19,6 +19,7 @@ from lopt.planning.plan import Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.sizes import elements
 from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.lora import lora_config
 
 WIDTH = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, head_dim=32)
 CONFIGS = {
@@ -33,6 +34,7 @@ CONFIGS = {
 }  # fmt: skip
 BF16 = torch.bfloat16
 E2E, LOPT, FROZEN = (Setting(m, k, "block_major") for m, k in (("e2e", 1), ("lopt", 2), ("frozen", 2)))
+LORA = replace(E2E, method="lora")
 HOST: dict[str, Any] = dict(offload="block", optimizer_device="cpu")
 
 
@@ -62,6 +64,10 @@ CASES = [
     case("gpt2", FROZEN, 6, FEW, offload="block"),
     case("gemma3", FROZEN, 8, MANY, **HOST, dtype=BF16),
     case("llama", replace(E2E, stage_layers=2), None, MANY, offload="block"),
+    case("llama", LORA, 5, FEW, **HOST, dtype=BF16, quick=True),
+    case("gemma3", LORA, 3, MANY, offload="block", checkpointing=True),
+    case("gpt2", LORA, None, MANY, schedule="eager"),
+    case("gemma3", replace(LOPT, num_blocks=3), 6, MANY, offload="block", tied_embeddings="freeze"),
 ]
 
 
@@ -79,6 +85,8 @@ def test_prediction_and_live_bytes(
 
     monkeypatch.setattr(memory._Ledger, "_update", note)
     options = dict(dtype=torch.float32, prefetch=3 * 10**5) | options
+    if setting.method == "lora":
+        options["adapters"] = lora_config(4, 8)
     planner = Planner(Run(CONFIGS[name], *rows, autocast=False, device="cpu", **options))
     predicted = planner.plan(setting)
     most[0] = 0
@@ -89,8 +97,9 @@ def test_prediction_and_live_bytes(
     assert peak.gradients == pytest.approx(real.gradients, rel=0.03, abs=2000)
     if setting.offload == "none":
         assert peak.weights == real.parameters and peak.optimizer == pytest.approx(real.optimizer, rel=0.001)
-    # A bound: the largest stash and the largest step in host memory may come at different times.
-    slack = 0.1 if setting.optimizer_device == "cpu" else 0.03
+    # Of the host's own peak: `real.host` is what it holds at the moment of the device's.
+    # In a thread, steps may meet a stash that they do not meet here, where each runs at once.
+    slack = 0.05 if setting.optimizer_device == "cpu" else 0.03
     assert 0.99 * most[0] <= predicted.host <= (1 + slack) * most[0]
 
 

@@ -130,7 +130,7 @@ class Planner:
         step = StagedStep(run, setting, parts, forward, stages, sizes.buffers, state, prefetch)
         weights_offloaded = offload == "block"
         host = state * (offload != "none") + weights * weights_offloaded
-        host += step.host_gradients + step.host_temporaries + step.stash * weights_offloaded
+        host += step.host_gradients + step.host_work
         return Plan(
             setting=setting,
             peak=step.peak,
