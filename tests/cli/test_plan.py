@@ -196,9 +196,10 @@ def test_lora_in_stages(folder: str, capsys: pytest.CaptureFixture) -> None:
     """The command has what the plan was made with."""
     flags = ("--model_name_or_path", folder, "--method", "lora", "--stage_layers", 2, "--max_length", 128)
     flags += ("--lora_r", 4, "--lora_target_modules", "q_proj", "v_proj", "--tied_embeddings", "freeze")
-    assert plan(*flags, "--param_dtype", "bfloat16", "--fit", "1.035GiB") == 0
+    assert plan(*flags, "--param_dtype", "bfloat16", "--fit", "1.035GiB", "--num_processes", 2) == 0
     out = capsys.readouterr().out
     assert "lora, 2 layers a stage, offload block" in out
+    assert "torchrun --nproc_per_node 2 --no-python lopt sft" in out and "2 processes by DDP" in out
     line = out[out.index("lopt sft ") :].replace("\\\n", " ")
     assert "--method lora" in line and "--num_blocks" not in line and "--master_weights" not in line
     assert "--lora_r 4" in line and "--lora_target_modules q_proj v_proj" in line

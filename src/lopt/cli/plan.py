@@ -96,7 +96,9 @@ def check_arguments(args: PlanArguments) -> int | None:
         )
     for name in ("param_dtype", "state_dtype"):
         check_choice(name, getattr(args, name), DTYPES)
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "local_every"):
+    for name in (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "local_every", "num_processes",
+    ):  # fmt: skip
         check_number(name, getattr(args, name), minimum=1)
     check_number("max_length", args.max_length, minimum=2)
     _check_machine(args)
@@ -156,6 +158,12 @@ def _check_machine(args: PlanArguments) -> None:
     )
     if args.host_memory is not None:
         size_in_bytes(args.host_memory, "host_memory")
+    check(
+        not args.calibrate or args.num_processes == 1,
+        "num_processes",
+        args.num_processes,
+        "1 with `calibrate`",
+    )
     found = ("fit", "json", "svg", "device_name", "tflops", "bandwidth", "host_gbps")
     for name in found if args.calibrate else ():
         rule = "left out with `calibrate`, which measures and compares"
@@ -205,7 +213,8 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
     words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
     lines = [f"--{name} {shlex.join(map(str, value))}" for name, value in words.items()]
-    return "lopt sft " + " \\\n    ".join(lines)
+    several = f"torchrun --nproc_per_node {args.num_processes} --no-python "
+    return several * (args.num_processes > 1) + "lopt sft " + " \\\n    ".join(lines)
 
 
 def _machine(args: PlanArguments, run: Run) -> Machine:
@@ -232,6 +241,7 @@ def _run(args: PlanArguments) -> Run:
         clip=args.clip,
         tied_embeddings=args.tied_embeddings,
         adapters=_adapters(args),
+        processes=args.num_processes,
         device="cuda" if on_gpu else "cpu",
     )
 
@@ -289,12 +299,16 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     cut = f", the first {run.frozen_blocks} blocks frozen" if run.frozen_blocks else ""
     cut += ", earlier blocks predict the next token" if run.aux_loss == "next_token" else ""
     device = "GPU" if run.device == "cuda" else "CPU"
+    several = (
+        f"({run.processes} processes by DDP: host is all of theirs; times and tokens are of one alone, without\n"
+        "averaging gradients and without others on the bus)\n"
+    )
     size = f"{planner.sizes.model / 1e9:.2f} B weights in {layers} layers"
     return (
         f"{args.model_name_or_path}: {size}, {numbers}, {args.optim}{cut}\n"
         f"{run.batch} x {run.tokens:,} tokens a micro-batch, {run.accumulation} a step. "
         f"Peak on the {device} in GiB:\n"
-    )
+    ) + several * (run.processes > 1)
 
 
 def _proposal(planner: Planner, blocks: list[int], limit: int, args: PlanArguments, machine: Machine) -> str:

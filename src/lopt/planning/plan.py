@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         peak: the device at the moment of its largest total.
-        host: bytes of host memory for what is offloaded.
+        host: bytes of host memory for what is offloaded, by all processes.
         checkpoint, model: bytes on disk of one checkpoint and of the final model.
         flops: per optimizer step (with `local_every`, on average).
         bus: bytes into the device per optimizer step (as many leave it), and of those the ones that grow
@@ -134,7 +134,7 @@ class Planner:
         return Plan(
             setting=setting,
             peak=step.peak,
-            host=host,
+            host=host * run.processes,
             flops=_flops(step.work),
             work=step.work,
             bus=step.bytes_in + step.stash_in,
@@ -188,6 +188,10 @@ class Planner:
         self, run: Run, setting: Setting, parts: Parts, blocks: list[BlockSizes], resident: Bytes
     ) -> Bytes:
         trace = Trace(resident)
+        if (
+            run.processes > 1
+        ):  # DDP keeps its buckets; gradients of earlier blocks are averaged where they are
+            trace.gradients = size_of(blocks[-1].trained)
         for segments in self._micro_batches(trace, parts):
             trace.run(segments[blocks[0].place, "start"], "start")
             for block in blocks:
