@@ -120,23 +120,31 @@ def repeat(step: Callable[[], None], times: int) -> Callable[[], None]:
 
 
 def ratio(a: Callable[[], None], b: Callable[[], None], pairs: int) -> dict:
-    """Median time of `a` over `b` in alternating pairs."""
+    """Median time of `a` over `b` in alternating pairs; that of the process on the CPU is beside it."""
     times: list[tuple[float, float]] = []
+    cpu_ratios: list[float] = []
     for pair in range(pairs):
-        seconds = {}
+        seconds, cpu = {}, {}
         for f in (a, b) if pair % 2 else (b, a):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             f()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds[f] = time.perf_counter() - started
+            seconds[f], cpu[f] = time.perf_counter() - started, time.process_time() - cpu_started
         times.append((seconds[a], seconds[b]))
+        cpu_ratios.append(cpu[a] / cpu[b])
     ratios = [x / y for x, y in times]
     low, _, high = statistics.quantiles(ratios, n=4)
     medians = [statistics.median(t[i] for t in times) for i in (0, 1)]
-    return {"ratio": statistics.median(ratios), "quartiles": [low, high], "seconds": medians, "pairs": pairs}
+    return {
+        "ratio": statistics.median(ratios),
+        "quartiles": [low, high],
+        "CPU time ratio": statistics.median(cpu_ratios),
+        "seconds": medians,
+        "pairs": pairs,
+    }
 
 
 def over(a: dict[str, int], b: dict[str, int]) -> dict[str, float]:

@@ -178,7 +178,7 @@ def test_fit_of_stages(capsys: pytest.CaptureFixture) -> None:
     """End to end on an 8 GB card: a command in which the flags of the schedule are given."""
     assert plan(
         "--model_name_or_path", "qwen2.5-7b", "--param_dtype", "bfloat16", "--method", "e2e",
-        "--stages", 8, 30, "--master_weights", "true", "--fit", "8GB",
+        "--stages", 8, 30, "--fit", "8GB",
     ) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "e2e, 30 stages, offload block, host steps" in out and "40 GB/s of host memory" in out
@@ -186,24 +186,8 @@ def test_fit_of_stages(capsys: pytest.CaptureFixture) -> None:
     wanted = dict(method="e2e", schedule="block_major", stages="30", offload="block", optimizer_device="cpu")
     assert wanted.items() <= {name.removeprefix("--"): value for name, value in flags.items()}.items()
     assert "--num_blocks" not in flags
-    assert plan("--model_name_or_path", "qwen2.5-7b", "--stages", 8, "--stage_layers", 2) == 2
-    assert "--stage_layers must be left out with --stages" in capsys.readouterr().err
-    assert plan("--model_name_or_path", "qwen2.5-7b", "--lora_r", 8) == 2
-    assert "--lora_r must be left out without --method lora" in capsys.readouterr().err
-
-
-def test_lora_in_stages(folder: str, capsys: pytest.CaptureFixture) -> None:
-    """The command has what the plan was made with."""
-    flags = ("--model_name_or_path", folder, "--method", "lora", "--stage_layers", 2, "--max_length", 128)
-    flags += ("--lora_r", 4, "--lora_target_modules", "q_proj", "v_proj", "--tied_embeddings", "freeze")
-    assert plan(*flags, "--param_dtype", "bfloat16", "--fit", "1.035GiB", "--num_processes", 2) == 0
-    out = capsys.readouterr().out
-    assert "lora, 2 layers a stage, offload block" in out
-    assert "torchrun --nproc_per_node 2 --no-python lopt sft" in out and "2 processes by DDP" in out
-    line = out[out.index("lopt sft ") :].replace("\\\n", " ")
-    assert "--method lora" in line and "--num_blocks" not in line and "--master_weights" not in line
-    assert "--lora_r 4" in line and "--lora_target_modules q_proj v_proj" in line
-    assert "--stage_layers 2" in line and "--stages" not in line and "--tied_embeddings freeze" in line
+    assert plan("--model_name_or_path", "qwen2.5-7b", "--method", "qlora") == 2
+    assert "--method must be one of lopt, e2e, frozen, lora (got qlora)" in capsys.readouterr().err
 
 
 def test_sizes() -> None:

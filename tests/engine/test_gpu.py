@@ -1,24 +1,30 @@
-"""The GPU benchmark runs on a CPU as well, so that it runs when there is a GPU."""
+"""What runs on a GPU first: `pytest -m gpu`, or benchmarks/gpu_parity.py where pytest is missing."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
 import pytest
+import torch
 
-import gpu
+import gpu_parity
 
 
-@pytest.mark.parametrize("case", ["peak", pytest.param("offload", marks=pytest.mark.slow)])
-def test_benchmark(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "gpu.json"
-    flags = ["--device", "cpu", "--shape", "tiny", "--tokens", "16", "--rounds", "1", "--prefetch", "0.001"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags, "--only", case, "--output", str(path)])
-    gpu.main()
-    found = json.loads(path.read_text())[case]
-    if case == "peak":
-        assert all(row["measured over planned"] == pytest.approx(1, abs=0.05) for row in found.values())
-    else:
-        assert found["block"][0]["peak GiB"] < found["none"][0]["peak GiB"]
+@pytest.mark.gpu
+def test_streamed_weights_are_the_eager_ones_on_a_gpu() -> None:
+    found = gpu_parity.parity(torch.device("cuda"))
+    assert found["met"], {name: row for name, row in found.items() if row is not True and not row["met"]}
+
+
+def test_parity_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself; every operation is the same there, so all weights are equal bit for bit."""
+    for name, less in {
+        "METHODS": {"lopt": gpu_parity.METHODS["lopt"]},
+        "TOLERANCE": {torch.bfloat16: 0.0},
+        "STEPS": 2,
+        "TOKENS": 8,
+    }.items():
+        monkeypatch.setattr(gpu_parity, name, less)
+    found = gpu_parity.parity(torch.device("cpu"))
+    assert len(found) == 3 and found["met"]
+    for name in ("device optimizer", "host optimizer"):
+        row = found[f"lopt, {name}, bfloat16"]
+        assert row["equal"] and row["resume"]["equal"]

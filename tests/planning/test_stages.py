@@ -34,7 +34,7 @@ CONFIGS = {
 }  # fmt: skip
 BF16 = torch.bfloat16
 E2E, LOPT, FROZEN = (Setting(m, k, "block_major") for m, k in (("e2e", 1), ("lopt", 2), ("frozen", 2)))
-LORA = replace(E2E, method="lora")
+LORA = Setting("lora", 1, "block_major")
 HOST: dict[str, Any] = dict(offload="block", optimizer_device="cpu")
 
 
@@ -64,10 +64,12 @@ CASES = [
     case("gpt2", FROZEN, 6, FEW, offload="block"),
     case("gemma3", FROZEN, 8, MANY, **HOST, dtype=BF16),
     case("llama", replace(E2E, stage_layers=2), None, MANY, offload="block"),
-    case("llama", LORA, 5, FEW, **HOST, dtype=BF16, quick=True),
-    case("gemma3", LORA, 3, MANY, offload="block", checkpointing=True),
-    case("gpt2", LORA, None, MANY, schedule="eager"),
-    case("gemma3", replace(LOPT, num_blocks=3), 6, MANY, offload="block", tied_embeddings="freeze"),
+    case("gemma3", E2E, 4, FEW, offload="optimizer", quick=True),  # the embedding's gradient meets the head's
+    case("gemma3", LORA, 8, FEW, **HOST, dtype=BF16, quick=True),
+    case("llama", LORA, 4, MANY, **HOST, dtype=BF16),
+    case("llama", LORA, 4, MANY, checkpointing=True),
+    case("gemma3", LOPT, 5, FEW, offload="block", tied_embeddings="freeze", quick=True),
+    case("gemma3", E2E, 4, FEW, tied_embeddings="freeze"),
 ]
 
 
@@ -84,9 +86,7 @@ def test_prediction_and_live_bytes(
         most[0] = max(most[0], ledger.live["host"])
 
     monkeypatch.setattr(memory._Ledger, "_update", note)
-    options = dict(dtype=torch.float32, prefetch=3 * 10**5) | options
-    if setting.method == "lora":
-        options["adapters"] = lora_config(4, 8)
+    options = dict(dtype=torch.float32, prefetch=3 * 10**5, adapters=lora_config(8, 16)) | options
     planner = Planner(Run(CONFIGS[name], *rows, autocast=False, device="cpu", **options))
     predicted = planner.plan(setting)
     most[0] = 0
@@ -97,9 +97,8 @@ def test_prediction_and_live_bytes(
     assert peak.gradients == pytest.approx(real.gradients, rel=0.03, abs=2000)
     if setting.offload == "none":
         assert peak.weights == real.parameters and peak.optimizer == pytest.approx(real.optimizer, rel=0.001)
-    # Of the host's own peak: `real.host` is what it holds at the moment of the device's.
-    # In a thread, steps may meet a stash that they do not meet here, where each runs at once.
-    slack = 0.05 if setting.optimizer_device == "cpu" else 0.03
+    # A bound: the largest stash and the largest step in host memory may come at different times.
+    slack = 0.1 if setting.optimizer_device == "cpu" else 0.03
     assert 0.99 * most[0] <= predicted.host <= (1 + slack) * most[0]
 
 

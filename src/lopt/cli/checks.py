@@ -61,10 +61,19 @@ def check_run(
     check_hub(args)
     check_cache()
     if config.method == "lora":
-        check_number("lora_r", model_args.lora_r, minimum=1)
-        check_number("lora_alpha", model_args.lora_alpha, above=0)
-        if importlib.util.find_spec("peft") is None:
-            raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
+        check_lora(model_args.lora_r, model_args.lora_alpha)
+
+
+def check_lora(r: int, lora_alpha: int) -> None:
+    """Check the flags of adapters.
+
+    Raises:
+        ValueError: a number is out of its bounds; PEFT is not installed.
+    """
+    check_number("lora_r", r, minimum=1)
+    check_number("lora_alpha", lora_alpha, above=0)
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
 
 
 def _check_more_numbers(args: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -13,10 +12,11 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 
+from lopt.cli.checks import check_lora
 from lopt.cli.parsing import check_effect, parse
 from lopt.cli.report_flags import PlanArguments
 from lopt.core.config import LoPTConfig
@@ -43,14 +43,14 @@ ALWAYS = (
 )  # fmt: skip
 IF_CHANGED = (
     "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
-    "use_cpu", "gradient_checkpointing", "schedule", "stages", "stage_layers", "offload", "optimizer_device",
-    "clip", "tied_embeddings",
+    "use_cpu", "gradient_checkpointing", "schedule", "stages", "offload", "optimizer_device", "clip",
+    "tied_embeddings",
 )  # fmt: skip
-OF_LORA = ("lora_r", "lora_target_modules")
 
+LORA = ("lora_r", "lora_alpha", "lora_target_modules")
 TIMED = 5
 """Steps that `--calibrate` times."""
-CHOSEN = ("method", "num_blocks", "schedule", "stages", "stage_layers", "offload", "optimizer_device")
+CHOSEN = ("method", "num_blocks", "schedule", "stages", "offload", "optimizer_device")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -96,16 +96,23 @@ def check_arguments(args: PlanArguments) -> int | None:
         )
     for name in ("param_dtype", "state_dtype"):
         check_choice(name, getattr(args, name), DTYPES)
-    for name in (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "local_every", "num_processes",
-    ):  # fmt: skip
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "local_every"):
         check_number(name, getattr(args, name), minimum=1)
     check_number("max_length", args.max_length, minimum=2)
     _check_machine(args)
-    names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks", "tied_embeddings")
+    names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
     LoPTConfig(**{name: getattr(args, name) for name in names})
-    _check_stages(args)
-    _check_method(args)
+    for count in args.stages or ():
+        check_number("stages", count, minimum=1)
+    for count in args.stage_layers or ():
+        check_number("stage_layers", count, minimum=1)
+    if args.stage_layers is not None and (args.stages is not None or args.fit is not None):
+        rule = "left out with `stages` or `fit`, which chooses among numbers of `stages`"
+        check(False, "stage_layers", args.stage_layers, rule)
+    for method in args.method or [""]:
+        check_choice("method", method, ("lopt", "e2e", "frozen", "lora"))
+    if "lora" in args.method:
+        check_lora(args.lora_r, args.lora_alpha)
     check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
     for name in ("json", "svg"):
         if (value := getattr(args, name)) is not None:
@@ -119,27 +126,6 @@ def check_arguments(args: PlanArguments) -> int | None:
         check(args.device_name is not None, "fit", args.fit, "a size, or device with `device_name`")
         return int(DEVICES[str(args.device_name)].memory_gib * GIB)
     return None if args.fit is None else size_in_bytes(args.fit)
-
-
-def _check_stages(args: PlanArguments) -> None:
-    for name in ("stages", "stage_layers"):
-        for count in getattr(args, name) or ():
-            check_number(name, count, minimum=1)
-    both = args.stages is not None and args.stage_layers is not None
-    rule = "left out with `stages`, which says the same thing"
-    check(not both, "stage_layers", args.stage_layers, rule)
-
-
-def _check_method(args: PlanArguments) -> None:
-    for method in args.method or [""]:
-        check_choice("method", method, get_args(Method))
-    lora, plain = "lora" in args.method, PlanArguments()
-    for name in OF_LORA:
-        value = getattr(args, name)
-        check(lora or value == getattr(plain, name), name, value, "left out without `method` lora")
-    check_number("lora_r", args.lora_r, minimum=1)
-    if lora and importlib.util.find_spec("peft") is None:
-        raise ValueError('--method lora needs peft: pip install "lopt[peft]"')
 
 
 def _check_machine(args: PlanArguments) -> None:
@@ -158,12 +144,6 @@ def _check_machine(args: PlanArguments) -> None:
     )
     if args.host_memory is not None:
         size_in_bytes(args.host_memory, "host_memory")
-    check(
-        not args.calibrate or args.num_processes == 1,
-        "num_processes",
-        args.num_processes,
-        "1 with `calibrate`",
-    )
     found = ("fit", "json", "svg", "device_name", "tflops", "bandwidth", "host_gbps")
     for name in found if args.calibrate else ():
         rule = "left out with `calibrate`, which measures and compares"
@@ -192,7 +172,7 @@ def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
     for k, method in ways:
         rows += [
             s
-            for s in candidates(k, method, stages, args.stage_layers)
+            for s in candidates(k, method, stages, args.stage_layers or ())
             if (s.schedule == "eager" or not s.checkpointing) and (host or s.optimizer_device == "auto")
         ]
     return list(dict.fromkeys(rows))
@@ -206,15 +186,14 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     defaults = asdict(PlanArguments())
     left_out = {"method": setting.method == "lopt", "num_blocks": setting.method in ONE_BLOCK}
     names = [name for name in ALWAYS if not left_out.get(name)]
-    optional = IF_CHANGED + (OF_LORA if setting.method == "lora" else ())
-    names += [name for name in optional if values[name] != defaults[name]]
+    names += [name for name in IF_CHANGED if values[name] != defaults[name]]
+    names += [name for name in LORA if setting.method == "lora" and values[name] != defaults[name]]
     names += ["prefetch_gib"] if setting.offload != "none" else []
     flags = {name: values[name] for name in names}
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
     words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
-    lines = [f"--{name} {shlex.join(map(str, value))}" for name, value in words.items()]
-    several = f"torchrun --nproc_per_node {args.num_processes} --no-python "
-    return several * (args.num_processes > 1) + "lopt sft " + " \\\n    ".join(lines)
+    lines = [f"--{name} {shlex.join(map(str, values))}" for name, values in words.items()]
+    return "lopt sft " + " \\\n    ".join(lines)
 
 
 def _machine(args: PlanArguments, run: Run) -> Machine:
@@ -238,21 +217,19 @@ def _run(args: PlanArguments) -> Run:
         local_every=args.local_every,
         frozen_blocks=args.frozen_blocks,
         aux_loss=args.aux_loss,
-        clip=args.clip,
         tied_embeddings=args.tied_embeddings,
         adapters=_adapters(args),
-        processes=args.num_processes,
+        clip=args.clip,
         device="cuda" if on_gpu else "cpu",
     )
 
 
 def _adapters(args: PlanArguments) -> Any:
-    """Return the `peft.LoraConfig` that `lopt sft` would make, None without adapters."""
     if "lora" not in args.method:
         return None
     from lopt.trainers.lora import lora_config
 
-    return lora_config(args.lora_r, 2 * args.lora_r, args.lora_target_modules)
+    return lora_config(args.lora_r, args.lora_alpha, args.lora_target_modules)
 
 
 def _blocks(args: PlanArguments, layers: int) -> list[int]:
@@ -299,16 +276,12 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     cut = f", the first {run.frozen_blocks} blocks frozen" if run.frozen_blocks else ""
     cut += ", earlier blocks predict the next token" if run.aux_loss == "next_token" else ""
     device = "GPU" if run.device == "cuda" else "CPU"
-    several = (
-        f"({run.processes} processes by DDP: host is all of theirs; times and tokens are of one alone, without\n"
-        "averaging gradients and without others on the bus)\n"
-    )
     size = f"{planner.sizes.model / 1e9:.2f} B weights in {layers} layers"
     return (
         f"{args.model_name_or_path}: {size}, {numbers}, {args.optim}{cut}\n"
         f"{run.batch} x {run.tokens:,} tokens a micro-batch, {run.accumulation} a step. "
         f"Peak on the {device} in GiB:\n"
-    ) + several * (run.processes > 1)
+    )
 
 
 def _proposal(planner: Planner, blocks: list[int], limit: int, args: PlanArguments, machine: Machine) -> str:
@@ -316,7 +289,7 @@ def _proposal(planner: Planner, blocks: list[int], limit: int, args: PlanArgumen
     host = None if args.host_memory is None else size_in_bytes(args.host_memory, "host_memory")
 
     def found(methods: list[Method]) -> Plan:
-        return search(planner, blocks, limit, machine, methods, args.stages, args.stage_layers, where, host)
+        return search(planner, blocks, limit, machine, methods, args.stages, where, host)
 
     def described(plan: Plan) -> str:
         need = f"{format_bytes(plan.total)} on the device"
@@ -343,7 +316,7 @@ def _calibrated(planner: Planner, setting: Setting) -> str:
     from lopt.trainers.config import LoPTSFTConfig
 
     plan, have = planner.plan(setting), free_memory(torch.device(planner.run.device))
-    if (need := plan.total + rates_bytes(planner.run.in_setting(setting), planner.sizes)) > have:
+    if (need := plan.total + rates_bytes(planner.run, planner.sizes)) > have:
         raise ValueError(
             f"`calibrate` would run {setting} on this machine, which needs {format_bytes(need)} of "
             f"{format_bytes(have)}: use a smaller model, `per_device_train_batch_size` or `max_length`"

@@ -157,8 +157,7 @@ class PlanArguments:
     param_dtype: str = flag("float32", "Dtype of the weights: float32 or bfloat16.", aliases=["--dtype"])
     state_dtype: str = flag("float32", "Dtype of the optimizer's state: float32 or bfloat16.")
     master_weights: bool | None = flag(
-        None,
-        "Float32 masters of bfloat16 weights in the optimizer's state. Default: with --optimizer_device cpu.",
+        None, "Float32 masters of bfloat16 weights in the optimizer's state. Default: where the host steps."
     )
     prefetch_gib: float = flag(
         2.0, "With --offload: GiB on the device for what is being copied; --fit chooses its own."
@@ -178,14 +177,6 @@ class PlanArguments:
     stage_layers: list[int] | None = flag(
         None, "Instead of --stages: the largest number of layers of a stage, one or more."
     )
-    lora_r: int = flag(16, "Rank of the adapters of --method lora.")
-    lora_target_modules: list[str] | None = flag(
-        None, "Modules that get an adapter. Default: every linear layer but the head."
-    )
-    tied_embeddings: Literal["untie", "freeze"] = flag(
-        "untie",
-        "What two blocks or more do with an embedding that is the LM head too: untie (train both) or freeze.",
-    )
     optimizer_device: Literal["auto", "cpu"] = flag(
         "auto", "cpu plans --offload block with steps in host memory; --fit tries both unless it is given."
     )
@@ -195,13 +186,17 @@ class PlanArguments:
         "recon", "What the other earlier blocks learn: recon or next_token."
     )
     local_every: int = flag(1, "Earlier blocks learn on every N-th step.")
+    tied_embeddings: Literal["untie", "freeze"] = flag(
+        "untie", "An embedding shared with the LM head: untie trains two copies, freeze none."
+    )
+    lora_r: int = flag(16, "Rank of the adapters of --method lora.")
+    lora_alpha: int = flag(32, "Scale of the adapters of --method lora.")
+    lora_target_modules: list[str] | None = flag(
+        None, "Modules that get an adapter. Default: every linear layer but the head."
+    )
     per_device_train_batch_size: int = flag(4, "Rows in a micro-batch.")
     gradient_accumulation_steps: int = flag(8, "Micro-batches per step.")
     max_length: int = flag(1024, "Tokens in a row.")
-    num_processes: int = flag(
-        1,
-        "Processes of DDP on one machine, with a GPU each; the batch is that of each. FSDP2 is not planned.",
-    )
     optim: str = flag("adamw_torch_fused", f"The optimizer: {OPTIMIZERS}.")
     device_name: str | None = flag(
         None, f"The GPU, which decides about time: {DEVICES}. Default: much like an rtx4090."

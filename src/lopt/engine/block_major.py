@@ -100,6 +100,11 @@ class BlockMajor:
         """Bytes of what waits between the stages."""
         return self._stash.nbytes
 
+    @property
+    def waited(self) -> float:
+        """Seconds that stages have waited for their step in host memory, since the start."""
+        return 0.0 if self._offload is None else self._offload.transfer.waited
+
     # -- an optimizer step ---------------------------------------------------------------------------
 
     def step(self, slots: int, forward: Forward) -> list[Tensor]:

@@ -7,7 +7,7 @@ import inspect
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -170,7 +170,7 @@ class _Clock(TrainerCallback):
         self.seconds: list[float] = []
         self.machines: list[Machine] = []
         self.rates: Rates | None = None
-        self._trainer, self._run, self._setting = trainer, run.in_setting(setting), setting
+        self._trainer, self._run, self._setting = trainer, run, setting
         self._untimed = int(setting.optimizer_device == "cpu")
         self._began = 0.0
 
@@ -187,7 +187,9 @@ class _Clock(TrainerCallback):
                 known = inspect.signature(kind).parameters
                 settings = {name: value for name, value in inner.defaults.items() if name in known}
                 make = partial(kind, **settings)
-                self.rates = Rates(self._run, self._setting.checkpointing, make, args.device)
+                masters = self._trainer.lopt.config.keeps_masters(self._run.masters)
+                run = replace(self._run, masters=masters)
+                self.rates = Rates(run, self._setting.checkpointing, make, args.device)
             self.machines.append(self.rates.sample())
         _synchronize(args.device)
         self._began = time.perf_counter()

@@ -1,7 +1,4 @@
-"""The optimizer's step in a plan: its state, and what it adds while it steps.
-
-A `run` is one of `Run.in_setting` everywhere.
-"""
+"""The optimizer's step in a plan: its state, and what it adds while it steps."""
 
 from __future__ import annotations
 

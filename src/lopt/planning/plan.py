@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         peak: the device at the moment of its largest total.
-        host: bytes of host memory for what is offloaded, by all processes.
+        host: bytes of host memory for what is offloaded.
         checkpoint, model: bytes on disk of one checkpoint and of the final model.
         flops: per optimizer step (with `local_every`, on average).
         bus: bytes into the device per optimizer step (as many leave it), and of those the ones that grow
@@ -111,8 +111,9 @@ class Planner:
         """
         block_major, offload = setting.schedule == "block_major", setting.offload
         check(offload == "none" or block_major, "offload", offload, "none unless `schedule` is block_major")
-        run, prefetch = self.run.in_setting(setting), self.run.prefetch if prefetch is None else prefetch
         sizes, cut = self._sizes(setting), self._cut(setting)
+        run = replace(self.run, masters=cut.keeps_masters(self.run.masters))
+        prefetch = run.prefetch if prefetch is None else prefetch
         blocks, parts = sizes.blocks(cut), self._measured(setting)
         trained = [t for block in blocks for t in block.trained]
         weights, state = sum(block.nbytes for block in blocks), state_of(run, trained)
@@ -122,19 +123,19 @@ class Planner:
         common: dict[str, Any] = dict(checkpoint=checkpoint, model=model, tokens=run.step_tokens)
         if not block_major:
             resident = Bytes(weights=weights + sizes.buffers, optimizer=state)
-            peak = self._eager(run, setting, parts, blocks, resident)
-            work = self._eager_work(run, setting, parts, blocks)
+            peak = self._eager(setting, parts, blocks, resident)
+            work = self._eager_work(setting, parts, blocks)
             return Plan(setting, peak, host=0, flops=_flops(work), work=work, **common)
         stages = sizes.stages(cut)
         forward = self._forward(setting, parts, stages)
         step = StagedStep(run, setting, parts, forward, stages, sizes.buffers, state, prefetch)
         weights_offloaded = offload == "block"
         host = state * (offload != "none") + weights * weights_offloaded
-        host += step.host_gradients + step.host_work
+        host += step.host_gradients + step.host_temporaries + step.stash * weights_offloaded
         return Plan(
             setting=setting,
             peak=step.peak,
-            host=host * run.processes,
+            host=host,
             flops=_flops(step.work),
             work=step.work,
             bus=step.bytes_in + step.stash_in,
@@ -184,20 +185,13 @@ class Planner:
 
     # -- micro-batches ---------------------------------------------------------------------------
 
-    def _eager(
-        self, run: Run, setting: Setting, parts: Parts, blocks: list[BlockSizes], resident: Bytes
-    ) -> Bytes:
+    def _eager(self, setting: Setting, parts: Parts, blocks: list[BlockSizes], resident: Bytes) -> Bytes:
         trace = Trace(resident)
-        if (
-            run.processes > 1
-        ):  # DDP keeps its buckets; gradients of earlier blocks are averaged where they are
-            trace.gradients = size_of(blocks[-1].trained)
         for segments in self._micro_batches(trace, parts):
             trace.run(segments[blocks[0].place, "start"], "start")
             for block in blocks:
                 trace.run_block(segments, block, casts(setting, parts, block))
-        # What the step of the largest part adds to gradients and state that are all there.
-        trace.step(max((temporary_bytes(run, part) for b in blocks for part in parts_of(b)), default=0))
+        trace.step(self._temporaries(blocks))
         return trace.peak
 
     def _micro_batches(self, trace: Trace, parts: Parts) -> Iterator[dict[tuple[str, str], Segment]]:
@@ -207,9 +201,13 @@ class Planner:
             trace.activations = waiting
             yield segments
 
-    def _eager_work(self, run: Run, setting: Setting, parts: Parts, blocks: list[BlockSizes]) -> Work:
+    def _temporaries(self, blocks: list[BlockSizes]) -> int:
+        """What the step of the largest part adds to gradients and state that are all there."""
+        return max((temporary_bytes(self.run, part) for b in blocks for part in parts_of(b)), default=0)
+
+    def _eager_work(self, setting: Setting, parts: Parts, blocks: list[BlockSizes]) -> Work:
         """Return the blocks' work one by one; an earlier block that rests at times only runs forward then."""
-        turns, updates = list[Turn](), list[list[Update]]()
+        run, turns, updates = self.run, list[Turn](), list[list[Update]]()
         every = run.local_every if setting.method == "lopt" else 1
         for block in blocks:
             trace, updates = Trace(Bytes()), [*updates, updates_of(run, parts_of(block))]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
 
 from lopt.planning.sizes import Method
-from lopt.residency import Residency
 
 PREFETCH = 2 * 2**30
 """Default of the bytes of weights and optimizer state that are on their way to or from the device."""
@@ -33,16 +32,6 @@ class Setting:
     stage_layers: int | None = None
     optimizer_device: Literal["auto", "cpu"] = "auto"
 
-    @property
-    def residency(self) -> Residency:
-        """What the trainers would be given.
-
-        Raises:
-            ValueError: a combination that does not exist.
-        """
-        names = [f.name for f in fields(Residency) if f.name != "prefetch_gib"]
-        return Residency(**{name: getattr(self, name) for name in names})
-
     def __str__(self) -> str:
         words = [f"k={self.num_blocks}" if self.method in ("lopt", "frozen") else self.method]
         if self.method == "frozen":
@@ -64,8 +53,8 @@ class Run:
         accumulation: micro-batches per optimizer step.
         dtype: of the weights. autocast: whether forwards run under bfloat16 autocast.
         optimizer: a name of `lopt.planning.optimizer_step.OPTIMIZERS`.
-        state_dtype: of the optimizer's state.
-        masters: whether bfloat16 weights have float32 masters; None: as `Residency.keeps_masters`.
+        state_dtype: of the optimizer's state. masters: whether bfloat16 weights have float32 masters;
+            None: as `Residency.keeps_masters` says.
         local_every: earlier blocks learn in every N-th step.
         frozen_blocks: how many blocks of lopt, from the first on, do not learn.
         aux_loss: what the other earlier blocks of lopt learn.
@@ -74,7 +63,6 @@ class Run:
         clips, clip: whether gradients are clipped, and by the norm of a block or of all ("global").
         prefetch: bytes of device memory for what offloading has on its way.
         device: "cuda" or "cpu".
-        processes: of DDP on one machine, each with a device and micro-batches of its own.
     """
 
     config: PreTrainedConfig
@@ -95,16 +83,11 @@ class Run:
     clip: Literal["block", "global"] = "block"
     prefetch: int = PREFETCH
     device: str = "cuda"
-    processes: int = 1
 
     @property
     def step_tokens(self) -> int:
         """Tokens per optimizer step, padding included."""
         return self.batch * self.tokens * self.accumulation
-
-    def in_setting(self, setting: Setting) -> Run:
-        """Return the run with what depends on the setting unless it is given."""
-        return replace(self, masters=setting.residency.keeps_masters(self.masters))
 
 
 @dataclass(frozen=True)

@@ -27,22 +27,21 @@ def candidates(
     k: int,
     method: Method = "lopt",
     stages: Sequence[int | None] = (None,),
-    stage_layers: Sequence[int] | None = None,
+    stage_layers: Sequence[int] = (),
 ) -> list[Setting]:
     """Return all ways to run k blocks, the simplest first; one block is end to end.
 
     Args:
         stages: numbers that the block-major schedule has; None is as many as blocks.
-        stage_layers: in place of `stages`, the largest numbers of layers of a stage.
+        stage_layers: instead of them the largest numbers of layers of a stage.
     """
-    staged = [Setting(method, k, "block_major", stage_layers=count) for count in stage_layers or ()]
-    for count in stages if stage_layers is None else ():
-        if count is None or count >= k:
-            staged.append(Setting(method, k, "block_major", stages=None if count == k else count))
     plain = [Setting(method, k)]
-    for block_major in staged:
-        if method in ONE_BLOCK and (block_major.stages, block_major.stage_layers) == (None, None):
+    staged = [Setting(method, k, "block_major", stage_layers=most) for most in stage_layers]
+    for count in () if stage_layers else stages:
+        if (count is None and method in ONE_BLOCK) or (count is not None and count < k):
             continue
+        staged.append(Setting(method, k, "block_major", stages=None if count == k else count))
+    for block_major in staged:
         block = replace(block_major, offload="block")
         plain += [block_major, replace(block_major, offload="optimizer"), block]
         plain += [replace(block, optimizer_device="cpu")]
@@ -63,7 +62,6 @@ def search(
     machine: Machine | None = None,
     methods: Sequence[Method] = ("lopt",),
     stages: Sequence[int] | None = None,
-    stage_layers: Sequence[int] | None = None,
     optimizer_device: str | None = None,
     host_limit: int | None = None,
 ) -> Plan:
@@ -74,7 +72,7 @@ def search(
     Args:
         machine: what decides about time; default: one with a GPU like an RTX 4090.
         methods: that may be chosen; e2e and lora are one block.
-        stages, stage_layers: those that may be chosen, one of both; default: those of `stage_counts`.
+        stages: the numbers of stages that may be chosen; default: those of `stage_counts`.
         optimizer_device: the only one that may be chosen where weights are offloaded.
         host_limit: bytes of host memory that offloading may take.
 
@@ -84,8 +82,8 @@ def search(
     machine = machine or Machine()
     counts = stage_counts(len(planner.sizes.layers)) if stages is None else stages
     several = [m for m in methods if m not in ONE_BLOCK]
-    settings = [s for k in blocks for m in several for s in candidates(k, m, counts, stage_layers)]
-    settings += [s for m in methods if m in ONE_BLOCK for s in candidates(1, m, counts, stage_layers)]
+    settings = [s for k in blocks for m in several for s in candidates(k, m, counts)]
+    settings += [s for m in methods if m in ONE_BLOCK for s in candidates(1, m, counts)]
     if optimizer_device is not None:
         settings = [s for s in settings if s.offload != "block" or s.optimizer_device == optimizer_device]
     room = limit - (RESERVE if planner.run.device == "cuda" else 0)

@@ -161,7 +161,7 @@ def _run(attempt: Attempt, batch: int) -> Run:
         autocast=bool(args.bf16),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         state_dtype=getattr(torch, getattr(args, "state_dtype", "float32")),
-        masters=getattr(args, "master_weights", None),
+        masters=attempt.lopt.keeps_masters(getattr(args, "master_weights", None)),
         local_every=attempt.lopt.local_every,
         frozen_blocks=attempt.lopt.frozen_blocks,
         aux_loss=attempt.lopt.aux_loss,

@@ -108,7 +108,7 @@ def bars(plans: Sequence[Plan], width: int = 64) -> str:
 
 
 def hiding(plans: Sequence[Plan], machine: Machine) -> str:
-    """Return from how many tokens a step on offloading costs no time, whatever k is."""
+    """Return from how many tokens a step on offloading costs no time, whatever k is; nothing without any."""
     tokens = plans[0].tokens
     lines = [f"Copies can hide behind compute (here: {tokens:,} tokens a step)"]
     for offload in ("optimizer", "block"):
@@ -118,7 +118,7 @@ def hiding(plans: Sequence[Plan], machine: Machine) -> str:
         least = max(plan.hidden_from(machine) for plan in those)
         how = "never" if least == float("inf") else f"from {least:,.0f} tokens a step on"
         lines.append(f"  --offload {offload:{NAMES - 12}}{how}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if len(lines) > 1 else ""
 
 
 def picture(plans: Sequence[Plan], title: str, x_label: str) -> str:
