@@ -16,9 +16,12 @@ from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
 from lopt.core.attach import LoPT
 from lopt.engine.clipping import clip_gradients
+from lopt.engine.host_transfer import HostTransfer, TensorGroup
+from lopt.engine.offload import WeightsOffload
 from lopt.engine.optimizer import BlockOptimizer, Precision
 from lopt.engine.plain_loop import block_major
 from lopt.engine.random_state import micro_batch_seed, random_numbers
+from lopt.engine.stages import Stage
 
 BATCHES = [
     batch_of([9, 5, 2]),
@@ -185,6 +188,32 @@ def test_adapters(place: str) -> None:
     targets = LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False)
     model = get_peft_model(tiny("llama"), targets)
     compare(model, method="lora", stages=6, **PLACES[place])
+
+
+def test_base_weights_of_adapters_only_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a stage without adapters is not fetched to be stepped."""
+    out: list[TensorGroup] = []
+    visits: list[int] = []
+    copy_out, enter = HostTransfer._copy_out, WeightsOffload.enter
+
+    def copied(self: HostTransfer, group: TensorGroup, tensors: Any) -> None:
+        out.append(group)
+        copy_out(self, group, tensors)
+
+    def entered(self: WeightsOffload, stage: Stage) -> None:
+        visits.append(stage.index)
+        enter(self, stage)
+
+    model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"], r=4))
+    handle = attached(model, method="lora", stages=6, schedule="block_major", offload="block")
+    schedule = block_major(handle, handle.parameter_groups(1e-2), ADAMW, max_norm=CLIP)
+    monkeypatch.setattr(HostTransfer, "_copy_out", copied)
+    monkeypatch.setattr(WeightsOffload, "enter", entered)
+    schedule.step(2, lambda slot: model(**BATCHES[slot]).loss / 2)
+    sent = {p for group in out for p in group.get() if isinstance(p, nn.Parameter)}
+    assert sent == set(handle.block_parameters(0))
+    # Forward; back to the first stage with adapters; steps, of which stage 1 is there already.
+    assert visits == [0, 1, 2, 3, 4, 5, 4, 3, 2, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -115,30 +115,33 @@ class WeightsOffload:
         self._lopt = lopt
         self._transfer = transfer
         blocks = lopt.blocks
-        self._by_module: dict[nn.Module, TensorGroup] = {}
+        self._by_module: dict[nn.Module, list[TensorGroup]] = {}
         self._groups: list[list[TensorGroup]] = []
-        self._learning: dict[TensorGroup, bool] = {}
+        self._members: dict[TensorGroup, list[nn.Parameter]] = {}
         offloaded: dict[nn.Parameter, TensorGroup] = {}
         for stage in stages:
             groups: dict[TensorGroup, None] = {}
             for module in stages.modules(stage):
                 own = [p for p in module.parameters() if p not in offloaded]
-                if own:
-                    group = self._by_module[module] = TensorGroup.of_parameters(own)
-                    offloaded |= dict.fromkeys(own, group)
-                    self._learning[group] = any(p.requires_grad for p in own)
+                self._by_module[module] = []
+                for learns in (True, False):  # apart, so that what does not learn is never copied out
+                    if part := [p for p in own if p.requires_grad == learns]:
+                        group = TensorGroup.of_parameters(part)
+                        self._by_module[module].append(group)
+                        offloaded |= dict.fromkeys(part, group)
+                        self._members[group] = part
                 # A shared matrix is in two stages.
                 groups |= dict.fromkeys(offloaded[p] for p in module.parameters())
             self._groups.append(list(groups))
-        of_layers = {self._by_module[layer] for layer in blocks.layers}
-        self._ends = [group for group in self._learning if group not in of_layers]
-        self._lens = [self._by_module[module] for module in blocks.tail if module in self._by_module]
+        of_layers = {group for layer in blocks.layers for group in self._by_module[layer]}
+        self._ends = [group for group in self._members if group not in of_layers]
+        self._lens = [group for module in blocks.tail for group in self._by_module.get(module, [])]
         self._stages = stages
         # Of the present stage, whose graph holds on to its weights:
         self._entered: dict[TensorGroup, None] = {}
         self._all_fetched = False
         self._heads_offloaded = False
-        for group in self._learning:
+        for group in self._members:
             transfer.store(group)
         lopt.offload_device = transfer.device
         _move_rest(lopt.model, offloaded.keys(), transfer.device)
@@ -150,7 +153,7 @@ class WeightsOffload:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is offloaded."""
-        return sum(group.nbytes for group in self._learning)
+        return sum(group.nbytes for group in self._members)
 
     def groups(self, stage: Stage) -> list[TensorGroup]:
         """Return the weights of `stage`, its block's head included where it is offloaded."""
@@ -172,20 +175,21 @@ class WeightsOffload:
     def leave(self, changed: bool) -> None:
         """Release the weights that were fetched for the present stage, stepped if `changed`."""
         for group in self._entered:
-            self._transfer.release(group, changed and self._learning[group])
+            learns = any(parameter.requires_grad for parameter in self._members[group])
+            self._transfer.release(group, changed and learns)
         self._entered = {}
 
     def fetch_all(self) -> bool:
         """Fetch all weights if the device has room for them; returns whether they are there."""
         if not self._all_fetched and self.nbytes < 0.9 * free_memory(self._transfer.device):
-            for group in self._learning:
+            for group in self._members:
                 self._transfer.fetch(group)
             self._all_fetched = True
         return self._all_fetched
 
     def release_all(self) -> None:
         """Release all weights; after `fetch_all` anything may have changed them, so their values go out."""
-        for group in self._learning:
+        for group in self._members:
             self._transfer.release(group, changed=self._all_fetched)
         self._all_fetched = False
 
@@ -195,10 +199,10 @@ class WeightsOffload:
             return
         self._heads_offloaded = True
         for index, head in enumerate(self._lopt.heads):
-            group = TensorGroup.of_parameters(head.parameters())
+            group = TensorGroup.of_parameters(parameters := list(head.parameters()))
             self._transfer.store(group)
             self._groups[self._stages.of_block(index)[-1].index].append(group)
-            self._learning[group] = True
+            self._members[group] = parameters
 
     def _before_decoder(self, module: nn.Module, args: tuple) -> None:
         if self._lopt.active_block is not None or self.fetch_all():
@@ -210,12 +214,14 @@ class WeightsOffload:
 
     def _before_layer(self, layer: nn.Module, args: tuple) -> None:
         if self._lopt.active_block is None and not self._all_fetched:
-            self._transfer.fetch(self._by_module[layer])
+            for group in self._by_module[layer]:
+                self._transfer.fetch(group)
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        group = self._by_module[layer]
-        if self._lopt.active_block is None and not self._all_fetched and group not in self._entered:
-            self._transfer.release(group, changed=False)
+        if self._lopt.active_block is None and not self._all_fetched:
+            for group in self._by_module[layer]:
+                if group not in self._entered:
+                    self._transfer.release(group, changed=False)
 
 
 def _move_rest(model: nn.Module, offloaded: Any, device: torch.device) -> None:

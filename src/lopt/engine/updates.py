@@ -78,7 +78,8 @@ class Updates:
         for parameter in parameters:
             if parameter.grad is not None:
                 self._parameter_norms[parameter] = torch.linalg.vector_norm(parameter.grad)
-        self._held.append(stage)
+        if parameters:
+            self._held.append(stage)
         block_done = not self.stages.reaches_back(stage)
         if block_done:
             self.norms[stage.block] = self._norm(stage.block)
