@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
-from lopt import LoPTSFTTrainer
+from lopt import LoPTConfig, LoPTSFTTrainer
 from lopt.instruments.memory import MemoryPeak
 from lopt.models.shapes import SHAPES, model_config
 from lopt.planning.calibrate import calibrate
@@ -254,6 +254,18 @@ def test_more_prefetching_hides_more_until_all_is_hidden() -> None:
     stash = 3 * 4 * 2 * 128 * 128 * 4 / 1e9  # in and out, of three boundaries and four micro-batches
     assert seconds[0] > seconds[1] > seconds[2] >= seconds[3] > none + 2 * stash
     assert seconds[3] == pytest.approx(none, rel=0.05)  # the first block's weights, the last one's way back
+
+
+def test_buckets_of_ddp() -> None:
+    """One more copy of the gradients that DDP averages, as two processes have been found to hold."""
+    one, two = llama(), llama(processes=2)
+    e2e, last = Setting("e2e", 1), Setting(num_blocks=2)
+    assert two.plan(e2e).total - one.plan(e2e).total == 4 * one.sizes.model
+    own = sum(t.nbytes for t in one.sizes.blocks(LoPTConfig())[-1].trained)  # others are averaged in place
+    assert two.plan(last).total - one.plan(last).total == own
+    staged = replace(STAGED, offload="block")
+    assert two.plan(staged).total == one.plan(staged).total
+    assert two.plan(staged).host == 2 * one.plan(staged).host
 
 
 def test_an_optimizer_that_needs_room_for_its_step() -> None:

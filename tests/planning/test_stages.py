@@ -97,8 +97,11 @@ def test_prediction_and_live_bytes(
     assert peak.gradients == pytest.approx(real.gradients, rel=0.03, abs=2000)
     if setting.offload == "none":
         assert peak.weights == real.parameters and peak.optimizer == pytest.approx(real.optimizer, rel=0.001)
-    # A bound: the largest stash and the largest step in host memory may come at different times.
-    slack = 0.1 if setting.optimizer_device == "cpu" else 0.03
+    # Of the host's own peak: `real.host` is what it holds at the moment of the device's. In a thread, steps
+    # may meet a stash that they do not meet here, where each runs at once.
+    slack = 0.03
+    if setting.optimizer_device == "cpu":  # of adapters little else is in host memory that grows
+        slack = 0.1 if setting.method == "lora" else 0.05
     assert 0.99 * most[0] <= predicted.host <= (1 + slack) * most[0]
 
 

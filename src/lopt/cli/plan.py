@@ -99,6 +99,9 @@ def check_arguments(args: PlanArguments) -> int | None:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "local_every"):
         check_number(name, getattr(args, name), minimum=1)
     check_number("max_length", args.max_length, minimum=2)
+    check_number("num_processes", args.num_processes, minimum=1)
+    one = args.num_processes == 1 or not args.calibrate
+    check(one, "num_processes", args.num_processes, "1 with `calibrate`")
     _check_machine(args)
     names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
     LoPTConfig(**{name: getattr(args, name) for name in names})
@@ -193,7 +196,8 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
     words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
     lines = [f"--{name} {shlex.join(map(str, values))}" for name, values in words.items()]
-    return "lopt sft " + " \\\n    ".join(lines)
+    launch = f"torchrun --nproc_per_node {args.num_processes} --no-python " * (args.num_processes > 1)
+    return launch + "lopt sft " + " \\\n    ".join(lines)
 
 
 def _machine(args: PlanArguments, run: Run) -> Machine:
@@ -218,6 +222,7 @@ def _run(args: PlanArguments) -> Run:
         frozen_blocks=args.frozen_blocks,
         aux_loss=args.aux_loss,
         tied_embeddings=args.tied_embeddings,
+        processes=args.num_processes,
         adapters=_adapters(args),
         clip=args.clip,
         device="cuda" if on_gpu else "cpu",
@@ -276,12 +281,16 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     cut = f", the first {run.frozen_blocks} blocks frozen" if run.frozen_blocks else ""
     cut += ", earlier blocks predict the next token" if run.aux_loss == "next_token" else ""
     device = "GPU" if run.device == "cuda" else "CPU"
+    several = (
+        f"({run.processes} processes by DDP: host is all of theirs; times and tokens are of one alone,\n"
+        "without averaging gradients and without others on the bus)\n"
+    )
     size = f"{planner.sizes.model / 1e9:.2f} B weights in {layers} layers"
     return (
         f"{args.model_name_or_path}: {size}, {numbers}, {args.optim}{cut}\n"
         f"{run.batch} x {run.tokens:,} tokens a micro-batch, {run.accumulation} a step. "
         f"Peak on the {device} in GiB:\n"
-    )
+    ) + several * (run.processes > 1)
 
 
 def _proposal(planner: Planner, blocks: list[int], limit: int, args: PlanArguments, machine: Machine) -> str:

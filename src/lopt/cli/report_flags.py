@@ -197,6 +197,10 @@ class PlanArguments:
     per_device_train_batch_size: int = flag(4, "Rows in a micro-batch.")
     gradient_accumulation_steps: int = flag(8, "Micro-batches per step.")
     max_length: int = flag(1024, "Tokens in a row.")
+    num_processes: int = flag(
+        1,
+        "Processes of DDP on one machine, with a GPU each; the batch is that of each. FSDP2 is not planned.",
+    )
     optim: str = flag("adamw_torch_fused", f"The optimizer: {OPTIMIZERS}.")
     device_name: str | None = flag(
         None, f"The GPU, which decides about time: {DEVICES}. Default: much like an rtx4090."

@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         peak: the device at the moment of its largest total.
-        host: bytes of host memory for what is offloaded.
+        host: bytes of host memory for what is offloaded, by all processes.
         checkpoint, model: bytes on disk of one checkpoint and of the final model.
         flops: per optimizer step (with `local_every`, on average).
         bus: bytes into the device per optimizer step (as many leave it), and of those the ones that grow
@@ -131,11 +131,11 @@ class Planner:
         step = StagedStep(run, setting, parts, forward, stages, sizes.buffers, state, prefetch)
         weights_offloaded = offload == "block"
         host = state * (offload != "none") + weights * weights_offloaded
-        host += step.host_gradients + step.host_temporaries + step.stash * weights_offloaded
+        host += step.host_gradients + step.host_work
         return Plan(
             setting=setting,
             peak=step.peak,
-            host=host,
+            host=host * run.processes,
             flops=_flops(step.work),
             work=step.work,
             bus=step.bytes_in + step.stash_in,
@@ -187,6 +187,8 @@ class Planner:
 
     def _eager(self, setting: Setting, parts: Parts, blocks: list[BlockSizes], resident: Bytes) -> Bytes:
         trace = Trace(resident)
+        if self.run.processes > 1:  # DDP keeps its buckets; earlier blocks' gradients are averaged in place
+            trace.gradients = size_of(blocks[-1].trained)
         for segments in self._micro_batches(trace, parts):
             trace.run(segments[blocks[0].place, "start"], "start")
             for block in blocks:

@@ -63,6 +63,7 @@ class Run:
         clips, clip: whether gradients are clipped, and by the norm of a block or of all ("global").
         prefetch: bytes of device memory for what offloading has on its way.
         device: "cuda" or "cpu".
+        processes: of DDP on one machine, each with a device and micro-batches of its own.
     """
 
     config: PreTrainedConfig
@@ -83,6 +84,7 @@ class Run:
     clip: Literal["block", "global"] = "block"
     prefetch: int = PREFETCH
     device: str = "cuda"
+    processes: int = 1
 
     @property
     def step_tokens(self) -> int:

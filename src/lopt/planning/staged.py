@@ -37,9 +37,8 @@ class StagedStep:
 
     Attributes:
         peak: the device at the moment of its largest total.
-        stash: bytes of what waits between stages, at most.
-        host_gradients: bytes of host memory for gradients.
-        host_temporaries: bytes that a step in host memory adds.
+        host_gradients: bytes of host memory for gradients, whose places are kept from step to step.
+        host_work: bytes of host memory for what waits between stages and what steps there add, at most.
         bytes_in, stash_in: bytes that come to the device: weights, state and gradients, and hidden states.
         work: for `lopt.planning.timeline`.
     """
@@ -57,7 +56,7 @@ class StagedStep:
     ) -> None:
         self.run, self.setting, self.parts, self.forward, self.stages = run, setting, parts, forward, stages
         self.peak = Bytes()
-        self.stash = self.host_gradients = self.bytes_in = self.stash_in = 0
+        self.host_work = self.host_gradients = self.bytes_in = self.stash_in = 0
         self._moves = setting.offload == "block"
         self._on_host = setting.optimizer_device == "cpu"
         self._resident = Bytes(
@@ -72,9 +71,11 @@ class StagedStep:
         self._weights = [self._weight_groups(stage) for stage in stages]
         if stages[-1].borrowed:
             self._weights[-1] += self._weights[0][:1]
-        every = [part for own in self._parts for part in own]
-        steps = (temporary_bytes(replace(run, device="cpu"), part) for part in every)
-        self.host_temporaries = max(steps, default=0) if self._on_host else 0
+        # What steps in host memory add, by the stages whose step may still be under way; at first those of
+        # the optimizer step before. A stage that is needed waits for its own.
+        self._added: dict[int, int] = {}
+        for stage in stages if self._on_host else ():
+            self._submit(stage)
         self._stage: StageSizes | None = None
         self._held: list[StageSizes] = []
         self._waiting: dict[int, int] = {}  # bytes on the device of gradients that wait, by stage
@@ -158,12 +159,19 @@ class StagedStep:
                 self._gradients_on_host[stage.index] = stage.gradients
                 self._note_leaving(self._waiting.pop(stage.index, 0))
                 self._put_away()
+                self._submit(stage)
+                self._see_host(self._stash_left(stage))
                 last = self._turns[-1]
                 self._turns[-1] = replace(last, handed_over=(*last.handed_over, stage.index))
             else:
                 self._step(stage, held[number + 1] if number + 1 < len(held) else None)
         if held and self._on_host:
             self._leave()
+
+    def _submit(self, stage: StageSizes) -> None:
+        """Note what the step of a stage in host memory adds until it is done."""
+        run = replace(self.run, device="cpu")
+        self._added[stage.index] = max((temporary_bytes(run, p) for p in self._parts[stage.index]), default=0)
 
     def _note_leaving(self, gradients: int) -> None:
         if gradients:
@@ -181,7 +189,9 @@ class StagedStep:
             self.bytes_in += self._shared
         fed = self._fed(stage, with_graph)
         stashed = self._stashed(stage, with_graph)
-        self.stash = max(self.stash, boundary * max(stashed))
+        self._see_host(boundary * stashed[0])
+        self._added.pop(stage.index, None)
+        self._see_host(boundary * max(stashed))
         base = replace(self._base(stage), transfers=self._transfer.bytes_in_flight)
         trace = Trace(base, gradients=sum(self._waiting.values()) + self._shared)
         ids = (run.accumulation - 1) * 3 * 8 * run.batch * run.tokens  # mask and labels as well
@@ -294,6 +304,9 @@ class StagedStep:
                 self._transfer.release(group)
         self._waiting.pop(stage.index, None)
         self._turns[-1] = replace(self._turns[-1], steps=True)
+
+    def _see_host(self, stash: int) -> None:
+        self.host_work = max(self.host_work, stash * self._moves + max(self._added.values(), default=0))
 
     def _see(self, moment: Bytes) -> None:
         self.peak = max(self.peak, moment, key=total)
