@@ -111,6 +111,15 @@ def batch_of(lengths: list[int], side: str = "right", seed: int = 0) -> dict[str
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
+BATCHES = [
+    batch_of([9, 5, 2]),
+    batch_of([4], seed=1),
+    batch_of([3, 11], side="left", seed=2),
+    batch_of([6, 6], seed=3),
+]
+"""Micro-batches of several widths, padded on either side."""
+
+
 def assert_moved_alike(
     start: Mapping[str, torch.Tensor],
     one: Mapping[str, torch.Tensor],

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from conftest import batch_of, tiny
+from conftest import BATCHES, tiny
 from lopt import LoPTConfig, attach
 from lopt.core.attach import LoPT
 from lopt.engine.clipping import clip_gradients
@@ -23,12 +23,6 @@ from lopt.engine.plain_loop import block_major
 from lopt.engine.random_state import micro_batch_seed, random_numbers
 from lopt.engine.stages import Stage
 
-BATCHES = [
-    batch_of([9, 5, 2]),
-    batch_of([4], seed=1),
-    batch_of([3, 11], side="left", seed=2),
-    batch_of([6, 6], seed=3),
-]
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 # Adam makes a step of a gradient that is 0 but for rounding, as that of a key's bias.
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoModelForCausalLM
 
-from conftest import batch_of, save_tiny, tiny
+from conftest import BATCHES, save_tiny, tiny
 from lopt import LoPTConfig, attach
 from lopt.engine.block_major import BlockMajor
 from lopt.engine.pipeline import check_pipeline, own_blocks, pipeline, save_model
@@ -27,12 +27,6 @@ from lopt.models.part import load_part
 from page_commands import ROOT
 
 CPU = torch.device("cpu")
-BATCHES = [
-    batch_of([9, 5, 2]),
-    batch_of([4], seed=1),
-    batch_of([3, 11], side="left", seed=2),
-    batch_of([6, 6], seed=3),
-]
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 STEPS = 3

@@ -64,11 +64,6 @@ class Link:
         """Whether this rank has the first block."""
         return self.position == 0
 
-    @property
-    def is_last(self) -> bool:
-        """Whether this rank has the last block."""
-        return self.position == self.size - 1
-
     def expect(self, shapes: Iterable[tuple[int, int]]) -> None:
         """Post receives for micro-batches to come, after those that are expected already.
 
@@ -145,7 +140,7 @@ class LinkedStash(Stash):
 
     def put(self, stage: int, slot: int, value: Tensor) -> None:
         """Keep `value` (B, T, H), or send it if it is this rank's output and has not been sent yet."""
-        if stage != self._end or self._link.is_last:
+        if stage != self._end:
             super().put(stage, slot, value)
         elif slot not in self._sent:
             self._sent.add(slot)
@@ -154,11 +149,7 @@ class LinkedStash(Stash):
     def get(self, stage: int, slot: int) -> Tensor:
         """Return what is kept, on the device; this rank's input is received when it is asked for first."""
         if stage == self._first and not self._link.is_first and (stage, slot) not in self._kept:
-            received = self._link.receive()
-            if not self._on_host:
-                self._kept[stage, slot] = received
-                return received.detach()
-            super().put(stage, slot, received)
+            super().put(stage, slot, self._link.receive())
         return super().get(stage, slot)
 
     def clear(self) -> None:

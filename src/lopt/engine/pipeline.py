@@ -30,6 +30,7 @@ from lopt.engine.reduction import average_gradients
 from lopt.engine.stages import Stage, Stages, dealt
 from lopt.engine.updates import Updates
 from lopt.files import save_tensors, write_text
+from lopt.models.part import replace_parameters
 from lopt.models.weight_files import INDEX
 from lopt.validation import check
 
@@ -104,14 +105,11 @@ def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> None:
     blocks = {stage.block for stage in own}
     needed = {p for stage in own for module in stages.modules(stage) for p in module.parameters()}
     empty = {
-        p: p if p.is_meta else nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        p: nn.Parameter(p.detach().to("meta"), p.requires_grad)
         for p in lopt.model.parameters()
-        if p not in needed
+        if p not in needed and not p.is_meta
     }
-    for module in lopt.model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter in empty:
-                setattr(module, name, empty[parameter])
+    replace_parameters(lopt.model, empty)
     for index, head in enumerate(lopt.heads):
         if index not in blocks:
             head.to("meta")

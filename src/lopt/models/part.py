@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,23 @@ def load_part(
             f"`model_name_or_path` {name}: its files have no {missing[0]}, which a process of a pipeline "
             "reads by this name: load the whole model with transformers and save it again"
         )
+    loaded: dict[nn.Parameter, nn.Parameter] = {}
     for file in sorted({places[key] for key in wanted}):
         local = cached_file(path, file, **source)
         with safe_open(str(local), framework="pt") as tensors:
             for key in sorted(key for key in wanted if places[key] == file):
-                _fill(name, model, key, tensors.get_tensor(key).to(dtype))
+                empty = model.get_parameter(key)
+                loaded[empty] = _loaded(name, key, empty, tensors.get_tensor(key).to(dtype))
+    replace_parameters(model, loaded)
     return model
+
+
+def replace_parameters(model: nn.Module, others: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Put other parameters in the place of some, in all modules that share them."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in others:
+                setattr(module, name, others[parameter])
 
 
 _OPTIONAL: dict[str, Any] = dict(_raise_exceptions_for_missing_entries=False)
@@ -93,20 +104,11 @@ def _own_parameters(model: Any, config: LoPTConfig, blocks: Collection[int]) -> 
     return own
 
 
-def _fill(name: str, model: nn.Module, key: str, value: torch.Tensor) -> None:
-    """Give a parameter its value, in all modules that share it."""
-    empty = model.get_parameter(key)
+def _loaded(name: str, key: str, empty: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
+    """Return the parameter `key` with its value."""
     if empty.shape != value.shape:
         raise ValueError(
             f"`model_name_or_path` {name}: its weights do not fit its config.json: {key} is "
             f"{list(value.shape)}, not {list(empty.shape)}: get both from one place"
         )
-    parameter = nn.Parameter(value, requires_grad=empty.requires_grad)
-    for module in model.modules():
-        for own, held in _held(module):
-            if held is empty:
-                setattr(module, own, parameter)
-
-
-def _held(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    yield from list(module.named_parameters(recurse=False))
+    return nn.Parameter(value, requires_grad=empty.requires_grad)

@@ -145,7 +145,8 @@ class StagedStep:
             self.host_gradients = sum(self._gradients_on_host.values())
 
     def _stage_done(self, stage: StageSizes) -> None:
-        self._held.append(stage)
+        if stage.trained:
+            self._held.append(stage)
         self._waiting[stage.index] = stage.gradients
         if stage.borrowed:
             self._shared = stage.left

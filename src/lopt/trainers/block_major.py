@@ -74,7 +74,7 @@ class BlockMajorSteps:
         """End an optimizer step."""
         self._schedule.end_step()
         if self.offload is not None and self.offload.host is not None:
-            waited, self._waited = self._waited, self.offload.transfer.waited
+            waited, self._waited = self._waited, self._schedule.waited
             self._trainer.average("host_wait_seconds", self._waited - waited)
         self.begin_step()
 
