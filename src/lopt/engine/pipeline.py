@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -123,11 +123,30 @@ def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:
     Raises:
         ValueError: `folder` holds a model already.
     """
-    link, folder, model = schedule.link, Path(folder), base_model(lopt.model)
+    link, folder = schedule.link, Path(folder)
     assert link is not None
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a model already: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
+    parts: list[Any] = [None] * link.size
+    dist.all_gather_object(parts, write_part(lopt, schedule, folder), group=link.group)
+    if link.is_first:
+        write_index(lopt, parts, folder)
+    dist.barrier(group=link.group)
+
+
+class Part(NamedTuple):
+    """What one process of a pipeline has written: a file, its bytes of weights, and their names."""
+
+    file: str
+    nbytes: int
+    names: list[str]
+
+
+def write_part(lopt: LoPT, schedule: BlockMajor, folder: Path) -> Part:
+    """Write the weights of this process's blocks into `folder`."""
+    link, model = schedule.link, base_model(lopt.model)
+    assert link is not None
     blocks = sorted({stage.block for stage in schedule.own})
     own = {name: p.detach() for block in blocks for name, p in lopt.blocks.parameters(model, block)}
     if link.is_first:
@@ -138,13 +157,16 @@ def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:
         {name: value.cpu().contiguous() for name, value in own.items()}, folder / file, {"format": "pt"}
     )
     size = sum(value.nbytes for value in own.values())
-    parts: list[Any] = [None] * link.size
-    dist.all_gather_object(parts, (file, size, sorted(own)), group=link.group)
-    if link.is_first:
-        places = {name: part for part, _, names in parts for name in names}
-        index = {"metadata": {"total_size": sum(size for _, size, _ in parts)}, "weight_map": places}
-        write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        model.generation_config.save_pretrained(folder)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)  # last, so that the folder is no model before it is whole
-    dist.barrier(group=link.group)
+    return Part(file, size, sorted(own))
+
+
+def write_index(lopt: LoPT, parts: Iterable[Part], folder: Path) -> None:
+    """Make a plain model out of what all processes of a pipeline have written into `folder`."""
+    model = base_model(lopt.model)
+    parts = list(parts)
+    places = {name: part.file for part in parts for name in part.names}
+    index = {"metadata": {"total_size": sum(part.nbytes for part in parts)}, "weight_map": places}
+    write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    model.generation_config.save_pretrained(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)  # last, so that the folder is no model before it is whole

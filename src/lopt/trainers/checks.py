@@ -91,7 +91,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
         )
     check_inherited(args, config)
-    if config.schedule == "block_major":
+    if config.is_staged:
         _check_block_major(args, config, model)
     elif not config.is_cut:
         return
@@ -268,7 +268,7 @@ def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) 
 
 def check_routers(config: LoPTConfig, model_config: Any) -> None:
     """Refuse the block-major schedule for a model that balances its routers, by its config."""
-    if config.schedule == "block_major" and getattr(model_config, "output_router_logits", False):
+    if config.is_staged and getattr(model_config, "output_router_logits", False):
         raise ValueError(
             "`schedule` block_major cannot balance routers over all layers at once: use `schedule` eager"
         )

@@ -102,7 +102,7 @@ class LoPTMixin(WritesCard, Trainer):
         self.checkpoints, self.stops, self.guard = Checkpoints(self), Stops(self), Guard(self)
         self.lopt.hooks.append(self.model.register_forward_pre_hook(self.stops.before_forward))
         self.reduction: GradientReduction | None = None
-        staged = config.schedule == "block_major"
+        staged = config.is_staged
         if dist.is_initialized() and self.lopt.heads:  # a launcher's single process is in DDP as well
             self.reduction = GradientReduction(self.lopt, self._is_last_micro_batch, in_backward=not staged)
         self.block_major = BlockMajorSteps(self) if staged else None
