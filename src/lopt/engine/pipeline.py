@@ -62,22 +62,31 @@ def pipeline(
     Raises:
         ValueError: The config cannot run in a pipeline of this size.
     """
-    ranks = mesh["pipeline"]
-    check_pipeline(lopt.config, ranks.size())
-    lopt.offload_device = device
-    config: Any = base_model(lopt.model).config.get_text_config()
-    dtype = next(p.dtype for p in lopt.blocks.layers[0].parameters() if p.is_floating_point())
-    link = Link(ranks.get_group(), device, config.hidden_size, dtype, depth)
+    group = mesh["pipeline"].get_group()
+    check_pipeline(lopt.config, group.size())
     stages = Stages(lopt)
-    own = stages.of_pipeline(link.position, link.size)
-    blocks = {stage.block for stage in own}
-    leave_out(lopt, stages, own)
-    groups = [group for group in groups if group["block"] in blocks]
-    optimizer = staged_optimizer(lopt, groups, make, stages, None, precision) if groups else None
+    link = make_link(lopt, group, device, depth)
+    gone = leave_out(lopt, stages, stages.of_pipeline(link.position, link.size))
+    groups = [group | {"params": [gone.get(p, p) for p in group["params"]]} for group in groups]
+    optimizer = staged_optimizer(lopt, groups, make, stages, None, precision)
     updates = Updates(lopt, stages, optimizer, max_norm=max_norm)
     if "data" in (mesh.mesh_dim_names or ()):
         updates.reduce = partial(average_gradients, group=mesh["data"].get_group())
     return BlockMajor(lopt, updates, link=link)
+
+
+def make_link(lopt: LoPT, group: Any, device: torch.device, depth: int) -> Link:
+    """Return this process's link to its neighbours in `group`, for the hidden states of a model.
+
+    Args:
+        lopt: The handle, which computes on `device` from now on.
+        group: The processes of a pipeline, in the order of their blocks.
+        depth: Micro-batches that may be on their way between two processes.
+    """
+    lopt.offload_device = device
+    config: Any = base_model(lopt.model).config.get_text_config()
+    dtype = next(p.dtype for p in lopt.blocks.layers[0].parameters() if p.is_floating_point())
+    return Link(group, device, config.hidden_size, dtype, depth)
 
 
 def own_blocks(config: LoPTConfig, mesh: DeviceMesh) -> range:
@@ -100,19 +109,26 @@ def check_pipeline(config: LoPTConfig, size: int) -> None:
         raise ValueError("`aux_loss` next_token reads the LM head, which another process has: use recon")
 
 
-def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> None:
-    """Let go of all weights that no stage in `own` needs: they are on the meta device then."""
+def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> dict[nn.Parameter, nn.Parameter]:
+    """Let go of all weights that no stage in `own` needs: they are on the meta device then.
+
+    Returns:
+        The empty parameters by those whose place they have taken.
+    """
     blocks = {stage.block for stage in own}
     needed = {p for stage in own for module in stages.modules(stage) for p in module.parameters()}
-    empty = {
-        p: nn.Parameter(p.detach().to("meta"), p.requires_grad)
-        for p in lopt.model.parameters()
-        if p not in needed and not p.is_meta
-    }
-    replace_parameters(lopt.model, empty)
-    for index, head in enumerate(lopt.heads):
-        if index not in blocks:
-            head.to("meta")
+    needed |= {p for index, head in enumerate(lopt.heads) if index in blocks for p in head.parameters()}
+    gone: dict[nn.Parameter, nn.Parameter] = {}
+    for part in (lopt.model, lopt.heads):
+        empty = {
+            p: nn.Parameter(p.detach().to("meta"), p.requires_grad)
+            for p in part.parameters()
+            if p not in needed and not p.is_meta
+        }
+        replace_parameters(part, empty)
+        gone |= empty
+    stages.refresh()
+    return gone
 
 
 def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, TrainingArguments
 from lopt.architectures import base_model, find_decoder
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
+from lopt.engine import grid
 from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import shares_embeddings, will_untie
 from lopt.trainers.inherited import check_inherited
@@ -74,7 +75,8 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         ImportError: FSDP2 with an accelerate that is too old for it; vLLM is not installed.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != args.world_size:
+    place = grid.current()
+    if launched != args.world_size * (1 if place is None else place.size):
         raise ValueError(
             f"the launcher started {launched} processes, which do not find each other: "
             f"each would train alone (world size {args.world_size}). On CPUs add `use_cpu`"
@@ -91,6 +93,8 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
         )
     check_inherited(args, config)
+    if config.schedule == "pipeline":
+        _check_pipeline(args)
     if config.is_staged:
         _check_block_major(args, config, model)
     elif not config.is_cut:
@@ -249,6 +253,19 @@ def _check_adapters(args: TrainingArguments, config: LoPTConfig, model: Any) -> 
         raise ValueError(
             "`use_vllm` with adapters on sharded weights: sending adds the adapters to the frozen weights "
             "and subtracts them again, which changes those by rounding: use DDP, or leave `use_vllm` out"
+        )
+
+
+def _check_pipeline(args: TrainingArguments) -> None:
+    if hasattr(args, "num_generations"):
+        raise ValueError(
+            "`schedule` pipeline: rollouts need the whole model, and each process has its own blocks: use "
+            "`schedule` block_major"
+        )
+    if type(args).should_save is TrainingArguments.should_save:
+        raise ValueError(
+            "`schedule` pipeline needs arguments of lopt.trainers.config, such as LoPTSFTConfig, which know "
+            "the process that writes"
         )
 
 

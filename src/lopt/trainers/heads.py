@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from lopt.core.attach import LoPT
+from lopt.engine.grid import Grid
 from lopt.files import save_tensors
+from lopt.trainers.parts import file_of, files_of
 
 HEADS_NAME = "reconstruction_heads.safetensors"
 
@@ -62,18 +64,23 @@ def warm_up_heads(trainer: Any) -> None:
         tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
 
 
-def save_heads(lopt: LoPT, folder: Path) -> None:
-    """Write the weights of the heads into a checkpoint."""
-    save_tensors(lopt.heads.state_dict(), folder / HEADS_NAME)
+def save_heads(lopt: LoPT, folder: Path, grid: Grid | None = None) -> None:
+    """Write the weights of the heads into a checkpoint, in a pipeline those of this process's blocks."""
+    own = {name: value for name, value in lopt.heads.state_dict().items() if not value.is_meta}
+    save_tensors(own, folder / file_of(HEADS_NAME, grid))
 
 
 def load_heads(lopt: LoPT, folder: Path) -> None:
-    """Read what `save_heads` wrote.
+    """Read what `save_heads` wrote, in one process or in several.
 
     Raises:
         ValueError: the checkpoint has no heads.
     """
-    path = folder / HEADS_NAME
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with `method` lopt")
-    lopt.heads.load_state_dict(safetensors.torch.load_file(path))
+    paths = files_of(HEADS_NAME, folder)
+    if not paths:
+        raise ValueError(
+            f"{folder / HEADS_NAME} is missing: this checkpoint cannot be resumed with `method` lopt"
+        )
+    saved = {name: value for path in paths for name, value in safetensors.torch.load_file(path).items()}
+    own = {name for name, value in lopt.heads.state_dict().items() if not value.is_meta}
+    lopt.heads.load_state_dict({name: saved[name] for name in own}, strict=False)
