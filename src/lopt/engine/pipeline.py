@@ -112,6 +112,8 @@ def check_pipeline(config: LoPTConfig, size: int) -> None:
 def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> dict[nn.Parameter, nn.Parameter]:
     """Let go of all weights that no stage in `own` needs: they are on the meta device then.
 
+    Only blocks of `own` learn from now on.
+
     Returns:
         The empty parameters by those whose place they have taken.
     """
@@ -127,8 +129,14 @@ def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> dict[nn.Par
         }
         replace_parameters(part, empty)
         gone |= empty
+    lopt.learning = range(*_ends([index for index in lopt.learning if index in blocks]))
     stages.refresh()
     return gone
+
+
+def _ends(numbers: list[int]) -> tuple[int, int]:
+    """Return start and stop of consecutive numbers."""
+    return (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
 
 
 def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from lopt.core.attach import LoPT
+from lopt.core.warmup import boundary_states
 from lopt.engine.grid import Grid
 from lopt.files import save_tensors
 from lopt.trainers.parts import file_of, files_of
@@ -34,12 +36,15 @@ def warm_up_batches(trainer: Any, batch_size: int, collate: Callable[[list[Any]]
 def warm_up_heads(trainer: Any) -> None:
     """Let the heads learn, with a progress bar; what they reached is in `head_warmup_history`.
 
+    In a pipeline each process lets those of its blocks learn, and passes hidden states on.
+
     Raises:
         NonFiniteError: a local loss is not finite.
     """
     lopt, first = trainer.lopt, trainer.is_world_process_zero()
     hidden = trainer.args.disable_tqdm or not first
     steps = lopt.config.head_warmup_steps
+    history: list[list[float]] = []
     with tqdm(total=steps, desc="Head warm-up", unit="step", disable=hidden) as bar:
 
         def show(step: int, losses: list[float]) -> None:
@@ -50,18 +55,23 @@ def warm_up_heads(trainer: Any) -> None:
         # Each weight is used once per forward, so that a cache of casts would be a second model.
         autocast = trainer.accelerator.autocast(AutocastKwargs(cache_enabled=False))
         with torch.random.fork_rng(), autocast, trainer.guard.during("head warm-up"):
-            history = lopt.warm_up_heads(trainer.head_warm_up_batches(), progress=show)
+            if lopt.learning:
+                history = lopt.warm_up_heads(trainer.head_warm_up_batches(), progress=show)
+            else:
+                for batch in itertools.islice(itertools.cycle(trainer.head_warm_up_batches()), steps):
+                    boundary_states(lopt, batch)
+                    bar.update()
     if trainer.reduction is not None:
         trainer.reduction.broadcast_heads()
     trainer.head_warmup_history = history
     if trainer.guard.monitor is not None:
         trainer.guard.monitor.start(lopt.learning, history)
-    ends = [
-        f"block {block + 1}: {before:.3g} → {after:.3g}"
-        for block, before, after in zip(lopt.learning, history[0], history[-1], strict=True)
-    ]
+    reached = [[block, *pair] for block, *pair in zip(lopt.learning, *history[:1], *history[-1:], strict=True)]
+    if trainer.grid is not None:
+        reached = [row for rows in trainer.grid.gather(reached)[:: trainer.grid.replicas] for row in rows]
+    ends = [f"block {block + 1}: {before:.3g} → {after:.3g}" for block, before, after in reached]
     if first:
-        tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
+        tqdm.write(f"Head warm-up, {steps} steps, local loss of " + ", ".join(ends))
 
 
 def save_heads(lopt: LoPT, folder: Path, grid: Grid | None = None) -> None:

@@ -208,7 +208,7 @@ class LoPTMixin(WritesCheckpoints, Trainer):
             logs.update({name: sum(values) / len(values) for name, values in self._averages.items()})
             self._averages.clear()
             if self.reports is not None and "seconds_per_step" in logs:
-                logs.update(self.reports.merged(logs))
+                logs = self.reports.merged(logs)
         super().log(logs, *args, **kwargs)
 
     def average(self, name: str, value: float) -> None:

@@ -87,14 +87,14 @@ class Reports:
         self._norms.append(norms)
 
     def merged(self, logs: dict[str, float]) -> dict[str, float]:
-        """Return what a training log of the main process says beside its own figures; nothing in the others."""
+        """Return a training log, in the main process with the figures of all processes."""
         place, norms = self._place, self._norms
         self._norms = []
         found = place.exchange([logs, norms], range(place.ranks) if place.is_main else ())
         reports = list(found)
         if not reports:
-            return {}
-        more: dict[str, float] = {}
+            return logs
+        more = {name: value for name, value in logs.items() if name not in WAITS}
         for rank, (figures, _) in enumerate(reports):
             seconds = figures["seconds_per_step"]
             waits = [figures[name] for name in WAITS]
