@@ -16,7 +16,6 @@ from lopt.cli.flag_values import options_of
 from lopt.cli.flags import flags_of
 from lopt.reliability.secrets import known_secrets, redact
 
-
 IN_PIPELINE = ("sft", "dpo", "grpo")
 """Commands whose processes may be those of a pipeline."""
 

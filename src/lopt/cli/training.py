@@ -20,8 +20,8 @@ from lopt.core.config import LoPTConfig
 from lopt.engine import grid
 from lopt.engine.stages import dealt
 from lopt.files import write_text
-from lopt.models.part import load_part
 from lopt.models.load import auto_class, load_model, resolve_model
+from lopt.models.part import load_part
 from lopt.models.processor import copy_processor
 from lopt.models.shapes import model_config
 from lopt.reliability.advice import Attempt

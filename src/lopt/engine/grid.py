@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,7 +25,7 @@ from lopt.validation import check
 
 FAILED = "lopt/failed"
 """Key of the sentence with which the first process that failed has ended."""
-_LOOK_EVERY = timedelta(seconds=0.5)  # while a value is waited for
+_LONGEST_PAUSE = 0.2  # seconds between two looks for a value
 _LINK_TIMEOUT = timedelta(days=7)  # a stage may take long; a process that is gone closes its connections
 
 
@@ -108,14 +109,15 @@ class Grid:
         Raises:
             RankError: Another process has failed.
         """
-        while True:
-            try:
-                self.store.wait([key], _LOOK_EVERY)
-                return self.store.get(key).decode()
-            except dist.DistStoreError:
+        pause = 0.001
+        try:
+            while not self.store.check([key]):
                 self.check()
-            except (dist.DistNetworkError, ConnectionError) as error:
-                raise RankError("the process that started the run has ended") from error
+                time.sleep(pause)
+                pause = min(1.3 * pause, _LONGEST_PAUSE)
+            return self.store.get(key).decode()
+        except RuntimeError as error:  # the store was in another process
+            raise RankError("the process that started the run has ended") from error
 
     def check(self) -> None:
         """Raise a RankError if another process has failed."""

@@ -89,7 +89,9 @@ class StagePasses:
         self._beside: tuple[None, ...] | None = None  # what layers return beside a hidden state, if tuples
         decoder, layers = lopt.blocks.decoder, lopt.blocks.layers
         # Ahead of the handle's own hooks, which must see the pass and its real input.
-        lopt.hooks.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True, prepend=True))
+        lopt.hooks.append(
+            decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True, prepend=True)
+        )
         lopt.hooks.append(decoder.register_forward_hook(self._leave_decoder, always_call=True))
         for index, layer in enumerate(layers):
             enter = partial(self._enter_layer, index)
@@ -193,7 +195,7 @@ class StagePasses:
         one = Pass(self._whole, -1, with_graph=False, relays=True)
         if not link.is_first:
             shape = next(value.shape[:2] for value in inputs if isinstance(value, Tensor))
-            link.expect([tuple(shape)])
+            link.expect([(shape[0], shape[1])])
             one.feeds[self._whole.start] = link.receive()
         return one
 

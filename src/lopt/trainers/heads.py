@@ -66,7 +66,9 @@ def warm_up_heads(trainer: Any) -> None:
     trainer.head_warmup_history = history
     if trainer.guard.monitor is not None:
         trainer.guard.monitor.start(lopt.learning, history)
-    reached = [[block, *pair] for block, *pair in zip(lopt.learning, *history[:1], *history[-1:], strict=True)]
+    reached = [
+        [block, *pair] for block, *pair in zip(lopt.learning, *history[:1], *history[-1:], strict=True)
+    ]
     if trainer.grid is not None:
         reached = [row for rows in trainer.grid.gather(reached)[:: trainer.grid.replicas] for row in rows]
     ends = [f"block {block + 1}: {before:.3g} → {after:.3g}" for block, before, after in reached]

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-
 from lopt.architectures import base_model
 from lopt.core.attach import LoPT
 from lopt.core.config import LoPTConfig
@@ -107,7 +106,10 @@ class Reports:
 
     def _shares(self, by_position: list[list[list[float]]]) -> dict[str, float]:
         """Return the norm of the last step's gradient, and each block's share of its square over the steps."""
-        steps = [[math.hypot(*block) for block in zip(*own, strict=True)] for own in zip(*by_position, strict=True)]
+        steps = [
+            [math.hypot(*of_block) for of_block in zip(*own, strict=True)]
+            for own in zip(*by_position, strict=True)
+        ]
         if not steps:
             return {}
         squares = [[(norm / max(math.hypot(*norms), 1e-30)) ** 2 for norm in norms] for norms in steps]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ class WritesCheckpoints(WritesCard, Trainer):
     checkpoints: Any
     stops: Any
     grid: Grid | None
+    synchronize_weights: Callable[[], None]
 
     # -- writing -------------------------------------------------------------------------------------
 
