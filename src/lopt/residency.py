@@ -31,8 +31,9 @@ class Residency:
             per block. The device works on one at a time. Boundaries are chosen by size; the token embedding
             and the LM head may become stages of their own. Default: as many as blocks.
         stage_layers: Instead of `stages`: the largest number of layers of a stage.
-        offload: What `schedule` block_major or pipeline keeps in host memory while the device does not need it:
-            'optimizer' state, or 'block': weights and optimizer state of every stage but the current one.
+        offload: What stays in host memory while the device does not need it, with `schedule` block_major or
+            pipeline: 'optimizer' state, or 'block': weights and optimizer state of every stage but the
+            current one.
         optimizer_device: Where the optimizer steps. 'auto': where the model is trained. 'cpu', with `offload`
             block: in host memory, in a thread beside the device's work; gradients are copied out, and
             optimizer state never moves.

@@ -265,6 +265,6 @@ class StagePasses:
 
 
 def _together(stages: Sequence[Stage]) -> Stage:
-    """Return stages that follow each other as one, which is the first or last of the model if one of them is."""
+    """Return stages that follow each other as one; it is the model's first or last if one of them is."""
     first, last = stages[0], stages[-1]
     return replace(last, index=first.index if first.index == 0 else last.index, start=first.start, opens=True)

@@ -141,7 +141,7 @@ def _setting(attempt: Attempt) -> Setting:
     return Setting(
         method,
         blocks,
-        config.schedule,
+        "block_major" if config.is_staged else "eager",
         bool(attempt.args.gradient_checkpointing),
         config.offload,
         config.stages,

@@ -1,9 +1,9 @@
-"""A pipeline's processes end together: by a stop at one point of the run, or soon after one of them has failed.
+"""The processes of a pipeline end together: by a stop at one point of the run, or after one has failed.
 
-No process waits for a later one, so they do not agree by collectives. The first process is ahead of all others:
-it decides whether the run stops at a point, and the others read that in the store when they get there. A thread
-in each process carries a stop that was asked for there to the first one, and ends the process where another has
-failed while it computes or waits.
+No process waits for a later one, so they do not agree by collectives. The first process is ahead of all
+others: it decides whether the run stops at a point, and the others read that in the store when they get
+there. A thread in each process carries a stop that was asked for there to the first one, and ends the process
+where another has failed while it computes or waits.
 """
 
 from __future__ import annotations

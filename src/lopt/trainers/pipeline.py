@@ -105,7 +105,7 @@ class Reports:
         return more | self._shares([norms for _, norms in reports[:: place.replicas]])
 
     def _shares(self, by_position: list[list[list[float]]]) -> dict[str, float]:
-        """Return the norm of the last step's gradient, and each block's share of its square over the steps."""
+        """Return the norm of the last step's gradient, and each block's mean share of its square."""
         steps = [
             [math.hypot(*of_block) for of_block in zip(*own, strict=True)]
             for own in zip(*by_position, strict=True)
