@@ -137,7 +137,7 @@ def test_dpo(flags: list[str], tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LoPTConfig(schedule="pipeline", num_blocks=2)
-    with pytest.raises(ValueError, match="call join_pipeline"):
+    with pytest.raises(ValueError, match="this process has joined none"):
         take_place(config)
     with pytest.raises(ValueError, match="torchrun --nproc_per_node 2"):
         join_pipeline(config)
