@@ -194,6 +194,4 @@ def _make_group(store: Any, position: int, size: int) -> Any:
     if not _on_gpu():
         return dist.ProcessGroupGloo(store, position, size, _LINK_TIMEOUT)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = _LINK_TIMEOUT
-    return dist.ProcessGroupNCCL(store, position, size, options)
+    return dist.ProcessGroupNCCL(store, position, size, _LINK_TIMEOUT)
