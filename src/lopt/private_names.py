@@ -149,6 +149,7 @@ OVERRIDES: dict[str, str] = {
     "trl:SFTTrainer._tag_names": "Its tags, for the model card (read).",
     "trl:SFTTrainer._paper": "Its paper's citation, for the model card (read).",
     "trl:DPOTrainer._prepare_dataset": "What the chat template leaves out of the rows is counted.",
+    "trl:DPOTrainer._precompute_ref_logps": "In a pipeline it waits until the blocks are in their places.",
     "trl:GRPOTrainer._generate_and_score_completions": (
         "Offloaded weights come in; stops are obeyed around rollouts."
     ),

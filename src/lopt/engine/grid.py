@@ -194,4 +194,6 @@ def _make_group(store: Any, position: int, size: int) -> Any:
     if not _on_gpu():
         return dist.ProcessGroupGloo(store, position, size, _LINK_TIMEOUT)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return dist.ProcessGroupNCCL(store, position, size, _LINK_TIMEOUT)
+    group = dist.ProcessGroupNCCL(store, position, size, dist.ProcessGroupNCCL.Options())
+    group.set_timeout(_LINK_TIMEOUT)
+    return group
