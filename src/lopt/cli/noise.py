@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -63,6 +64,19 @@ def quiet() -> None:
     _filter(_HUB, _SaidOnce())
     for beginning in DROPPED_WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(beginning), category=FutureWarning)
+
+
+@contextmanager
+def brief_bars() -> Iterator[None]:
+    """Let progress bars appear after a second and go when they are full, if tqdm is imported within."""
+    bars = {"TQDM_DELAY": "1", "TQDM_LEAVE": "", "TQDM_DYNAMIC_NCOLS": "1"}  # "" is tqdm's false
+    added = {name: value for name, value in bars.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 @contextmanager

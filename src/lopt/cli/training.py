@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from transformers import PreTrainedModel
 
 from lopt.architectures import base_model
 from lopt.cli.checks import check_cut
+from lopt.cli.display.closing import show_end
+from lopt.cli.display.progress import show
+from lopt.cli.display.screen import Screen
 from lopt.cli.flags import ModelArguments, RunArguments, checkpoint_named
 from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.retention import MakeCallback
-from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
-from lopt.models.load import auto_class, load_model, resolve_model
+from lopt.models.load import load_model, resolve_model
 from lopt.models.processor import copy_processor
 from lopt.models.shapes import model_config
 from lopt.reliability.advice import Attempt
@@ -81,18 +84,6 @@ def load_reference_alike(args: Any, model_args: ModelArguments) -> None:
     args.model_init_kwargs = {**given, **found}
 
 
-def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
-    """Load the model and print how it is cut."""
-    model = load(model_args, args)
-    blocks = Blocks(model, config)
-    if args.process_index == 0:
-        parts = [f"block {b.index + 1} (layers {b.start}-{b.stop - 1})" for b in blocks]
-        if config.is_local and len(parts) == 1:
-            parts.append("trained end to end: there is no boundary")
-        print(f"{model_args.model_name_or_path}: {', '.join(parts)}")
-    return model
-
-
 def _attempt(model_args: ModelArguments, config: LoPTConfig, args: Any) -> Attempt:
     """Return what the planner is asked about when the model does not fit."""
     where = model_args.model_revision, args.trust_remote_code
@@ -110,6 +101,7 @@ def run(
     args: Any,
     checkpoint: str | None,
     record: Record,
+    screen: Screen,
     retention: MakeCallback | None = None,
     **more: Any,
 ) -> None:
@@ -119,10 +111,11 @@ def run(
         rows: `train`, `held_out` and `tokenizer`, from `lopt.cli.rows`.
         checkpoint: the one to resume from, if any.
         record: of the command, for the output folder.
+        screen: where the run is shown.
         retention: makes the callback that measures retention during training.
         more: arguments of this trainer class.
     """
-    name = str(model_args.model_name_or_path)
+    name, began = str(model_args.model_name_or_path), time.monotonic()
     if not getattr(args, "packing", False):  # which may make several sequences of a row
         check_batches(args, rows.train, rows.held_out)
     adapters = None
@@ -130,7 +123,7 @@ def run(
         adapters = lora_config(model_args.lora_r, model_args.lora_alpha, model_args.lora_target_modules)
     with memory_errors_explained(f"loading {name}", args.device, lambda: _attempt(model_args, config, args)):
         trainer = trainer_class(
-            _load(model_args, config, args),
+            load(model_args, args),
             args=args,
             lopt_config=config,
             train_dataset=rows.train,
@@ -147,13 +140,19 @@ def run(
     if trainer.is_world_process_zero():
         data = data_facts({"train": rows.train, "held_out": rows.held_out})
         record.write(Path(str(args.output_dir)), data, checkpoint)
+    progress = show(trainer, screen, record.command)
     try:
         _train_and_save(trainer, checkpoint, model_args)
     except Stopped:
         end_training(trainer)
         raise
-    if callback is not None and trainer.is_world_process_zero():
+    finally:
+        progress.close()
+    if not trainer.is_world_process_zero():
+        return
+    if callback is not None:
         print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
+    show_end(trainer, screen, record, time.monotonic() - began)
 
 
 def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArguments) -> None:
@@ -170,15 +169,11 @@ def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArgum
         write_text(folder / "lopt_config.json", json.dumps(asdict(trainer.lopt.config), indent=2) + "\n")
         config = base_model(trainer.lopt.model).config
         copy_processor(str(model_args.model_name_or_path), config, folder, model_args.model_revision)
-        loader = auto_class(config).__name__
-        print(f"The model is in {folder}: {loader}.from_pretrained({str(folder)!r}) loads it")
     if trainer.eval_dataset is not None:
         try:
             metrics = _metrics_of_the_end(trainer) or trainer.evaluate()
         except Stopped as stop:
             raise Stopped(stop.reason, "in the last evaluation: the model is saved") from None
-        shown = {name: value for name, value in metrics.items() if value is not None}  # no completion ended
-        trainer.log_metrics("eval", shown)
         trainer.save_metrics("eval", metrics)
     trainer.create_model_card()  # again, with what was measured
     trainer.save_state()

@@ -1,0 +1,166 @@
+"""Where a training command prints to: a terminal, plain lines, JSON lines, or nowhere.
+
+`rich` draws. It is installed wherever transformers is, whose own command line needs it, knows what a terminal
+can show (`NO_COLOR`, `TERM`, width, encoding), and moves what others print above the line of progress.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+import datasets
+from rich.console import Console, RenderableType
+from rich.live import Live
+from transformers.utils import logging as transformers_logging
+
+from lopt.files import finite
+from lopt.reports.page import clean
+
+PLAIN_WIDTH = 110
+"""Columns of a line where there is no terminal."""
+
+
+class Screen:
+    """What a training command prints to.
+
+    Attributes:
+        speaks: whether this process prints for people: the first one, without `quiet` and `json_logs`.
+        live: whether there is a terminal on which a line can be drawn again and again.
+    """
+
+    def __init__(
+        self, *, first: bool = True, quiet: bool = False, json_logs: bool = False, bars: bool = True
+    ) -> None:
+        self._out: TextIO = sys.stdout
+        self._first, self._quiet, self._json = first, quiet, json_logs
+        self.speaks = first and not quiet and not json_logs
+        self._console = Console(highlight=False, markup=False, emoji=False)
+        self.live = self.speaks and bars and self._out.isatty() and not self._console.is_dumb_terminal
+        self._line: Live | None = None
+        self._undo = ExitStack()
+
+    @property
+    def width(self) -> int:
+        """Columns that a line may take."""
+        return self._console.width if self._out.isatty() else PLAIN_WIDTH
+
+    @property
+    def ascii_only(self) -> bool:
+        """Whether only ASCII can be printed."""
+        return not (self._out.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+
+    @contextmanager
+    def open(self) -> Iterator[Screen]:
+        """Within, standard output is what this screen says, also for what libraries print."""
+        self._out = sys.stdout
+        if self.ascii_only and isinstance(self._out, io.TextIOWrapper):
+            self._out.reconfigure(errors="replace")
+        with ExitStack() as stack:
+            if self._json:
+                stack.enter_context(redirect_stdout(_Lines(self._message)))
+            elif self._quiet:
+                stack.enter_context(redirect_stdout(_Lines(lambda line: None)))
+            if not self.live:
+                stack.enter_context(without_bars())
+            stack.callback(self.stop_line)
+            yield self
+
+    def print(self, *parts: RenderableType) -> None:
+        """Print text or what rich draws, for people."""
+        if self.speaks:
+            self._console.print(*parts, soft_wrap=True)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Print a JSON object in a line of its own, for programs."""
+        if self._json and self._first:
+            line = json.dumps({"event": kind, **finite(values)}, ensure_ascii=False, default=str)
+            print(line, file=self._out, flush=True)
+
+    def _message(self, line: str) -> None:
+        if line.strip():
+            self.event("message", text=clean(line))
+
+    # -- the line of progress ------------------------------------------------------------------------
+
+    def start_line(self, draw: Callable[[], RenderableType]) -> None:
+        """Draw a line below all that is printed meanwhile; only `draw_line` draws it again, no thread."""
+        if not self.live or self._line is not None:
+            return
+        self._line = Live(
+            get_renderable=draw,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stderr=sys.stderr.isatty(),
+        )
+        before = sys.stderr
+        self._undo.enter_context(without_bars())
+        self._line.start()
+        if sys.stderr is not before:
+            self._undo.enter_context(_logging_to(before, sys.stderr))
+
+    def draw_line(self) -> None:
+        """Draw the line again."""
+        if self._line is not None:
+            self._line.refresh()
+
+    def stop_line(self) -> None:
+        """Take the line away; a second call does nothing."""
+        line, self._line = self._line, None
+        if line is not None:
+            line.stop()
+            self._undo.close()
+
+
+class _Lines(io.TextIOBase):
+    """Standard output that hands on whole lines."""
+
+    encoding = "utf-8"
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take, self._rest = take, ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._take(line)
+        return len(text)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Within, transformers and datasets draw no progress bars of their own."""
+    drawn = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if drawn[0]:
+            transformers_logging.enable_progress_bar()
+        if not drawn[1]:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _logging_to(old: Any, new: Any) -> Iterator[None]:
+    """Within, handlers that hold on to the stream `old` write to `new`."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    every = {h for logger in loggers if isinstance(logger, logging.Logger) for h in logger.handlers}
+    moved = [h for h in every if isinstance(h, logging.StreamHandler) and h.stream is old]
+    for handler in moved:
+        handler.setStream(new)
+    try:
+        yield
+    finally:
+        for handler in moved:
+            handler.setStream(old)
