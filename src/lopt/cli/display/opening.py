@@ -56,9 +56,10 @@ def opening(command: str, facts: Mapping[str, Any], width: int, *, ascii_only: b
 def lay_out(title: str, rows: Iterable[tuple[str, str]], width: int, *, ascii_only: bool = False) -> Text:
     """Return named lines below a title; long values go on below themselves."""
     rule = "-" if ascii_only else "─"
-    text = Text(f"{rule * 2} ", style="dim")
-    text.append(title, style="bold not dim")
-    text.append(f" {rule * max(2, min(width, PLAIN_WIDTH) - len(title) - 5)}")
+    text = Text(no_wrap=True)
+    text.append(f"{rule * 2} ", style="dim")
+    text.append(title, style="bold")
+    text.append(f" {rule * max(2, min(width, PLAIN_WIDTH) - len(title) - 5)}", style="dim")
     for name, value in rows:
         # Paths and commands are not broken within a word, so that they can be copied.
         lines = textwrap.wrap(
@@ -66,7 +67,7 @@ def lay_out(title: str, rows: Iterable[tuple[str, str]], width: int, *, ascii_on
         )
         for number, line in enumerate(lines):
             text.append(f"\n  {name if not number else '':{LABEL}}", style="cyan")
-            text.append(line, style="not dim default")
+            text.append(line)
     return text
 
 

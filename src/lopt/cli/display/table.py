@@ -34,59 +34,51 @@ class Column(NamedTuple):
 
     Attributes:
         title: its heading.
-        keys: names in the log, of several the mean; one that ends in `*` stands for all that begin so.
+        key: its name in the log.
         show: from the value to its text.
     """
 
     title: str
-    keys: tuple[str, ...]
+    key: str
     show: Callable[[float], str] = figure
     width: int = 8
 
 
-_STEP = Column("step", ("step",), lambda step: f"{step:,.0f}", 7)
-_LOSS = Column("loss", ("loss",))
-_HELD_OUT = Column("held out", ("eval_loss",))
-_LOCAL = Column("local", ("local_loss/*",))
-_FORGOT = Column("forgot", ("retention/change",), lambda change: f"{change:+.4f}")
-_RATE = Column("rate", ("learning_rate",), "{:.2e}".format)
-_NORM = Column("grad", ("grad_norm",))
-_SPEED = Column("tokens/s", ("tokens_per_second",), lambda speed: f"{speed:,.0f}")
-_MEMORY = Column("memory", ("peak_memory_gib",), lambda gib: format_bytes(round(gib * 2**30)), 10)
-_TIME = Column("time", ("elapsed",), clock)
-_END = (_LOCAL, _FORGOT, _RATE, _SPEED, _MEMORY, _TIME, _NORM)
+_STEP = Column("step", "step", lambda step: f"{step:,.0f}", 7)
+_LOSS = Column("loss", "loss")
+_HELD_OUT = Column("held out", "eval_loss")
+_LOCAL = [Column(f"local {block}", f"local_loss/block_{block}") for block in (1, 2, 3)]
+_FORGOT = Column("forgot", "retention/change", lambda change: f"{change:+.4f}")
+_RATE = Column("rate", "learning_rate", "{:.2e}".format)
+_NORM = Column("grad", "grad_norm")
+_SPEED = Column("tokens/s", "tokens_per_second", lambda speed: f"{speed:,.0f}")
+_MEMORY = Column("memory", "peak_memory_gib", lambda gib: format_bytes(round(gib * 2**30)), 10)
+_TIME = Column("time", "elapsed", clock)
+_CHOSEN = Column("chosen", "rewards/accuracies")
+_MARGIN = Column("margin", "rewards/margins")
+_REWARD = Column("reward", "reward")
+_HELD_OUT_REWARD = Column("held out", "eval_reward")
+_LENGTH = Column("length", "completions/mean_length")
+_KL = Column("kl", "kl")
+_END = (*_LOCAL, _FORGOT, _RATE, _SPEED, _MEMORY, _TIME, _NORM)
 
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "sft": (_STEP, _LOSS, _HELD_OUT, *_END),
-    "dpo": (
-        *(
-            _STEP,
-            _LOSS,
-            _HELD_OUT,
-            Column("chosen", ("rewards/accuracies",)),
-            Column("margin", ("rewards/margins",)),
-        ),
-        *_END,
-    ),
-    "grpo": (
-        *(_STEP, Column("reward", ("reward",)), Column("held out", ("eval_reward",))),
-        *(Column("length", ("completions/mean_length",)), _LOSS, Column("kl", ("kl",)), *_END),
-    ),
+    "dpo": (_STEP, _LOSS, _HELD_OUT, _CHOSEN, _MARGIN, *_END),
+    "grpo": (_STEP, _REWARD, _HELD_OUT_REWARD, _LENGTH, _LOSS, _KL, *_END),
 }
 """Command -> its columns, in their order on the screen."""
-_FIRST_TO_GO = ("grad", "kl", "time", "rate", "margin", "memory", "length", "local", "tokens/s", "forgot")
+_FIRST_TO_GO = (
+    *("grad", "kl", "time", "rate", "margin", "memory", "length"),
+    *("local 3", "local 2", "local 1", "tokens/s", "forgot"),
+)
 """Columns that a narrow terminal has no room for, in the order in which they are left out."""
 
 
 def value_of(column: Column, row: Row) -> float | None:
     """Return what a column shows of a row of the log; None if it is not there."""
-    found = [
-        value
-        for name, value in row.items()
-        if isinstance(value, int | float)
-        and any(name.startswith(key[:-1]) if key.endswith("*") else name == key for key in column.keys)
-    ]
-    return sum(found) / len(found) if found else None
+    value = row.get(column.key)
+    return value if isinstance(value, int | float) else None
 
 
 class Table:
@@ -120,7 +112,7 @@ class Table:
         return [*lines, "  ".join(cells).rstrip()]
 
     def _fitting(self, width: int) -> tuple[Column, ...]:
-        shown = [c for c in self._columns if c.title in self._seen or set(c.keys) & set(self._expected)]
+        shown = [c for c in self._columns if c.title in self._seen or c.key in self._expected]
         for title in _FIRST_TO_GO:
             if sum(column.width + 2 for column in shown) - 2 <= width:
                 break
