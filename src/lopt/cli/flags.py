@@ -17,6 +17,7 @@ from lopt.cli.report_flags import (
     PlanArguments,
     PreviewArguments,
     ProbeArguments,
+    ReportArguments,
 )
 from lopt.core.config import LoPTConfig
 from lopt.data.presets import PRESETS, SHUFFLE_BUFFER
@@ -183,6 +184,7 @@ OWN: dict[str, tuple[type, ...]] = {
     "eval": (EvalArguments,),
     "compare": (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig),
     "probe": (ProbeArguments,),
+    "report": (ReportArguments,),
     "plan": (PlanArguments,),
     "data preview": (PreviewArguments, *_RUN),
     "data download": (DownloadArguments,),

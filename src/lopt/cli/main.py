@@ -25,6 +25,7 @@ COMMANDS = {
     "grpo": "reinforcement learning from checked answers, by the same methods",
     "eval": "benchmarks, and what a model gained and lost against its base",
     "compare": "methods side by side: what each learns, keeps and costs, over seeds",
+    "report": "the page of a run again, or several runs side by side",
     "probe": "how far tuned models moved from their base: hidden states and weights, layer by layer",
     "plan": "what a run will need: memory by part, FLOPs, traffic, from the model's config alone",
     "data": "download public data sets, preview what the model is trained on",

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +78,27 @@ def brief_bars() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+@contextmanager
+def counted_warnings() -> Iterator[Counter[str]]:
+    """Within, count the warnings and errors that are logged, by their text."""
+    counted: Counter[str] = Counter()
+    make_record = logging.getLogRecordFactory()
+
+    def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        beginning = DROPPED.get(record.name)
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING and not (beginning and re.match(beginning, message)):
+            counted[message] += 1
+        return record
+
+    logging.setLogRecordFactory(make)
+    try:
+        yield counted
+    finally:
+        logging.setLogRecordFactory(make_record)
 
 
 @contextmanager

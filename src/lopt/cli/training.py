@@ -30,6 +30,7 @@ from lopt.reliability.ranks import on_first_rank, together
 from lopt.reliability.record import Record, data_facts
 from lopt.reliability.stop import Stopped
 from lopt.reports.retention import write_curves
+from lopt.reports.run_callback import RunReport
 from lopt.trainers.card import DataSource
 from lopt.trainers.checks import check_batches
 from lopt.trainers.lora import lora_config
@@ -141,13 +142,18 @@ def run(
         data = data_facts({"train": rows.train, "held_out": rows.held_out})
         record.write(Path(str(args.output_dir)), data, checkpoint)
     progress = show(trainer, screen, record.command)
+    report = RunReport(trainer, record.command, record.changed, screen.warnings)
+    trainer.add_callback(report)
+    ended = False
     try:
         _train_and_save(trainer, checkpoint, model_args)
+        ended = True
     except Stopped:
         end_training(trainer)
         raise
     finally:
         progress.close()
+        report.write(ended=ended)
     if not trainer.is_world_process_zero():
         return
     if callback is not None:

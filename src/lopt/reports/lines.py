@@ -129,7 +129,7 @@ class _Scale:
         low, high = (10**self._low, 10**self._high) if self._log else (self._low, self._high)
         rough = (high - low) / count
         size = 10.0 ** math.floor(math.log10(rough))
-        step = next(s * size for s in (1, 2, 5, 10) if s * size >= rough)
+        step = next(s * size for s in (1, 2, 5, 10) if s * size > 0.8 * rough)
         step = max(step, 1.0) if whole else step
         first = math.ceil(low / step - 1e-9)
         return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any, TextIO
@@ -19,6 +20,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from transformers.utils import logging as transformers_logging
 
+from lopt.cli.noise import counted_warnings
 from lopt.files import finite
 from lopt.reports.page import clean
 
@@ -32,6 +34,7 @@ class Screen:
     Attributes:
         speaks: whether this process prints for people: the first one, without `quiet` and `json_logs`.
         live: whether there is a terminal on which a line can be drawn again and again.
+        warnings: what has been logged while it was open, with how often.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Screen:
         self.live = self.speaks and bars and self._out.isatty() and not self._console.is_dumb_terminal
         self._line: Live | None = None
         self._undo = ExitStack()
+        self.warnings: Counter[str] = Counter()
 
     @property
     def width(self) -> int:
@@ -68,6 +72,7 @@ class Screen:
                 stack.enter_context(redirect_stdout(_Lines(lambda line: None)))
             if not self.live:
                 stack.enter_context(without_bars())
+            self.warnings = stack.enter_context(counted_warnings())
             stack.callback(self.stop_line)
             yield self
 
