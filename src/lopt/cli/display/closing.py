@@ -46,10 +46,17 @@ def closing(command: str, trainer: Any, base: str, seconds: float, width: int, *
     learned = []
     for key, name in _LEARNED.items():
         ends = history_ends(history, key)
+        moved = sum(key in row for row in history) > 1
+        if command == "grpo" and key in ("loss", "eval_loss"):
+            continue  # it says nothing of what is learned
         if key == "retention/change" and ends is not None:
             learned.append(f"{name} {ends[1]:+.4f}")
         elif ends is not None:
-            learned.append(f"{name} {figure(ends[0])} {arrow} {figure(ends[1])}")
+            learned.append(
+                f"{name} {figure(ends[0])} {arrow} {figure(ends[1])}"
+                if moved
+                else f"{name} {figure(ends[1])}"
+            )
     rows = [
         ("learned", "; ".join(learned)),
         ("cost", "; ".join(_cost(trainer, history, seconds))),

@@ -46,7 +46,7 @@ def opening(command: str, facts: Mapping[str, Any], width: int, *, ascii_only: b
         ("", legend),
         ("rows", _rows(facts)),
         ("tokens", _token_words(facts)),
-        ("steps", _steps(facts)),
+        ("steps", _steps(facts, "completions" if command == "grpo" else "rows")),
         ("learning", _learning(facts)),
         ("output", facts["output_dir"]),
     ]
@@ -150,14 +150,14 @@ def _token_words(facts: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _steps(facts: Mapping[str, Any]) -> str:
+def _steps(facts: Mapping[str, Any], what: str) -> str:
     rows, accumulated, ranks = facts["batch"]
     parts = [f"{rows} a micro-batch"]
     if accumulated > 1:
         parts.append(f"{accumulated} micro-batches")
     if ranks > 1:
         parts.append(f"{ranks} processes")
-    words = f"{facts['steps']:,} of {rows * accumulated * ranks} rows"
+    words = f"{facts['steps']:,} of {rows * accumulated * ranks} {what}"
     if len(parts) > 1:
         words += f" ({' × '.join(parts)})"
     if facts["first_step"]:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from lopt.cli.display.opening import opening
 from lopt.cli.display.screen import Screen
 from lopt.cli.display.table import Table, clock, figure
+from lopt.evaluation.retention_callback import RetentionCallback
 from lopt.instruments.memory import format_bytes
 from lopt.reports.facts import Facts, run_facts
 
@@ -32,8 +33,7 @@ class Progress(TrainerCallback):
     def __init__(self, trainer: Any, screen: Screen, command: str) -> None:
         self.facts: Facts = {}
         self._trainer, self._screen, self._command = trainer, screen, command
-        later = {"grpo": "eval_reward"}.get(command, "eval_loss")
-        self._table = Table(command, (later,) if trainer.eval_dataset is not None else ())
+        self._table = Table(command, _keys(trainer))
         self._waiting: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
         self._ends: deque[tuple[int, float]] = deque(maxlen=100)
@@ -110,8 +110,7 @@ class Progress(TrainerCallback):
         row, self._waiting = self._waiting, {}
         if row:
             for line in self._table.lines(row, self._screen.width):
-                heading = not any(character.isdigit() for character in line)
-                self._screen.print(Text(line, style="bold" if heading else ""))
+                self._screen.print(line)
 
     def _redraw(self) -> None:
         now = time.monotonic()
@@ -155,6 +154,19 @@ class Progress(TrainerCallback):
         """Return how long the remaining steps take, by the last hundred; None before the first."""
         (step, begun), (last, ended) = self._ends[0], self._ends[-1]
         return (state.max_steps - last) * (ended - begun) / (last - step) if last > step else None
+
+
+def _keys(trainer: Any) -> set[str]:
+    """Return the names that a trainer's log will have, of those that a table may show."""
+    keys = {"step", "loss", "reward", "completions/mean_length", "rewards/accuracies", "rewards/margins"}
+    keys |= {"learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gib", "elapsed"}
+    if trainer.eval_dataset is not None:
+        keys |= {"eval_loss", "eval_reward"}
+    if getattr(trainer.args, "beta", 0):
+        keys.add("kl")
+    if any(isinstance(callback, RetentionCallback) for callback in trainer.callback_handler.callbacks):
+        keys.add("retention/change")
+    return keys | {f"local_loss/block_{block + 1}" for block in trainer.lopt.learning}
 
 
 def _fitting(parts: list[tuple[int, str]], width: int) -> list[str]:

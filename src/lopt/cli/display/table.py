@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
+
+from rich.text import Text
 
 from lopt.instruments.memory import format_bytes
 
@@ -82,39 +84,37 @@ def value_of(column: Column, row: Row) -> float | None:
 
 
 class Table:
-    """Rows of figures below headings, which appear again after every 20 rows and with every new column.
+    """Rows of figures below headings, which appear again after every 20 rows and when the width changes.
 
     Args:
         command: a key of `COLUMNS`.
-        expected: names in the log of what will come later, which have a column from the first row on.
+        keys: names in the log that the run will have; other columns are left out.
     """
 
-    def __init__(self, command: str, expected: tuple[str, ...] = ()) -> None:
-        self._columns, self._expected = COLUMNS[command], expected
-        self._shown: tuple[Column, ...] = ()
+    def __init__(self, command: str, keys: Collection[str]) -> None:
+        self._columns = [column for column in COLUMNS[command] if column.key in keys]
+        self._shown: list[Column] = []
         self._rows = 0
-        self._seen: set[str] = set()
 
-    def lines(self, row: Row, width: int) -> list[str]:
-        """Return the lines of a row, headings included where they are due."""
-        values = {column.title: value_of(column, row) for column in self._columns}
-        if all(value is None for title, value in values.items() if title not in ("step", "time")):
+    def lines(self, row: Row, width: int) -> list[Text]:
+        """Return the lines of a row, headings included where they are due; none without any figure."""
+        if all(value_of(column, row) is None for column in self._columns if column not in (_STEP, _TIME)):
             return []  # a warning of a monitor, which says more in its own words
-        self._seen |= {title for title, value in values.items() if value is not None}
-        shown = self._fitting(width)
-        lines = []
+        lines, shown = [], self._fitting(width)
         if shown != self._shown or self._rows % 20 == 0:
-            lines.append("  ".join(column.title.rjust(column.width) for column in shown))
+            lines.append(Text("  ".join(column.title.rjust(column.width) for column in shown), "bold"))
             self._shown, self._rows = shown, 0
         self._rows += 1
-        texts = [(values[column.title], column) for column in shown]
-        cells = [("" if value is None else column.show(value)).rjust(column.width) for value, column in texts]
-        return [*lines, "  ".join(cells).rstrip()]
+        values = [(column, value_of(column, row)) for column in shown]
+        cells = [
+            ("" if value is None else column.show(value)).rjust(column.width) for column, value in values
+        ]
+        return [*lines, Text("  ".join(cells).rstrip())]
 
-    def _fitting(self, width: int) -> tuple[Column, ...]:
-        shown = [c for c in self._columns if c.title in self._seen or c.key in self._expected]
+    def _fitting(self, width: int) -> list[Column]:
+        shown = self._columns
         for title in _FIRST_TO_GO:
             if sum(column.width + 2 for column in shown) - 2 <= width:
                 break
             shown = [column for column in shown if column.title != title]
-        return tuple(shown)
+        return shown
