@@ -116,23 +116,8 @@ def run(
         retention: makes the callback that measures retention during training.
         more: arguments of this trainer class.
     """
-    name, began = str(model_args.model_name_or_path), time.monotonic()
-    if not getattr(args, "packing", False):  # which may make several sequences of a row
-        check_batches(args, rows.train, rows.held_out)
-    adapters = None
-    if config.method == "lora":
-        adapters = lora_config(model_args.lora_r, model_args.lora_alpha, model_args.lora_target_modules)
-    with memory_errors_explained(f"loading {name}", args.device, lambda: _attempt(model_args, config, args)):
-        trainer = trainer_class(
-            load(model_args, args),
-            args=args,
-            lopt_config=config,
-            train_dataset=rows.train,
-            eval_dataset=rows.held_out,
-            processing_class=rows.tokenizer,
-            peft_config=adapters,
-            **more,
-        )
+    began = time.monotonic()
+    trainer = _trainer(trainer_class, rows, model_args, config, args, more)
     trainer.data_source = DataSource.of(record.settings)
     check_batches(args, trainer.train_dataset, trainer.eval_dataset)
     callback = retention(trainer) if retention is not None else None
@@ -144,21 +129,51 @@ def run(
     progress = show(trainer, screen, record.command)
     report = RunReport(trainer, record.command, record.changed, screen.warnings)
     trainer.add_callback(report)
-    ended = False
     try:
         _train_and_save(trainer, checkpoint, model_args)
-        ended = True
+        progress.close()
+        report.write(ended=True)
+        if trainer.is_world_process_zero():
+            if callback is not None:
+                print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
+            show_end(trainer, screen, record, time.monotonic() - began)
+        if args.push_to_hub:
+            _push(trainer)
+        end_training(trainer)
     except Stopped:
         end_training(trainer)
         raise
     finally:
         progress.close()
-        report.write(ended=ended)
-    if not trainer.is_world_process_zero():
-        return
-    if callback is not None:
-        print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
-    show_end(trainer, screen, record, time.monotonic() - began)
+        report.write()
+
+
+def _trainer(
+    trainer_class: Any,
+    rows: Any,
+    model_args: ModelArguments,
+    config: LoPTConfig,
+    args: Any,
+    more: dict[str, Any],
+) -> Any:
+    """Load the model and return its trainer."""
+    name = str(model_args.model_name_or_path)
+    if not getattr(args, "packing", False):  # which may make several sequences of a row
+        check_batches(args, rows.train, rows.held_out)
+    adapters = None
+    if config.method == "lora":
+        adapters = lora_config(model_args.lora_r, model_args.lora_alpha, model_args.lora_target_modules)
+    with memory_errors_explained(f"loading {name}", args.device, lambda: _attempt(model_args, config, args)):
+        return trainer_class(
+            load(model_args, args),
+            args=args,
+            lopt_config=config,
+            train_dataset=rows.train,
+            eval_dataset=rows.held_out,
+            processing_class=rows.tokenizer,
+            peft_config=adapters,
+            **more,
+        )
 
 
 def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArguments) -> None:
@@ -169,7 +184,9 @@ def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArgum
     trainer.accelerator.wait_for_everyone()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("train", result.metrics)
+    pushes, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # not yet, see `_push`
     together(trainer.save_model)
+    trainer.args.push_to_hub = pushes
     if trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir))
         write_text(folder / "lopt_config.json", json.dumps(asdict(trainer.lopt.config), indent=2) + "\n")
@@ -183,7 +200,13 @@ def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArgum
         trainer.save_metrics("eval", metrics)
     trainer.create_model_card()  # again, with what was measured
     trainer.save_state()
-    end_training(trainer)
+
+
+def _push(trainer: Any) -> None:
+    """Push the folder when all is in it: the last evaluation is in the card, and the pages are written."""
+    pushed = trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"The model is on the hub: {getattr(pushed, 'repo_url', pushed)}")
 
 
 def _metrics_of_the_end(trainer: Any) -> dict[str, Any] | None:

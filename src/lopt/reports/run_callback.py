@@ -55,7 +55,7 @@ class RunReport(TrainerCallback):
         self._before: dict[str, Any] = {}
         self._began = time.monotonic()
         self._spent = self._last = 0.0
-        self._failed = False
+        self._failed = self._ended = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note what the run does; a resumed one goes on with the page of the run before."""
@@ -86,13 +86,14 @@ class RunReport(TrainerCallback):
             self.write()
 
     def write(self, *, ended: bool = False) -> None:
-        """Write the page of the run as it is now.
+        """Write the page of the run as it is now, unless that of its end is written.
 
         Args:
-            ended: whether the run is over.
+            ended: whether the run has come to its end.
         """
-        if not self._trainer.is_world_process_zero() or "facts" not in self._data:
+        if self._ended or not self._trainer.is_world_process_zero() or "facts" not in self._data:
             return
+        self._ended = ended
         started = time.monotonic()
         try:
             self._write(ended)
