@@ -22,6 +22,7 @@ from lopt.reports.text import duration
 
 _LEARNED = {
     "loss": "loss",
+    "train_loss": "mean loss",
     "eval_loss": "held out",
     "reward": "reward",
     "eval_reward": "reward, held out",
@@ -47,8 +48,10 @@ def closing(command: str, trainer: Any, base: str, seconds: float, width: int, *
     for key, name in _LEARNED.items():
         ends = history_ends(history, key)
         moved = sum(key in row for row in history) > 1
-        if command == "grpo" and key in ("loss", "eval_loss"):
+        if command == "grpo" and "loss" in key:
             continue  # it says nothing of what is learned
+        if key == "train_loss" and history_ends(history, "loss") is not None:
+            continue  # which a run shorter than `logging_steps` has not logged
         if key == "retention/change" and ends is not None:
             learned.append(f"{name} {ends[1]:+.4f}")
         elif ends is not None:
@@ -69,7 +72,8 @@ def closing(command: str, trainer: Any, base: str, seconds: float, width: int, *
         ascii_only=ascii_only,
     )
     text.append("\n  next", style="cyan")
-    for line in next_commands(base, folder, adapters=trainer.lopt.config.method == "lora"):
+    adapters, pushed = trainer.lopt.config.method == "lora", bool(trainer.args.push_to_hub)
+    for line in next_commands(base, folder, adapters=adapters, pushed=pushed):
         text.append(f"\n    {line}")  # in one line however long, so that it can be pasted
     return text
 
@@ -92,17 +96,26 @@ def show_end(trainer: Any, screen: Screen, record: Record, seconds: float) -> No
     screen.print(text)
 
 
-def next_commands(base: str, folder: Path, *, adapters: bool) -> list[str]:
-    """Return the three commands that one would run next."""
+def next_commands(base: str, folder: Path, *, adapters: bool, pushed: bool) -> list[str]:
+    """Return the three commands that one would run next.
+
+    Args:
+        base: the model that the run started from.
+        folder: the run's.
+        adapters: whether it has made LoRA adapters.
+        pushed: whether it is on the hub already.
+    """
     made, start = shlex.quote(str(folder)), shlex.quote(base)
+    target = shlex.quote(f"YOUR_NAME/{folder.resolve().name}")
     proposals = {
         "chat": f"lopt chat {made}",
         "eval": f"lopt eval --base {start} --model_name_or_path {made} --tasks arc_challenge --limit 200",
-        "merge": f"lopt merge {made}" if adapters else None,
+        "merge": f"lopt merge {made}" if adapters else "",
+        "upload": "" if pushed else f"hf upload {target} {made}",
         "report": f"lopt report {made}",
     }
-    found = [line for name, line in proposals.items() if line is not None and name in COMMANDS]
-    return [*found[:2], f"hf upload YOUR_NAME/{shlex.quote(folder.resolve().name)} {made}"]
+    found = [line for name, line in proposals.items() if line and (name in COMMANDS or name == "upload")]
+    return found[:3]
 
 
 def _cost(trainer: Any, history: list[Mapping[str, Any]], seconds: float) -> list[str]:

@@ -72,7 +72,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 """Command -> its columns, in their order on the screen."""
 _FIRST_TO_GO = (
     *("grad", "kl", "time", "rate", "margin", "memory", "length"),
-    *("local 3", "local 2", "local 1", "tokens/s", "forgot"),
+    *("local 3", "local 2", "local 1", "tokens/s", "forgot", "chosen", "loss"),
 )
 """Columns that a narrow terminal has no room for, in the order in which they are left out."""
 
