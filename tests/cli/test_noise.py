@@ -18,7 +18,8 @@ from lopt.cli.noise import quiet
 OURS = re.compile(
     r"^$|^── lopt sft|^  (model|parameters|method|layers|rows|tokens|steps|learning|output) "
     r"|^  (learned|cost|files) |^ {14}\S|^  next$"
-    r"|^Head warm-up, \d steps, local loss of block 1: [^\r]*$|^   step      loss|^ {6}[123] +\d|^    (lopt \w+|hf upload) "
+    r"|^Head warm-up, \d steps, local loss of block 1: [^\r]*$|^   step      loss"
+    r"|^ {6}[123] +\d|^    (lopt \w+|hf upload) "
 )
 
 
