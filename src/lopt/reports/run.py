@@ -52,6 +52,8 @@ def outcome(run: RunData) -> str:
     parts = []
     for key, name in OUTCOMES.items():
         points = run.points(key)
+        if "loss" in key and run.points("reward"):
+            continue  # GRPO's says nothing of what is learned
         if len(points) > 1:
             parts.append(f"{name} went from {points[0][1]:.4g} to {points[-1][1]:.4g}")
         elif points:
