@@ -22,7 +22,19 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 HISTORY = ("changelog.md",)  # names things that are gone
-COMMANDS = ("sft", "dpo", "grpo", "eval", "compare", "report", "probe", "plan", "demo", "data preview", "data download")
+COMMANDS = (
+    "sft",
+    "dpo",
+    "grpo",
+    "eval",
+    "compare",
+    "report",
+    "probe",
+    "plan",
+    "demo",
+    "data preview",
+    "data download",
+)
 TOP = ("benchmarks", "docs", "examples", "scripts", "src", "tests")
 # Flags of other programs that the pages name.
 FOREIGN = {

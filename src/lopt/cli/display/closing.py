@@ -18,6 +18,7 @@ from lopt.cli.main import COMMANDS
 from lopt.instruments.memory import format_bytes
 from lopt.reliability.checkpoint import checkpoints
 from lopt.reliability.record import Record
+from lopt.reports.page import clean
 from lopt.reports.text import duration
 
 _LEARNED = {
@@ -74,7 +75,7 @@ def closing(command: str, trainer: Any, base: str, seconds: float, width: int, *
     text.append("\n  next", style="cyan")
     adapters, pushed = trainer.lopt.config.method == "lora", bool(trainer.args.push_to_hub)
     for line in next_commands(base, folder, adapters=adapters, pushed=pushed):
-        text.append(f"\n    {line}")  # in one line however long, so that it can be pasted
+        text.append(f"\n    {clean(line)}")  # in one line however long, so that it can be pasted
     return text
 
 

@@ -28,6 +28,11 @@ PLAIN_WIDTH = 110
 """Columns of a line where there is no terminal."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # called while it is handled: `lopt.cli.main` answers for it, not rich
+
+
 class Screen:
     """What a training command prints to.
 
@@ -40,10 +45,11 @@ class Screen:
     def __init__(
         self, *, first: bool = True, quiet: bool = False, json_logs: bool = False, bars: bool = True
     ) -> None:
-        self._out: TextIO = sys.stdout
+        self._out: TextIO = sys.stdout or io.StringIO()  # closed from the start
         self._first, self._quiet, self._json = first, quiet, json_logs
         self.speaks = first and not quiet and not json_logs
-        self._console = Console(highlight=False, markup=False, emoji=False)
+        # The same lines in a notebook as elsewhere.
+        self._console = _Console(highlight=False, markup=False, emoji=False, force_jupyter=False)
         self.live = self.speaks and bars and self._out.isatty() and not self._console.is_dumb_terminal
         self._line: Live | None = None
         self._undo = ExitStack()
@@ -62,7 +68,7 @@ class Screen:
     @contextmanager
     def open(self) -> Iterator[Screen]:
         """Within, standard output is what this screen says, also for what libraries print."""
-        self._out = sys.stdout
+        self._out = sys.stdout or self._out
         if self.ascii_only and isinstance(self._out, io.TextIOWrapper):
             self._out.reconfigure(errors="replace")
         with ExitStack() as stack:
