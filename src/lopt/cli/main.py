@@ -31,7 +31,7 @@ COMMANDS = {
     "data": "download public data sets, preview what the model is trained on",
     "demo": "post-train a small real model on this machine and see what it learned and kept",
 }
-SHOWN = ("sft", "dpo", "grpo")
+SHOWN = ("sft", "dpo", "grpo", "demo")
 """Commands that draw a screen of their own (`lopt.cli.display`)."""
 SUBCOMMANDS = {
     "data download": "fetch public data sets into the cache or into Parquet files",

@@ -171,5 +171,5 @@ def _learning(facts: Mapping[str, Any]) -> str:
         words += f", of earlier blocks {facts['learning_rate_k1']:.3g}"
     words += f"; {facts['scheduler']}"
     if facts["warmup_steps"]:
-        words += f" after {facts['warmup_steps']:,} steps of warm-up"
+        words += f" after {facts['warmup_steps']:,} step{'s' * (facts['warmup_steps'] > 1)} of warm-up"
     return f"{words}; {facts['optimizer']}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.progress_bar import ProgressBar
@@ -26,13 +27,16 @@ _BETWEEN_DRAWINGS = 0.1
 class Progress(TrainerCallback):
     """Shows a trainer's run in place of transformers' own callbacks, whose logs are dictionaries.
 
+    Args:
+        every: steps between rows of the table, of those that are logged.
+
     Attributes:
         facts: what the run does, as it was when training began.
     """
 
-    def __init__(self, trainer: Any, screen: Screen, command: str) -> None:
+    def __init__(self, trainer: Any, screen: Screen, command: str, every: int = 1) -> None:
         self.facts: Facts = {}
-        self._trainer, self._screen, self._command = trainer, screen, command
+        self._trainer, self._screen, self._command, self._every = trainer, screen, command, every
         self._table = Table(command, _keys(trainer))
         self._waiting: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
@@ -77,6 +81,8 @@ class Progress(TrainerCallback):
         if "train_runtime" in logs:  # the sum of the run, which is shown at its end
             return
         self._last |= row
+        if state.global_step % self._every and "loss" in logs and state.global_step < state.max_steps:
+            return
         if self._waiting and self._waiting["step"] != row["step"]:
             self._flush()
         self._waiting |= row
@@ -184,10 +190,21 @@ def say_nothing_else(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def show(trainer: Any, screen: Screen, command: str) -> Progress:
+@contextmanager
+def shown(trainer: Any, screen: Screen, command: str, rows: int) -> Iterator[None]:
+    """Within, show the run of a trainer that logs every step, in about so many rows."""
+    trainer.args.disable_tqdm = not screen.live
+    progress = show(trainer, screen, command, max(1, trainer.args.max_steps // rows))
+    try:
+        yield
+    finally:
+        progress.close()
+
+
+def show(trainer: Any, screen: Screen, command: str, every: int = 1) -> Progress:
     """Let `screen` show a trainer's run; returns the callback, which is the first to be told of all."""
     say_nothing_else(trainer)
-    progress = Progress(trainer, screen, command)
+    progress = Progress(trainer, screen, command, every)
     # Before the head warm-up, which is a callback of the trainer's own.
     trainer.callback_handler.callbacks.insert(0, progress)
     return progress

@@ -65,7 +65,7 @@ _KL = Column("kl", "kl")
 _END = (*_LOCAL, _FORGOT, _RATE, _SPEED, _MEMORY, _TIME, _NORM)
 
 COLUMNS: dict[str, tuple[Column, ...]] = {
-    "sft": (_STEP, _LOSS, _HELD_OUT, *_END),
+    **dict.fromkeys(("sft", "demo"), (_STEP, _LOSS, _HELD_OUT, *_END)),
     "dpo": (_STEP, _LOSS, _HELD_OUT, _CHOSEN, _MARGIN, *_END),
     "grpo": (_STEP, _REWARD, _HELD_OUT_REWARD, _LENGTH, _LOSS, _KL, *_END),
 }
