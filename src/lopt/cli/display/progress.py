@@ -86,7 +86,9 @@ class Progress(TrainerCallback):
         if self._waiting and self._waiting["step"] != row["step"]:
             self._flush()
         self._waiting |= row
-        if "eval_runtime" in logs or ("loss" in logs and not control.should_evaluate):
+        last = state.global_step >= state.max_steps and self._trainer.eval_dataset is not None
+        follows = control.should_evaluate or (last and not args.load_best_model_at_end)
+        if "eval_runtime" in logs or ("loss" in logs and not follows):
             self._flush()
 
     def on_prediction_step(
