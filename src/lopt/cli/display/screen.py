@@ -12,12 +12,13 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
 import datasets
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from lopt.cli.noise import counted_warnings
@@ -49,7 +50,9 @@ class Screen:
         self._first, self._quiet, self._json = first, quiet, json_logs
         self.speaks = first and not quiet and not json_logs
         # The same lines in a notebook as elsewhere.
-        self._console = _Console(highlight=False, markup=False, emoji=False, force_jupyter=False)
+        self._console = _Console(
+            file=self._out, highlight=False, markup=False, emoji=False, force_jupyter=False
+        )
         self.live = self.speaks and bars and self._out.isatty() and not self._console.is_dumb_terminal
         self._line: Live | None = None
         self._undo = ExitStack()
@@ -68,7 +71,6 @@ class Screen:
     @contextmanager
     def open(self) -> Iterator[Screen]:
         """Within, standard output is what this screen says, also for what libraries print."""
-        self._out = sys.stdout or self._out
         if self.ascii_only and isinstance(self._out, io.TextIOWrapper):
             self._out.reconfigure(errors="replace")
         with ExitStack() as stack:
@@ -108,13 +110,21 @@ class Screen:
             console=self._console,
             auto_refresh=False,
             transient=True,
-            redirect_stderr=sys.stderr.isatty(),
+            # rich's own redirection lets another console of rich write through it, as TRL's is.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
-        before = sys.stderr
         self._undo.enter_context(without_bars())
-        self._line.start()
-        if sys.stderr is not before:
+        self._undo.enter_context(redirect_stdout(_Lines(self._above)))
+        if sys.stderr is not None and sys.stderr.isatty():
+            before = sys.stderr
+            self._undo.enter_context(redirect_stderr(_Lines(self._above)))
             self._undo.enter_context(_logging_to(before, sys.stderr))
+        self._line.start()
+
+    def _above(self, line: str) -> None:
+        """Print what a library has printed, or drawn over and over, above the line."""
+        self._console.print(Text.from_ansi(" ".join(line.rsplit("\r", 1)[-1].splitlines())), soft_wrap=True)
 
     def draw_line(self) -> None:
         """Draw the line again."""
