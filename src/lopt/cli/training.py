@@ -127,7 +127,8 @@ def run(
         data = data_facts({"train": rows.train, "held_out": rows.held_out})
         record.write(Path(str(args.output_dir)), data, checkpoint)
     progress = show(trainer, screen, record.command)
-    report = RunReport(trainer, record.command, record.changed, screen.warnings)
+    known = (record.command, record.changed, screen.warnings)
+    report = RunReport(trainer, *known, facts=lambda: progress.facts)
     trainer.add_callback(report)
     try:
         _train_and_save(trainer, checkpoint, model_args)

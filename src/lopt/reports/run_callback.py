@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from lopt.files import finite, read_json, write_json
 from lopt.messages import error_text
 from lopt.reliability.record import RUN_JSON
-from lopt.reports.facts import run_facts
+from lopt.reports.facts import Facts, run_facts
 from lopt.reports.run import write_run_page
 from lopt.reports.run_data import DATA, PAGE, RunData
 
@@ -40,6 +40,7 @@ class RunReport(TrainerCallback):
         command: that trains, for the page.
         changed: the flags that were given.
         warnings: messages that were printed, with how often; whoever makes them adds to it.
+        facts: returns those of `run_facts`, if they are known when training begins.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class RunReport(TrainerCallback):
         command: str = "",
         changed: Mapping[str, Any] | None = None,
         warnings: Counter[str] | None = None,
+        facts: Callable[[], Facts] | None = None,
     ) -> None:
         self._trainer, self._warnings = trainer, warnings if warnings is not None else Counter()
+        self._facts = facts or (lambda: run_facts(trainer))
         self._folder = Path(str(trainer.args.output_dir))
         self._data: dict[str, Any] = {"command": command, "changed": dict(changed or {})}
         self._before: dict[str, Any] = {}
@@ -67,7 +70,7 @@ class RunReport(TrainerCallback):
                 self._before = read_json(path)
             except ValueError:  # written by hand, or of another program: the page begins anew
                 self._before = {}
-        self._data["facts"] = run_facts(self._trainer)
+        self._data["facts"] = self._facts()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep completions of the first and of the last generation."""
