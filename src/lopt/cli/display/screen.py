@@ -75,9 +75,9 @@ class Screen:
             self._out.reconfigure(errors="replace")
         with ExitStack() as stack:
             if self._json:
-                stack.enter_context(redirect_stdout(_Lines(self._message)))
+                stack.enter_context(_lines_of(redirect_stdout, self._message, self._out))
             elif self._quiet:
-                stack.enter_context(redirect_stdout(_Lines(lambda line: None)))
+                stack.enter_context(_lines_of(redirect_stdout, lambda line: None, self._out))
             if not self.live:
                 stack.enter_context(without_bars())
             self.warnings = stack.enter_context(counted_warnings())
@@ -115,10 +115,10 @@ class Screen:
             redirect_stderr=False,
         )
         self._undo.enter_context(without_bars())
-        self._undo.enter_context(redirect_stdout(_Lines(self._above)))
+        self._undo.enter_context(_lines_of(redirect_stdout, self._above, self._out))
         if sys.stderr is not None and sys.stderr.isatty():
             before = sys.stderr
-            self._undo.enter_context(redirect_stderr(_Lines(self._above)))
+            self._undo.enter_context(_lines_of(redirect_stderr, self._above, before))
             self._undo.enter_context(_logging_to(before, sys.stderr))
         self._line.start()
 
@@ -140,21 +140,41 @@ class Screen:
 
 
 class _Lines(io.TextIOBase):
-    """Standard output that hands on whole lines."""
+    """A stream that hands on whole lines; its descriptor is that of `out`, for programs that are started."""
 
     encoding = "utf-8"
 
-    def __init__(self, take: Callable[[str], None]) -> None:
-        self._take, self._rest = take, ""
+    def __init__(self, take: Callable[[str], None], out: TextIO) -> None:
+        self._take, self._out, self._rest = take, out, ""
 
     def writable(self) -> bool:
         return True
+
+    def fileno(self) -> int:
+        return self._out.fileno()
 
     def write(self, text: str) -> int:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._take(line)
         return len(text)
+
+    def finish(self) -> None:
+        """Hand on what has no end of a line."""
+        rest, self._rest = self._rest, ""
+        if rest.strip():
+            self._take(rest)
+
+
+@contextmanager
+def _lines_of(redirect: Callable[[Any], Any], take: Callable[[str], None], out: TextIO) -> Iterator[None]:
+    """Within, hand on each line that is printed; `redirect` is one of contextlib's."""
+    lines = _Lines(take, out)
+    with redirect(lines):
+        try:
+            yield
+        finally:
+            lines.finish()
 
 
 @contextmanager
