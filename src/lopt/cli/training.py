@@ -133,6 +133,8 @@ def run(
     try:
         _train_and_save(trainer, checkpoint, model_args)
         progress.close()
+        if callback is not None and callback.stopped:
+            screen.warnings[callback.stopped] += 1
         report.write(ended=True)
         if trainer.is_world_process_zero():
             if callback is not None:
