@@ -16,7 +16,8 @@ import pytest
 from lopt.cli.noise import quiet
 
 OURS = re.compile(
-    r"^$|^── lopt sft|^  (model|parameters|method|layers|rows|tokens|steps|learning|output) "
+    r"^$|^Loading \S+ and preparing its rows$|^── lopt sft"
+    r"|^  (model|parameters|method|layers|rows|tokens|steps|learning|output) "
     r"|^  (learned|cost|files) |^ {14}\S|^  next$"
     r"|^Head warm-up, \d steps, local loss of block 1: [^\r]*$|^   step      loss"
     r"|^ {6}[123] +\d|^    (lopt \w+|hf upload) "

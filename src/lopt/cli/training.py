@@ -117,6 +117,8 @@ def run(
         more: arguments of this trainer class.
     """
     began = time.monotonic()
+    if not screen.live:  # a terminal has bars for what takes long
+        screen.print(f"Loading {record.settings['model_name_or_path']} and preparing its rows")
     trainer = _trainer(trainer_class, rows, model_args, config, args, more)
     trainer.data_source = DataSource.of(record.settings)
     check_batches(args, trainer.train_dataset, trainer.eval_dataset)
