@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lopt.cli.display.closing import next_commands
 from lopt.cli.display.opening import block_picture, opening, share
 from lopt.cli.display.table import COLUMNS, Table, clock, figure
+from lopt.cli.main import COMMANDS as KNOWN
 from lopt.cli.main import main
+from lopt.cli.parsing import parse
 
 FACTS: dict[str, Any] = {
     "model": "/models/gemma3-270m", "architecture": "Gemma3ForCausalLM", "dtype": "bfloat16",
@@ -69,6 +73,19 @@ def test_numbers_and_times() -> None:
         "0.0000", "0.0385", "5.917", "137.7", "1.00e+05", "3.00e-09", "nan",
     ]  # fmt: skip
     assert (clock(59.6), clock(3723)) == ("1:00", "1:02:03")
+
+
+def test_the_next_commands_can_be_pasted(tmp_path: Path) -> None:
+    folder = tmp_path / "it's a run"
+    for adapters, pushed in ((False, False), (True, False), (True, True)):
+        lines = next_commands("gemma3-270m", folder, adapters=adapters, pushed=pushed)
+        assert 2 <= len(lines) <= 3 and pushed == (not any(line.startswith("hf") for line in lines))
+        for program, command, *words in map(shlex.split, lines):
+            assert any(str(folder) in word for word in words)
+            if (program, command) == ("lopt", "eval"):
+                parse(command, words)
+            else:
+                assert program == "hf" or command in KNOWN
 
 
 def test_json_lines_and_quiet(tiny_folder: Path, sums_file: Path, tmp_path: Path, capsys) -> None:
