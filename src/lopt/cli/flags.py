@@ -56,11 +56,20 @@ class DataArguments:
 
     groups: ClassVar[dict[str, str]] = {"Data": "train_file"}
 
-    train_file: list[str] | None = flag(None, "Local JSON, JSONL, Parquet or CSV: one or more files.")
+    train_file: list[str] | None = flag(
+        None,
+        "JSON, JSONL, Parquet or CSV: one or more files, also packed (.gz, .zst) or by address "
+        "(s3://bucket/rows.jsonl).",
+    )
     dataset_preset: str | None = flag(
         None, f"A public data set: {', '.join(PRESETS)}. From the hub, or from a copy in --train_file."
     )
     dataset_name: str | None = flag(None, "A data set on the hub.")
+    data_mix: list[str] | None = flag(
+        None,
+        "Several sources in place of one, each with its share of the rows: a.jsonl:0.7 b.parquet:0.3 (files, "
+        "presets, data sets on the hub; without weights, all rows).",
+    )
     dataset_config: str | None = flag(None, "Its configuration, if it has several.")
     dataset_split: str = flag("train", "Its split.")
     dataset_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
