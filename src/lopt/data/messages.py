@@ -49,7 +49,8 @@ def read_messages(value: Any, column: str, chat: Chat | None, notes: Notes) -> l
 
     Raises:
         ValueError: `value` is not a list of messages, or one has no role, no text, a call that is none, or is
-            an empty user message.
+            an empty user message; a message that is nothing but a call, which the template cannot
+            write.
     """
     if not isinstance(value, list) or not value:
         raise column_error(column, "must be a non-empty list of {role, content} messages")
@@ -60,10 +61,9 @@ def read_messages(value: Any, column: str, chat: Chat | None, notes: Notes) -> l
         if not isinstance(role, str) or not role:
             raise column_error(column, "has a message without a role: give {role, content}")
         named = _role(role, chat)
-        if named != role:
+        if named != role and turn is given:  # those of ShareGPT are as expected
             said.append(f"the role {role} is read as {named}")
         if named in CALLS and (chat is None or not chat.knows_role(named)):
-            said.append(f"the role {role} is read as a call of the assistant")
             turn, named = _call(turn, chat, column), "assistant"
         keys = {name for name, value in turn.items() if value is not None} - {"role", "content", *MARKS}
         if turn.get("tool_calls") == []:
@@ -77,6 +77,12 @@ def read_messages(value: Any, column: str, chat: Chat | None, notes: Notes) -> l
         lost = keys if chat is None else {name for name in keys if not chat.knows(name)}
         said += [f"`{name}` of a message is left out, {why_unused(chat)}" for name in sorted(lost)]
         content = _content(turn, named, column, calls=chat is not None and "tool_calls" in read)
+        if chat is not None and "tool_calls" in lost and not (content or "").strip():
+            raise column_error(
+                column,
+                "has a message that only calls a tool, which the chat template cannot write: give one that can "
+                "with `chat_template_path`, or remove the row",
+            )
         found.append({"role": named, "content": content, **(read if chat is not None else {})})
     notes.add(*said)
     return found
