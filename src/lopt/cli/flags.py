@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lopt.cli.report_flags import (
+    ChatArguments,
     CompareArguments,
     DemoArguments,
     DownloadArguments,
     EvalArguments,
+    MergeArguments,
     PlanArguments,
     PreviewArguments,
     ProbeArguments,
@@ -173,6 +175,8 @@ OWN: dict[str, tuple[type, ...]] = {
     "sft": _RUN,
     "dpo": _RUN,
     "grpo": (*_RUN[:2], TaskArguments, *_RUN[2:]),
+    "chat": (ChatArguments,),
+    "merge": (MergeArguments,),
     "eval": (EvalArguments,),
     "compare": (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig),
     "probe": (ProbeArguments,),

@@ -123,6 +123,9 @@ COMMON: dict[str, dict[str, Sequence[Line]]] = {
     },
     "data preview": {"preview": (Line("rows", "3", "sequences to show"),), **_MODEL_AND_DATA},
 }
+NAME_A_FOLDER = ("chat", "merge")
+"""Commands whose first word is a folder."""
+
 """The flags that `--help` shows for the commands that train; a test compares them with the real ones."""
 
 
@@ -137,7 +140,8 @@ def help_page(command: str, what: str, *, every: bool) -> str:
     common = command in COMMON and not every
     sections = list(COMMON[command].items() if common else _every_flag(command))
     names = {flag.name for _, flags in sections for flag in flags}
-    lines = [f"usage: lopt {command} [--flag value ...]", "", f"{what[0].upper()}{what[1:]}."]
+    place = "FOLDER " if command in NAME_A_FOLDER else ""
+    lines = [f"usage: lopt {command} {place}[--flag value ...]", "", f"{what[0].upper()}{what[1:]}."]
     for title, flags in sections:
         flags = [Line(name, default.replace("COMMAND", command), text) for name, default, text in flags]
         lines += ["", title, *(with_flags(line, names) for flag in flags for line in _wrapped(flag))]

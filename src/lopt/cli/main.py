@@ -23,6 +23,8 @@ COMMANDS = {
     "sft": "supervised fine-tuning by LoPT, end to end, with frozen early blocks or LoRA",
     "dpo": "preferences between two answers, by the same methods",
     "grpo": "reinforcement learning from checked answers, by the same methods",
+    "chat": "talk to a model in the terminal, beside its base if asked",
+    "merge": "a run of adapters as one plain model",
     "eval": "benchmarks, and what a model gained and lost against its base",
     "compare": "methods side by side: what each learns, keeps and costs, over seeds",
     "probe": "how far tuned models moved from their base: hidden states and weights, layer by layer",

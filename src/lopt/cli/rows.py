@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lopt.cli.flags import DataArguments, ModelArguments, TaskArguments
-from lopt.data.columns import needed_columns
+from lopt.data.columns import infer_format, needed_columns
 from lopt.data.files import Choose
 from lopt.data.formats import format_rows
 from lopt.data.load import check_held_out, load_rows, split_held_out
@@ -30,13 +30,15 @@ PROBLEMS = 5_000
 class SFTRows(NamedTuple):
     """Formatted rows, or pairs of DPO, not yet tokenized.
 
-    `read` is the number of rows that were read before empty ones were dropped; None for a stream.
+    `read` is the number of rows that were read before empty ones were dropped; None for a stream. `template`
+    is the kind of the plain template, with which `lopt chat` asks; None with a chat template.
     """
 
     train: Any
     held_out: Any
     tokenizer: Any
     read: int | None
+    template: str | None
 
 
 class GRPORows(NamedTuple):
@@ -63,6 +65,7 @@ def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
         ]
         args.dataset_text_field = "text"
     tokenizer = _tokenizer(model_args, args)
+    kind = None if tokenizer.chat_template else infer_format(column_names(parts[0].rows)).kind
     only, mixed = args.assistant_only_loss, data_args.data_mix is not None
     make = partial(format_rows, tokenizer=tokenizer, assistant_only=only, every_column=mixed)
     rows, read = _examples(parts, make, data_args, args)
@@ -73,7 +76,7 @@ def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
             "`completion_only_loss` needs prompts with a completion, and these rows have none: leave it out"
         )
     train, held_out = split_held_out(rows, data_args.held_out, args.seed)
-    return SFTRows(train, held_out, tokenizer, read)
+    return SFTRows(train, held_out, tokenizer, read, kind)
 
 
 def dpo_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
@@ -83,7 +86,9 @@ def dpo_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
     make = partial(preference_rows, tokenizer=tokenizer, every_column=data_args.data_mix is not None)
     rows, read = _examples(parts, make, data_args, args)
     train, held_out = split_held_out(rows, data_args.held_out, args.seed)
-    return SFTRows(train, held_out, tokenizer, read)
+    texts = isinstance(next(iter(parts[0].rows))["chosen"], str)
+    kind = None if tokenizer.chat_template else "pair" if texts else "messages"
+    return SFTRows(train, held_out, tokenizer, read, kind)
 
 
 def grpo_rows(

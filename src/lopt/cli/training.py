@@ -146,7 +146,7 @@ def run(
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         data = data_facts({"train": rows.train, "held_out": rows.held_out})
-        record.write(Path(str(args.output_dir)), data, checkpoint)
+        record.write(Path(str(args.output_dir)), data, checkpoint, getattr(rows, "template", None))
     try:
         _train_and_save(trainer, checkpoint, model_args)
     except Stopped:

@@ -80,8 +80,8 @@ def read_messages(value: Any, column: str, chat: Chat | None, notes: Notes) -> l
         if chat is not None and "tool_calls" in lost and not (content or "").strip():
             raise column_error(
                 column,
-                "has a message that only calls a tool, which the chat template cannot write: give one that can "
-                "with `chat_template_path`, or remove the row",
+                "has a message that only calls a tool, which the chat template cannot write: give one that "
+                "can with `chat_template_path`, or remove the row",
             )
         found.append({"role": named, "content": content, **(read if chat is not None else {})})
     notes.add(*said)
