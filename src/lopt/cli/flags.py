@@ -182,13 +182,14 @@ OWN: dict[str, tuple[type, ...]] = {
     "probe": (ProbeArguments,),
     "plan": (PlanArguments,),
     "data preview": (PreviewArguments, *_RUN),
+    "data preview dpo": (PreviewArguments, *_RUN),
     "data download": (DownloadArguments,),
     "demo": (DemoArguments,),
 }
 """Our own dataclasses whose fields are the flags of a command, in the order in which `parse` returns them."""
 _TRAINERS = {
     **dict.fromkeys(("sft", "compare", "data preview"), "LoPTSFTConfig"),
-    "dpo": "LoPTDPOConfig",
+    **dict.fromkeys(("dpo", "data preview dpo"), "LoPTDPOConfig"),
     "grpo": "LoPTGRPOConfig",
 }
 

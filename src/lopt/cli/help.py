@@ -32,6 +32,7 @@ MODEL = (
 )
 DATA = (
     Line("train_file", "", "JSON, JSONL, Parquet or CSV files"),
+    Line("data_mix", "", "several sources by weight: a.jsonl:0.7 b.csv:0.3"),
     Line("dataset_preset", "", "public data set by name; see lopt data"),
     Line("dataset_name", "", "data set on the hub"),
     Line("max_samples", "", "use a random subset of this many rows"),
@@ -109,6 +110,7 @@ MEASURED = (
     Line("retention_text", "", "text files whose loss should not rise"),
 )
 _MODEL_AND_DATA = {"model": MODEL, "data": SFT_DATA}
+_SHOWN = (Line("rows", "3", "sequences or pairs to show"),)
 _METHOD = {"method": METHOD, "memory": MEMORY}
 COMMON: dict[str, dict[str, Sequence[Line]]] = {
     "sft": {**_MODEL_AND_DATA, **_METHOD, "run": SFT_RUN, "evaluation": EVALUATION},
@@ -121,7 +123,8 @@ COMMON: dict[str, dict[str, Sequence[Line]]] = {
         "run": SFT_RUN,
         "evaluation": MEASURED,
     },
-    "data preview": {"preview": (Line("rows", "3", "sequences to show"),), **_MODEL_AND_DATA},
+    "data preview": {"preview": _SHOWN, **_MODEL_AND_DATA},
+    "data preview dpo": {"preview": _SHOWN, "model": MODEL, "data": DPO_DATA},
 }
 NAME_A_FOLDER = ("chat", "merge")
 """Commands whose first word is a folder."""

@@ -35,6 +35,7 @@ COMMANDS = {
 SUBCOMMANDS = {
     "data download": "fetch public data sets into the cache or into Parquet files",
     "data preview": "show what lopt sft with the same flags trains on, token by token",
+    "data preview dpo": "show the pairs that lopt dpo with the same flags trains on",
 }
 USAGE = "usage: lopt {0} [--flag value ...]   (lopt {0} --help lists the flags)\n\ncommands:\n{1}"
 
@@ -120,7 +121,8 @@ def _check_place(arguments: Sequence[str]) -> None:
 
 
 def _usage(command: str, names: dict[str, str]) -> str:
-    return USAGE.format(command, "\n".join(f"  {name:8} {what}" for name, what in names.items()))
+    width = max(map(len, names))
+    return USAGE.format(command, "\n".join(f"  {name:{width}} {what}" for name, what in names.items()))
 
 
 def _show_help(command: str, arguments: Sequence[str]) -> bool:
@@ -130,7 +132,7 @@ def _show_help(command: str, arguments: Sequence[str]) -> bool:
         return False
     name = _full_name(command, arguments)
     if name == "data":
-        subcommands = {name.split()[1]: what for name, what in SUBCOMMANDS.items()}
+        subcommands = {name.removeprefix("data "): what for name, what in SUBCOMMANDS.items()}
         print(_usage("data SUBCOMMAND", subcommands))
         return True
     from lopt.cli.help import help_page
@@ -141,8 +143,8 @@ def _show_help(command: str, arguments: Sequence[str]) -> bool:
 
 def _full_name(command: str, arguments: Sequence[str]) -> str:
     """Return the command with its subcommand, if it has one and the arguments begin with it."""
-    name = " ".join([command, *arguments[:1]])
-    return name if name in SUBCOMMANDS else command
+    names = (" ".join([command, *arguments[:words]]) for words in (2, 1))
+    return next((name for name in names if name in SUBCOMMANDS), command)
 
 
 def _one_line(error: BaseException, command: str, arguments: Sequence[str]) -> str:

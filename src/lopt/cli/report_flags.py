@@ -323,7 +323,7 @@ class PreviewArguments:
 
     groups: ClassVar[dict[str, str]] = {"Preview": "rows"}
 
-    rows: int = flag(3, "Number of sequences to show.")
+    rows: int = flag(3, "Number of sequences or pairs to show.")
 
 
 @dataclass

@@ -89,9 +89,10 @@ def infer_format(column_names: Iterable[str]) -> Format:
         if set(fmt.columns) <= set(found):
             return fmt
     accepted = ", ".join(fmt.name for fmt in FORMATS)
+    pairs = " (pairs of answers are for `lopt dpo`)" if {"chosen", "rejected"} <= set(found) else ""
     raise ValueError(
         f"{SOURCE}: no usable columns, found {', '.join(found) or 'none'}: "
-        f"rename them to one of these combinations: {accepted}"
+        f"rename them to one of these combinations: {accepted}{pairs}"
     )
 
 
