@@ -20,7 +20,7 @@ from lopt.data.questions import procedural_rows, question_rows
 from lopt.data.rows import column_names
 from lopt.models.load import load_chat_template, load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
-from lopt.trainers.rows import check_marks
+from lopt.trainers.turns import check_turns
 from lopt.validation import check_choice, check_number
 
 PROBLEMS = 5_000
@@ -70,7 +70,7 @@ def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
     make = partial(format_rows, tokenizer=tokenizer, assistant_only=only, every_column=mixed)
     rows, read = _examples(parts, make, data_args, args)
     if args.assistant_only_loss:
-        check_marks(tokenizer)
+        check_turns(tokenizer)
     if args.completion_only_loss and "completion" not in column_names(rows):
         raise ValueError(
             "`completion_only_loss` needs prompts with a completion, and these rows have none: leave it out"
