@@ -163,7 +163,7 @@ def examples_of(
             raise _of(part, error) from error
     for part, rows in zip(parts, made, strict=True):
         if rows.features != made[0].features:
-            this, first = (", ".join(f"`{name}`" for name in column_names(rows)) for rows in (rows, made[0]))
+            this, first = ("+".join(column_names(rows)) for rows in (rows, made[0]))
             kinds = "text and messages" if this == first else f"{this} and {first}"
             raise ValueError(
                 f"`data_mix`: the rows of {part.name} and of {parts[0].name} become examples of two kinds, "
