@@ -50,8 +50,10 @@ def test_rows_are_drawn_by_the_seed(files: dict[str, str]) -> None:
     assert len({row["instruction"] for row in one[1].rows}) == 13
 
 
-@pytest.mark.parametrize("model", ["tiny", "chatty"])
-@pytest.mark.parametrize("more", ["", "--max_samples 20", "--streaming --max_steps 2"])
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [("tiny", ""), ("chatty", ""), ("tiny", "--max_samples 20"), ("chatty", "--streaming --max_steps 2")],
+)
 def test_a_mix_of_formats_is_trained_on(
     files: dict[str, str], model: str, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -31,19 +31,21 @@ MODEL = (
     Line("lora_r", "16", "rank of the adapters of --method lora"),
 )
 DATA = (
-    Line("train_file", "", "JSON, JSONL, Parquet or CSV files"),
-    Line("data_mix", "", "several sources by weight: a.jsonl:0.7 b.csv:0.3"),
+    Line("train_file", "", "JSON, JSONL, Parquet or CSV, also .gz, .zst"),
     Line("dataset_preset", "", "public data set by name; see lopt data"),
     Line("dataset_name", "", "data set on the hub"),
     Line("max_samples", "", "use a random subset of this many rows"),
 )
+MIX = Line("data_mix", "", "several by weight: a.jsonl:0.7 b.csv:0.3")
 SFT_DATA = (
     *DATA,
+    MIX,
     Line("max_length", "1024", "tokens per row; longer ones are cut"),
     Line("packing", "False", "fill sequences with several rows"),
 )
 DPO_DATA = (
     *DATA,
+    MIX,
     Line("max_length", "1024", "tokens of prompt and answer; longer is cut"),
     Line("beta", "0.1", "how close to stay to the model as it was"),
     Line("loss_type", "sigmoid", "sigmoid, ipo, hinge and others of TRL"),
