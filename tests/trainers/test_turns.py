@@ -21,7 +21,6 @@ SOURCES = {
     "qwen3": ("Qwen/Qwen3-8B", "Apache-2.0"),
     "gemma3": ("google/gemma-3-4b-it", "Gemma terms"),
     "phi3": ("microsoft/Phi-3-mini-4k-instruct", "MIT"),
-    "phi3_5": ("microsoft/Phi-3.5-mini-instruct", "MIT"),
 }
 """Template -> a model that ships it, and the licence of that model."""
 
@@ -65,8 +64,6 @@ TURNS = {
     "<start_of_turn>model\n«See you.<end_of_turn>\n»",
     "phi3": "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n‹Hello.<|end|>\n›"
     "<|user|>\nBye<|end|>\n<|assistant|>\n«See you.<|end|>\n<eos>»",
-    "phi3_5": "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n‹Hello.<|end|>\n›"
-    "<|user|>\nBye<|end|>\n<|assistant|>\n«See you.<|end|>\n<eos>»",
 }
 
 
@@ -99,17 +96,22 @@ def marked(folder: Path, rows: list[dict], template: str, **settings: Any) -> li
 
 
 @pytest.mark.parametrize("template", SOURCES)
-def test_sharegpt_and_alpaca_with_a_history(template: str, tmp_path: Path) -> None:
+def test_sharegpt(template: str, tmp_path: Path) -> None:
     last = TURNS[template].replace("‹", "").replace("›", "")
     assert marked(tmp_path, [SHARE], template) == [last]
-    assert marked(tmp_path, [ALPACA], template) == [last]
     turns = of_turns(template)
-    assert marked(tmp_path, [ALPACA], template, assistant_only_loss=True) == [turns]
     second = json.loads(json.dumps(SHARE))
     second["conversations"][1]["weight"] = 0
     first, _, rest = turns.partition("«")
     skipped = first + rest.replace("»", "", 1)
     assert marked(tmp_path, [SHARE, second], template, assistant_only_loss=True) == [turns, skipped]
+
+
+@pytest.mark.parametrize(("template", "only"), [("qwen2_5", False), ("qwen3", True), ("llama3_1", True)])
+def test_alpaca_with_a_history(template: str, only: bool, tmp_path: Path) -> None:
+    last = TURNS[template].replace("‹", "").replace("›", "")
+    expected = of_turns(template) if only else last
+    assert marked(tmp_path, [ALPACA], template, assistant_only_loss=only) == [expected]
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
@@ -142,18 +144,13 @@ CALLED = {
 
 @pytest.mark.parametrize("template", CALLED)
 def test_calls_of_openai_and_of_sharegpt_are_the_same(template: str, tmp_path: Path) -> None:
-    one, other = (
-        marked(tmp_path, [row], template, assistant_only_loss=True)[0] for row in (OPENAI, SHARE_CALL)
-    )
-    assert one == other and one.count("«") == 2
-    assert CALLED[template] in one and "It is 3 C." in one.rpartition("«")[2]
     unweighted = json.loads(json.dumps(OPENAI))
     unweighted["messages"][1]["weight"] = 0
-    (text,) = marked(tmp_path, [unweighted], template, assistant_only_loss=True)
-    assert text.count("«") == 1 and text.replace("«", "").replace("»", "") == one.replace("«", "").replace(
-        "»", ""
-    )
-    assert "It is 3 C." in text.partition("«")[2]
+    one, less = marked(tmp_path, [OPENAI, unweighted], template, assistant_only_loss=True)
+    assert marked(tmp_path, [SHARE_CALL], template, assistant_only_loss=True) == [one]
+    assert CALLED[template] in one and "It is 3 C." in one.rpartition("«")[2] and one.count("«") == 2
+    # The same text, in which the call is not trained on.
+    assert less.count("«") == 1 and less == one.replace("«", "", 1).replace("»", "", 1)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
