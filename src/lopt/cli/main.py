@@ -164,7 +164,7 @@ def _in_flags(message: str, command: str, arguments: Sequence[str]) -> str:
     """Return a message of the library with the command's flags in place of arguments."""
     if "`" not in message:
         return message
-    from lopt.cli.flags import OWN
+    from lopt.cli.flags import OWN, ChatArguments
 
     name = _full_name(command, arguments)
     flags: Collection[str] = ()
@@ -173,9 +173,9 @@ def _in_flags(message: str, command: str, arguments: Sequence[str]) -> str:
             from lopt.cli.parsing import flag_types
 
             flags = flag_types(name)
-    return with_flags(
-        message, flags, {field.name for groups in OWN.values() for g in groups for field in fields(g)}
-    )
+    # The flags of lopt chat have names of columns: `prompt`, `system`.
+    groups = {group for groups in OWN.values() for group in groups} - {ChatArguments}
+    return with_flags(message, flags, {field.name for group in groups for field in fields(group)})
 
 
 def _culprit(error: Exception) -> str | None:
