@@ -192,9 +192,6 @@ def build_models(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
     shard.with_name("model.safetensors.index.json").write_text(json.dumps(index))
     save_tiny(folder / "experts", "mixtral")
-    save_tiny(
-        folder / "unmarked", chat_template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
-    )
     save_tiny(folder / "strict", chat_template="{{ raise_exception('no such role as assistant') }}")
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertForMaskedLM(BertConfig(**sizes, vocab_size=300)).save_pretrained(folder / "encoder")
@@ -208,6 +205,9 @@ def build_models(folder: Path) -> None:
     adapter = json.dumps({"base_model_name_or_path": str(folder / "model"), "peft_type": "LORA"})
     (like_it("adapted") / "adapter_config.json").write_text(adapter)
     save_file({}, folder / "adapted/adapter_model.safetensors")
+    (folder / "lora").mkdir()
+    (folder / "lora/adapter_config.json").write_text(adapter)
+    save_file({}, folder / "lora/adapter_model.safetensors")
     weights = load_file(folder / "model/model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, like_it("not_finite") / "model.safetensors", metadata={"format": "pt"})

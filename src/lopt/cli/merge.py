@@ -55,10 +55,9 @@ def _check(args: MergeArguments) -> tuple[Path, Path]:
     adapter = Path(args.model_name_or_path).expanduser()
     if not adapter.is_dir():
         raise ValueError(f"{adapter} is not a folder: give that of a run of --method lora")
-    if not (adapter / "adapter_config.json").is_file():
-        why = (
-            "it is a whole model already" if (adapter / "config.json").is_file() else "no adapter_config.json"
-        )
+    whole = (adapter / "config.json").is_file()
+    if whole or not (adapter / "adapter_config.json").is_file():
+        why = "it is a whole model already" if whole else "no adapter_config.json"
         raise ValueError(
             f"{adapter} holds no adapter to merge ({why}): give the folder of a run of --method lora"
         )
