@@ -211,6 +211,7 @@ def _setting(
         "data": {
             "source": data_args.dataset_preset
             or data_args.dataset_name
+            or data_args.data_mix
             or [Path(file).name for file in data_args.train_file or ()],
             "rows": [len(setup.train), fingerprint(setup.train)],
             "held_out": [len(setup.held_out), fingerprint(setup.held_out)],
