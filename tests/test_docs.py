@@ -24,7 +24,7 @@ PAGES += sorted((ROOT / "docs").rglob("*.md"))
 HISTORY = ("changelog.md",)  # names things that are gone
 COMMANDS = (
     *("sft", "dpo", "grpo", "chat", "merge", "eval", "compare", "probe", "plan", "demo"),
-    *("data preview", "data download", "data preview dpo"),
+    *("data preview", "data download", "data preview dpo", "compare dpo"),
 )
 TOP = ("benchmarks", "docs", "examples", "scripts", "src", "tests")
 # Flags of other programs that the pages name.

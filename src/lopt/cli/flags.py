@@ -178,7 +178,10 @@ OWN: dict[str, tuple[type, ...]] = {
     "chat": (ChatArguments,),
     "merge": (MergeArguments,),
     "eval": (EvalArguments,),
-    "compare": (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig),
+    **dict.fromkeys(
+        ("compare", "compare dpo"),
+        (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig),
+    ),
     "probe": (ProbeArguments,),
     "plan": (PlanArguments,),
     "data preview": (PreviewArguments, *_RUN),
@@ -189,7 +192,7 @@ OWN: dict[str, tuple[type, ...]] = {
 """Our own dataclasses whose fields are the flags of a command, in the order in which `parse` returns them."""
 _TRAINERS = {
     **dict.fromkeys(("sft", "compare", "data preview"), "LoPTSFTConfig"),
-    **dict.fromkeys(("dpo", "data preview dpo"), "LoPTDPOConfig"),
+    **dict.fromkeys(("dpo", "data preview dpo", "compare dpo"), "LoPTDPOConfig"),
     "grpo": "LoPTGRPOConfig",
 }
 

@@ -125,6 +125,14 @@ COMMON: dict[str, dict[str, Sequence[Line]]] = {
         "run": SFT_RUN,
         "evaluation": MEASURED,
     },
+    "compare dpo": {
+        "comparison": COMPARISON,
+        "model": MODEL,
+        "data": DPO_DATA,
+        **_METHOD,
+        "run": DPO_RUN,
+        "evaluation": MEASURED,
+    },
     "data preview": {"preview": _SHOWN, **_MODEL_AND_DATA},
     "data preview dpo": {"preview": _SHOWN, "model": MODEL, "data": DPO_DATA},
 }

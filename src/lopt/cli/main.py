@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "data download": "fetch public data sets into the cache or into Parquet files",
     "data preview": "show what lopt sft with the same flags trains on, token by token",
     "data preview dpo": "show the pairs that lopt dpo with the same flags trains on",
+    "compare dpo": "methods side by side on pairs, as lopt dpo trains on them",
 }
 USAGE = "usage: lopt {0} [--flag value ...]   (lopt {0} --help lists the flags)\n\ncommands:\n{1}"
 
@@ -132,7 +133,9 @@ def _show_help(command: str, arguments: Sequence[str]) -> bool:
         return False
     name = _full_name(command, arguments)
     if name == "data":
-        subcommands = {name.removeprefix("data "): what for name, what in SUBCOMMANDS.items()}
+        subcommands = {
+            name.removeprefix("data "): what for name, what in SUBCOMMANDS.items() if "data" in name
+        }
         print(_usage("data SUBCOMMAND", subcommands))
         return True
     from lopt.cli.help import help_page

@@ -20,7 +20,7 @@ from lopt.version import __version__
 RUN_YAML, RUN_JSON = "run.yaml", "run.json"
 _OF_ONE_START = ("resume", "resume_from_checkpoint", "overwrite_output_dir", "max_time")
 _IN_THE_CHECKPOINT = ("learning_rate", "lr_k1", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-_GROW = ("eval", "compare")  # commands that add to what their folder holds
+_GROW = ("eval", "compare", "compare dpo")  # commands that add to what their folder holds
 _HEADER = """\
 # How this folder was made. To make it again, from the same working folder:
 #
