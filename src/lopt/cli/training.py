@@ -17,8 +17,11 @@ from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.retention import MakeCallback
 from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
+from lopt.engine import grid
+from lopt.engine.stages import dealt
 from lopt.files import write_text
 from lopt.models.load import auto_class, load_model, resolve_model
+from lopt.models.part import load_part
 from lopt.models.processor import copy_processor
 from lopt.models.shapes import model_config
 from lopt.reliability.advice import Attempt
@@ -82,10 +85,22 @@ def load_reference_alike(args: Any, model_args: ModelArguments) -> None:
 
 
 def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
-    """Load the model and print how it is cut."""
-    model = load(model_args, args)
+    """Load the model, in a pipeline the blocks of this process, and print how it is cut."""
+    place = grid.current()
+    if place is None:
+        model = load(model_args, args)
+    else:
+        model = load_part(
+            str(model_args.model_name_or_path),
+            config,
+            dealt(config.block_count, place.position, place.size),
+            dtype=model_args.param_dtype,
+            revision=model_args.model_revision,
+            attn_implementation=model_args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+        )
     blocks = Blocks(model, config)
-    if args.process_index == 0:
+    if args.should_save:
         parts = [f"block {b.index + 1} (layers {b.start}-{b.stop - 1})" for b in blocks]
         if config.is_local and len(parts) == 1:
             parts.append("trained end to end: there is no boundary")
@@ -151,9 +166,11 @@ def run(
         _train_and_save(trainer, checkpoint, model_args)
     except Stopped:
         end_training(trainer)
+        grid.leave()
         raise
     if callback is not None and trainer.is_world_process_zero():
         print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
+    grid.leave()
 
 
 def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArguments) -> None:
