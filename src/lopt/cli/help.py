@@ -153,10 +153,11 @@ def help_page(command: str, what: str, *, every: bool) -> str:
     common = command in COMMON and not every
     sections = list(COMMON[command].items() if common else _every_flag(command))
     names = {flag.name for _, flags in sections for flag in flags}
+    word = command.split()[0]
     place = "FOLDER " if command in NAME_A_FOLDER else ""
     lines = [f"usage: lopt {command} {place}[--flag value ...]", "", f"{what[0].upper()}{what[1:]}."]
     for title, flags in sections:
-        flags = [Line(name, default.replace("COMMAND", command.split()[0]), text) for name, default, text in flags]
+        flags = [Line(name, default.replace("COMMAND", word), text) for name, default, text in flags]
         lines += ["", title, *(with_flags(line, names) for flag in flags for line in _wrapped(flag))]
     lines += ["", "A flag is shown with its default; for true or false, the flag alone means true."]
     lines += ["--config FILE.yaml takes flags from a file; those on the command line win."]
