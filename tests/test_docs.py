@@ -23,17 +23,8 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md",
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 HISTORY = ("changelog.md",)  # names things that are gone
 COMMANDS = (
-    "sft",
-    "dpo",
-    "grpo",
-    "eval",
-    "compare",
-    "report",
-    "probe",
-    "plan",
-    "demo",
-    "data preview",
-    "data download",
+    *("sft", "dpo", "grpo", "chat", "merge", "eval", "compare", "report", "probe", "plan", "demo"),
+    *("data preview", "data download", "data preview dpo", "compare dpo"),
 )
 TOP = ("benchmarks", "docs", "examples", "scripts", "src", "tests")
 # Flags of other programs that the pages name.
@@ -101,6 +92,7 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
                 command = "grpo"
             elif words[:1] == ["lopt"] and len(words) > 1 and words[1].islower():
                 command = " ".join(words[1:3]) if words[1] == "data" else words[1]
+                command += " dpo" if words[1:4] == ["data", "preview", "dpo"] else ""
                 assert command in COMMANDS, f"{page.name}: {line}"
             else:
                 continue

@@ -133,7 +133,7 @@ def _parser(command: str) -> _Parser:
     """Return the parser of a command; where transformers names the output folder, it is named after it."""
     parser = _Parser(flags_of(command), prog=f"lopt {command}")
     if "output_dir" in parser.types and parser.get_default("output_dir") is None:
-        parser.set_defaults(output_dir=f"outputs/{command}")
+        parser.set_defaults(output_dir=f"outputs/{command.split()[0]}")
     return parser
 
 

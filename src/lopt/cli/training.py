@@ -146,7 +146,7 @@ def run(
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         data = data_facts({"train": rows.train, "held_out": rows.held_out})
-        record.write(Path(str(args.output_dir)), data, checkpoint)
+        record.write(Path(str(args.output_dir)), data, checkpoint, getattr(rows, "template", None))
     progress = show(trainer, screen, record.command)
     known = (record.command, record.changed, screen.warnings)
     report = RunReport(trainer, *known, facts=lambda: progress.facts)

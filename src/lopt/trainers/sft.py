@@ -21,12 +21,12 @@ from lopt.trainers.checks import check_workers
 from lopt.trainers.mixin import LoPTMixin
 from lopt.trainers.rows import (
     as_tokens,
-    check_marks,
     one_beginning,
     only_marked,
     say_what_is_lost,
     say_where_rows_do_not_end,
 )
+from lopt.trainers.turns import by_turns, check_turns, has_marks
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,17 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         self.whole_rows: dict[str, Dataset] = {}
         self.tokenized_rows: dict[str, Dataset] = {}
         config = next((value for value in (*args, *kwargs.values()) if isinstance(value, SFTConfig)), None)
-        if config is not None and config.assistant_only_loss and not config.chat_template_path:
-            tokenizer = kwargs.get("processing_class")
-            if getattr(tokenizer, "chat_template", None):  # TRL says what is missing otherwise
-                check_marks(tokenizer)
-        super().__init__(*args, **kwargs)
+        tokenizer = kwargs.get("processing_class")
+        self._by_turns = False
+        if config is not None and config.assistant_only_loss and getattr(tokenizer, "chat_template", None):
+            check_turns(tokenizer)  # of a tokenizer without a template, TRL says what is missing
+            self._by_turns = not has_marks(tokenizer)
+            config.assistant_only_loss = not self._by_turns  # or TRL would ask the template for marks
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if config is not None:
+                config.assistant_only_loss |= self._by_turns
         check_workers(self.args, isinstance(self.train_dataset, IterableDataset))
         for name, rows in self.tokenized_rows.items():
             config = getattr(self.model, "generation_config", None)
@@ -145,6 +151,8 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
             )
 
         def tokenized(rows: Any) -> Any:
+            if self._by_turns and "input_ids" not in column_names(rows):
+                rows = by_turns(rows, processing_class, name)
             made = only_marked(prepare(kept_as_cells(rows), max_length=None))
             return one_beginning(as_tokens(made), processing_class, name)
 
