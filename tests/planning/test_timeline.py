@@ -29,7 +29,7 @@ def work(turns: list[Turn], weights: tuple[int, ...] = (), host: tuple[int, ...]
     count = 1 + max(turn.stage for turn in turns)
     groups = [[stored(size)] for size in weights or (0,) * count]
     updates = [[Update(seconds)] for seconds in host or (0,) * count]
-    return Work(turns, groups, updates)
+    return Work(turns, groups, updates, {group: stage for stage, (group,) in enumerate(groups)})
 
 
 def near(time: StepTime, **values: float) -> None:
@@ -61,7 +61,8 @@ def test_weights_come_in_beside_the_stage_before() -> None:
 def test_what_the_device_steps_goes_back_and_is_waited_for() -> None:
     """Weights 3 in, work 5; of two parts of state (2, 4 in) the first comes meanwhile, budget 2."""
     updates = [[Update(1, state=stored(2)), Update(1, state=stored(4))]]
-    plan = Work([Turn(0, flops=5, steps=True, announced=True)], [[stored(3)]], updates)
+    weights, adapted = stored(3), stored(0)  # what does not learn stays as it is in host memory
+    plan = Work([Turn(0, flops=5, steps=True, announced=True)], [[weights, adapted]], updates, {weights: 0})
     # 3 in, 8 worked, 9 stepped; 2 out until 11, 4 in until 15, 16 stepped; 4 out until 20, weights until 23.
     near(step_time(plan, SLOW, 2), seconds=23, copies=3 + 6 + 7)
     # All state is there in time: 10 stepped; 2 out from 9 until 11, 4 until 15, weights until 18.

@@ -8,7 +8,7 @@ and all that it needs have come so far. What may be on its way ahead is decided 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,11 +76,13 @@ class Work:
         turns: In order.
         weights: What comes in for each stage.
         updates: Of each stage, part by part.
+        stepped_by: The stage whose step changes a group of weights; none of those that do not learn.
     """
 
     turns: list[Turn]
     weights: list[list[TensorGroup]]
     updates: list[list[Update]]
+    stepped_by: dict[TensorGroup, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class _Present:
     def leave(self) -> None:
         """Release the weights of the stage."""
         for group in self.work.weights[self.stage] if self.stage is not None else ():
-            self.clocks.release(group, self.changed)
+            self.clocks.release(group, self.changed and self.work.stepped_by.get(group) == self.stage)
         self.stage, self.changed = None, False
 
     def step(self) -> None:
@@ -201,7 +203,8 @@ class _Present:
         seconds = sum(machine.seconds_of_host_update(u.traffic, u.rounded) for u in updates)
         pending = clocks.step_on_host(seconds, self.arrived.get(stage))
         for group in self.work.weights[stage]:
-            group.pending = pending
+            if self.work.stepped_by.get(group) == stage:
+                group.pending = pending
 
 
 @dataclass(frozen=True)
