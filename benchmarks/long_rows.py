@@ -1,8 +1,9 @@
-"""Peak device memory of optimizer steps on long rows: every byte counted on fake tensors, beside the planner's.
+"""Peak device memory of optimizer steps on long rows, counted on fake tensors, beside the planner's.
 
-Qwen2.5-7B's shape in 30 stages (embedding, each layer, LM head), weights in bfloat16 with float32 masters and
-AdamW state in host memory, one row a micro-batch, LM head as on a GPU: end to end, LoPT k=2 and frozen k=2, with
-and without activation checkpointing inside a stage. As in `block_memory.py` the second optimizer step is counted.
+Qwen2.5-7B's shape in 30 stages (embedding, each layer, LM head), weights in bfloat16 with float32 masters
+and AdamW state in host memory, one row a micro-batch, LM head as on a GPU: end to end, LoPT k=2 and frozen
+k=2, with and without activation checkpointing inside a stage. The second optimizer step is counted, as in
+`block_memory.py`.
 
     python benchmarks/long_rows.py [--tokens 4096 16384 32768]
 """

@@ -56,7 +56,7 @@ PREFETCH = 3 * 10**5
 
 
 class LateSteps:
-    """Stands in for the thread of a host optimizer: a step runs when it is waited for, after those before it."""
+    """Stands in for the thread of a host optimizer; a step runs when it is waited for, after those before."""
 
     def __init__(self, *_: Any) -> None:
         self.waiting: list[_Step] = []

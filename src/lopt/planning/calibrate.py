@@ -30,8 +30,8 @@ class Measured:
     """What the steps of one setting have taken.
 
     Attributes:
-        peak: of the step in which the optimizer's state exists from the start. On a CPU live tensor bytes by category, on a GPU what its allocator had
-            given out.
+        peak: of a step in which the optimizer's state exists from the start. On a CPU live tensor bytes by
+            category, on a GPU what its allocator had given out.
         host: bytes of host memory at its own peak in that step; 0 on a GPU.
         logged: bytes that the trainer itself reports as the peak of all steps; 0 on a GPU.
         seconds: of each timed step after it.

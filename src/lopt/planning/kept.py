@@ -1,4 +1,4 @@
-"""What waits between the stages of a planned optimizer step: hidden states (B, T, H) and gradients of them."""
+"""What waits between the stages of a planned optimizer step: hidden states (B, T, H) and their gradients."""
 
 from __future__ import annotations
 

@@ -255,7 +255,8 @@ class StagedStep:
     def _run_with_graph(self, trace: Trace, segments: Segments, stage: StageSizes) -> None:
         recomputed = self.parts.casts * len(stage.layers) * self.setting.checkpointing
         # Zeros in place of the embedding go when the forward ends; no graph holds them.
-        zeros = self.parts.boundary if stage.place == "whole" and stage.index > 0 else 0
+        measured = stage.closes and stage.place != "whole"
+        zeros = self.parts.boundary if stage.index > 0 and not measured else 0
         if not stage.layers and stage.closes:
             self._run_head_alone(trace, segments, stage)
         elif stage.opens and stage.closes:
@@ -268,11 +269,11 @@ class StagedStep:
     def _run_head_alone(self, trace: Trace, segments: Segments, stage: StageSizes) -> None:
         """Run a last stage without layers: of what came before, only the rows are left.
 
-        What the head's forward keeps goes in its backward, which leaves the gradient of its input. Measured was
-        less, as something of the layers went meanwhile.
+        What the head's forward keeps goes in its backward, which leaves the gradient of its input, and that
+        of its matrix if another stage owns that. Measured was less, as something of the layers went meanwhile.
         """
         head, loss = (segments[stage.place, what] for what in ("head", "loss"))
-        kept = self.parts.boundary - loss.activations
+        kept = self.parts.boundary + stage.left - loss.activations
         of_layers = kept - head.activations
         trace.activations = self.run.accumulation * self._rows
         trace.run(replace(head, rise=head.rise + of_layers, activations=kept), "head")
