@@ -55,7 +55,16 @@ def counted(shape: dict[str, Any], tokens: int, setting: Setting, prefetch: floa
     args = argparse.Namespace(batch=1, tokens=tokens, micro_batches=MICRO_BATCHES)
     names = ("method", "schedule", "checkpointing", "offload", "stages", "optimizer_device")
     options = {name: getattr(setting, name) for name in names}
-    return peak(shape, args, k=setting.num_blocks, masters=True, gpu_head=True, prefetch=prefetch, **options)
+    return peak(
+        shape,
+        args,
+        k=setting.num_blocks,
+        masters=True,
+        mask=True,
+        gpu_head=True,
+        prefetch=prefetch,
+        **options,
+    )
 
 
 def row(plan: Plan, live: MemoryPeak) -> dict[str, float]:
