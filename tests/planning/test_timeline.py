@@ -107,6 +107,36 @@ def test_a_gradient_arrives_before_it_is_stepped() -> None:
     near(step_time(work(turns, (2,), host=(3,)), SLOW, 10), seconds=14, copies=6, host=3)
 
 
+def test_gradients_are_averaged_over_processes() -> None:
+    """Beside what the device has left to do, one after the other; in stages with nothing beside it."""
+    one = replace(SLOW, link_gbps=1e-9)
+    near(step_time(work([Turn(0, flops=6, averaged=((4, 3.0),))]), one, 0), seconds=7, ranks=1)
+    both = Turn(1, flops=6, averaged=((1, 6.0), (4, 3.0), (3, 1.0)))
+    near(step_time(work([both]), one, 0), seconds=10, ranks=4, bound="ranks")
+    staged = [Turn(0, flops=6, averaged=((4, 0.0),), gradients_out=2, handed_over=(0,))]
+    near(step_time(work(staged, host=(5,)), one, 0), seconds=6 + 4 + 2 + 5, ranks=4, host=5, copies=2)
+
+
+def test_what_is_averaged() -> None:
+    """A ring of four sends 1.5 times the gradients; an earlier block's begin when that block is done."""
+    other = planner("llama")
+    four = Planner(replace(other.run, processes=4), other)
+    lopt = four.plan(Setting("lopt", 2))
+    sizes = [block.gradients for block in four.sizes.blocks(LoPTConfig())]
+    (averaged,) = [turn.averaged for turn in lopt.work.turns if turn.averaged]
+    last = lopt.work.turns[1]
+    whole = (last.flops + last.head_flops) / four.run.accumulation
+    assert averaged == tuple((round(1.5 * n), w) for n, w in zip(sizes, (whole, whole * 2 / 3), strict=True))
+    staged = four.plan(Setting("e2e", 1, "block_major", stages=6))
+    assert sum(n for turn in staged.work.turns for n, _ in turn.averaged) == 1.5 * size_of(four)
+    alone = other.plan(staged.setting)
+    assert staged.time(Machine()).seconds > alone.time(Machine()).seconds and not alone.time(Machine()).ranks
+
+
+def size_of(planner: Planner) -> int:
+    return planner.sizes.model * planner.run.dtype.itemsize
+
+
 def test_devices() -> None:
     for name, device in DEVICES.items():
         machine = machine_of(name)
@@ -115,7 +145,7 @@ def test_devices() -> None:
         # Of cards that fit one machine: operations for each byte of their memory.
         assert 70 < 1000 * device.peak / device.memory_gbps < 450
     given = machine_of("h100", [1, 2, 3], [4], 5)
-    assert given == Machine((1, 2, 3), (4, 4), 3350, 5, rounded=None)
+    assert given == Machine((1, 2, 3), (4, 4), 3350, 5, rounded=None, link_gbps=0.8 * 450)
     assert machine_of(on_gpu=False).beside is False and machine_of().host_gbps == HOST_GBPS
     assert machine_of().seconds_of_host_update(0, round(ROUNDED)) == 1
 

@@ -138,7 +138,10 @@ def _check_machine(args: PlanArguments) -> None:
         check(values is None or len(values) in counts, name, values, f"{counts[0]} or {counts[1]} numbers")
         for value in values or ():
             check_number(name, value, above=0)
-    check_number("host_gbps", args.host_gbps, above=0)
+    for name in ("host_gbps", "link_gbps"):
+        check_number(name, getattr(args, name), above=0)
+    several = args.link_gbps is None or args.num_processes > 1
+    check(several, "link_gbps", args.link_gbps, "given with `num_processes` 2 or more")
     if args.device_name is not None:
         check_choice("device_name", args.device_name, DEVICES)
         check(not args.use_cpu, "device_name", args.device_name, "left out with `use_cpu`")
@@ -202,7 +205,7 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
 
 def _machine(args: PlanArguments, run: Run) -> Machine:
     given = args.device_name, args.tflops, args.bandwidth
-    return machine_of(*given, args.host_gbps, on_gpu=run.device == "cuda")
+    return machine_of(*given, args.host_gbps, args.link_gbps, on_gpu=run.device == "cuda")
 
 
 def _run(args: PlanArguments) -> Run:
@@ -282,8 +285,8 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     cut += ", earlier blocks predict the next token" if run.aux_loss == "next_token" else ""
     device = "GPU" if run.device == "cuda" else "CPU"
     several = (
-        f"({run.processes} processes by DDP: host is all of theirs; times and tokens are of one alone,\n"
-        "without averaging gradients and without others on the bus)\n"
+        f"({run.processes} processes by DDP: host is all of theirs, tokens are of one; times are with\n"
+        "averaged gradients and with steps of all in host memory, without others on the bus)\n"
     )
     size = f"{planner.sizes.model / 1e9:.2f} B weights in {layers} layers"
     return (

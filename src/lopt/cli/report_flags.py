@@ -218,6 +218,11 @@ class PlanArguments:
     host_gbps: float | None = flag(
         None, "GB/s at which steps in host memory read and write weights, gradients and state. Default: 40."
     )
+    link_gbps: float | None = flag(
+        None,
+        "With --num_processes: GB/s each way at which processes exchange gradients. Default: 0.8 of the "
+        "GPU's NVLink, or its PCIe.",
+    )
     fit: str | None = flag(
         None,
         "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB; device: that of "

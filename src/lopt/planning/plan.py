@@ -21,12 +21,14 @@ from lopt.planning.measure import Parts, Segment, measure
 from lopt.planning.optimizer_step import OPTIMIZERS, parts_of, state_of, temporary_bytes
 from lopt.planning.run import Bytes, Run, Setting
 from lopt.planning.sizes import BlockSizes, Sizes, StageSizes, size_of
-from lopt.planning.staged import StagedStep, updates_of
+from lopt.planning.staged import StagedStep, averaged, updates_of
 from lopt.planning.timeline import StepTime, Turn, Update, Work, step_time
 from lopt.planning.trace import Trace, casts
 from lopt.residency import Residency
 from lopt.validation import check, check_choice
 
+BACKWARD = 2 / 3
+"""Share of a layer's operations that is its backward, without recomputation."""
 RESERVE = 2**30
 """Bytes of a GPU that are left for CUDA's context and fragmentation."""
 
@@ -46,6 +48,7 @@ class Plan:
         work: what is done in an optimizer step, in order.
         stages: how many the block-major schedule has.
         prefetch: bytes of device memory for what is on its way.
+        processes: that average their gradients, and share the host's memory.
     """
 
     setting: Setting
@@ -60,6 +63,7 @@ class Plan:
     bus_tokens: int = 0
     prefetch: int = 0
     stages: int | None = None
+    processes: int = 1
 
     @property
     def total(self) -> int:
@@ -68,7 +72,8 @@ class Plan:
 
     def time(self, machine: Machine) -> StepTime:
         """Return the time of one optimizer step."""
-        return step_time(self.work, machine, self.prefetch)
+        shared = replace(machine, host_gbps=machine.host_gbps / self.processes)
+        return step_time(self.work, shared, self.prefetch)
 
     def hidden_from(self, machine: Machine) -> float:
         """Return the tokens per step from which on copies can hide behind compute; infinity if never."""
@@ -121,6 +126,7 @@ class Planner:
         model = size_of(trained) if setting.method == "lora" else model  # adapters are saved alone
         checkpoint = model + sum(size_of(b.head) for b in blocks) + state
         common: dict[str, Any] = dict(checkpoint=checkpoint, model=model, tokens=run.step_tokens)
+        common["processes"] = run.processes
         if not block_major:
             resident = Bytes(weights=weights + sizes.buffers, optimizer=state)
             peak = self._eager(setting, parts, blocks, resident)
@@ -220,6 +226,13 @@ class Planner:
                 layers, head = (layers + (every - 1) * forward) / every, head / every
             layers, head = run.accumulation * layers, run.accumulation * head
             turns.append(Turn(len(turns), with_graph=block.learns, flops=layers, head_flops=head))
+        if run.processes > 1:  # an earlier block's begin when it is done, DDP's in the midst of the backward
+            left, gradients = 0.0, list[tuple[int, float]]()
+            for block, turn in reversed([*zip(blocks, turns, strict=True)]):
+                own = (turn.flops + turn.head_flops) / run.accumulation
+                gradients.insert(0, (block.gradients, left if block is not blocks[-1] else own * BACKWARD))
+                left += own
+            turns.append(Turn(len(turns) - 1, averaged=averaged(run, gradients)))
         # All blocks are stepped when all micro-batches have run.
         turns += [Turn(index, steps=True) for index, own in enumerate(updates) if own]
         return Work(turns, [[] for _ in blocks], updates)

@@ -6,7 +6,7 @@ found by the engine's own `HostTransfer`, with tensors that have no memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -151,6 +151,7 @@ class StagedStep:
     def _stage_done(self, stage: StageSizes) -> None:
         if stage.trained:
             self._held.append(stage)
+            self._turns[-1] = replace(self._turns[-1], averaged=averaged(self.run, [(stage.gradients, 0.0)]))
         self._waiting[stage.index] = stage.gradients
         if stage.borrowed:
             self._shared = stage.left
@@ -270,7 +271,7 @@ class StagedStep:
         """Run a last stage without layers: of what came before, only the rows are left.
 
         What the head's forward keeps goes in its backward, which leaves the gradient of its input, and that
-        of its matrix if another stage owns that. Measured was less, as something of the layers went meanwhile.
+        of its matrix if another stage owns that. Measured was less, as some of the layers' went meanwhile.
         """
         head, loss = (segments[stage.place, what] for what in ("head", "loss"))
         kept = self.parts.boundary + stage.left - loss.activations
@@ -354,6 +355,12 @@ class StagedStep:
     def _fetch(self, group: TensorGroup) -> None:
         self.bytes_in += group.nbytes
         self._transfer.fetch(group)
+
+
+def averaged(run: Run, gradients: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Return gradients of some sizes in bytes as `Turn.averaged`: by what a ring sends of them."""
+    sent = 2 * (run.processes - 1) / run.processes
+    return tuple((round(sent * nbytes), left) for nbytes, left in gradients if sent * nbytes)
 
 
 def updates_of(
