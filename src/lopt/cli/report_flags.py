@@ -194,6 +194,12 @@ class PlanArguments:
     lora_target_modules: list[str] | None = flag(
         None, "Modules that get an adapter. Default: every linear layer but the head."
     )
+    command: Literal["sft", "dpo"] = flag(
+        "sft", "What is planned: sft, or dpo, whose rows are pairs and which has a reference model."
+    )
+    precompute_ref_log_probs: bool = flag(
+        False, "With --command dpo: the reference model has run before, and is not on the device."
+    )
     per_device_train_batch_size: int = flag(4, "Rows in a micro-batch.")
     gradient_accumulation_steps: int = flag(8, "Micro-batches per step.")
     max_length: int = flag(1024, "Tokens in a row.")

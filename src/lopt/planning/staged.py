@@ -7,7 +7,7 @@ found by the engine's own `HostTransfer`, with tensors that have no memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ from lopt.planning.trace import Trace, casts, total
 Segments = dict[tuple[str, str], Segment]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The forward of a model that does not learn, for a micro-batch: rise in bytes, and operations."""
+
+    rise: int
+    flops: float
+    head_flops: float
+
+
 class StagedStep:
     """An optimizer step; all is known once it is made.
 
@@ -35,6 +44,7 @@ class StagedStep:
         stages: all stages.
         buffers, state: bytes of the model's buffers and of all optimizer state.
         prefetch: bytes of device memory for what is on its way.
+        reference: a second model, which is run where the loss is; its weights are among `buffers`.
 
     Attributes:
         peak: the device at the moment of its largest total.
@@ -54,7 +64,9 @@ class StagedStep:
         buffers: int,
         state: int,
         prefetch: int,
+        reference: Reference | None = None,
     ) -> None:
+        self._reference = reference
         self.run, self.setting, self.parts, self.forward, self.stages = run, setting, parts, forward, stages
         self._kept = Kept(run, stages)
         self._rows = 3 * 8 * run.batch * run.tokens  # of a micro-batch: tokens, mask and labels
@@ -199,7 +211,9 @@ class StagedStep:
         self._added.pop(stage.index, None)
         self._see_host(boundary * most)
         base = replace(self._base(stage), transfers=self._transfer.bytes_in_flight)
-        trace = Trace(base, gradients=sum(self._waiting.values()) + self._shared)
+        is_last = stage.index + 1 == len(self.stages)
+        trace = Trace(base, self._reference.rise if self._reference is not None and is_last else 0)
+        trace.gradients = sum(self._waiting.values()) + self._shared
         # A third micro-batch is like the second.
         every = list(zip(self._micro_batches(stage), stashed, strict=True))
         for segments, count in every[: run.accumulation]:
@@ -226,6 +240,8 @@ class StagedStep:
                 of_layer = self.parts.fresh[stage.place, "forward"].flops
                 rest = of_layer * len(stage.layers) * stage.closes
                 layers, head = learning * layers + (1 - learning) * rest, learning * head
+        if self._reference is not None and stage.index + 1 == len(self.stages):
+            layers, head = layers + self._reference.flops, head + self._reference.head_flops
         if with_graph:
             kept = stage.reaches_back + (stage.closes and stage.index + 1 < len(self.stages))
         else:
