@@ -221,5 +221,7 @@ def build_models(folder: Path) -> None:
     (like_it("two_copies") / "model.safetensors.index.json").write_text(json.dumps(twice))
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_config.json").write_text("[")
+    (folder / "half_a_run").mkdir()
+    (folder / "half_a_run/trainer_state.json").write_text('{"global_step": 3')
     (folder / "probed").mkdir()
     (folder / "probed/probe.json").write_text("{}")

@@ -30,6 +30,7 @@ BASE = {
     "data preview": TRAIN,
     "eval": "--model_name_or_path tuned --text notes.txt --output_dir out",
     "probe": "--base model --model_name_or_path tuned --text notes.txt --output_dir out",
+    "report": "--run model",
     "plan": "--model_name_or_path model --json out",
     "demo": "--model model --steps 1 --output_dir out",
     "data download": "--dataset gsm8k --write_parquet --output_dir out",
@@ -274,6 +275,13 @@ CASES: list[tuple[str, str, str]] = [
     ("eval", "--model_name_or_path encoder", "not a decoder-only causal LM"),
     ("eval", "--model_name_or_path adapter", "adapter_config.json is broken"),
     ("eval", "--colour red", "--colour is no flag of lopt eval"),
+    # -- lopt report
+    ("report", "!--run", "no run is named: give the folder of one, as in lopt report outputs/sft"),
+    ("report", "--run nowhere", "nowhere is no folder: name the --output_dir of a run"),
+    ("report", "", "model holds no run of lopt sft, dpo or grpo"),
+    ("report", "--run half_a_run", "half_a_run is damaged: one of its JSON files cannot be read"),
+    ("report", "--run model tuned --output_dir notes.txt", "is a file: choose a folder"),
+    ("sft", "--quiet --json_logs", "--quiet and --json_logs contradict each other: give one of them"),
     # -- lopt probe
     ("probe", "!--base", "--base is missing: give the model before tuning"),
     ("probe", "!--model_name_or_path", "--model_name_or_path is missing: give one or more"),

@@ -170,7 +170,7 @@ def check_hub(args: TrainingArguments) -> None:
         ValueError: with the flag and the reason.
     """
     for name in ("push_to_hub", "log_completions_hub_repo"):
-        if not getattr(args, name, None) or args.process_index:
+        if not getattr(args, name, None) or not args.should_save:
             continue
         try:
             whoami(token=args.hub_token)

@@ -74,7 +74,7 @@ def _preview(arguments: Sequence[str]) -> None:
     from lopt.trainers.sft import longer_rows
 
     # Every flag of `lopt sft`, so that a command can be previewed as it is.
-    preview_args, model_args, data_args, _, _, _, args = parse("data preview", arguments)
+    preview_args, model_args, data_args, *_, args = parse("data preview", arguments)
     check_number("rows", preview_args.rows, minimum=1)
     if data_args.streaming:
         args.max_steps = max(args.max_steps, 1)  # where the run ends does not matter here

@@ -17,6 +17,7 @@ from lopt.cli.report_flags import (
     PlanArguments,
     PreviewArguments,
     ProbeArguments,
+    ReportArguments,
 )
 from lopt.core.config import LoPTConfig
 from lopt.data.presets import PRESETS, SHUFFLE_BUFFER
@@ -159,7 +160,23 @@ class RetentionArguments:
     )
 
 
-_RUN = (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig)
+@dataclass
+class ScreenArguments:
+    """What is printed."""
+
+    groups: ClassVar[dict[str, str]] = {"Screen": "quiet"}
+
+    quiet: bool = flag(False, "Print nothing but warnings and errors.")
+    json_logs: bool = flag(
+        False, "Print a JSON object a line instead of text: start, log, message and end, for programs."
+    )
+
+    def __post_init__(self) -> None:
+        if self.quiet and self.json_logs:
+            raise ValueError("--quiet and --json_logs contradict each other: give one of them")
+
+
+_RUN = (ModelArguments, DataArguments, RunArguments, RetentionArguments, ScreenArguments, LoPTConfig)
 OWN: dict[str, tuple[type, ...]] = {
     "sft": _RUN,
     "dpo": _RUN,
@@ -167,6 +184,7 @@ OWN: dict[str, tuple[type, ...]] = {
     "eval": (EvalArguments,),
     "compare": (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig),
     "probe": (ProbeArguments,),
+    "report": (ReportArguments,),
     "plan": (PlanArguments,),
     "data preview": (PreviewArguments, *_RUN),
     "data download": (DownloadArguments,),

@@ -6,14 +6,14 @@ import os
 import pickle
 import sys
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from traceback import walk_tb
 
 from lopt.cli.flag_names import flags_in_logs, with_flags
-from lopt.cli.noise import quiet
+from lopt.cli.noise import brief_bars, quiet
 from lopt.reliability.stop import EXIT_STOPPED, Stopped
 from lopt.requirements import check_installed
 from lopt.version import __version__
@@ -25,11 +25,14 @@ COMMANDS = {
     "grpo": "reinforcement learning from checked answers, by the same methods",
     "eval": "benchmarks, and what a model gained and lost against its base",
     "compare": "methods side by side: what each learns, keeps and costs, over seeds",
+    "report": "the page of a run again, or several runs side by side",
     "probe": "how far tuned models moved from their base: hidden states and weights, layer by layer",
     "plan": "what a run will need: memory by part, FLOPs, traffic, from the model's config alone",
     "data": "download public data sets, preview what the model is trained on",
     "demo": "post-train a small real model on this machine and see what it learned and kept",
 }
+SHOWN = ("sft", "dpo", "grpo", "demo")
+"""Commands that draw a screen of their own (`lopt.cli.display`)."""
 SUBCOMMANDS = {
     "data download": "fetch public data sets into the cache or into Parquet files",
     "data preview": "show what lopt sft with the same flags trains on, token by token",
@@ -74,7 +77,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if not _show_help(command, arguments):
             check_installed()
             with flags_in_logs(lambda message: _in_flags(message, command, arguments)):
-                import_module(f"lopt.cli.{command}").main(list(arguments))
+                with brief_bars() if command in SHOWN else nullcontext():
+                    module = import_module(f"lopt.cli.{command}")
+                module.main(list(arguments))
     except BrokenPipeError:
         raise  # of standard output
     except (ValueError, ImportError, OSError) as error:

@@ -16,6 +16,9 @@ from lopt.cli.flag_values import options_of
 from lopt.cli.flags import flags_of
 from lopt.reliability.secrets import known_secrets, redact
 
+IN_PIPELINE = ("sft", "dpo", "grpo")
+"""Commands whose processes may be those of a pipeline."""
+
 
 class _Parser(HfArgumentParser):
     """Raises a mistake as a ValueError of one line, where argparse prints the usage and exits.
@@ -50,6 +53,8 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     try:
         parser, words = _words(command, arguments)
         secrets |= known_secrets(words)
+        if command in IN_PIPELINE:
+            _join_pipeline(parser, words)
         try:
             *parsed, unknown = parser.parse_args_into_dataclasses(
                 words, return_remaining_strings=True, look_for_args_file=False
@@ -67,6 +72,16 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
             raise
         raise ValueError(message) from None  # the cause would show the secret
     return tuple(parsed)
+
+
+def _join_pipeline(parser: _Parser, words: Sequence[str]) -> None:
+    """Join the pipeline that the flags ask for, before the trainer's arguments set up torch.distributed."""
+    given, _ = parser.parse_known_args(list(words))
+    if given.schedule == "pipeline":
+        from lopt.core.config import LoPTConfig
+        from lopt.trainers.pipeline import join_pipeline
+
+        join_pipeline(LoPTConfig(**{field.name: getattr(given, field.name) for field in fields(LoPTConfig)}))
 
 
 def check_effect(args: Any, **names_of: Sequence[str]) -> None:

@@ -252,6 +252,19 @@ class PlanArguments:
 
 
 @dataclass
+class ReportArguments:
+    """Which runs."""
+
+    groups: ClassVar[dict[str, str]] = {"Runs": "run", "Output": "output_dir"}
+
+    run: list[str] = flag([], "One or more folders of lopt sft, dpo or grpo; may be given without the flag.")
+    output_dir: str = flag(
+        "outputs/report", "With several runs: folder for report.html. One run's page lies in its own folder."
+    )
+    overwrite_output_dir: bool = flag(False, "Replace an earlier report there.")
+
+
+@dataclass
 class DownloadArguments:
     """What to fetch, and where to."""
 

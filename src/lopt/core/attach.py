@@ -42,7 +42,8 @@ class LoPT:
     Attributes:
         blocks: The `Blocks`, in order.
         heads: One head per earlier block (`Identity` if it is frozen); empty unless `method` is lopt.
-        learning: Indices (from 0) of the earlier blocks that learn.
+        learning: Indices (from 0) of the earlier blocks that learn, in a pipeline those of this process.
+        learners: Number of earlier blocks that learn, in all processes.
         local_loss: Computes ℓ_b (`lopt.core.objective`).
         loss_scale: Factor on the local losses of the next forward. With gradient accumulation set it to the
             factor on this micro-batch's task loss, for example its share of the tokens.
@@ -66,6 +67,7 @@ class LoPT:
         self.config = config
         self.blocks = Blocks(model, config)
         self.learning = range(config.frozen_blocks, len(self.blocks) - 1) if config.is_local else range(0)
+        self.learners = len(self.learning)
         self.loss_scale = 1.0
         self.learns_locally = True
         self.active_block: int | None = None

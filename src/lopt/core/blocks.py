@@ -39,7 +39,7 @@ class Blocks(Sequence[Block]):
 
     def __init__(self, model: nn.Module, config: LoPTConfig) -> None:
         self._base = base_model(model)
-        found = find_decoder(self._base, config.is_local or config.schedule == "block_major")
+        found = find_decoder(self._base, config.is_local or config.is_staged)
         self.decoder, self.layers = found.module, found.layers
         self.tail, self.front, self.others = found.tail, found.front, found.others
         spans = split(len(self.layers), config)

@@ -163,7 +163,7 @@ class Boundaries:
         prediction = handle.heads[block.index](hidden)
         loss = handle.local_loss.loss(prediction, hidden, forward.block_input, forward.rows)
         forward.losses[block.index] = loss.detach()
-        weighted = handle.config.lambda_aux / len(handle.learning) * loss
+        weighted = handle.config.lambda_aux / handle.learners * loss
         balance = forward.routers.take(forward.rows.mask)
         if balance is not None:
             weighted = weighted + balance

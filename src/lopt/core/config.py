@@ -87,9 +87,8 @@ class LoPTConfig(Residency):
             check(rising, "block_boundaries", starts, "increasing layer numbers from 1 on, for example 6 12")
         if self.frozen_blocks and not self.is_local:
             raise ValueError(f"`frozen_blocks` needs `method` lopt (got {self.method}): leave it out")
-        if self.stages is not None and self.stages < self.block_count:
-            rule = f">= {self.block_count}, the number of blocks"
-            check(False, "stages", self.stages, rule)
+        rule = f">= {self.block_count}, the number of blocks"
+        check(self.stages is None or self.stages >= self.block_count, "stages", self.stages, rule)
 
     @property
     def is_local(self) -> bool:

@@ -87,7 +87,7 @@ def boundary_states(handle: LoPT, batch: Mapping[str, Any]) -> tuple[list[tuple[
             raise BoundaryReached
 
     learning = [blocks[index] for index in handle.learning]
-    hooks = [blocks.layers[learning[0].start].register_forward_pre_hook(enter, with_kwargs=True)]
+    hooks = [blocks.layers[b.start].register_forward_pre_hook(enter, with_kwargs=True) for b in learning[:1]]
     hooks += [blocks.layers[block.stop - 1].register_forward_hook(leave) for block in learning]
     training = model.training
     model.eval()

@@ -70,7 +70,7 @@ class BlockMajor:
         self._offload = offload
         self._stash = self._make_stash()
         self._steps = 0
-        self.passes = StagePasses(lopt, self.stages, self._stash, self._learns)
+        self.passes = StagePasses(lopt, self.stages, self._stash, self._learns, link, self.own)
         process = 0 if link is None else link.position  # whose layers draw numbers of their own
         self.passes.seed_of = lambda slot: micro_batch_seed(0, self._steps, slot, process)
 
@@ -219,8 +219,13 @@ class BlockMajor:
 
     def _send(self, module: Any, args: tuple, output: Any) -> None:
         one = self.passes.now
-        if one is not None and one.stage is self.own[-1]:
-            hidden = output[0] if isinstance(output, tuple | list) else output
+        if one is None:
+            return
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        if one.relays:
+            assert self.link is not None
+            self.link.send(hidden)
+        elif one.stage is self.own[-1]:
             self._stash.put(one.stage.index + 1, one.slot, hidden)
 
     def _learns(self, block: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lopt.engine.grid import RankError
 from lopt.engine.stash import Stash
 from lopt.validation import check_number
 
@@ -23,7 +24,7 @@ class Link:
     """Receives the inputs of this rank's blocks from the rank before, and sends their outputs to the next.
 
     Args:
-        group: The ranks of the pipeline, in the order of their blocks; None is all ranks.
+        group: The ranks of the pipeline, in the order of their blocks.
         device: Where hidden states come from and go to.
         hidden_size: H.
         dtype: Of hidden states between blocks.
@@ -43,14 +44,14 @@ class Link:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None,
+        group: dist.ProcessGroup,
         device: torch.device,
         hidden_size: int,
         dtype: torch.dtype,
         depth: int = 2,
     ) -> None:
         check_number("pipeline_depth", depth, minimum=1)
-        self.position, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.position, self.size = group.rank(), group.size()
         self.sent, self.waited, self.blocked = 0, 0.0, 0.0
         self.group = group
         self._device, self._hidden_size, self._dtype = device, hidden_size, dtype
@@ -78,11 +79,11 @@ class Link:
         """Return the next hidden state (B, T, H).
 
         Raises:
-            RuntimeError: The rank before is gone.
+            RankError: The rank before is gone.
         """
         work, hidden = self._receiving.popleft()
         began = time.perf_counter()
-        work.wait()
+        self._finish(work, self.position - 1)
         self.waited += time.perf_counter() - began
         self._post()
         return hidden
@@ -92,7 +93,7 @@ class Link:
 
         Raises:
             ValueError: It is not of the dtype or size that the next rank expects.
-            RuntimeError: The next rank is gone.
+            RankError: The next rank is gone.
         """
         if hidden.dtype != self._dtype or hidden.shape[-1] != self._hidden_size:
             raise ValueError(
@@ -100,26 +101,31 @@ class Link:
                 f"next rank was made for {self._dtype} and {self._hidden_size}"
             )
         began = time.perf_counter()
-        while len(self._sending) >= self._depth:
-            self._sending.popleft()[0].wait()
+        self.flush(self._depth - 1)
         self.blocked += time.perf_counter() - began
         hidden = hidden.detach().contiguous()
-        work = dist.isend(hidden, group=self.group, group_dst=self.position + 1)
-        assert work is not None
+        work = self.group.send([hidden], self.position + 1, 0)
         self._sending.append((work, hidden))
         self.sent += hidden.nbytes
 
-    def flush(self) -> None:
-        """Wait until all that was sent has been taken, as at the end of a run."""
-        while self._sending:
-            self._sending.popleft()[0].wait()
+    def flush(self, most: int = 0) -> None:
+        """Wait until at most `most` of what was sent has not been taken; 0 as at the end of a run."""
+        while len(self._sending) > most:
+            self._finish(self._sending.popleft()[0], self.position + 1)
+
+    def _finish(self, work: dist.Work, other: int) -> None:
+        """Wait for what is exchanged with the process at position `other`."""
+        try:
+            work.wait()
+        except RuntimeError as error:  # gloo's own words name its source files
+            where = "before" if other < self.position else "behind"
+            raise RankError(f"the process of the block {where} those of this one has ended") from error
 
     def _post(self) -> None:
         while self._expected and len(self._receiving) < self._depth:
             shape = (*self._expected.popleft(), self._hidden_size)
             hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
-            work = dist.irecv(hidden, group=self.group, group_src=self.position - 1)
-            assert work is not None
+            work = self.group.recv([hidden], self.position - 1, 0)
             self._receiving.append((work, hidden))
 
 

@@ -123,7 +123,7 @@ class WeightsOffload:
         for stage in stages:
             groups: dict[TensorGroup, None] = {}
             for module in stages.modules(stage):
-                own = [p for p in module.parameters() if p not in offloaded]
+                own = [p for p in module.parameters() if p not in offloaded and not p.is_meta]
                 self._by_module[module] = []
                 for learns in (True, False):  # apart, so that what does not learn is never copied out
                     if part := [p for p in own if p.requires_grad == learns]:
@@ -132,7 +132,7 @@ class WeightsOffload:
                         offloaded |= dict.fromkeys(part, group)
                         self._members[group] = part
                 # A shared matrix is in two stages.
-                groups |= dict.fromkeys(offloaded[p] for p in module.parameters())
+                groups |= dict.fromkeys(offloaded[p] for p in module.parameters() if p in offloaded)
             self._groups.append(list(groups))
         of_layers = {group for layer in blocks.layers for group in self._by_module[layer]}
         self._ends = [group for group in self._members if group not in of_layers]
@@ -145,7 +145,7 @@ class WeightsOffload:
         for group in self._members:
             transfer.store(group)
         lopt.offload_device = transfer.device
-        _move_rest(lopt.model, offloaded.keys(), transfer.device)
+        move_rest(lopt.model, offloaded.keys(), transfer.device)
         lopt.hooks.append(blocks.decoder.register_forward_pre_hook(self._before_decoder))
         for layer in blocks.layers:
             lopt.hooks.append(layer.register_forward_pre_hook(self._before_layer))
@@ -208,6 +208,8 @@ class WeightsOffload:
             return
         self._heads_offloaded = True
         for index, head in enumerate(self._lopt.heads):
+            if all(p.is_meta for p in head.parameters()):  # another process of a pipeline has it
+                continue
             group = TensorGroup.of_parameters(parameters := list(head.parameters()))
             self._transfer.store(group)
             self._groups[self._stages.of_block(index)[-1].index].append(group)
@@ -233,11 +235,11 @@ class WeightsOffload:
                     self._transfer.release(group, changed=False)
 
 
-def _move_rest(model: nn.Module, offloaded: Any, device: torch.device) -> None:
-    """Move buffers, and parameters that are not offloaded, to the device."""
+def move_rest(model: nn.Module, offloaded: Any, device: torch.device) -> None:
+    """Move buffers, and parameters that are not offloaded, to the device; the meta device keeps its own."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     for parameter in model.parameters():
-        if parameter not in offloaded:
+        if parameter not in offloaded and not parameter.is_meta:
             parameter.data = parameter.data.to(device)

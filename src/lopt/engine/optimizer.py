@@ -170,17 +170,29 @@ class BlockOptimizer(Optimizer):
             stepped |= numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's, with all state where it is kept between steps."""
+        """Return the inner optimizer's, with all state where it is kept between steps.
+
+        Parameters on the meta device, which another process has, are counted and have no state.
+        """
         if self._transfer is not None:
             self._transfer.synchronize()
         _copy_settings(self.param_groups, self.optimizer.param_groups)
-        return self.optimizer.state_dict()
+        saved = self.optimizer.state_dict()
+        elsewhere = {self._numbers[p] for p in self._proxies if p.is_meta}
+        return saved | {"state": {n: state for n, state in saved["state"].items() if n not in elsewhere}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of what `state_dict` returned; state goes straight to its place, in its own dtype."""
+        """Load a copy of what `state_dict` returned; state goes straight to its place, in its own dtype.
+
+        It may be of a process with other blocks, or of all: what belongs to parameters on the meta device is
+        left out.
+        """
         small: dict[int, dict[str, Any]] = {}
         large: list[tuple[int, str, Tensor]] = []
+        elsewhere = {self._numbers[p] for p in self._proxies if p.is_meta}
         for number, entries in state_dict["state"].items():
+            if number in elsewhere:
+                continue
             rest = {key: value for key, value in entries.items() if not _has_dimensions(value)}
             small[number] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in rest.items()}
             large += [(number, key, value) for key, value in entries.items() if _has_dimensions(value)]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,22 +62,31 @@ def pipeline(
     Raises:
         ValueError: The config cannot run in a pipeline of this size.
     """
-    ranks = mesh["pipeline"]
-    check_pipeline(lopt.config, ranks.size())
-    lopt.offload_device = device
-    config: Any = base_model(lopt.model).config.get_text_config()
-    dtype = next(p.dtype for p in lopt.blocks.layers[0].parameters() if p.is_floating_point())
-    link = Link(ranks.get_group(), device, config.hidden_size, dtype, depth)
+    group = mesh["pipeline"].get_group()
+    check_pipeline(lopt.config, group.size())
     stages = Stages(lopt)
-    own = stages.of_pipeline(link.position, link.size)
-    blocks = {stage.block for stage in own}
-    leave_out(lopt, stages, own)
-    groups = [group for group in groups if group["block"] in blocks]
-    optimizer = staged_optimizer(lopt, groups, make, stages, None, precision) if groups else None
+    link = make_link(lopt, group, device, depth)
+    gone = leave_out(lopt, stages, stages.of_pipeline(link.position, link.size))
+    groups = [group | {"params": [gone.get(p, p) for p in group["params"]]} for group in groups]
+    optimizer = staged_optimizer(lopt, groups, make, stages, None, precision)
     updates = Updates(lopt, stages, optimizer, max_norm=max_norm)
     if "data" in (mesh.mesh_dim_names or ()):
         updates.reduce = partial(average_gradients, group=mesh["data"].get_group())
     return BlockMajor(lopt, updates, link=link)
+
+
+def make_link(lopt: LoPT, group: Any, device: torch.device, depth: int) -> Link:
+    """Return this process's link to its neighbours in `group`, for the hidden states of a model.
+
+    Args:
+        lopt: The handle, which computes on `device` from now on.
+        group: The processes of a pipeline, in the order of their blocks.
+        depth: Micro-batches that may be on their way between two processes.
+    """
+    lopt.offload_device = device
+    config: Any = base_model(lopt.model).config.get_text_config()
+    dtype = next(p.dtype for p in lopt.blocks.layers[0].parameters() if p.is_floating_point())
+    return Link(group, device, config.hidden_size, dtype, depth)
 
 
 def own_blocks(config: LoPTConfig, mesh: DeviceMesh) -> range:
@@ -100,19 +109,34 @@ def check_pipeline(config: LoPTConfig, size: int) -> None:
         raise ValueError("`aux_loss` next_token reads the LM head, which another process has: use recon")
 
 
-def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> None:
-    """Let go of all weights that no stage in `own` needs: they are on the meta device then."""
+def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> dict[nn.Parameter, nn.Parameter]:
+    """Let go of all weights that no stage in `own` needs: they are on the meta device then.
+
+    Only blocks of `own` learn from now on.
+
+    Returns:
+        The empty parameters by those whose place they have taken.
+    """
     blocks = {stage.block for stage in own}
     needed = {p for stage in own for module in stages.modules(stage) for p in module.parameters()}
-    empty = {
-        p: nn.Parameter(p.detach().to("meta"), p.requires_grad)
-        for p in lopt.model.parameters()
-        if p not in needed and not p.is_meta
-    }
-    replace_parameters(lopt.model, empty)
-    for index, head in enumerate(lopt.heads):
-        if index not in blocks:
-            head.to("meta")
+    needed |= {p for index, head in enumerate(lopt.heads) if index in blocks for p in head.parameters()}
+    gone: dict[nn.Parameter, nn.Parameter] = {}
+    for part in (lopt.model, lopt.heads):
+        empty = {
+            p: nn.Parameter(p.detach().to("meta"), p.requires_grad)
+            for p in part.parameters()
+            if p not in needed and not p.is_meta
+        }
+        replace_parameters(part, empty)
+        gone |= empty
+    lopt.learning = range(*_ends([index for index in lopt.learning if index in blocks]))
+    stages.refresh()
+    return gone
+
+
+def _ends(numbers: list[int]) -> tuple[int, int]:
+    """Return start and stop of consecutive numbers."""
+    return (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
 
 
 def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:
@@ -123,11 +147,30 @@ def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:
     Raises:
         ValueError: `folder` holds a model already.
     """
-    link, folder, model = schedule.link, Path(folder), base_model(lopt.model)
+    link, folder = schedule.link, Path(folder)
     assert link is not None
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a model already: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
+    parts: list[Any] = [None] * link.size
+    dist.all_gather_object(parts, write_part(lopt, schedule, folder), group=link.group)
+    if link.is_first:
+        write_index(lopt, parts, folder)
+    dist.barrier(group=link.group)
+
+
+class Part(NamedTuple):
+    """What one process of a pipeline has written: a file, its bytes of weights, and their names."""
+
+    file: str
+    nbytes: int
+    names: list[str]
+
+
+def write_part(lopt: LoPT, schedule: BlockMajor, folder: Path) -> Part:
+    """Write the weights of this process's blocks into `folder`."""
+    link, model = schedule.link, base_model(lopt.model)
+    assert link is not None
     blocks = sorted({stage.block for stage in schedule.own})
     own = {name: p.detach() for block in blocks for name, p in lopt.blocks.parameters(model, block)}
     if link.is_first:
@@ -138,13 +181,16 @@ def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:
         {name: value.cpu().contiguous() for name, value in own.items()}, folder / file, {"format": "pt"}
     )
     size = sum(value.nbytes for value in own.values())
-    parts: list[Any] = [None] * link.size
-    dist.all_gather_object(parts, (file, size, sorted(own)), group=link.group)
-    if link.is_first:
-        places = {name: part for part, _, names in parts for name in names}
-        index = {"metadata": {"total_size": sum(size for _, size, _ in parts)}, "weight_map": places}
-        write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        model.generation_config.save_pretrained(folder)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)  # last, so that the folder is no model before it is whole
-    dist.barrier(group=link.group)
+    return Part(file, size, sorted(own))
+
+
+def write_index(lopt: LoPT, parts: Iterable[Part], folder: Path) -> None:
+    """Make a plain model out of what all processes of a pipeline have written into `folder`."""
+    model = base_model(lopt.model)
+    parts = list(parts)
+    places = {name: part.file for part in parts for name in part.names}
+    index = {"metadata": {"total_size": sum(part.nbytes for part in parts)}, "weight_map": places}
+    write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    model.generation_config.save_pretrained(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)  # last, so that the folder is no model before it is whole

@@ -70,7 +70,8 @@ class GradientReduction:
     def broadcast_heads(self) -> None:
         """Give every rank the heads of rank 0."""
         for parameter in self._lopt.heads.parameters():
-            dist.broadcast(parameter.data, src=0)
+            if not parameter.is_meta:  # in a pipeline another process has it
+                dist.broadcast(parameter.data, src=0)
 
     def _start(self, block: int) -> None:
         compat.keep_fsdp_root(self._lopt.model)

@@ -2,14 +2,15 @@
 
 The layers before the stage return what they are given, its input comes from the stash, and behind it the
 forward is ended. Masks, rotary embeddings and layer types stay the library's. A forward without gradients (of
-a reference model that shares the weights, of an evaluation) is left alone.
+a reference model that shares the weights, of an evaluation) is left alone. In a pipeline it runs the layers
+of this process, from the hidden state that the process before has sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from lopt.compat import recompute_forward_only
 from lopt.core.attach import LoPT
 from lopt.core.blocks import Block
 from lopt.core.boundaries import BoundaryReached
+from lopt.engine.links import Link
 from lopt.engine.random_state import RandomState, random_numbers, random_state, set_random_state
 from lopt.engine.stages import Stage, Stages
 from lopt.engine.stash import Stash
@@ -37,11 +39,13 @@ class Pass:
         with_graph: Gradients are recorded.
         feeds: What the layers of these numbers are given in place of their input, (B, T, H).
         output: (B, T, H) what came out of the stage.
+        relays: It is no pass of an optimizer step: all stages of a process in a pipeline, without gradients.
     """
 
     stage: Stage
     slot: int
     with_graph: bool
+    relays: bool = False
     feeds: dict[int, Tensor] = field(default_factory=dict)
     output: Tensor | None = None
 
@@ -54,17 +58,29 @@ class StagePasses:
         stages: The stages.
         stash: Where their inputs are, and the gradients of those go.
         learns: Returns whether a block learns in this optimizer step, by its index.
+        link: To the neighbours in a pipeline, None outside of one.
+        own: The stages that this process runs.
 
     Attributes:
         seed_of: Returns the seed of the random numbers of a micro-batch, by its number.
     """
 
-    def __init__(self, lopt: LoPT, stages: Stages, stash: Stash, learns: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        lopt: LoPT,
+        stages: Stages,
+        stash: Stash,
+        learns: Callable[[int], bool],
+        link: Link | None,
+        own: Sequence[Stage],
+    ) -> None:
         self.seed_of: Callable[[int], int] = lambda slot: slot
         self._lopt = lopt
         self._stages = stages
         self._stash = stash
         self._learns = learns
+        self._link = link
+        self._whole = _together(own)
         self._embedding: Any = base_model(lopt.model).get_input_embeddings()
         self._random: dict[tuple[int, int], RandomState] = {}  # before each stage, by stage and micro-batch
         self._pass: Pass | None = None  # that the next forward with gradients is
@@ -73,7 +89,9 @@ class StagePasses:
         self._beside: tuple[None, ...] | None = None  # what layers return beside a hidden state, if tuples
         decoder, layers = lopt.blocks.decoder, lopt.blocks.layers
         # Ahead of the handle's own hooks, which must see the pass and its real input.
-        lopt.hooks.append(decoder.register_forward_pre_hook(self._enter_decoder, prepend=True))
+        lopt.hooks.append(
+            decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True, prepend=True)
+        )
         lopt.hooks.append(decoder.register_forward_hook(self._leave_decoder, always_call=True))
         for index, layer in enumerate(layers):
             enter = partial(self._enter_layer, index)
@@ -141,13 +159,17 @@ class StagePasses:
 
     # -- hooks ---------------------------------------------------------------------------------------
 
-    def _enter_decoder(self, module: Any, args: tuple) -> None:
+    def _enter_decoder(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self._stop_running()  # a forward that Ctrl-C has ended
         one = self._pass
-        if one is None or not torch.is_grad_enabled():
+        if one is not None and torch.is_grad_enabled():
+            one.feeds = self._inputs(one)
+            self._lopt.active_block = one.stage.block
+        elif self._link is not None:
+            one = self._relayed(self._link, (*args, *kwargs.values()))
+        else:
             return
         layers = self._lopt.blocks.layers
-        one.feeds = self._inputs(one)
         replaced: dict[Any, Callable[..., Any]] = {
             layer: self._skip_layer for layer in layers[: one.stage.start]
         }
@@ -155,14 +177,27 @@ class StagePasses:
             replaced[self._embedding] = self._skip_embedding
         if one.stage.start == len(layers):
             replaced[layers[-1]] = partial(self._skip_to, one.feeds[len(layers)])
-        self._running, self._lopt.active_block = one, one.stage.block
+        self._running = one
         self._own_forwards = {module: vars(module).get("forward") for module in replaced}
         for module, forward in replaced.items():
             module.forward = forward
         if one.with_graph:
             recompute_forward_only([self._lopt.blocks.decoder, *layers])
-        else:
+        elif not one.relays:
             torch.set_grad_enabled(False)
+
+    def _relayed(self, link: Link, inputs: tuple) -> Pass:
+        """Return the pass of a forward without gradients, with its input from the process before.
+
+        Args:
+            inputs: Of the decoder, the first of which has the shape (B, T) or (B, T, H).
+        """
+        one = Pass(self._whole, -1, with_graph=False, relays=True)
+        if not link.is_first:
+            shape = next(value.shape[:2] for value in inputs if isinstance(value, Tensor))
+            link.expect([(shape[0], shape[1])])
+            one.feeds[self._whole.start] = link.receive()
+        return one
 
     def _leave_decoder(self, module: Any, args: tuple, output: Any) -> None:
         self._stop_running()
@@ -175,8 +210,10 @@ class StagePasses:
             del module.forward
             if forward is not None:
                 module.forward = forward
-        self._running, self._lopt.active_block, self._own_forwards = None, None, {}
-        torch.set_grad_enabled(True)
+        if not self._running.relays:
+            self._lopt.active_block = None
+            torch.set_grad_enabled(True)
+        self._running, self._own_forwards = None, {}
 
     def _enter_layer(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         one = self._running
@@ -225,3 +262,9 @@ class StagePasses:
 
     def _skip_to(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._skip_layer(hidden)
+
+
+def _together(stages: Sequence[Stage]) -> Stage:
+    """Return stages that follow each other as one; it is the model's first or last if one of them is."""
+    first, last = stages[0], stages[-1]
+    return replace(last, index=first.index if first.index == 0 else last.index, start=first.start, opens=True)

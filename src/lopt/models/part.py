@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ def load_part(
     config: LoPTConfig,
     blocks: Collection[int],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM with the weights of `blocks`; all other weights are on the meta device.
@@ -40,7 +40,7 @@ def load_part(
         name: Folder or hub id.
         config: How the model is cut.
         blocks: Indices (from 0) of the blocks to load.
-        dtype: Of the weights.
+        dtype: Of the weights; "auto" is that of the config.
         revision, attn_implementation, trust_remote_code: As of `lopt.models.load.load_model`.
 
     Raises:
@@ -48,8 +48,13 @@ def load_part(
     """
     source: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
     shape = load_config(name, weights=True, **source)
+    named: Any = {"auto": shape.dtype or torch.float32}.get(str(dtype), dtype)
+    dtype = getattr(torch, named) if isinstance(named, str) else named
+    assert isinstance(dtype, torch.dtype)
+    attn = attn_implementation or "sdpa"
     with init_empty_weights(include_buffers=False):
-        model = empty_model(shape, dtype=dtype, attn_implementation=attn_implementation)
+        model = empty_model(shape, dtype=dtype, attn_implementation=attn)
+    model.config.name_or_path = name
     model.tie_weights()  # anew: each weight has been replaced by an empty one
     model.eval()
     path = resolve_model(name)
@@ -64,14 +69,34 @@ def load_part(
             "reads by this name: load the whole model with transformers and save it again"
         )
     loaded: dict[nn.Parameter, nn.Parameter] = {}
-    for file in sorted({places[key] for key in wanted}):
-        local = cached_file(path, file, **source)
-        with safe_open(str(local), framework="pt") as tensors:
-            for key in sorted(key for key in wanted if places[key] == file):
-                empty = model.get_parameter(key)
-                loaded[empty] = _loaded(name, key, empty, tensors.get_tensor(key).to(dtype))
+    for key, value in _read(path, {key: places[key] for key in wanted}, source):
+        empty = model.get_parameter(key)
+        loaded[empty] = _loaded(name, key, empty, value.to(dtype))
     replace_parameters(model, loaded)
     return model
+
+
+@torch.no_grad()
+def read_part(model: nn.Module, folder: str | Path) -> None:
+    """Read the weights that `model` has, those not on the meta device, from a folder in safetensors.
+
+    Raises:
+        ValueError: The folder does not have them all.
+    """
+    own = {name: p for name, p in model.named_parameters() if not p.is_meta}
+    places = _places(str(folder), {})
+    if missing := sorted(own.keys() - places.keys()):
+        raise ValueError(f"{folder} has no weights for {missing[0]}: it is of another model")
+    for key, value in _read(str(folder), {key: places[key] for key in own}, {}):
+        own[key].copy_(value)
+
+
+def _read(path: str, places: Mapping[str, str], source: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors by name, file by file; `places` has the file of each."""
+    for file in sorted(set(places.values())):
+        with safe_open(str(cached_file(path, file, **source)), framework="pt") as tensors:
+            for key in sorted(key for key, place in places.items() if place == file):
+                yield key, tensors.get_tensor(key)
 
 
 def replace_parameters(model: nn.Module, others: Mapping[nn.Parameter, nn.Parameter]) -> None:

@@ -59,7 +59,7 @@ def _general(attempt: Attempt | None) -> str:
     if attempt is None:
         return f"{SMALLER}, more `num_blocks`"
     words = [SMALLER]
-    if attempt.lopt.schedule == "block_major":
+    if attempt.lopt.is_staged:
         words.append("more `stages`")
     elif not attempt.lopt.is_cut and not _is_sharded(attempt):
         words.append("`schedule` block_major with several `stages`")
@@ -72,7 +72,8 @@ def _is_sharded(attempt: Attempt) -> bool:
 
 def _proposals(attempt: Attempt) -> list[str]:
     """Return the same run in smaller micro-batches, and what `lopt plan --fit` proposes."""
-    if attempt.tokens is None or attempt.lopt.method == "lora" or _is_sharded(attempt):
+    unplanned = attempt.lopt.method == "lora" or attempt.lopt.schedule == "pipeline"
+    if attempt.tokens is None or unplanned or _is_sharded(attempt):
         return []  # not planned for
     now = _setting(attempt)
     planner = Planner(_run(attempt, attempt.args.per_device_train_batch_size))
@@ -140,7 +141,7 @@ def _setting(attempt: Attempt) -> Setting:
     return Setting(
         method,
         blocks,
-        config.schedule,
+        "block_major" if config.is_staged else "eager",
         bool(attempt.args.gradient_checkpointing),
         config.offload,
         config.stages,

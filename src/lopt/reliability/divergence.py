@@ -169,3 +169,14 @@ class DivergenceMonitor:
             setattr(self, f"_{name}", trends)
         self._reported = {(kind, block) for kind, block in state["told"]}
         self._last_boundary = state["last_look"]
+
+
+def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one state of those of several monitors, each of which follows other blocks."""
+    by_block = {
+        name: {block: trend for state in states for block, trend in state[name].items()}
+        for name in ("losses", "unexplained", "spread")
+    }
+    told = sorted({(kind, block) for state in states for kind, block in state["told"]})
+    looks = [state["last_look"] for state in states if state["last_look"] is not None]
+    return by_block | {"told": [list(pair) for pair in told], "last_look": max(looks, default=None)}

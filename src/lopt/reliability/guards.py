@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import clear_frames
@@ -25,7 +25,7 @@ from transformers import Trainer
 from lopt.data.batches import describe_rows, width
 from lopt.files import read_json
 from lopt.instruments.hidden_states import token_spread, token_variance
-from lopt.reliability.divergence import Divergence, DivergenceMonitor
+from lopt.reliability.divergence import Divergence, DivergenceMonitor, joined
 from lopt.reliability.machine_errors import (
     HOST_ADVICE,
     OutOfMemory,
@@ -224,9 +224,11 @@ class Guard:
     def _on_divergence(self) -> str:
         return getattr(self._trainer.args, "on_divergence", "warn")  # TRL's own configs have no such field
 
-    def note(self) -> dict[str, Any]:
-        """Return what a checkpoint's note says of the monitor."""
-        return {MONITOR: None if self.monitor is None else self.monitor.state()}
+    def note(self, of_all_ranks: Callable[[Any], list[Any]]) -> dict[str, Any]:
+        """Return what a checkpoint's note says of the monitor, of which each rank gives what it knows."""
+        own = None if self.monitor is None else self.monitor.state()
+        in_pipeline = self._trainer.grid is not None and own is not None
+        return {MONITOR: joined(of_all_ranks(own)) if in_pipeline else own}
 
     def begin_step(self) -> None:
         """Begin an optimizer step; measure at the boundaries in it if that is due."""

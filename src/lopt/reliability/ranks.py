@@ -2,27 +2,27 @@
 
 A collective ends in a timeout (`ddp_timeout`, half an hour) where one rank works longer than that, as the one
 that writes or reads a checkpoint of hundreds of GB may. So ranks that wait for such work ask the store of
-their process group for it, again and again, for as long as it takes.
+their process group for it, again and again, for as long as it takes. In a pipeline they are the processes of
+all blocks.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list, get_cpu_distributed_information
+from accelerate.utils import get_cpu_distributed_information
 
 from lopt import compat
+from lopt.engine import grid
+from lopt.engine.grid import RankError
 
 T = TypeVar("T")
 LONGEST_PAUSE = 1.0
 """Seconds between two questions to the store, after a while."""
-
-
-class RankError(ValueError):
-    """Another rank failed, with this message."""
 
 
 def processes_here() -> int:
@@ -57,8 +57,9 @@ def _wait(store: Any, name: str, ranks: int) -> None:
     store.add(f"{name}/done", 1)
     pause = 0.005
     while store.add(f"{name}/done", 0) < ranks:
-        if store.check([f"{name}/failed"]):
-            raise RankError(store.get(f"{name}/failed").decode())
+        for key in (f"{name}/failed", grid.FAILED):
+            if store.check([key]):
+                raise RankError(store.get(key).decode())
         time.sleep(pause)
         pause = min(1.2 * pause, LONGEST_PAUSE)
 
@@ -69,15 +70,22 @@ def on_first_rank(args: Any, function: Callable[[], str | None]) -> str | None:
     Raises:
         RankError: what it raises there, on the others.
     """
-    first = args.process_index == 0  # sets up the process group, if that was not done
-    found = [together(lambda: function() if first else None)]
-    if args.world_size > 1:
-        broadcast_object_list(found)
-    return found[0]
+    _ = args.process_index  # sets up the process group, if that was not done
+    store, rank, ranks = _group()
+    found = together(lambda: function() if rank == 0 else None)
+    if ranks == 1:
+        return found
+    key = f"lopt/first/{store.add(f'lopt/first/of/{rank}', 1)}"
+    if rank == 0:
+        store.set(key, json.dumps(found))
+    return json.loads(store.get(key))
 
 
 def _group() -> tuple[Any, int, int]:
-    """Return the store of the process group, this rank and the number of ranks."""
+    """Return the store of the run's processes, this rank and the number of ranks."""
+    place = grid.current()
+    if place is not None:
+        return place.store, place.rank, place.ranks
     if not dist.is_available() or not dist.is_initialized():
         return None, 0, 1
     return compat.process_store(), dist.get_rank(), dist.get_world_size()

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lopt.architectures import base_model
+from lopt.engine.grid import Grid
 from lopt.files import follow_umask, write_text
 from lopt.instruments.memory import dense_parts
 from lopt.models.generation_config import make_saveable
@@ -46,6 +47,7 @@ NOTE = "lopt.json"
 """In a checkpoint: which version wrote it, and what was left to do after its last step."""
 ARGUMENTS = "training_args.json"
 _OF_A_RANK = re.compile(r"(?:rng_state_|rollouts_|__)(\d+)[._]")  # transformers', ours, torch's shards
+_OF_A_POSITION = re.compile(r"-(\d{5})-of-\d{5}\.")  # in a pipeline
 _PICKLED_ARGUMENTS = "training_args.bin"  # written by transformers, read by nobody
 
 
@@ -117,13 +119,21 @@ class Checkpoints:
         by_all(self._prepare, staged)
         by_all(self._write, staged, final, write)
         entries = by_all(self._settle, staged)
-        for others in gather_object([entries]):
+        for others in self._of_all_ranks(entries):
             entries = others | entries
         by_all(self._publish, staged, final, entries)
         self.proven.add(str(final))
         if self._push_later:
             self._push_later = False
             push(str(final))
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        place = self._trainer.grid
+        return gather_object([value]) if place is None else place.gather(value)
+
+    def _wait_for_pipeline(self) -> None:
+        if self._trainer.grid is not None:
+            self._trainer.grid.gather(None)
 
     def _prepare(self, staged: Path) -> None:
         if self._trainer.args.should_save:
@@ -140,14 +150,14 @@ class Checkpoints:
         finally:
             self.staged = None
         self._name_best(staged, final)
+        watched = trainer.guard.note(self._of_all_ranks)
         if trainer.args.should_save:
-            note = {"version": __version__} | trainer.stops.note() | trainer.guard.note()
+            note = {"version": __version__} | trainer.stops.note() | watched
             write_text(staged / NOTE, json.dumps(note, indent=2) + "\n")
 
     def _settle(self, staged: Path) -> dict[str, Any]:
         """Flush and compare the files that this rank wrote, whose content its machine may still hold."""
-        args = self._trainer.args
-        own = [path for path in files(staged) if _is_of(path.name, args)]
+        own = [path for path in files(staged) if self._is_own(path)]
         follow_umask(own)
         return settle(staged, own, self._hashes, self.verify)
 
@@ -215,23 +225,32 @@ class Checkpoints:
         if self.staged is not None:  # as part of a checkpoint
             self._write_model(folder, write)
             if self.verify == "hash":
-                for path in folder.rglob("*.safetensors"):
+                for path in filter(self._is_own, folder.rglob("*.safetensors")):
                     self._hashes.begin(path)  # while the optimizer is written
             return
+        writes, staged = self._trainer.args.should_save, staging(folder, "model")
         with self._disk_errors(folder / "config.json"):
-            shutil.rmtree(folder / WRITING, ignore_errors=True)
-            staged = staging(folder, "model")
+            if writes:
+                shutil.rmtree(folder / WRITING, ignore_errors=True)
+            self._wait_for_pipeline()
             self._write_model(staged, write)
-            adapter = (staged / "adapter_config.json").is_file()
-            move_in(staged, folder, "adapter_config.json" if adapter else "config.json")
-            shutil.rmtree(folder / WRITING)
+            self._wait_for_pipeline()
+            if writes:
+                adapter = (staged / "adapter_config.json").is_file()
+                move_in(staged, folder, "adapter_config.json" if adapter else "config.json")
+                shutil.rmtree(folder / WRITING)
 
     def _write_model(self, folder: Path, write: Callable[[str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write(str(folder))
+        if not self._trainer.args.should_save:
+            return
         (folder / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
         arguments = json.dumps(redacted(self._trainer.args.to_dict()), indent=2, default=str)
         write_text(folder / ARGUMENTS, arguments + "\n")
+
+    def _is_own(self, path: Path) -> bool:
+        return _is_of(path.name, self._trainer.args, self._trainer.grid)
 
     # -- resuming ------------------------------------------------------------------------------------
 
@@ -260,11 +279,16 @@ def _whole_bytes(tensor: Tensor) -> int:
     return sum(part.nbytes for part in dense_parts(tensor))
 
 
-def _is_of(name: str, args: Any) -> bool:
+def _is_of(name: str, args: Any, place: Grid | None) -> bool:
     """Return whether this rank wrote the file `name` of a checkpoint: one of its own, or of those of all."""
+    part = _OF_A_POSITION.search(name)
+    if place is not None and part is not None:
+        return int(part[1]) - 1 == place.position and place.replica == 0
     numbered = _OF_A_RANK.match(name)
     rank = int(numbered[1]) if numbered is not None else args.world_size
-    return rank == args.process_index if rank < args.world_size else args.should_save
+    if rank < args.world_size:
+        return rank == args.process_index and (place is None or place.is_last)
+    return args.should_save
 
 
 def _disk_error(error: Exception) -> str | None:

@@ -1,6 +1,6 @@
 """A trainer that can be stopped within a micro-batch, and goes on bit for bit as if it had not been.
 
-Several processes stop together, before the next optimizer step.
+Several processes stop together, before the next optimizer step; those of a pipeline by an `Agreement`.
 
 A stop drops the gradients of an unfinished optimizer step: the checkpoint is that of the last finished step,
 with the random state in which the next one began, so that a resumed run replays the dropped micro-batches. In
@@ -24,6 +24,7 @@ from lopt.files import read_json
 from lopt.reliability.checkpoint import step_of
 from lopt.reliability.saving import NOTE
 from lopt.reliability.stop import Stopped, at_once, hold, is_active, requested
+from lopt.reliability.watch import Agreement
 
 LEFT_TO_DO = "left_to_do"
 """Key in a checkpoint's note: "step" or "epoch", after which logs and evaluation are still to be done."""
@@ -76,7 +77,13 @@ class Stops:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self._agreement = None if trainer.grid is None else Agreement(trainer.grid)
         self.start(None)
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process need not agree with others."""
+        return self._trainer.args.world_size == 1 and self._agreement is None
 
     def start(self, checkpoint: str | None) -> None:
         """Begin a run, new or from `checkpoint`."""
@@ -125,7 +132,9 @@ class Stops:
             Stopped: it was.
         """
         reason, trainer = requested(), self._trainer
-        if trainer.args.world_size > 1 and is_active():
+        if self._agreement is not None:
+            reason = self._agreement.decide(reason)
+        elif trainer.args.world_size > 1 and is_active():
             flag = torch.tensor(float(reason is not None), device=trainer.args.device)
             if trainer.accelerator.reduce(flag, "sum") > 0:
                 reason = reason or "a signal to another rank"
@@ -141,13 +150,12 @@ class Stops:
         Raises:
             Stopped: a stop was asked for.
         """
-        if self._trainer.args.world_size == 1 and not self.partly_stepped:
+        if self.alone and not self.partly_stepped:
             self.obey()
 
     def before_forward(self, *_: Any) -> None:
         """Obey before a forward without gradients (a hook), where one rank need not ask others."""
-        single = self._trainer.args.world_size == 1
-        if single and not torch.is_grad_enabled() and not self.partly_stepped and self.began:
+        if self.alone and not torch.is_grad_enabled() and not self.partly_stepped and self.began:
             self.obey()
 
     def fetch(self, get: Callable[[], Any]) -> Any:
@@ -156,7 +164,7 @@ class Stops:
         if not self._first_of_epoch:
             self._state = RunState.of(self._trainer)
         self.obey()
-        if self._trainer.args.world_size == 1:
+        if self.alone:
             with at_once():
                 found = get()
         else:

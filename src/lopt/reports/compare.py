@@ -11,8 +11,9 @@ from lopt.evaluation.compare.summary import COSTS
 from lopt.evaluation.statistics import Estimate
 from lopt.files import write_text
 from lopt.instruments.memory import format_bytes
+from lopt.reports.lines import line_plot
 from lopt.reports.page import figure, figures, page, paragraph, table
-from lopt.reports.plots import bar_plot, interval_plot, line_plot, scatter_plot, standalone
+from lopt.reports.plots import bar_plot, interval_plot, scatter_plot, standalone
 from lopt.reports.text import columns, number
 
 Results = Mapping[str, Any]

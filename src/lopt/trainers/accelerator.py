@@ -59,7 +59,7 @@ def adapt_accelerator(trainer: Any) -> None:
         is_trained = model is getattr(trainer, "model", None)
         if is_trained and getattr(trainer, "block_major", None) is not None:
             evaluation_mode = True  # not wrapped in DDP: the schedule averages gradients itself
-        stays = trainer.weights_offloaded and is_trained
+        stays = is_trained and (trainer.weights_offloaded or trainer.grid is not None)
         return prepare_model(model, False if stays else device_placement, evaluation_mode)
 
     accelerator.prepare_model = prepare

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from lopt.engine.block_major import BlockMajor
-from lopt.engine.offload import Offload
+from lopt.engine.offload import Offload, move_rest
+from lopt.engine.pipeline import leave_out, make_link
 from lopt.engine.random_state import micro_batch_seed, random_numbers
 from lopt.engine.reduction import average_gradients
 from lopt.engine.stages import Stage, Stages
 from lopt.engine.updates import Updates
+from lopt.trainers.pipeline import WAITS
 
 
 @dataclass
@@ -41,21 +43,30 @@ class BlockMajorSteps:
 
     Attributes:
         stages: the stages of its model.
+        schedule: what runs them.
         offload: moves what no stage needs now to host memory; None if nothing moves.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self.stages = Stages(trainer.lopt)
-        self.offload = Offload.of_config(trainer.lopt, self.stages, trainer.args.device)
-        self._updates = Updates(trainer.lopt, self.stages, offload=self.offload)
+        lopt, device, place = trainer.lopt, trainer.args.device, trainer.grid
+        self.stages = Stages(lopt)
+        self._link = None
+        if place is not None:
+            self._link = make_link(lopt, place.group, device, lopt.config.pipeline_depth)
+            leave_out(lopt, self.stages, self.stages.of_pipeline(place.position, place.size))
+        self.offload = Offload.of_config(lopt, self.stages, device)
+        if place is not None and not trainer.weights_offloaded:
+            move_rest(lopt.model, (), device)
+        self._updates = Updates(lopt, self.stages, offload=self.offload)
         self._updates.before_step = self._before_step
         if torch.distributed.is_initialized():
             self._updates.reduce = average_gradients
-        self._schedule = BlockMajor(trainer.lopt, self._updates, self.offload)
-        self._schedule.passes.seed_of = lambda slot: random_seed(trainer, slot)
-        self._schedule.after_pass = self._after_pass
+        self.schedule = BlockMajor(lopt, self._updates, self.offload, self._link)
+        self.schedule.passes.seed_of = lambda slot: random_seed(trainer, slot)
+        self.schedule.after_pass = self._after_pass
         self._waited = 0.0
+        self._linked = (0.0, 0.0)
         self.begin_step()
 
     @property
@@ -72,9 +83,13 @@ class BlockMajorSteps:
 
     def end_step(self) -> None:
         """End an optimizer step."""
-        self._schedule.end_step()
+        self.schedule.end_step()
+        if self._link is not None:
+            waits = self._link.waited - self._linked[0], self._link.blocked - self._linked[1]
+            for name, seconds in zip(WAITS, waits, strict=True):
+                self._trainer.average(name, seconds)
         if self.offload is not None and self.offload.host is not None:
-            waited, self._waited = self._waited, self._schedule.waited
+            waited, self._waited = self._waited, self.schedule.waited
             self._trainer.average("host_wait_seconds", self._waited - waited)
         self.begin_step()
 
@@ -89,7 +104,10 @@ class BlockMajorSteps:
         self._updates.optimizer = trainer.bare_optimizer()
         self._updates.max_norm = trainer.args.max_grad_norm or math.inf
         self._items, self._prepared = items, self._prepare(batches)
-        self._schedule.run_to_last_stage(len(batches), self._forward)
+        if self._link is not None:
+            self._linked = self._link.waited, self._link.blocked
+            self._link.expect([tuple(one.inputs["input_ids"].shape) for one in self._prepared])
+        self.schedule.run_to_last_stage(len(batches), self._forward)
         self._set_slot(0)
         trainer.guard.phase = "step"
         self._in_loop = True
@@ -97,7 +115,7 @@ class BlockMajorSteps:
     def run_back(self) -> None:
         """Run the rest of the last block's backward, after that of its last stage."""
         self._in_loop = False
-        self._schedule.run_back(len(self._prepared), self._forward)
+        self.schedule.run_back(len(self._prepared), self._forward)
 
     def finish(self) -> Tensor:
         """Step what is left and return the norms (k,) of all blocks, before clipping."""
@@ -111,7 +129,7 @@ class BlockMajorSteps:
         """Return what a training forward of the loop runs in: the last stage alone."""
         if not self._in_loop or not torch.is_grad_enabled():
             return nullcontext()
-        return self._schedule.last_stage(self._trainer.micro_batch - 1)
+        return self.schedule.last_stage(self._trainer.micro_batch - 1)
 
     def _prepare(self, batches: list[Any]) -> list[Prepared]:
         trainer, prepared = self._trainer, []
@@ -162,5 +180,6 @@ def loss_context(trainer: Any) -> AbstractContextManager[None]:
 
 def random_seed(trainer: Any, slot: int) -> int:
     """Return the seed of the random numbers that micro-batch `slot` (from 0) of this optimizer step draws."""
-    args = trainer.args
-    return micro_batch_seed(args.seed, trainer.state.global_step, slot, args.process_index)
+    args, place = trainer.args, trainer.grid
+    process = args.process_index if place is None else place.rank  # layers of other processes draw others
+    return micro_batch_seed(args.seed, trainer.state.global_step, slot, process)

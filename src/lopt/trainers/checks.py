@@ -17,9 +17,11 @@ from transformers import AutoConfig, TrainingArguments
 from lopt.architectures import base_model, find_decoder
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
+from lopt.engine import grid
 from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import shares_embeddings, will_untie
 from lopt.trainers.inherited import check_inherited
+from lopt.trainers.pipeline import take_place
 from lopt.trainers.vllm import check_vllm
 from lopt.validation import LARGEST_COUNT, check, check_number
 
@@ -74,7 +76,8 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         ImportError: FSDP2 with an accelerate that is too old for it; vLLM is not installed.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != args.world_size:
+    place = grid.current()
+    if launched != args.world_size * (1 if place is None else place.size):
         raise ValueError(
             f"the launcher started {launched} processes, which do not find each other: "
             f"each would train alone (world size {args.world_size}). On CPUs add `use_cpu`"
@@ -91,7 +94,9 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             "use FSDP2 (accelerate launch --config_file examples/fsdp2.yaml) or plain torchrun"
         )
     check_inherited(args, config)
-    if config.schedule == "block_major":
+    if config.schedule == "pipeline":
+        _check_pipeline(args, config)
+    if config.is_staged:
         _check_block_major(args, config, model)
     elif not config.is_cut:
         return
@@ -252,6 +257,20 @@ def _check_adapters(args: TrainingArguments, config: LoPTConfig, model: Any) -> 
         )
 
 
+def _check_pipeline(args: TrainingArguments, config: LoPTConfig) -> None:
+    if hasattr(args, "num_generations"):
+        raise ValueError(
+            "`schedule` pipeline: rollouts need the whole model, and each process has its own blocks: use "
+            "`schedule` block_major"
+        )
+    if type(args).should_save is TrainingArguments.should_save:
+        raise ValueError(
+            "`schedule` pipeline needs arguments of lopt.trainers.config, such as LoPTSFTConfig, which know "
+            "the process that writes"
+        )
+    take_place(config)
+
+
 def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:
     if fsdp_version(args) is not None:
         raise ValueError("`schedule` block_major does not run on FSDP2: use `schedule` eager, or DDP")
@@ -268,7 +287,7 @@ def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) 
 
 def check_routers(config: LoPTConfig, model_config: Any) -> None:
     """Refuse the block-major schedule for a model that balances its routers, by its config."""
-    if config.schedule == "block_major" and getattr(model_config, "output_router_logits", False):
+    if config.is_staged and getattr(model_config, "output_router_logits", False):
         raise ValueError(
             "`schedule` block_major cannot balance routers over all layers at once: use `schedule` eager"
         )

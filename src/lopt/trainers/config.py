@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
+from lopt.engine import grid
 from lopt.reliability.manifest import VERIFY
 from lopt.reliability.secrets import redacted
 from lopt.trainers.optimizer import is_torch_optimizer, torch_options
@@ -128,9 +129,30 @@ class _Defaults(TrainingArguments):
         super().__post_init__()
         self.optim = own or self.optim
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all: the first, in a pipeline the first with the last block."""
+        return self.process_index == 0 and _is_at_end()
+
+    @property
+    def should_save(self) -> bool:
+        """Whether this process writes what is written once."""
+        return super().should_save and _is_at_end()
+
+    @property
+    def should_log(self) -> bool:
+        """Whether this process says what is said once."""
+        return super().should_log and _is_at_end()
+
     def to_dict(self) -> dict[str, Any]:
         """Return what checkpoints, logs and trackers show: no token, also none of `model_init_kwargs`."""
         return redacted(super().to_dict())
+
+
+def _is_at_end() -> bool:
+    """Return whether this process has the last block, if it is in a pipeline."""
+    place = grid.current()
+    return place is None or place.is_last
 
 
 @dataclass

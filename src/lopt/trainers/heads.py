@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from lopt.core.attach import LoPT
+from lopt.core.warmup import boundary_states
+from lopt.engine.grid import Grid
 from lopt.files import save_tensors
+from lopt.trainers.parts import file_of, files_of
 
 HEADS_NAME = "reconstruction_heads.safetensors"
 
@@ -32,48 +36,63 @@ def warm_up_batches(trainer: Any, batch_size: int, collate: Callable[[list[Any]]
 def warm_up_heads(trainer: Any) -> None:
     """Let the heads learn, with a progress bar; what they reached is in `head_warmup_history`.
 
+    In a pipeline each process lets those of its blocks learn, and passes hidden states on.
+
     Raises:
         NonFiniteError: a local loss is not finite.
     """
     lopt, first = trainer.lopt, trainer.is_world_process_zero()
     hidden = trainer.args.disable_tqdm or not first
     steps = lopt.config.head_warmup_steps
+    history: list[list[float]] = []
     with tqdm(total=steps, desc="Head warm-up", unit="step", disable=hidden) as bar:
 
         def show(step: int, losses: list[float]) -> None:
+            bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses), refresh=False)
             bar.update()
-            bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses))
             trainer.guard.check_warm_up(step, losses)
 
         # Each weight is used once per forward, so that a cache of casts would be a second model.
         autocast = trainer.accelerator.autocast(AutocastKwargs(cache_enabled=False))
         with torch.random.fork_rng(), autocast, trainer.guard.during("head warm-up"):
-            history = lopt.warm_up_heads(trainer.head_warm_up_batches(), progress=show)
+            if lopt.learning:
+                history = lopt.warm_up_heads(trainer.head_warm_up_batches(), progress=show)
+            else:
+                for batch in itertools.islice(itertools.cycle(trainer.head_warm_up_batches()), steps):
+                    boundary_states(lopt, batch)
+                    bar.update()
     if trainer.reduction is not None:
         trainer.reduction.broadcast_heads()
     trainer.head_warmup_history = history
     if trainer.guard.monitor is not None:
         trainer.guard.monitor.start(lopt.learning, history)
-    ends = [
-        f"block {block + 1}: {before:.3g} → {after:.3g}"
-        for block, before, after in zip(lopt.learning, history[0], history[-1], strict=True)
+    reached = [
+        [block, *pair] for block, *pair in zip(lopt.learning, *history[:1], *history[-1:], strict=True)
     ]
+    if trainer.grid is not None:
+        reached = [row for rows in trainer.grid.gather(reached)[:: trainer.grid.replicas] for row in rows]
+    ends = [f"block {block + 1}: {before:.3g} → {after:.3g}" for block, before, after in reached]
     if first:
-        tqdm.write(f"Head warm-up, {len(history)} steps, local loss of " + ", ".join(ends))
+        tqdm.write(f"Head warm-up, {steps} steps, local loss of " + ", ".join(ends))
 
 
-def save_heads(lopt: LoPT, folder: Path) -> None:
-    """Write the weights of the heads into a checkpoint."""
-    save_tensors(lopt.heads.state_dict(), folder / HEADS_NAME)
+def save_heads(lopt: LoPT, folder: Path, grid: Grid | None = None) -> None:
+    """Write the weights of the heads into a checkpoint, in a pipeline those of this process's blocks."""
+    own = {name: value for name, value in lopt.heads.state_dict().items() if not value.is_meta}
+    save_tensors(own, folder / file_of(HEADS_NAME, grid))
 
 
 def load_heads(lopt: LoPT, folder: Path) -> None:
-    """Read what `save_heads` wrote.
+    """Read what `save_heads` wrote, in one process or in several.
 
     Raises:
         ValueError: the checkpoint has no heads.
     """
-    path = folder / HEADS_NAME
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: this checkpoint cannot be resumed with `method` lopt")
-    lopt.heads.load_state_dict(safetensors.torch.load_file(path))
+    paths = files_of(HEADS_NAME, folder)
+    if not paths:
+        raise ValueError(
+            f"{folder / HEADS_NAME} is missing: this checkpoint cannot be resumed with `method` lopt"
+        )
+    saved = {name: value for path in paths for name, value in safetensors.torch.load_file(path).items()}
+    own = {name for name, value in lopt.heads.state_dict().items() if not value.is_meta}
+    lopt.heads.load_state_dict({name: saved[name] for name in own}, strict=False)

@@ -20,11 +20,9 @@ the parts of what happens between.
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,26 +31,27 @@ from torch import Tensor, nn
 
 from lopt.compat import labelled_positions_only
 from lopt.core.attach import LoPT, attach
+from lopt.core.boundaries import BoundaryReached
 from lopt.core.config import LoPTConfig
 from lopt.data.batches import padded_tokens
 from lopt.engine.offload import Offload
 from lopt.engine.reduction import GradientReduction
 from lopt.losses.lm_head import lean_fused_head
 from lopt.reliability.guards import Guard
-from lopt.reliability.ranks import together
 from lopt.reliability.saving import Checkpoints
 from lopt.reliability.stop import Stopped
 from lopt.reliability.stopping import Stops
+from lopt.reliability.watch import watching
 from lopt.trainers.accelerator import adapt_accelerator
 from lopt.trainers.block_major import BlockMajorSteps, loss_context
-from lopt.trainers.card import WritesCard
 from lopt.trainers.checks import check_before, check_settings, fsdp_version
 from lopt.trainers.events import LoopEvents
-from lopt.trainers.heads import load_heads, save_heads, warm_up_batches
+from lopt.trainers.heads import warm_up_batches
 from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer
-from lopt.trainers.optimizer_state import load_optimizer, save_optimizer
 from lopt.trainers.packing import check_packing
+from lopt.trainers.pipeline import Reports, take_place
 from lopt.trainers.positions import check_rows
+from lopt.trainers.saves import WritesCheckpoints
 from lopt.trainers.throughput import Throughput
 from lopt.trainers.tokens import StepTokens
 
@@ -62,7 +61,7 @@ else:
     Trainer = object
 
 
-class LoPTMixin(WritesCard, Trainer):
+class LoPTMixin(WritesCheckpoints, Trainer):
     """Goes in front of a TRL trainer class and takes one argument more, `lopt_config`.
 
     Attributes:
@@ -77,6 +76,8 @@ class LoPTMixin(WritesCard, Trainer):
         weights_offloaded: whether weights are in host memory but for the stage at work.
         head_warmup_history: the local losses of every step of the head warm-up.
         checkpoints, stops, guard: see `lopt.reliability`.
+        grid: the place of this process in a pipeline; None outside of one.
+        reports: what its processes measure, brought together; None outside of a pipeline.
     """
 
     args: Any
@@ -89,6 +90,7 @@ class LoPTMixin(WritesCard, Trainer):
         # Before the trainer spends time on data:
         check_before((*args, *kwargs.values()), config, model, kwargs.get("peft_config"))
         self.weights_offloaded = config.offload == "block"
+        self.grid = take_place(config)
         super().__init__(model, *args, **kwargs)
         check_settings(self.args, config, self.model)  # again: it may have been a name, or without adapters
         if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
@@ -101,11 +103,11 @@ class LoPTMixin(WritesCard, Trainer):
         self.lopt.heads.to(self.args.device)
         self.checkpoints, self.stops, self.guard = Checkpoints(self), Stops(self), Guard(self)
         self.lopt.hooks.append(self.model.register_forward_pre_hook(self.stops.before_forward))
+        self.block_major = BlockMajorSteps(self) if config.is_staged else None
         self.reduction: GradientReduction | None = None
-        staged = config.schedule == "block_major"
         if dist.is_initialized() and self.lopt.heads:  # a launcher's single process is in DDP as well
-            self.reduction = GradientReduction(self.lopt, self._is_last_micro_batch, in_backward=not staged)
-        self.block_major = BlockMajorSteps(self) if staged else None
+            eager = self.block_major is None
+            self.reduction = GradientReduction(self.lopt, self._is_last_micro_batch, in_backward=eager)
         self.offload: Offload | None = self.block_major.offload if self.block_major else None
         self.batches: list[Any] = []
         self.micro_batch = 0
@@ -113,6 +115,7 @@ class LoPTMixin(WritesCard, Trainer):
         self.tokens = StepTokens(self)
         self._scale = 1.0  # the gradient scaler's in the current optimizer step
         self._averages: defaultdict[str, list[float]] = defaultdict(list)
+        self.reports = None if self.grid is None else Reports(self.grid)
         self.throughput = Throughput(self.args.device, in_stages=self.block_major is not None)
         self.head_warmup_history: list[list[float]] = []
         self.add_callback(LoopEvents(self))
@@ -134,7 +137,7 @@ class LoPTMixin(WritesCard, Trainer):
             Stopped: a stop was requested; a checkpoint is on the disk if there was anything to save.
         """
         self.batches, self.guard.phase = [], "start"
-        with self.guard.machine_errors():
+        with watching(self.grid), self.guard.machine_errors():
             checkpoint = self.checkpoints.find(resume_from_checkpoint)
             self.guard.start(checkpoint)
             self.resumed_from = checkpoint
@@ -163,14 +166,36 @@ class LoPTMixin(WritesCard, Trainer):
             OutOfMemory: the device or the host has no memory left.
             WorkerDied: a data-loader worker was killed or failed.
         """
-        with self.guard.machine_errors(), self.guard.during("evaluation"):
+        with watching(self.grid), self.guard.machine_errors(), self.guard.during("evaluation"):
             return super().evaluate(*args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, or predict, batch by batch; in a pipeline all processes return the last one's figures."""
+        output = super().evaluation_loop(*args, **kwargs)
+        return output if self.reports is None else self.reports.evaluated(output)
+
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one batch of an evaluation."""
-        if self.args.world_size > 1:
+        """Run one batch of an evaluation; its loss is 0 where another process has the last block."""
+        if not self.stops.alone:
             self.stops.obey()
-        return super().prediction_step(*args, **kwargs)
+        if self.runs_task:
+            return super().prediction_step(*args, **kwargs)
+        with suppress(BoundaryReached):
+            super().prediction_step(*args, **kwargs)
+        return torch.zeros((), device=self.args.device), None, None
+
+    @property
+    def runs_task(self) -> bool:
+        """Whether this process runs the model to its end, as all do outside of a pipeline."""
+        return self.grid is None or self.grid.is_last
+
+    def is_world_process_zero(self) -> bool:
+        """Return whether this process reports and writes; in a pipeline it is one with the last block."""
+        return super().is_world_process_zero() and self.runs_task
+
+    def is_local_process_zero(self) -> bool:
+        """Return whether this process prints; in a pipeline it is the one that reports."""
+        return super().is_local_process_zero() if self.grid is None else self.grid.is_main
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with speed, peak memory and the earlier blocks' learning rate and local losses in training."""
@@ -185,6 +210,8 @@ class LoPTMixin(WritesCard, Trainer):
                     logs["learning_rate_k1"] = logs["learning_rate"] * early / self.args.learning_rate
             logs.update({name: sum(values) / len(values) for name, values in self._averages.items()})
             self._averages.clear()
+            if self.reports is not None and "seconds_per_step" in logs:
+                logs = self.reports.merged(logs)
         super().log(logs, *args, **kwargs)
 
     def average(self, name: str, value: float) -> None:
@@ -255,14 +282,16 @@ class LoPTMixin(WritesCard, Trainer):
         with self.throughput.micro_batch(padded_tokens(inputs), self.model, self.optimizer):
             if self.block_major is not None and self.micro_batch == 1:
                 self.block_major.run_to_last_stage(self.batches, num_items_in_batch)
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            if self.reduction is not None:
-                self.reduction.wait()
-            local = dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False))
-            self.guard.note_losses(local, loss, inputs)
+            loss = torch.zeros((), device=self.args.device)  # where another process has the last block
+            if self.runs_task:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+                if self.reduction is not None:
+                    self.reduction.wait()
+                local = dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False))
+                self.guard.note_losses(local, loss, inputs)
             if self._is_last_micro_batch():
                 self.guard.look()
-                if self.block_major is not None:
+                if self.block_major is not None and self.runs_task:
                     self.block_major.run_back()
         self.stops.obey_within_step()
         return loss
@@ -297,7 +326,7 @@ class LoPTMixin(WritesCard, Trainer):
     # -- offloaded weights ---------------------------------------------------------------------------
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self.weights_offloaded:
+        if not self.weights_offloaded and self.grid is None:
             super()._move_model_to_device(model, device)
 
     def synchronize_weights(self) -> None:
@@ -333,66 +362,3 @@ class LoPTMixin(WritesCard, Trainer):
         rows = self.args.per_device_train_batch_size
         step = rows * self.args.world_size * self.args.gradient_accumulation_steps
         return warm_up_batches(self, max(rows, min(8, step)), self.data_collator)
-
-    # -- checkpoints ---------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.synchronize_weights()
-        write = functools.partial(super()._save_checkpoint, model, trial)
-        self.checkpoints.save(Path(self._get_output_dir(trial)), write, super()._push_from_checkpoint)
-
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of the present step, whatever `save_strategy` says."""
-        self._save_checkpoint(self.model_wrapped, None)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        staged = self.checkpoints.staged
-        return super()._get_output_dir(trial) if staged is None else str(staged)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self.checkpoints.push(checkpoint_folder, super()._push_from_checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; a sharded one (FSDP2) is gathered, whatever form its checkpoints have."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
-        if plugin is None or _internal_call or "FULL" in str(plugin.state_dict_type):
-            save = functools.partial(super().save_model, output_dir, _internal_call)
-            return save() if self.checkpoints.staged is None else together(save)
-        whole = self.accelerator.get_state_dict(self.model)  # by all ranks
-        if self.args.should_save:
-            self._save(output_dir, whole)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.synchronize_weights()
-        folder, write = Path(output_dir or str(self.args.output_dir)), super()._save
-        if self.args.should_save:
-            self.checkpoints.save_model(folder, lambda place: write(place, state_dict))
-        else:
-            write(str(folder), state_dict)
-
-    def save_own_state(self, folder: Path) -> None:
-        """Write into a checkpoint what transformers does not know of."""
-        if self.lopt.heads and self.args.should_save:
-            save_heads(self.lopt, folder)
-
-    def load_own_state(self, folder: Path) -> None:
-        """Read what `save_own_state` wrote."""
-        if self.lopt.heads:
-            load_heads(self.lopt, folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self.save_own_state(Path(output_dir))
-        save_optimizer(self, Path(output_dir), super()._save_optimizer_and_scheduler)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.load_own_state(Path(checkpoint))
-            load_optimizer(self, Path(checkpoint), super()._load_optimizer_and_scheduler)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if not self.stops.restore_random_state():
-            super()._load_rng_state(checkpoint)
-
-    def load_random_state(self, checkpoint: str) -> None:
-        """Restore the random state of a checkpoint."""
-        super()._load_rng_state(checkpoint)

@@ -73,6 +73,9 @@ def clip(trainer: Any, max_norm: float) -> Tensor:
     norms = clip_gradients(lopt, max_norm) if steps is None else steps.finish()
     trainer.guard.check_norms(norms)
     total = torch.linalg.vector_norm(norms)
+    if trainer.reports is not None:
+        trainer.reports.add_norms(norms.tolist())
+        return total
     if len(norms) > 1:
         shares = (norms / total.clamp(min=1e-30)).square().tolist()
         for block, share in enumerate(shares, start=1):

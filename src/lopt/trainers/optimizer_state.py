@@ -13,6 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.reduction import heads_apart, load_heads_optimizer, save_heads_optimizer
 from lopt.models.pickles import UntrustedError
+from lopt.trainers.parts import file_of, files_of
 
 
 def save_optimizer(trainer: Any, folder: Path, write: Callable[[str], None]) -> None:
@@ -26,12 +27,18 @@ def save_optimizer(trainer: Any, folder: Path, write: Callable[[str], None]) -> 
             save_heads_optimizer(trainer.bare_optimizer(), folder)
         with heads_apart(trainer.bare_optimizer()):
             write(str(folder))
-    elif not _is_plain(trainer):
+        return
+    if not _is_plain(trainer):
         write(str(folder))
-    elif trainer.args.should_save:
-        for owner, name in ((trainer.optimizer, OPTIMIZER_NAME), (trainer.lr_scheduler, SCHEDULER_NAME)):
-            with trainer.checkpoints.file(folder / name) as file:
-                torch.save(owner.state_dict(), file)
+        return
+    states = []
+    if trainer.writes_own_state:
+        states.append((trainer.optimizer.state_dict(), file_of(OPTIMIZER_NAME, trainer.grid)))
+    if trainer.args.should_save:
+        states.append((trainer.lr_scheduler.state_dict(), SCHEDULER_NAME))
+    for state, name in states:
+        with trainer.checkpoints.file(folder / name) as file:
+            torch.save(state, file)
 
 
 def load_optimizer(trainer: Any, folder: Path, read: Callable[[str], None]) -> None:
@@ -56,12 +63,23 @@ def load_optimizer(trainer: Any, folder: Path, read: Callable[[str], None]) -> N
         read(str(folder))
     else:
         for owner, name in ((trainer.optimizer, OPTIMIZER_NAME), (trainer.lr_scheduler, SCHEDULER_NAME)):
-            if not (folder / name).is_file():
+            paths = files_of(name, folder)
+            if not paths:
                 raise ValueError(
                     f"{folder} has no {name}, so `save_only_model` wrote it and no run can go on from it: "
                     "leave `resume` out, and start from it as `model_name_or_path`"
                 )
-            owner.load_state_dict(_read(folder / name))
+            owner.load_state_dict(_joined([_read(path) for path in paths]))
+
+
+def _joined(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one state of what the processes of a pipeline have written, which number parameters alike."""
+    joined, *others = states
+    for state in others:
+        joined["state"] |= state["state"]
+        for group, other in zip(joined["param_groups"], state["param_groups"], strict=True):
+            group["updates"] = max(group["updates"], other["updates"])
+    return joined
 
 
 def _read(path: Path) -> Any:

@@ -1,0 +1,199 @@
+"""The processes of a run as a grid: a pipeline of blocks, and replicas of every block.
+
+In a run of several processes transformers, TRL and accelerate average, gather and share out rows over the
+default process group. Between blocks there is nothing to average, and whoever waited for a later block would
+lose what a boundary gives. So in a pipeline the default group of a process is that of the replicas of its own
+blocks, alone with one pipeline. What all processes have to know is in the launcher's store, where nobody
+waits for anybody unless the run asks for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lopt.validation import check
+
+FAILED = "lopt/failed"
+"""Key of the sentence with which the first process that failed has ended."""
+_LONGEST_PAUSE = 0.2  # seconds between two looks for a value
+_LAST_WAIT = 10.0  # seconds in which the first process waits for the others at the end
+_LINK_TIMEOUT = timedelta(days=7)  # a stage may take long; a process that is gone closes its connections
+
+
+class RankError(ValueError):
+    """Another rank failed, with this message."""
+
+
+@dataclass
+class Grid:
+    """The place of this process.
+
+    Attributes:
+        position: Of its blocks in the pipeline, from 0.
+        size: Processes of a pipeline.
+        replica: Index of its pipeline, from 0.
+        replicas: Number of pipelines.
+        store: Of all processes.
+        group: The processes of its pipeline, in the order of their blocks.
+    """
+
+    position: int
+    size: int
+    replica: int
+    replicas: int
+    store: Any
+    group: Any
+    _calls: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def rank(self) -> int:
+        """The launcher's number of this process."""
+        return self.position * self.replicas + self.replica
+
+    @property
+    def ranks(self) -> int:
+        """Number of all processes."""
+        return self.size * self.replicas
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this process has the last block."""
+        return self.position == self.size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process logs, reports and writes what is written once: the first with the last block.
+
+        It has the loss of the task, and is the last to finish an optimizer step.
+        """
+        return self.is_last and self.replica == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what all processes give, in the order of their ranks, when all have called this.
+
+        Args:
+            value: Something that JSON can hold.
+
+        Raises:
+            RankError: Another process has failed.
+        """
+        return list(self.exchange(value, range(self.ranks)))
+
+    def from_main(self, value: Any) -> Any:
+        """Return what the main process gives; all processes call this.
+
+        Raises:
+            RankError: Another process has failed.
+        """
+        (found,) = self.exchange(value, [(self.size - 1) * self.replicas])
+        return found
+
+    def exchange(self, value: Any, wanted: Any) -> Iterator[Any]:
+        """Give `value`, and return an iterator over what the ranks in `wanted` give in the same call."""
+        name = f"lopt/call/{next(self._calls)}"
+        self.store.set(f"{name}/{self.rank}", json.dumps(value))
+        return (json.loads(self.wait_for(f"{name}/{rank}")) for rank in wanted)
+
+    def wait_for(self, key: str) -> str:
+        """Return the value of `key` in the store, however long another process takes to set it.
+
+        Raises:
+            RankError: Another process has failed.
+        """
+        pause = 0.001
+        try:
+            while not self.store.check([key]):
+                self.check()
+                time.sleep(pause)
+                pause = min(1.3 * pause, _LONGEST_PAUSE)
+            return self.store.get(key).decode()
+        except RuntimeError as error:  # the store was in another process
+            raise RankError("the process that started the run has ended") from error
+
+    def check(self) -> None:
+        """Raise a RankError if another process has failed."""
+        if self.store.check([FAILED]):
+            raise RankError(self.store.get(FAILED).decode())
+
+    def fail(self, message: str) -> None:
+        """Let all processes know why this one ends; the first to say so is heard."""
+        self.store.compare_set(FAILED, "", message)
+
+
+_current: Grid | None = None
+
+
+def current() -> Grid | None:
+    """Return the grid that this process has joined; None outside of a pipeline."""
+    return _current
+
+
+def join(size: int) -> Grid:
+    """Take this process's place in a grid of pipelines of `size` processes, by what the launcher says.
+
+    Call it before anything sets up torch.distributed, as TrainingArguments do. Neighbours in `data` direction
+    have neighbouring ranks: replicas exchange gradients, which are more than what blocks exchange.
+
+    Raises:
+        ValueError: No launcher has started this process; `size` does not divide the number of processes;
+            torch.distributed is set up already.
+    """
+    global _current
+    if "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"a pipeline of {size} processes has to be started by a launcher: "
+            f"torchrun --nproc_per_node {size} ..."
+        )
+    if dist.is_initialized():
+        raise ValueError("join the pipeline before TrainingArguments are made: they set up torch.distributed")
+    ranks = int(os.environ["WORLD_SIZE"])
+    rule = f"a divisor of {ranks}, the processes that the launcher has started"
+    check(size >= 1 and ranks % size == 0, "pipeline_size", size, rule)
+    store, rank, ranks = next(iter(dist.rendezvous("env://")))
+    replicas = ranks // size
+    position, replica = divmod(rank, replicas)
+    group = _make_group(dist.PrefixStore(f"pipeline/{replica}", store), position, size)
+    backend = "nccl" if _on_gpu() else "gloo"
+    block = dist.PrefixStore(f"block/{position}", store)
+    dist.init_process_group(backend, store=block, rank=replica, world_size=replicas)
+    _current = Grid(position, size, replica, replicas, store, group)
+    return _current
+
+
+def leave() -> None:
+    """Leave the grid, if this process has joined one; the first one last, which may have the store."""
+    global _current
+    place, _current = _current, None
+    if place is None:
+        return
+    place.store.set(f"lopt/left/{place.rank}", "")
+    deadline = time.monotonic() + _LAST_WAIT
+    others = [f"lopt/left/{rank}" for rank in range(1, place.ranks)]
+    while place.rank == 0 and time.monotonic() < deadline and not place.store.check(others):
+        time.sleep(0.01)
+    if dist.is_initialized():  # accelerate may have done it
+        dist.destroy_process_group()
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
+def _make_group(store: Any, position: int, size: int) -> Any:
+    """Return the process group of a pipeline, which is none of the default group's."""
+    if not _on_gpu():
+        return dist.ProcessGroupGloo(store, position, size, _LINK_TIMEOUT)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    group = dist.ProcessGroupNCCL(store, position, size, dist.ProcessGroupNCCL.Options())
+    group.set_timeout(_LINK_TIMEOUT)
+    return group

@@ -1,0 +1,109 @@
+"""The processes of a pipeline end together: by a stop at one point of the run, or after one has failed.
+
+No process waits for a later one, so they do not agree by collectives. The first process is ahead of all
+others: it decides whether the run stops at a point, and the others read that in the store when they get
+there. A thread in each process carries a stop that was asked for there to the first one, and ends the process
+where another has failed while it computes or waits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lopt.engine.grid import FAILED, Grid, RankError
+from lopt.reliability.stop import Stopped, requested
+
+STOP = "lopt/stop"
+"""Key of the reason for which a process asks to stop."""
+LOOK_EVERY = 0.5
+"""Seconds between two looks of the thread."""
+GRACE = 4.0
+"""Seconds in which a process may end by itself after another has failed."""
+
+
+class Agreement:
+    """Whether the run stops at a point that all processes of a pipeline come to.
+
+    Args:
+        place: Of this process.
+    """
+
+    def __init__(self, place: Grid) -> None:
+        self._place = place
+        self._points = itertools.count()
+
+    def decide(self, reason: str | None) -> str | None:
+        """Return why all stop here, None if they go on; all processes call this at the same points.
+
+        Args:
+            reason: Why this process was asked to stop.
+
+        Raises:
+            RankError: Another process has failed.
+        """
+        store, key = self._place.store, f"lopt/point/{next(self._points)}"
+        if self._place.rank == 0:
+            if reason is None and store.check([STOP]):
+                reason = store.get(STOP).decode()
+            store.set(key, reason or "")
+        elif reason is not None:
+            store.set(STOP, reason)
+        return self._place.wait_for(key) or None
+
+
+@contextmanager
+def watching(place: Grid | None) -> Iterator[None]:
+    """Watch the other processes of a pipeline inside, and let them know if this one fails.
+
+    Raises:
+        RankError: Another process has failed, with its reason where it could give one.
+    """
+    if place is None or _watched.is_set():
+        yield
+        return
+    _watched.set()
+    over = threading.Event()
+    thread = threading.Thread(target=_watch, args=(place, place.store.clone(), over), daemon=True)
+    thread.start()
+    try:
+        yield
+    except Stopped:
+        raise
+    except RankError as error:
+        if not place.store.check([FAILED]):
+            place.fail(str(error))
+            raise
+        raise RankError(place.store.get(FAILED).decode()) from error
+    except BaseException as error:
+        place.fail(f"rank {place.rank}: {error or repr(error)}")
+        raise
+    finally:
+        over.set()
+        thread.join()
+        _watched.clear()
+
+
+_watched = threading.Event()
+
+
+def _watch(place: Grid, store: Any, over: threading.Event) -> None:
+    """Carry a stop to the first process, and end this one if another has failed, until the run is over."""
+    asked = False
+    while not over.wait(LOOK_EVERY):
+        try:
+            if not asked and (reason := requested()) is not None:
+                asked = True
+                store.set(STOP, reason)
+            if not store.check([FAILED]):
+                continue
+            message = store.get(FAILED).decode()
+        except RuntimeError:  # the store was in another process
+            message = "the process that started the run has ended"
+        if not over.wait(GRACE):
+            os.write(2, f"lopt: error: {message}\n".encode())
+            os._exit(1)
