@@ -258,6 +258,12 @@ class PlanArguments:
     lora_target_modules: list[str] | None = flag(
         None, "Modules that get an adapter. Default: every linear layer but the head."
     )
+    command: Literal["sft", "dpo"] = flag(
+        "sft", "What is planned: sft, or dpo, whose rows are pairs and which has a reference model."
+    )
+    precompute_ref_log_probs: bool = flag(
+        False, "With --command dpo: the reference model has run before, and is not on the device."
+    )
     per_device_train_batch_size: int = flag(4, "Rows in a micro-batch.")
     gradient_accumulation_steps: int = flag(8, "Micro-batches per step.")
     max_length: int = flag(1024, "Tokens in a row.")
@@ -281,6 +287,11 @@ class PlanArguments:
     )
     host_gbps: float | None = flag(
         None, "GB/s at which steps in host memory read and write weights, gradients and state. Default: 40."
+    )
+    link_gbps: float | None = flag(
+        None,
+        "With --num_processes: GB/s each way at which processes exchange gradients. Default: 0.8 of the "
+        "GPU's NVLink, or its PCIe.",
     )
     fit: str | None = flag(
         None,

@@ -23,7 +23,7 @@ from lopt.models.load import save_model
 from lopt.trainers import LoPTDPOTrainer, LoPTSFTTrainer
 from lopt.trainers.config import LoPTDPOConfig, LoPTSFTConfig
 from lopt.trainers.lora import lora_config
-from lopt.trainers.throughput import COUNTED_ALWAYS
+from lopt.trainers.throughput import COUNTED_STEPS
 
 
 @dataclass
@@ -149,7 +149,7 @@ def _cost(trainer: Any, flops: _Flops) -> dict[str, Any]:
     heads = sum(p.numel() for p in trainer.lopt.heads.parameters())
     rows = [row for row in trainer.state.log_history if "seconds_per_step" in row]
     # Steps in which bytes or operations were counted are slower than the others.
-    timed = [r for r in rows if r["step"] > COUNTED_ALWAYS and r["step"] not in flops.counted] or rows
+    timed = [r for r in rows if r["step"] > COUNTED_STEPS and r["step"] not in flops.counted] or rows
     return {
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "head_parameters": heads,
