@@ -23,6 +23,7 @@ FILES = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for pa
 ALLOWED: dict[str, str] = {
     "_exit": "os._exit is documented: a second signal ends the process at once",
     "_asdict": "a documented method of named tuples",
+    "_replace": "a documented method of named tuples",
     "_get_layout": "models/pickles.py: a name that pickles of checkpoints may hold, never called",
 }
 """Private names that may be used anywhere, each with a reason."""

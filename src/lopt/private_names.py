@@ -125,6 +125,9 @@ OVERRIDES: dict[str, str] = {
     "transformers:Trainer._load_optimizer_and_scheduler": (
         "Heads and rollouts are resumed as well; optimizer state never passes through the GPU as a whole."
     ),
+    "transformers:Trainer._load_best_model": "In a pipeline each process reads the weights of its blocks.",
+    "transformers:Trainer._load_from_checkpoint": "The same.",
+    "transformers:Trainer._save_rng_state": "In a pipeline one process writes the file.",
     "transformers:Trainer._load_rng_state": "A resumed run first evaluates, if that was left to do.",
     "transformers:Trainer._finalize_training": (
         "The same after the last step; offloaded weights are written back."
@@ -146,6 +149,7 @@ OVERRIDES: dict[str, str] = {
     "trl:SFTTrainer._tag_names": "Its tags, for the model card (read).",
     "trl:SFTTrainer._paper": "Its paper's citation, for the model card (read).",
     "trl:DPOTrainer._prepare_dataset": "What the chat template leaves out of the rows is counted.",
+    "trl:DPOTrainer._precompute_ref_logps": "In a pipeline it waits until the blocks are in their places.",
     "trl:GRPOTrainer._generate_and_score_completions": (
         "Offloaded weights come in; stops are obeyed around rollouts."
     ),

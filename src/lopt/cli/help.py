@@ -66,7 +66,7 @@ METHOD = (
 MEMORY = (
     Line("per_device_train_batch_size", "8", "rows in a micro-batch"),
     Line("gradient_accumulation_steps", "1", "micro-batches per step"),
-    Line("schedule", "eager", "eager, or block_major: stage by stage"),
+    Line("schedule", "eager", "eager, block_major or pipeline"),
     Line("stages", "", "parts of the model that run in turn"),
     Line("offload", "none", "keep on the host: none, optimizer or block"),
     Line("optimizer_device", "auto", "auto, or cpu: step on the host"),

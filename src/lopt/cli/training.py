@@ -166,9 +166,11 @@ def run(
         _train_and_save(trainer, checkpoint, model_args)
     except Stopped:
         end_training(trainer)
+        grid.leave()
         raise
     if callback is not None and trainer.is_world_process_zero():
         print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
+    grid.leave()
 
 
 def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArguments) -> None:

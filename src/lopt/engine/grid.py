@@ -26,6 +26,7 @@ from lopt.validation import check
 FAILED = "lopt/failed"
 """Key of the sentence with which the first process that failed has ended."""
 _LONGEST_PAUSE = 0.2  # seconds between two looks for a value
+_LAST_WAIT = 10.0  # seconds in which the first process waits for the others at the end
 _LINK_TIMEOUT = timedelta(days=7)  # a stage may take long; a process that is gone closes its connections
 
 
@@ -170,10 +171,17 @@ def join(size: int) -> Grid:
 
 
 def leave() -> None:
-    """Leave the grid, and end what was set up for it."""
+    """Leave the grid, if this process has joined one; the first one last, which may have the store."""
     global _current
-    if _current is not None:
-        _current = None
+    place, _current = _current, None
+    if place is None:
+        return
+    place.store.set(f"lopt/left/{place.rank}", "")
+    deadline = time.monotonic() + _LAST_WAIT
+    others = [f"lopt/left/{rank}" for rank in range(1, place.ranks)]
+    while place.rank == 0 and time.monotonic() < deadline and not place.store.check(others):
+        time.sleep(0.01)
+    if dist.is_initialized():  # accelerate may have done it
         dist.destroy_process_group()
 
 
@@ -186,6 +194,6 @@ def _make_group(store: Any, position: int, size: int) -> Any:
     if not _on_gpu():
         return dist.ProcessGroupGloo(store, position, size, _LINK_TIMEOUT)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = _LINK_TIMEOUT
-    return dist.ProcessGroupNCCL(store, position, size, options)
+    group = dist.ProcessGroupNCCL(store, position, size, dist.ProcessGroupNCCL.Options())
+    group.set_timeout(_LINK_TIMEOUT)
+    return group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt.architectures import check_positions, compute_device
+from lopt.core.boundaries import BoundaryReached
 
 
 def completion_loss(
@@ -101,7 +103,7 @@ def _sums(
 ) -> list[tuple[float, int]]:
     """Return summed loss and number of counted tokens of each row (token ids, and which of them count).
 
-    The model's mode is restored.
+    The model's mode is restored. In a pipeline the sums are NaN where another process has the last block.
     """
     check_positions(
         model, max(len(ids) for ids, _ in rows), "give shorter texts, or windows of {limit} at most"
@@ -119,7 +121,12 @@ def _sums(
         # The head computes logits only where some row has a counted token: with a large vocabulary they
         # dominate the cost.
         positions = counts.any(0).nonzero().flatten()
-        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False).logits
+        inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": positions, "use_cache": False}
+        try:
+            logits = model(**inputs).logits
+        except BoundaryReached:  # in a pipeline, where another process has the last block
+            sums += [(math.nan, 1)] * len(part)
+            continue
         chosen = counts[:, positions]
         targets = ids[:, 1:][:, positions][chosen]
         losses = cross_entropy(logits[chosen].float(), targets, reduction="none")

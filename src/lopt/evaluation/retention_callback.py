@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from lopt.engine import grid
 from lopt.evaluation.loss import text_loss
 from lopt.trainers.checks import fsdp_version
 
@@ -135,7 +136,10 @@ class RetentionCallback(TrainerCallback):
     def _measure(self, state: Any) -> float | None:
         """Log everything once; return forgetting in nats per token, None without texts."""
         found = [self._losses() | self._scores()]
-        if self.trainer.args.world_size > 1:
+        place = grid.current()
+        if place is not None:
+            found = [place.from_main(found[0])]
+        elif self.trainer.args.world_size > 1:
             broadcast_object_list(found)  # otherwise a run might stop on one rank alone
         values = found[0]
         for key, value in values.items():
@@ -196,6 +200,7 @@ def check_whole_model(offloaded: bool, args: TrainingArguments) -> None:
         ValueError: the weights are offloaded or sharded.
     """
     name = "`offload` block" if offloaded else "FSDP" if fsdp_version(args) is not None else None
+    name = "`schedule` pipeline" if grid.current() is not None else name
     if name is not None:
         raise ValueError(f"`tasks` need the whole model on a device, which {name} rules out: use `texts`")
 

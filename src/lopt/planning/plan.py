@@ -230,4 +230,4 @@ def _flops(work: Work) -> float:
 
 
 _NOTHING = Segment(0, 0, 0, 0, 0.0)
-_CUT = ("method", "num_blocks", *(f.name for f in fields(Residency) if f.name != "prefetch_gib"))
+_CUT = ("method", "num_blocks", *({f.name for f in fields(Residency)} & {f.name for f in fields(Setting)}))

@@ -225,15 +225,10 @@ class Guard:
         return getattr(self._trainer.args, "on_divergence", "warn")  # TRL's own configs have no such field
 
     def note(self, of_all_ranks: Callable[[Any], list[Any]]) -> dict[str, Any]:
-        """Return what a checkpoint's note says of the monitor; all ranks call this.
-
-        Args:
-            of_all_ranks: Gathers what each gives; in a pipeline each knows its own blocks.
-        """
-        if self.monitor is None:
-            return {MONITOR: None}
-        own = self.monitor.state()
-        return {MONITOR: own if self._trainer.grid is None else joined(of_all_ranks(own))}
+        """Return what a checkpoint's note says of the monitor, of which each rank gives what it knows."""
+        own = None if self.monitor is None else self.monitor.state()
+        in_pipeline = self._trainer.grid is not None and own is not None
+        return {MONITOR: joined(of_all_ranks(own)) if in_pipeline else own}
 
     def begin_step(self) -> None:
         """Begin an optimizer step; measure at the boundaries in it if that is due."""

@@ -180,5 +180,6 @@ def loss_context(trainer: Any) -> AbstractContextManager[None]:
 
 def random_seed(trainer: Any, slot: int) -> int:
     """Return the seed of the random numbers that micro-batch `slot` (from 0) of this optimizer step draws."""
-    args = trainer.args
-    return micro_batch_seed(args.seed, trainer.state.global_step, slot, args.process_index)
+    args, place = trainer.args, trainer.grid
+    process = args.process_index if place is None else place.rank  # layers of other processes draw others
+    return micro_batch_seed(args.seed, trainer.state.global_step, slot, process)

@@ -21,6 +21,7 @@ from lopt.engine import grid
 from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import shares_embeddings, will_untie
 from lopt.trainers.inherited import check_inherited
+from lopt.trainers.pipeline import take_place
 from lopt.trainers.vllm import check_vllm
 from lopt.validation import LARGEST_COUNT, check, check_number
 
@@ -94,7 +95,7 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
         )
     check_inherited(args, config)
     if config.schedule == "pipeline":
-        _check_pipeline(args)
+        _check_pipeline(args, config)
     if config.is_staged:
         _check_block_major(args, config, model)
     elif not config.is_cut:
@@ -256,7 +257,7 @@ def _check_adapters(args: TrainingArguments, config: LoPTConfig, model: Any) -> 
         )
 
 
-def _check_pipeline(args: TrainingArguments) -> None:
+def _check_pipeline(args: TrainingArguments, config: LoPTConfig) -> None:
     if hasattr(args, "num_generations"):
         raise ValueError(
             "`schedule` pipeline: rollouts need the whole model, and each process has its own blocks: use "
@@ -267,6 +268,7 @@ def _check_pipeline(args: TrainingArguments) -> None:
             "`schedule` pipeline needs arguments of lopt.trainers.config, such as LoPTSFTConfig, which know "
             "the process that writes"
         )
+    take_place(config)
 
 
 def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) -> None:

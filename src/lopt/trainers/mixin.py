@@ -193,6 +193,10 @@ class LoPTMixin(WritesCheckpoints, Trainer):
         """Return whether this process reports and writes; in a pipeline it is one with the last block."""
         return super().is_world_process_zero() and self.runs_task
 
+    def is_local_process_zero(self) -> bool:
+        """Return whether this process prints; in a pipeline it is the one that reports."""
+        return super().is_local_process_zero() if self.grid is None else self.grid.is_main
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with speed, peak memory and the earlier blocks' learning rate and local losses in training."""
         if self.model.training:

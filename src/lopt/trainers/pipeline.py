@@ -42,8 +42,8 @@ def take_place(config: LoPTConfig) -> Grid | None:
     place = grid.current()
     if place is None:
         raise ValueError(
-            "`schedule` pipeline: call join_pipeline(lopt_config), from lopt.trainers.pipeline, before the "
-            "trainer's arguments are made"
+            "`schedule` pipeline: this process has joined none. lopt sft and lopt dpo do it; in Python call "
+            "join_pipeline(lopt_config), from lopt.trainers.pipeline, before the arguments are made"
         )
     return place
 
