@@ -5,14 +5,16 @@
 
 Each run is killed once or several times, at moments drawn uniformly over the time that a whole run takes
 (which is measured anew every ten runs), and saves a checkpoint after every step, so that many kills meet it
-while it writes. A run is a process forked off this one, which has imported everything already. Interrupted
-itself, the script goes on where it was.
+while it writes. A run is a process forked off this one, which has imported everything already. Of a "pipeline"
+one random rank is killed, and the others have to end by themselves, `LONGEST_END` seconds after it at the
+latest. Interrupted itself, the script goes on where it was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -22,6 +24,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +35,15 @@ from datasets import Dataset, disable_progress_bars
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.reliability.checkpoint import WRITING, checkpoints, choose, damage, recover
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
+from lopt.trainers.pipeline import join_pipeline
 from small_model import byte_tokenizer, flags, keep, tiny_llama
 
-KINDS = ("eager", "block_major", "stages", "grpo", "ranks")
-RANKS = {"ranks": 2}
+KINDS = ("eager", "block_major", "stages", "grpo", "ranks", "pipeline")
+RANKS = {"ranks": 2, "pipeline": 3}
 STEPS = 8
 MEASURE_EVERY = 10
 MOST_KILLS = 3
+LONGEST_END = 10.0
 
 
 def train(kind: str, folder: Path, steps: int) -> None:
@@ -49,15 +55,17 @@ def train(kind: str, folder: Path, steps: int) -> None:
     staged = {
         "block_major": block_major,
         "stages": block_major | dict(method="e2e", stages=4, optimizer_device="cpu"),
+        "pipeline": dict(schedule="pipeline", num_blocks=3),
     }.get(kind, {})
+    config = LoPTConfig(**{"num_blocks": 2, "head_warmup_steps": 2} | staged)
+    if config.schedule == "pipeline":
+        join_pipeline(config)
     common: dict[str, Any] = dict(
         output_dir=str(folder), max_steps=steps, save_steps=1, save_total_limit=2, learning_rate=1e-2,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, disable_tqdm=True, report_to="none",
         use_cpu=True,
     )  # fmt: skip
-    rest: dict[str, Any] = dict(
-        lopt_config=LoPTConfig(num_blocks=2, head_warmup_steps=2, **staged), processing_class=tokenizer
-    )
+    rest: dict[str, Any] = dict(lopt_config=config, processing_class=tokenizer)
     rows = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for i in range(12)]
     trainer: Any
     if kind == "grpo":
@@ -109,9 +117,24 @@ def start(kind: str, folder: Path, steps: int) -> list[int]:
     return started
 
 
-def finish(processes: list[int], kill_after: float | None = None) -> list[int]:
-    """Wait for all, or kill all after so many seconds; returns their exit codes (-9 for the killed)."""
-    began, codes = time.monotonic(), dict.fromkeys(processes, 0)
+@dataclass
+class End:
+    """How the processes of a run have ended.
+
+    Attributes:
+        codes: Their exit codes, -9 of a killed one.
+        seconds: From a kill to the end of the last one.
+    """
+
+    codes: list[int]
+    seconds: float = 0.0
+
+
+def finish(
+    processes: list[int], kill_after: float | None = None, choose: Callable[[list[int]], list[int]] = list
+) -> End:
+    """Wait for all; kill those that `choose` names, of the ones that run after so many seconds."""
+    began, codes, killed = time.monotonic(), dict.fromkeys(processes, 0), math.inf
     waiting = set(processes)
     while waiting:
         for process in list(waiting):
@@ -119,26 +142,37 @@ def finish(processes: list[int], kill_after: float | None = None) -> list[int]:
             if done:
                 codes[process] = os.waitstatus_to_exitcode(status)
                 waiting.remove(process)
-        if kill_after is not None and time.monotonic() - began >= kill_after:
-            for process in waiting:
+        if kill_after is not None and waiting and time.monotonic() - began >= kill_after:
+            for process in choose(sorted(waiting)):
                 os.kill(process, signal.SIGKILL)
-            kill_after = None
+            kill_after, killed = None, time.monotonic()
+        if time.monotonic() - killed > 2 * LONGEST_END:  # they hang
+            for process in waiting:
+                os.kill(process, signal.SIGABRT)
+            killed = math.inf
         time.sleep(0.002)
-    return list(codes.values())
+    return End(list(codes.values()), max(0.0, time.monotonic() - killed))
 
 
 def weights(folder: Path) -> str:
-    """SHA-256 of the final weights."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    """SHA-256 of the final weights, in one file or in several."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def logs(folder: Path) -> str:
+    """Return the ends of what the processes of a run have printed."""
+    return "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log-*.txt")))
 
 
 def whole_run(kind: str, folder: Path, steps: int) -> tuple[str, float]:
     """An uninterrupted run: its weights and the seconds it takes."""
     folder.mkdir(parents=True)
     began = time.monotonic()
-    codes = finish(start(kind, folder, steps))
-    if any(codes):
-        raise RuntimeError(f"{kind}: the whole run failed\n{(folder / 'log-0.txt').read_text()}")
+    if any(finish(start(kind, folder, steps)).codes):
+        raise RuntimeError(f"{kind}: the whole run failed\n{logs(folder)}")
     return weights(folder), time.monotonic() - began
 
 
@@ -147,20 +181,24 @@ def killed_run(kind: str, folder: Path, steps: int, duration: float, draw: rando
     folder.mkdir(parents=True)
     kills: list[dict[str, Any]] = []
     wanted = draw.randint(1, MOST_KILLS)
+    one = kind == "pipeline"
     while True:
         after = draw.uniform(0, duration) if len(kills) < wanted else None
         began = time.monotonic()
-        codes = finish(start(kind, folder, steps), after)
-        if not any(codes) and not kills:  # it was faster than the kill: that does not count
+        processes = start(kind, folder, steps)
+        end = finish(processes, after, (lambda running: [draw.choice(running)]) if one else list)
+        if not any(end.codes) and not kills:  # it was faster than the kill: that does not count
             duration = min(duration, time.monotonic() - began)
             shutil.rmtree(folder)
             folder.mkdir()
             continue
-        if not any(codes):
+        if not any(end.codes):
             return {"kills": kills, "weights": weights(folder)}
-        if -signal.SIGKILL not in codes:
-            return {"kills": kills, "weights": None, "error": (folder / "log-0.txt").read_text()[-2000:]}
+        if -signal.SIGKILL not in end.codes or end.seconds > LONGEST_END or -signal.SIGABRT in end.codes:
+            return {"kills": kills, "weights": None, "codes": end.codes, "error": logs(folder)}
         kills.append({"after_seconds": round(after or 0, 3), **_disk(folder)})
+        if one:
+            kills[-1] |= {"codes": end.codes, "ended_after_seconds": round(end.seconds, 3)}
 
 
 def _disk(folder: Path) -> dict[str, Any]:
@@ -199,7 +237,9 @@ def summary(kinds: dict[str, Any]) -> dict[str, Any]:
     """The counts that matter."""
     runs = [run for entry in kinds.values() for run in entry["runs"]]
     kills = [kill for run in runs for kill in run["kills"]]
-    return {
+    ended = [kill["ended_after_seconds"] for kill in kills if "ended_after_seconds" in kill]
+    longest = {"longest_end_of_the_others_seconds": max(ended)} if ended else {}
+    return longest | {
         "runs": len(runs),
         "identical": sum(run["identical"] for run in runs),
         "kills": len(kills),
