@@ -38,11 +38,11 @@ def put(name: str, content: bytes) -> str:
 
 def test_packed_files_and_addresses_give_the_same_rows(tmp_path: Path) -> None:
     for name, content in {
-        "a.jsonl.gz": gzip.compress(JSONL),
-        "parts.json.gz": gzip.compress(JSONL[:100]) + gzip.compress(JSONL[100:]),
+        "a.jsonl.gz": gzip.compress(JSONL, mtime=0),
+        "parts.json.gz": gzip.compress(JSONL[:100], mtime=0) + gzip.compress(JSONL[100:]),
         "a.jsonl.zst": zstd(JSONL),
         "a.csv.zst": zstd(CSV),
-        "A.CSV.GZ": gzip.compress(CSV),
+        "A.CSV.GZ": gzip.compress(CSV, mtime=0),
         "a.jsonl": JSONL,
     }.items():
         (tmp_path / name).write_bytes(content)
@@ -64,11 +64,11 @@ def test_a_file_that_changes_is_read_again() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.jsonl.gz", gzip.compress(JSONL)[:-20], "no whole .gz file"),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-20], "no whole .gz file"),
         ("a.jsonl.zst", zstd(JSONL)[:-20], "no whole .zst file"),
         ("a.csv.gz", CSV, "no whole .gz file"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": \n'), "line 2 is not valid JSON"),
-        ("a.parquet.gz", gzip.compress(JSONL), "of an unknown type"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": \n', mtime=0), "line 2 is not valid JSON"),
+        ("a.parquet.gz", gzip.compress(JSONL, mtime=0), "of an unknown type"),
         ("a.jsonl", b"", "is empty"),
     ],
 )

@@ -81,7 +81,8 @@ def _join_pipeline(parser: _Parser, words: Sequence[str]) -> None:
         from lopt.core.config import LoPTConfig
         from lopt.trainers.pipeline import join_pipeline
 
-        join_pipeline(LoPTConfig(**{field.name: getattr(given, field.name) for field in fields(LoPTConfig)}))
+        own = {field.name: getattr(given, field.name) for field in fields(LoPTConfig)}
+        join_pipeline(LoPTConfig(**own), use_cpu=given.use_cpu)
 
 
 def check_effect(args: Any, **names_of: Sequence[str]) -> None:
