@@ -62,7 +62,7 @@ def rank(number: int, port: int, folder: str, fault: Callable[[Any], None], word
     [
         (not_finite, ": step 3, "),
         (no_memory, "rank 1: out of memory in step 3"),
-        (vanish, "those of this one has ended"),
+        (vanish, "process 1 of the pipeline (from 0) has ended"),
     ],
 )
 def test_all_end_with_one_sentence(

@@ -145,6 +145,17 @@ class Grid:
         except RuntimeError:  # the store was in a process that has ended
             return message
 
+    def part(self, seconds: float) -> None:
+        """Say that this process ends; the first waits as long for the others, since it may have the store."""
+        try:
+            self.store.set(f"lopt/left/{self.rank}", "")
+            deadline = time.monotonic() + seconds
+            others = [f"lopt/left/{rank}" for rank in range(1, self.ranks)]
+            while self.rank == 0 and time.monotonic() < deadline and not self.store.check(others):
+                time.sleep(0.01)
+        except RuntimeError:  # the store was in a process that has ended
+            return
+
 
 _current: Grid | None = None
 
@@ -197,11 +208,7 @@ def leave() -> None:
     place, _current = _current, None
     if place is None:
         return
-    place.store.set(f"lopt/left/{place.rank}", "")
-    deadline = time.monotonic() + _LAST_WAIT
-    others = [f"lopt/left/{rank}" for rank in range(1, place.ranks)]
-    while place.rank == 0 and time.monotonic() < deadline and not place.store.check(others):
-        time.sleep(0.01)
+    place.part(_LAST_WAIT)
     if dist.is_initialized():  # accelerate may have done it
         dist.destroy_process_group()
 
