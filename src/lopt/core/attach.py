@@ -77,8 +77,8 @@ class LoPT:
         self.offload_device: torch.device | None = None
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self._untied = separate_embeddings(base, config.tied_embeddings, len(self.blocks))
-        self.heads = nn.ModuleList(self._new_head(b) for b in self.blocks[:-1] if config.is_local)
         self.local_loss = AUX_LOSSES[config.aux_loss](self.blocks.tail, base.get_output_embeddings())
+        self.heads = nn.ModuleList(self._new_head(b) for b in self.blocks[:-1] if config.is_local)
         self._boundaries = Boundaries(self) if len(self.heads) else None
         self.hooks: list[RemovableHandle] = [] if self._boundaries is None else self._boundaries.hooks
         for module in self.blocks.others:
@@ -189,4 +189,5 @@ class LoPT:
         size = base_model(self.model).config.get_text_config().hidden_size
         device = None if weight.is_meta else weight.device  # a head is real where its block is elsewhere
         # Heads are small; in float32 they follow the small steps that bfloat16 would round away.
-        return ReconstructionHead(size, device, torch.promote_types(weight.dtype, torch.float32))
+        make = getattr(self.local_loss, "new_head", ReconstructionHead)
+        return make(size, device, torch.promote_types(weight.dtype, torch.float32))

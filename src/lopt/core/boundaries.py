@@ -160,10 +160,10 @@ class Boundaries:
         assert forward.block_input is not None
         if handle.on_boundary is not None:
             handle.on_boundary(block.index, hidden.detach(), forward.block_input, forward.rows.mask)
-        prediction = handle.heads[block.index](hidden)
+        prediction = handle.heads[block.index](hidden, forward.rows)
         loss = handle.local_loss.loss(prediction, hidden, forward.block_input, forward.rows)
         forward.losses[block.index] = loss.detach()
-        weighted = handle.config.lambda_aux / handle.learners * loss
+        weighted = handle.config.local_weight(handle.learners) * loss
         balance = forward.routers.take(forward.rows.mask)
         if balance is not None:
             weighted = weighted + balance

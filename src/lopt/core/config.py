@@ -15,7 +15,7 @@ METHODS = ("lopt", "e2e", "frozen", "lora")
 METHOD_ALIASES = {"ll": "lopt"}
 # Adam ignores the size of a gradient, so even a weak local loss moves a block at its full learning rate. A
 # tenth keeps a pretrained block intact (docs/method.md).
-LR_K1_RATIO = {"recon": 0.1, "next_token": 1.0}
+LR_K1_RATIO = {"recon": 0.1, "next_token": 1.0, "predicted_gradient": 0.3}
 _CHOICES: dict[str, Any] = {
     "method": [*METHODS, *METHOD_ALIASES],
     "aux_loss": tuple(LR_K1_RATIO),
@@ -38,12 +38,14 @@ class LoPTConfig(Residency):
             `num_blocks`. By default the layers are split evenly.
         aux_loss: The local loss of every earlier block: 'recon' reconstructs its input, as published;
             'next_token' predicts the next token, its head being a lens on the LM head, which suits blocks
-            near the top, as with `num_blocks` 4 and `frozen_blocks` 2.
+            near the top, as with `num_blocks` 4 and `frozen_blocks` 2; 'predicted_gradient' follows a linear
+            prediction of the task's gradient, fitted to exact ones every `refit_every` steps.
         frozen_blocks: How many blocks, from the first on, do not learn at all: they need no activations,
             gradients or optimizer state. Useful with `aux_loss` next_token, which teaches low blocks little.
-        lambda_aux: λ, the weight of the mean local loss beside the task loss.
-        lr_k1: Learning rate of blocks 1 to k−1, the embedding and the heads. Default: a tenth of
-            `learning_rate`, or the same with `aux_loss` next_token (the published recipe uses the same).
+        refit_every: Optimizer steps between two fits of `aux_loss` predicted_gradient.
+        lambda_aux: λ, the weight of the mean local loss beside the task loss; a predicted gradient has none.
+        lr_k1: Learning rate of blocks 1 to k−1, the embedding and the heads. Default: of `learning_rate` a
+            tenth, all with `aux_loss` next_token (as published) or 0.3 with predicted_gradient.
         local_every: Earlier blocks learn on every N-th optimizer step and run without gradients on the
             others, which makes those faster. 1 is the published recipe.
         head_warmup_steps: Steps in which the heads alone learn, before the first optimizer
@@ -61,8 +63,9 @@ class LoPTConfig(Residency):
     method: Literal["lopt", "ll", "e2e", "frozen", "lora"] = "lopt"
     num_blocks: int = 2
     block_boundaries: list[int] | None = None
-    aux_loss: Literal["recon", "next_token"] = "recon"
+    aux_loss: Literal["recon", "next_token", "predicted_gradient"] = "recon"
     frozen_blocks: int = 0
+    refit_every: int = 10
     lambda_aux: float = 10.0
     lr_k1: float | None = None
     local_every: int = 1
@@ -76,7 +79,7 @@ class LoPTConfig(Residency):
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        for name in ("num_blocks", "local_every"):
+        for name in ("num_blocks", "local_every", "refit_every"):
             check_number(name, getattr(self, name), minimum=1)
         for name in _AT_LEAST_0:
             check_number(name, getattr(self, name), minimum=0)
@@ -110,6 +113,10 @@ class LoPTConfig(Residency):
     def early_learning_rate(self, learning_rate: float) -> float:
         """Return the learning rate of earlier blocks, the embedding and the heads."""
         return LR_K1_RATIO[self.aux_loss] * learning_rate if self.lr_k1 is None else self.lr_k1
+
+    def local_weight(self, learners: int) -> float:
+        """Return the factor on each of the local losses of so many blocks, beside the task loss."""
+        return 1.0 if self.aux_loss == "predicted_gradient" else self.lambda_aux / learners
 
     def replace(self, **changes: Any) -> LoPTConfig:
         """Return a copy with some fields changed, validated again."""

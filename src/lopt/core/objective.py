@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from lopt.losses.next_token import NextToken
+from lopt.losses.predicted_gradient import PredictedGradient
 from lopt.losses.rows import Rows
 
 
@@ -34,7 +35,7 @@ class ReconstructionHead(nn.Module):
             nn.init.xavier_uniform_(linear.weight, gain=0.1)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, rows: Rows | None = None) -> Tensor:
         """Predict a block's input from its output, (B, T, H) → (B, T, H), in the head's dtype."""
         return self.up(gelu(self.down(self.norm(hidden.to(self.norm.weight.dtype)))))
 
@@ -93,5 +94,9 @@ class Reconstruction:
         return reconstruction_loss(prediction, block_input, rows.mask)
 
 
-AUX_LOSSES: dict[str, Any] = {"recon": Reconstruction, "next_token": NextToken}
+AUX_LOSSES: dict[str, Any] = {
+    "recon": Reconstruction,
+    "next_token": NextToken,
+    "predicted_gradient": PredictedGradient,
+}
 """The local losses by their name in `LoPTConfig.aux_loss`."""

@@ -79,7 +79,7 @@ class Run:
     masters: bool | None = None
     local_every: int = 1
     frozen_blocks: int = 0
-    aux_loss: Literal["recon", "next_token"] = "recon"
+    aux_loss: Literal["recon", "next_token", "predicted_gradient"] = "recon"
     tied_embeddings: Literal["untie", "freeze"] = "untie"
     adapters: Any = None
     clips: bool = True

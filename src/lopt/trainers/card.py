@@ -224,10 +224,14 @@ def _method(trainer: Any) -> str:
     )
     if config.method == "frozen":
         return f"Frozen early blocks. {cut} The earlier blocks do not learn."
-    learns = "reconstruct its input" if config.aux_loss == "recon" else "predict the next token"
+    learns = {
+        "recon": "to reconstruct its input",
+        "next_token": "to predict the next token",
+        "predicted_gradient": "along a linear prediction of the task's gradient",
+    }[config.aux_loss]
     still = f" The first {config.frozen_blocks} do not learn." if config.frozen_blocks else ""
     paper = "[LoPT](https://arxiv.org/abs/2605.04913)"
-    return f"{paper}. {cut} Each earlier block learns by itself to {learns}.{still}"
+    return f"{paper}. {cut} Each earlier block learns by itself {learns}.{still}"
 
 
 def _settings(trainer: Any) -> dict[str, Any]:

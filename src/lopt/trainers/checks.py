@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
+from trl import SFTConfig
 
 from lopt.architectures import base_model, find_decoder
 from lopt.core.blocks import Blocks, split
@@ -111,6 +112,8 @@ def check_settings(args: TrainingArguments, config: LoPTConfig, model: Any = Non
             f"`method` {config.method} needs FSDP2, which shards parameter by parameter: set fsdp_version: 2 "
             "(examples/fsdp2.yaml)"
         )
+    if config.is_local and config.aux_loss == "predicted_gradient":
+        _check_predicted_gradient(args, config)
     if config.is_local and config.aux_loss == "next_token" and fsdp_version(args) is not None:
         raise ValueError(
             "`aux_loss` next_token reads rows of the LM head, which FSDP2 shards: "
@@ -283,6 +286,24 @@ def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) 
         )
     if model is not None:
         check_routers(config, getattr(model, "config", model))
+
+
+def _check_predicted_gradient(args: TrainingArguments, config: LoPTConfig) -> None:
+    """Refuse runs in which exact gradients, to which predictions are fitted, cannot be had."""
+    if not isinstance(args, SFTConfig):
+        raise ValueError(
+            "`aux_loss` predicted_gradient is fitted to the loss of labelled tokens, which SFT alone has: use "
+            "`aux_loss` recon"
+        )
+    if config.schedule != "eager":
+        raise ValueError(
+            f"`aux_loss` predicted_gradient needs exact gradients from time to time, through the whole model at "
+            f"once: use `schedule` eager (got {config.schedule}), or `aux_loss` recon"
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"`aux_loss` predicted_gradient runs in one process (got {args.world_size}): use `aux_loss` recon"
+        )
 
 
 def check_routers(config: LoPTConfig, model_config: Any) -> None:

@@ -40,7 +40,9 @@ class LoopEvents(TrainerCallback):
         self._trainer.stops.begin_training()
         lopt: LoPT = self._trainer.lopt
         lopt.heads.zero_grad()  # the gradients of a batch that did not fit (`auto_find_batch_size`)
-        if lopt.heads and lopt.config.head_warmup_steps and state.global_step == 0:
+        if self._trainer.predicted_gradients is not None and state.global_step == 0:
+            self._trainer.predicted_gradients.start()
+        elif lopt.heads and lopt.config.head_warmup_steps and state.global_step == 0:
             warm_up_heads(self._trainer)
 
     def _find_best(self, state: Any) -> None:

@@ -51,6 +51,7 @@ from lopt.trainers.optimizer import add_heads, bare_optimizer, block_optimizer
 from lopt.trainers.packing import check_packing
 from lopt.trainers.pipeline import Reports, take_place
 from lopt.trainers.positions import check_rows
+from lopt.trainers.predicted_gradients import PredictedGradients
 from lopt.trainers.saves import WritesCheckpoints
 from lopt.trainers.throughput import Throughput
 from lopt.trainers.tokens import StepTokens
@@ -118,6 +119,8 @@ class LoPTMixin(WritesCheckpoints, Trainer):
         self.reports = None if self.grid is None else Reports(self.grid)
         self.throughput = Throughput(self.args.device, in_stages=self.block_major is not None)
         self.head_warmup_history: list[list[float]] = []
+        predicts = config.is_local and config.aux_loss == "predicted_gradient"
+        self.predicted_gradients = PredictedGradients(self) if predicts else None
         self.add_callback(LoopEvents(self))
 
     # -- a run ---------------------------------------------------------------------------------------
@@ -252,6 +255,8 @@ class LoPTMixin(WritesCheckpoints, Trainer):
             batches, items = get(iter(batches), len(batches), self.args.device)
         self.tokens.count(batches)
         self.micro_batch, self.batches = 0, batches
+        if self.predicted_gradients is not None:
+            self.predicted_gradients.begin_step(batches)
         if self.block_major is not None:
             self.block_major.begin_step()
         return batches, items

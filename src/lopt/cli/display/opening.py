@@ -18,6 +18,7 @@ _LOSSES = {
     "task loss": ("█", "#", "task loss"),
     "recon loss": ("▒", "+", "local loss (reconstruction)"),
     "next_token loss": ("▒", "+", "local loss (next token)"),
+    "predicted_gradient loss": ("▒", "+", "predicted gradient of the task"),
     "nothing": ("·", ".", "not trained"),
 }
 """What a block learns from -> its sign in the picture, the same in ASCII, and its name."""

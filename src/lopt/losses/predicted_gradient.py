@@ -1,0 +1,145 @@
+"""The predicted gradient: an early block learns along a linear prediction of the task's gradient at its end.
+
+After "Decoupled Neural Interfaces using Synthetic Gradients" (arXiv 1608.05343), with a map in closed form that is
+fitted to exact gradients of a few rows from time to time.
+
+Shapes: B batch, T tokens, H hidden size, N positions with a label, F = 2H + 1 features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lopt.losses.next_token import predicted_positions
+from lopt.losses.rows import Rows
+
+RIDGE = 1.0
+"""Strength of the regression, in units of the mean square of a feature over all positions."""
+DECAY = 0.8
+"""How much the statistics of earlier fits count at a later one."""
+
+
+class GradientMap(nn.Module):
+    """Ridge regression from what a block knows in its own forward to the task's gradient at its output.
+
+    At a position whose next token is the label y, the block's output is h. The features are `φ = (h, E_y, 1)`: h in
+    units of each channel's root mean square, and E_y, the label's row of the LM head, in its own units. With
+    `Φ` (N, F) and the exact gradients `G` (N, H) of the summed task loss, `W = (Φᵀ Φ + λ I)⁻¹ Φᵀ G`.
+
+    All of it is in buffers, which checkpoints of heads keep; there is no parameter.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    weight: Tensor
+    units: Tensor
+
+    def __init__(self, hidden_size: int, lm_head: nn.Module, device: torch.device | None = None) -> None:
+        super().__init__()
+        self._lm_head = (lm_head,)  # not a part of this module
+        features = 2 * hidden_size + 1
+        shapes = {"gram": (features, features), "cross": (features, hidden_size)}
+        shapes |= {"weight": (features, hidden_size), "units": (2, hidden_size)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, device=device))
+        self.units.fill_(1.0)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """Return the predicted gradient (B, T, H) of the mean loss over the labels of `rows`; 0 without one."""
+        places, labels = labelled(rows)
+        gradient = torch.zeros_like(hidden)
+        predicted = self._features(hidden, places, labels) @ self.weight / max(1, len(places))
+        gradient.view(-1, hidden.shape[-1])[places] = predicted.to(hidden.dtype)
+        return gradient
+
+    @torch.no_grad()
+    def add(self, hidden: Tensor, gradient: Tensor, rows: Rows) -> None:
+        """Add rows to the statistics.
+
+        Args:
+            hidden: (B, T, H) output of the block.
+            gradient: (B, T, H) exact gradient of the mean loss over the labels.
+        """
+        places, labels = labelled(rows)
+        if not len(places):
+            return
+        if not self.gram.any():  # the first rows
+            for unit, values in zip(self.units, self._known(hidden, places, labels), strict=True):
+                unit.copy_(values.square().mean(0).sqrt().clamp(min=torch.finfo(values.dtype).tiny))
+        features = self._features(hidden, places, labels)
+        self.gram += features.T @ features
+        self.cross += features.T @ (gradient.flatten(0, 1)[places].to(features) * len(places))
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Fit the map to the statistics, which count less at the next fit."""
+        strength = RIDGE * self.gram.diagonal().mean()
+        regular = self.gram + strength * torch.eye(len(self.gram), device=self.gram.device)
+        self.weight.copy_(torch.cholesky_solve(self.cross, torch.linalg.cholesky(regular)))
+        self.gram *= DECAY
+        self.cross *= DECAY
+
+    def _features(self, hidden: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+        """Return (N, F)."""
+        known = [
+            values / unit
+            for values, unit in zip(self._known(hidden, places, labels), self.units, strict=True)
+        ]
+        return torch.cat([*known, known[0].new_ones(len(places), 1)], 1)
+
+    def _known(self, hidden: Tensor, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N, H) outputs of the block and (N, H) rows of the LM head for the labels."""
+        matrix: Any = self._lm_head[0].weight
+        return hidden.flatten(0, 1)[places].float(), matrix[labels.to(matrix.device)].to(
+            hidden.device
+        ).float()
+
+
+def labelled(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return (N,) positions in the flattened (B, T) whose next token has a label, and (N,) those labels.
+
+    Raises:
+        ValueError: The rows have no token ids or no labels.
+    """
+    if rows.ids is None or rows.labels is None:
+        raise ValueError(
+            "`aux_loss` predicted_gradient needs tokens and labels and the model was not given both: pass "
+            "input_ids and labels, or use `aux_loss` recon"
+        )
+    places = predicted_positions(rows)
+    return places, rows.ids.roll(-1, 1).flatten()[places]
+
+
+class PredictedGradient:
+    """A block's output learns along its predicted gradient, as if that had come from the blocks behind it."""
+
+    def __init__(self, tail: Sequence[nn.Module], lm_head: nn.Module) -> None:
+        self._lm_head = lm_head
+
+    def new_head(self, hidden_size: int, device: torch.device | None, dtype: torch.dtype) -> GradientMap:
+        """Return the map of a block, whose statistics are float32."""
+        return GradientMap(hidden_size, self._lm_head, device)
+
+    def check(self, rows: Rows) -> None:
+        """Raise nothing: `labelled` looks when a block learns, and exact gradients have labels apart."""
+
+    def loss(self, prediction: Tensor, block_output: Tensor, block_input: Tensor, rows: Rows) -> Tensor:
+        """Return the norm of the predicted gradient (B, T, H), as a loss whose gradient is the prediction."""
+        return _Along.apply(block_output, prediction)
+
+
+class _Along(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return gradient.float().norm()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return (outer * gradient).to(gradient.dtype), None
