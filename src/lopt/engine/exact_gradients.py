@@ -51,7 +51,8 @@ def _task_loss(model: Any, inputs: Mapping[str, Tensor], rows: Rows) -> Tensor:
 @contextmanager
 def _kept(handle: LoPT) -> Iterator[list[Tensor]]:
     """Within, a forward fills the list with the outputs of the blocks that learn, the first one a leaf."""
-    blocks, states = handle.blocks, []
+    blocks = handle.blocks
+    states: list[Tensor] = []
 
     def leave(module: Any, args: tuple, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple | list) else output
