@@ -44,9 +44,9 @@ import local_every
 from lopt import LoPT, LoPTConfig
 from lopt.core.blocks import Block
 from lopt.core.boundaries import BoundaryReached, Forward
-from lopt.core.objective import ReconstructionHead, channel_rms, reconstruction_loss
 from lopt.engine.clipping import clip_gradients
-from lopt.losses.rows import Rows
+from lopt.losses.reconstruction import ReconstructionHead, reconstruction_loss
+from lopt.losses.rows import Rows, channel_rms
 from small_model import keep
 
 TEXTS = ("gsm8k", "arc", "hellaswag")

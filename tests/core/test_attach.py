@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
-from lopt.core.objective import ReconstructionHead
 from lopt.instruments.memory import MemoryTracker
+from lopt.losses.reconstruction import ReconstructionHead
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, TrainerCallback
 from conftest import tiny
 from lopt import LoPTConfig, LoPTSFTTrainer
 from lopt.cli.main import main
-from lopt.core.objective import reconstruction_loss
 from lopt.instruments.hidden_states import token_spread, token_variance
+from lopt.losses.reconstruction import reconstruction_loss
 from lopt.reliability.checkpoint import checkpoints, damage
 from lopt.reliability.divergence import DivergenceMonitor
 from lopt.reliability.machine_errors import is_out_of_memory, worker_error

@@ -324,7 +324,7 @@ def test_dpo(tiny_folder: Path, tmp_path: Path, adapters: bool) -> None:
 
 
 def test_a_gradient_that_is_not_finite_stops_before_its_block_is_stepped(run, monkeypatch) -> None:
-    from lopt.core.objective import ReconstructionHead
+    from lopt.losses.reconstruction import ReconstructionHead
 
     real = ReconstructionHead.forward
     calls = []

@@ -1,1 +1,1 @@
-"""The method. Read config, blocks, objective, boundaries, attach; then routers and warmup."""
+"""The method. Read config, blocks, boundaries, attach; then routers and warmup."""

@@ -14,9 +14,18 @@ from lopt.architectures import base_model
 from lopt.core.blocks import Block, Blocks
 from lopt.core.boundaries import Boundaries
 from lopt.core.config import LoPTConfig
-from lopt.core.objective import AUX_LOSSES, ReconstructionHead
 from lopt.core.warmup import warm_up_heads
+from lopt.losses.next_token import NextToken
+from lopt.losses.predicted_gradient import PredictedGradient
+from lopt.losses.reconstruction import Reconstruction
 from lopt.tied_embeddings import retie_embeddings, separate_embeddings
+
+AUX_LOSSES: dict[str, Any] = {
+    "recon": Reconstruction,
+    "next_token": NextToken,
+    "predicted_gradient": PredictedGradient,
+}
+"""The local losses by their name in `LoPTConfig.aux_loss`."""
 
 
 def attach(model: nn.Module, config: LoPTConfig | None = None) -> LoPT:
@@ -44,7 +53,7 @@ class LoPT:
         heads: One head per earlier block (`Identity` if it is frozen); empty unless `method` is lopt.
         learning: Indices (from 0) of the earlier blocks that learn, in a pipeline those of this process.
         learners: Number of earlier blocks that learn, in all processes.
-        local_loss: Computes ℓ_b (`lopt.core.objective`).
+        local_loss: Computes ℓ_b (`lopt.losses`).
         loss_scale: Factor on the local losses of the next forward. With gradient accumulation set it to the
             factor on this micro-batch's task loss, for example its share of the tokens.
         learns_locally: False if earlier blocks run without gradients in the next forward, as between the
@@ -189,5 +198,4 @@ class LoPT:
         size = base_model(self.model).config.get_text_config().hidden_size
         device = None if weight.is_meta else weight.device  # a head is real where its block is elsewhere
         # Heads are small; in float32 they follow the small steps that bfloat16 would round away.
-        make = getattr(self.local_loss, "new_head", ReconstructionHead)
-        return make(size, device, torch.promote_types(weight.dtype, torch.float32))
+        return self.local_loss.new_head(size, device, torch.promote_types(weight.dtype, torch.float32))

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lopt.core.boundaries import BoundaryReached
-from lopt.core.objective import channel_rms
-from lopt.losses.rows import Rows
+from lopt.losses.rows import Rows, channel_rms
 
 if TYPE_CHECKING:
     from lopt.core.attach import LoPT

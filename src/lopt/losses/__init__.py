@@ -1,1 +1,1 @@
-"""Local losses beside the published one (`lopt.core.objective`), and the rows they read."""
+"""Local losses, the rows they read, and the LM head."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lopt.losses.reconstruction import ReconstructionHead
 from lopt.losses.rows import Rows
 
 
@@ -39,6 +40,7 @@ class NextToken:
     stands for s of them.
     """
 
+    new_head = ReconstructionHead
     sample = 8192
     """About how many other tokens a softmax takes; a vocabulary of less than twice as many is taken whole."""
 

@@ -1,7 +1,7 @@
 """The predicted gradient: an early block learns along a linear prediction of the task's gradient at its end.
 
-After "Decoupled Neural Interfaces using Synthetic Gradients" (arXiv 1608.05343), with a map in closed form that is
-fitted to exact gradients of a few rows from time to time.
+After "Decoupled Neural Interfaces using Synthetic Gradients" (arXiv 1608.05343), with a map in closed form
+that is fitted to exact gradients of a few rows from time to time.
 
 Shapes: B batch, T tokens, H hidden size, N positions with a label, F = 2H + 1 features.
 """
@@ -26,9 +26,9 @@ DECAY = 0.8
 class GradientMap(nn.Module):
     """Ridge regression from what a block knows in its own forward to the task's gradient at its output.
 
-    At a position whose next token is the label y, the block's output is h. The features are `φ = (h, E_y, 1)`: h in
-    units of each channel's root mean square, and E_y, the label's row of the LM head, in its own units. With
-    `Φ` (N, F) and the exact gradients `G` (N, H) of the summed task loss, `W = (Φᵀ Φ + λ I)⁻¹ Φᵀ G`.
+    At a position whose next token is the label y, the block's output is h. The features are `φ = (h, E_y, 1)`:
+    h in units of each channel's root mean square, and E_y, the label's row of the LM head, in its own units.
+    With `Φ` (N, F) and the exact gradients `G` (N, H) of the summed task loss, `W = (Φᵀ Φ + λ I)⁻¹ Φᵀ G`.
 
     All of it is in buffers, which checkpoints of heads keep; there is no parameter.
     """
@@ -50,7 +50,7 @@ class GradientMap(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
-        """Return the predicted gradient (B, T, H) of the mean loss over the labels of `rows`; 0 without one."""
+        """Return the predicted gradient (B, T, H) of the mean loss over labels; 0 where there is none."""
         places, labels = labelled(rows)
         gradient = torch.zeros_like(hidden)
         predicted = self._features(hidden, places, labels) @ self.weight / max(1, len(places))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -53,3 +54,10 @@ class Rows:
             mask = mask[:, -inputs.shape[1] :]  # a cache makes the mask longer than this call's tokens
         ids = call.get("input_ids") if ids is None else ids
         return cls(None if inputs is None else mask, ids, kwargs.get("position_ids"), call.get("labels"))
+
+
+def channel_rms(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the root mean square (H,) over real tokens of `hidden` (B, T, H), in float32 or better."""
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    rows = wide.flatten(0, 1) if mask is None else wide[mask.bool()]
+    return rows.square().mean(0).sqrt().clamp(min=torch.finfo(wide.dtype).tiny)

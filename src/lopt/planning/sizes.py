@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
-from lopt.core.objective import ReconstructionHead
 from lopt.engine.stages import split_into_stages
+from lopt.losses.reconstruction import ReconstructionHead
 from lopt.models.load import empty_model
 from lopt.planning.adapters import adapted
 from lopt.tied_embeddings import shares_embeddings

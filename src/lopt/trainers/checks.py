@@ -292,13 +292,13 @@ def _check_predicted_gradient(args: TrainingArguments, config: LoPTConfig) -> No
     """Refuse runs in which exact gradients, to which predictions are fitted, cannot be had."""
     if not isinstance(args, SFTConfig):
         raise ValueError(
-            "`aux_loss` predicted_gradient is fitted to the loss of labelled tokens, which SFT alone has: use "
-            "`aux_loss` recon"
+            "`aux_loss` predicted_gradient is fitted to the loss of labelled tokens, which SFT alone has: "
+            "use `aux_loss` recon"
         )
     if config.schedule != "eager":
         raise ValueError(
-            f"`aux_loss` predicted_gradient needs exact gradients from time to time, through the whole model at "
-            f"once: use `schedule` eager (got {config.schedule}), or `aux_loss` recon"
+            f"`aux_loss` predicted_gradient is fitted to gradients through the whole model: use `schedule` eager "
+            f"(got {config.schedule}), or `aux_loss` recon"
         )
     if args.world_size > 1:
         raise ValueError(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lopt.core.objective import ReconstructionHead, reconstruction_loss
+from lopt.losses.reconstruction import ReconstructionHead, reconstruction_loss
 
 
 def test_head_is_the_papers() -> None:

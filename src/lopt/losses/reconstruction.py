@@ -1,4 +1,4 @@
-"""Local losses: what a block learns on its own, and the head it learns with (`AUX_LOSSES`).
+"""The published local loss: a block learns to reconstruct its input.
 
 Shapes: B batch, T tokens, H hidden size.
 """
@@ -6,14 +6,11 @@ Shapes: B batch, T tokens, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from lopt.losses.next_token import NextToken
-from lopt.losses.predicted_gradient import PredictedGradient
 from lopt.losses.rows import Rows
 
 
@@ -46,13 +43,6 @@ class ReconstructionHead(nn.Module):
         self.up.bias.mul_(factor)
 
 
-def channel_rms(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the root mean square (H,) over real tokens of `hidden` (B, T, H), in float32 or better."""
-    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    rows = wide.flatten(0, 1) if mask is None else wide[mask.bool()]
-    return rows.square().mean(0).sqrt().clamp(min=torch.finfo(wide.dtype).tiny)
-
-
 def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean over real tokens and channels of the squared error, in float32 or better.
 
@@ -74,7 +64,12 @@ class Reconstruction:
     """The published local loss: a block learns to reconstruct its input, `mean (g_b(h_b) − sg(h_{b−1}))²`.
 
     `sg` stops the gradient. Other local losses (`lopt.losses`) have the same methods.
+
+    Attributes:
+        new_head: Makes the head g_b of a block of hidden size H, on a device, in a dtype.
     """
+
+    new_head = ReconstructionHead
 
     def __init__(self, tail: Sequence[nn.Module], lm_head: nn.Module) -> None:
         """Make the loss for a model whose decoder ends in the modules `tail`, before `lm_head`.
@@ -92,11 +87,3 @@ class Reconstruction:
     def loss(self, prediction: Tensor, block_output: Tensor, block_input: Tensor, rows: Rows) -> Tensor:
         """Return ℓ_b from the head's prediction and the block's output and input, all (B, T, H)."""
         return reconstruction_loss(prediction, block_input, rows.mask)
-
-
-AUX_LOSSES: dict[str, Any] = {
-    "recon": Reconstruction,
-    "next_token": NextToken,
-    "predicted_gradient": PredictedGradient,
-}
-"""The local losses by their name in `LoPTConfig.aux_loss`."""
