@@ -53,6 +53,7 @@ class BlockMajor:
         stages: The stages of the model, in order.
         own: Those that this process runs.
         passes: Runs a micro-batch through one of them.
+        stash: What waits between them.
         after_pass: Called after each pass of a micro-batch through a stage that is not the last, with the
             stage, the number of the micro-batch and its local loss, detached and not weighted; None if there
             is none.
@@ -68,9 +69,9 @@ class BlockMajor:
         self.after_pass: Callable[[Stage, int, Tensor | None], None] = lambda stage, slot, loss: None
         self._lopt = lopt
         self._offload = offload
-        self._stash = self._make_stash()
+        self.stash = self._make_stash()
         self._steps = 0
-        self.passes = StagePasses(lopt, self.stages, self._stash, self._learns, link, self.own)
+        self.passes = StagePasses(lopt, self.stages, self.stash, self._learns, link, self.own)
         process = 0 if link is None else link.position  # whose layers draw numbers of their own
         self.passes.seed_of = lambda slot: micro_batch_seed(0, self._steps, slot, process)
 
@@ -98,7 +99,7 @@ class BlockMajor:
     @property
     def stashed_bytes(self) -> int:
         """Bytes of what waits between the stages."""
-        return self._stash.nbytes
+        return self.stash.nbytes
 
     @property
     def waited(self) -> float:
@@ -134,7 +135,7 @@ class BlockMajor:
 
     def run_to_last_stage(self, slots: int, forward: Forward) -> None:
         """Run everything up to the model's last stage, which `last_stage` is for then if it is run here."""
-        self._stash.clear()
+        self.stash.clear()
         self.passes.begin_step()
         self.stages.refresh()
         self.updates.begin()
@@ -155,7 +156,7 @@ class BlockMajor:
         with self.passes.running(stage, slot, with_graph=True):
             yield
         if not self.stages.reaches_back(stage):
-            self._stash.drop(stage.index, slot)
+            self.stash.drop(stage.index, slot)
 
     def run_back(self, slots: int, forward: Forward) -> None:
         """Finish the last block's backward, after that of its last stage."""
@@ -164,7 +165,7 @@ class BlockMajor:
     def end_step(self) -> None:
         """End the optimizer step; offloaded weights are in host memory then, and current."""
         self._steps += 1
-        assert not len(self._stash), "a stage has not run"
+        assert not len(self.stash), "a stage has not run"
         if self._offload is not None:
             self._offload.end_step()
 
@@ -181,6 +182,11 @@ class BlockMajor:
                 self._run_back(stage, slot, partial(forward, slot))
                 self.after_pass(stage, slot, None)
             self.updates.stage_done(stage)
+
+    def turn_to(self, stage: Stage, following: Stage) -> None:
+        """Bring the weights of `stage` to the device, outside an optimizer step; begin with `following`."""
+        if self._offload is not None:
+            self._offload.enter(stage, False, following)
 
     def _enter(self, stage: Stage, with_graph: bool) -> None:
         if self._offload is not None:
@@ -226,7 +232,7 @@ class BlockMajor:
             assert self.link is not None
             self.link.send(hidden)
         elif one.stage is self.own[-1]:
-            self._stash.put(one.stage.index + 1, one.slot, hidden)
+            self.stash.put(one.stage.index + 1, one.slot, hidden)
 
     def _learns(self, block: int) -> bool:
         is_last = block == len(self._lopt.blocks) - 1
@@ -239,27 +245,27 @@ class BlockMajor:
         with self.passes.running(stage, slot, with_graph) as one, suppress(BoundaryReached):
             forward()
         assert one.output is not None, "the forward did not run the model with gradients on"
-        self._stash.put(stage.index + 1, slot, one.output)
+        self.stash.put(stage.index + 1, slot, one.output)
         if not self._learns(stage.block) or (with_graph and stage.opens):
-            self._stash.drop(stage.index, slot)
+            self.stash.drop(stage.index, slot)
         if with_graph and not stage.opens:
-            self._stash.drop(FIRST_INPUT, slot)
+            self.stash.drop(FIRST_INPUT, slot)
         return self._lopt.local_losses()[0] if with_graph and self._lopt.heads else None
 
     def _run_back(self, stage: Stage, slot: int, forward: Callable[[], Any]) -> None:
         """Recompute a stage of one micro-batch and continue its backward."""
-        gradient = self._stash.get(stage.index + 1, slot)
-        self._stash.drop(stage.index + 1, slot)
+        gradient = self.stash.get(stage.index + 1, slot)
+        self.stash.drop(stage.index + 1, slot)
         with self.passes.running(stage, slot, with_graph=True) as one, suppress(BoundaryReached):
             forward()
         assert one.output is not None
         output, one.output = one.output, None
         output.backward(gradient)
         if not self.stages.reaches_back(stage):
-            self._stash.drop(stage.index, slot)
+            self.stash.drop(stage.index, slot)
 
     def _forget(self, stage: Stage, slots: int) -> None:
         """Drop what the backward sweep of `stage` would need, as nothing learns there."""
         for slot in range(slots):
-            self._stash.drop(stage.index, slot)
-            self._stash.drop(stage.index + 1, slot)
+            self.stash.drop(stage.index, slot)
+            self.stash.drop(stage.index + 1, slot)

@@ -1,57 +1,36 @@
-"""The task's exact gradients at the boundaries, to which predicted gradients are fitted."""
+"""The task's exact gradients at the boundaries, to which predicted gradients are fitted.
+
+A forward that no boundary cuts, and a backward that passes activations only: no parameter gets a gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from lopt.core.attach import LoPT
-from lopt.losses.predicted_gradient import labelled
-from lopt.losses.rows import Rows
+from lopt.core.boundaries import BoundaryReached
+from lopt.engine.block_major import BlockMajor
+from lopt.engine.stage_pass import NO_BLOCK
+from lopt.engine.stages import Stage
 
-NO_BLOCK = -1  # a forward that no boundary cuts
+Take = Callable[[int, int, Tensor, Tensor], None]
+"""Is given an earlier block that learns, the number of a micro-batch, the block's output and the gradient of
+the loss by it, both (B, T, H)."""
 
 
-def boundary_gradients(handle: LoPT, batch: Mapping[str, Any]) -> tuple[list[tuple[Tensor, Tensor]], Rows]:
-    """Return output and gradient of the mean task loss (B, T, H) of every earlier block that learns.
-
-    The forward runs in one piece, from the first of these boundaries on with a graph; the gradient passes
-    activations only, and no parameter gets one.
+def exact_gradients(lopt: LoPT, slots: int, forward: Callable[[int], Tensor], take: Take) -> None:
+    """Run micro-batches through the whole model at once.
 
     Args:
-        batch: `input_ids` and `labels` (B, T), `attention_mask`, ...
-
-    Returns:
-        Pairs in the order of the blocks, and the token rows.
+        slots: Number of micro-batches.
+        forward: Returns the loss of one of them.
     """
-    inputs = {name: value.to(handle.device) for name, value in batch.items() if isinstance(value, Tensor)}
-    labels = inputs.pop("labels")
-    rows = Rows(inputs.get("attention_mask"), inputs["input_ids"], inputs.get("position_ids"), labels)
-    with _kept(handle) as states:
-        loss = _task_loss(handle.model, inputs, rows)
-        gradients = torch.autograd.grad(loss, states)
-    return [(state.detach(), gradient) for state, gradient in zip(states, gradients, strict=True)], rows
-
-
-def _task_loss(model: Any, inputs: Mapping[str, Tensor], rows: Rows) -> Tensor:
-    """Return the mean cross-entropy over the labels, with logits only where some row has one."""
-    places, labels = labelled(rows)
-    at = places % inputs["input_ids"].shape[1]
-    columns = at.unique()
-    logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
-    chosen = logits[places // inputs["input_ids"].shape[1], torch.searchsorted(columns, at)]
-    return cross_entropy(chosen.float(), labels)
-
-
-@contextmanager
-def _kept(handle: LoPT) -> Iterator[list[Tensor]]:
-    """Within, a forward fills the list with the outputs of the blocks that learn, the first one a leaf."""
-    blocks = handle.blocks
+    blocks = lopt.blocks
     states: list[Tensor] = []
 
     def leave(module: Any, args: tuple, output: Any) -> Any:
@@ -59,18 +38,86 @@ def _kept(handle: LoPT) -> Iterator[list[Tensor]]:
         states.append(hidden if states else hidden.detach().requires_grad_())
         return (states[-1], *output[1:]) if isinstance(output, tuple | list) else states[-1]
 
-    ends = [blocks.layers[blocks[index].stop - 1] for index in handle.learning]
-    hooks = [end.register_forward_hook(leave) for end in ends]
-    learning = [parameter for parameter in handle.model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    active, handle.active_block = handle.active_block, NO_BLOCK
+    hooks = [blocks.layers[blocks[index].stop - 1].register_forward_hook(leave) for index in lopt.learning]
+    active, lopt.active_block = lopt.active_block, NO_BLOCK
     try:
-        with torch.enable_grad():
-            yield states
+        with _nothing_learns(lopt):
+            for slot in range(slots):
+                gradients = torch.autograd.grad(forward(slot), states)
+                for block, state, gradient in zip(lopt.learning, states, gradients, strict=True):
+                    take(block, slot, state.detach(), gradient)
+                states.clear()
     finally:
-        handle.active_block = active
+        lopt.active_block = active
         for hook in hooks:
             hook.remove()
+
+
+class StagedGradients:
+    """Runs micro-batches stage by stage, forth and back again.
+
+    Args:
+        schedule: What else runs the stages, between its optimizer steps.
+    """
+
+    def __init__(self, lopt: LoPT, schedule: BlockMajor) -> None:
+        self._lopt = lopt
+        self._schedule = schedule
+
+    def run(self, slots: int, forward: Callable[[int], Tensor], take: Take) -> None:
+        """Run micro-batches; arguments as of `exact_gradients`."""
+        schedule, stages = self._schedule, self._schedule.stages
+        first = stages.of_block(self._lopt.learning[0])[-1].index  # behind which gradients are wanted
+        schedule.stash.clear()
+        schedule.passes.begin_step()
+        with _nothing_learns(self._lopt):
+            for stage in stages[:-1]:
+                schedule.turn_to(stage, stages[stage.index + 1])
+                for slot in range(slots):
+                    schedule.stash.put(stage.index + 1, slot, self._output(stage, slot, forward))
+                    if stage.index <= first:
+                        schedule.stash.drop(stage.index, slot)
+            for stage in reversed(stages[first + 1 :]):
+                schedule.turn_to(stage, stages[max(stage.index - 1, 0)])
+                for slot in range(slots):
+                    self._run_back(stage, slot, forward, take)
+        schedule.stash.clear()
+
+    def _output(self, stage: Stage, slot: int, forward: Callable[[int], Tensor]) -> Tensor:
+        """Return the output (B, T, H) of a stage that runs without a graph."""
+        with self._schedule.passes.running(stage, slot, with_graph=False) as one, suppress(BoundaryReached):
+            forward(slot)
+        assert one.output is not None
+        return one.output
+
+    def _run_back(self, stage: Stage, slot: int, forward: Callable[[int], Tensor], take: Take) -> None:
+        """Run a stage with a graph and its backward; the gradient by its input takes the input's place."""
+        schedule, result = self._schedule, None
+        with (
+            schedule.passes.running(stage, slot, with_graph=True, exact=True) as one,
+            suppress(BoundaryReached),
+        ):
+            result = forward(slot)
+        if result is None:
+            assert one.output is not None
+            one.output.backward(schedule.stash.get(stage.index + 1, slot))
+            schedule.stash.drop(stage.index + 1, slot)
+        else:
+            result.backward()
+        if stage.opens:
+            state, gradient = one.feeds[stage.start].detach(), schedule.stash.get(stage.index, slot)
+            take(stage.block - 1, slot, state, gradient)
+
+
+@contextmanager
+def _nothing_learns(lopt: LoPT) -> Iterator[None]:
+    """Within, no parameter of the model gets a gradient, and forwards record what hidden states need."""
+    learning = [parameter for parameter in lopt.model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
         for parameter in learning:
             parameter.requires_grad_(True)

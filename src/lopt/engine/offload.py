@@ -173,10 +173,11 @@ class WeightsOffload:
         self.release_all()
         self._offload_heads()
         groups = list(self._groups[stage.index])
-        if self._lopt.config.aux_loss == "next_token" and stage.closes and stage.block in self._lopt.learning:
+        kind = self._lopt.config.aux_loss
+        if kind != "recon" and stage.closes and stage.block in self._lopt.learning:
             for group in self._groups[-1]:  # rows of the LM head are read from host memory
                 self._transfer.wait_until_final(group)
-            groups += self._lens
+            groups += self._lens if kind == "next_token" else []
         self._entered = dict.fromkeys(groups)
         for group in groups:
             self._transfer.fetch(group)

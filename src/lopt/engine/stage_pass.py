@@ -27,6 +27,8 @@ from lopt.engine.random_state import RandomState, random_numbers, random_state, 
 from lopt.engine.stages import Stage, Stages
 from lopt.engine.stash import Stash
 
+NO_BLOCK = -1
+"""In place of a block's index: a forward that no boundary cuts."""
 FIRST_INPUT = -1
 """Place in the stash of the input of block 1's first layer, in the midst of its first stage."""
 
@@ -40,12 +42,14 @@ class Pass:
         feeds: What the layers of these numbers are given in place of their input, (B, T, H).
         output: (B, T, H) what came out of the stage.
         relays: It is no pass of an optimizer step: all stages of a process in a pipeline, without gradients.
+        exact: No local loss is computed, and the gradient by the stage's input is wanted, also at a boundary.
     """
 
     stage: Stage
     slot: int
     with_graph: bool
     relays: bool = False
+    exact: bool = False
     feeds: dict[int, Tensor] = field(default_factory=dict)
     output: Tensor | None = None
 
@@ -109,9 +113,9 @@ class StagePasses:
         self._random.clear()
 
     @contextmanager
-    def running(self, stage: Stage, slot: int, with_graph: bool) -> Iterator[Pass]:
+    def running(self, stage: Stage, slot: int, with_graph: bool, exact: bool = False) -> Iterator[Pass]:
         """Within, a forward with gradients on runs `stage` alone."""
-        self._pass = Pass(stage, slot, with_graph)
+        self._pass = Pass(stage, slot, with_graph, exact=exact)
         try:
             with random_numbers(self._lopt.device, self.seed_of(slot)):
                 yield self._pass
@@ -127,10 +131,10 @@ class StagePasses:
         if stage.index == 0:
             return feeds
         block = self._lopt.blocks[stage.block]
-        if one.with_graph and self._has_local_loss(stage) and stage.start > block.start:
+        if one.with_graph and not one.exact and self._has_local_loss(stage) and stage.start > block.start:
             feeds[block.start] = self._stash.get(self._place_of_input(block), one.slot)
         leaf = self._stash.get(stage.index, one.slot)
-        if one.with_graph and self._stages.reaches_back(stage):
+        if one.with_graph and (one.exact or self._stages.reaches_back(stage)):
             leaf.requires_grad_()
             leaf.register_post_accumulate_grad_hook(partial(self._keep_gradient, stage.index, one.slot))
         feeds[stage.start] = leaf
@@ -164,7 +168,7 @@ class StagePasses:
         one = self._pass
         if one is not None and torch.is_grad_enabled():
             one.feeds = self._inputs(one)
-            self._lopt.active_block = one.stage.block
+            self._lopt.active_block = NO_BLOCK if one.exact else one.stage.block
         elif self._link is not None:
             one = self._relayed(self._link, (*args, *kwargs.values()))
         else:

@@ -26,15 +26,19 @@ DECAY = 0.8
 class GradientMap(nn.Module):
     """Ridge regression from what a block knows in its own forward to the task's gradient at its output.
 
-    At a position whose next token is the label y, the block's output is h. The features are `φ = (h, E_y, 1)`:
-    h in units of each channel's root mean square, and E_y, the label's row of the LM head, in its own units.
-    With `Φ` (N, F) and the exact gradients `G` (N, H) of the summed task loss, `W = (Φᵀ Φ + λ I)⁻¹ Φᵀ G`.
+    At a position whose next token is the label y, the output of the block is h. The features are
+    `φ = (h, E_y, 1)`: h in units of each channel's root mean square, and E_y, the label's row of the LM head,
+    in its own units. With `Φ` (N, F) and the exact gradients `G` (N, H) of the summed task loss,
+    `W = (Φᵀ Φ + λ I)⁻¹ Φᵀ G`.
 
-    All of it is in buffers, which checkpoints of heads keep; there is no parameter.
+    There is no parameter. What a fit needs is kept with the map in checkpoints of heads.
+
+    Attributes:
+        weight: (F, H), W, on the device.
+        units: (2, H), by which h and E_y are divided; those of the first rows.
+        statistics: (F, F + H), `Φᵀ Φ` and `Φᵀ G`, in host memory.
     """
 
-    gram: Tensor
-    cross: Tensor
     weight: Tensor
     units: Tensor
 
@@ -42,11 +46,9 @@ class GradientMap(nn.Module):
         super().__init__()
         self._lm_head = (lm_head,)  # not a part of this module
         features = 2 * hidden_size + 1
-        shapes = {"gram": (features, features), "cross": (features, hidden_size)}
-        shapes |= {"weight": (features, hidden_size), "units": (2, hidden_size)}
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape, device=device))
-        self.units.fill_(1.0)
+        self.register_buffer("weight", torch.zeros(features, hidden_size, device=device))
+        self.register_buffer("units", torch.ones(2, hidden_size, device=device))
+        self.statistics = torch.zeros(features, features + hidden_size)
 
     @torch.no_grad()
     def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
@@ -68,21 +70,30 @@ class GradientMap(nn.Module):
         places, labels = labelled(rows)
         if not len(places):
             return
-        if not self.gram.any():  # the first rows
+        if not self.statistics.any():  # the first rows
             for unit, values in zip(self.units, self._known(hidden, places, labels), strict=True):
                 unit.copy_(values.square().mean(0).sqrt().clamp(min=torch.finfo(values.dtype).tiny))
         features = self._features(hidden, places, labels)
-        self.gram += features.T @ features
-        self.cross += features.T @ (gradient.flatten(0, 1)[places].to(features) * len(places))
+        exact = gradient.flatten(0, 1)[places].to(features) * len(places)
+        self.statistics += (features.T @ torch.cat([features, exact], 1)).to(self.statistics.device)
 
     @torch.no_grad()
     def fit(self) -> None:
         """Fit the map to the statistics, which count less at the next fit."""
-        strength = RIDGE * self.gram.diagonal().mean()
-        regular = self.gram + strength * torch.eye(len(self.gram), device=self.gram.device)
-        self.weight.copy_(torch.cholesky_solve(self.cross, torch.linalg.cholesky(regular)))
-        self.gram *= DECAY
-        self.cross *= DECAY
+        gram, cross = self.statistics.to(self.weight.device, copy=True).split(
+            [len(self.weight), self.weight.shape[1]], 1
+        )
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        self.weight.copy_(torch.cholesky_solve(cross, torch.linalg.cholesky(gram)))
+        self.statistics *= DECAY
+
+    def get_extra_state(self) -> Tensor:
+        """Return the statistics."""
+        return self.statistics
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the statistics of a checkpoint."""
+        self.statistics.copy_(state)
 
     def _features(self, hidden: Tensor, places: Tensor, labels: Tensor) -> Tensor:
         """Return (N, F)."""

@@ -295,15 +295,8 @@ def _check_predicted_gradient(args: TrainingArguments, config: LoPTConfig) -> No
             "`aux_loss` predicted_gradient is fitted to the loss of labelled tokens, which SFT alone has: "
             "use `aux_loss` recon"
         )
-    if config.schedule != "eager":
-        raise ValueError(
-            f"`aux_loss` predicted_gradient is fitted to gradients through the whole model: use `schedule` eager "
-            f"(got {config.schedule}), or `aux_loss` recon"
-        )
-    if args.world_size > 1:
-        raise ValueError(
-            f"`aux_loss` predicted_gradient runs in one process (got {args.world_size}): use `aux_loss` recon"
-        )
+    if args.world_size > 1 or config.schedule == "pipeline":
+        raise ValueError("`aux_loss` predicted_gradient runs in one process: use `aux_loss` recon")
 
 
 def check_routers(config: LoPTConfig, model_config: Any) -> None:

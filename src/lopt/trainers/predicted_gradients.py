@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import cosine_similarity
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
 
-from lopt.engine.exact_gradients import boundary_gradients
+from lopt.engine.exact_gradients import StagedGradients, exact_gradients
 from lopt.losses.predicted_gradient import labelled
+from lopt.losses.rows import Rows
 
 FIRST_ROWS = 48
 """Training rows of the first fit."""
@@ -28,39 +30,60 @@ class PredictedGradients:
 
     def start(self) -> None:
         """Fit to the gradients of the unchanged model, on training rows in an order of their own."""
-        seen = 0
-        with torch.random.fork_rng():
-            for batch in itertools.cycle(self._trainer.head_warm_up_batches()):
-                self._add(batch)
-                seen += len(batch["input_ids"])
-                if seen >= FIRST_ROWS:
-                    break
-        self._fit()
+        batches: list[Any] = []
+        for batch in itertools.cycle(self._trainer.head_warm_up_batches()):
+            batches.append(batch)
+            if sum(len(batch["input_ids"]) for batch in batches) >= FIRST_ROWS:
+                break
+        self._fit(batches)
 
-    def begin_step(self, batches: list[Any]) -> None:
+    def begin_step(self, batches: Sequence[Any]) -> None:
         """Fit again if that is due, to the gradients of the optimizer step that begins."""
         trainer, step = self._trainer, self._trainer.state.global_step
-        if not step or step % trainer.lopt.config.refit_every:
-            return
+        if step and step % trainer.lopt.config.refit_every == 0:
+            for block, cosine in self._fit(batches):
+                trainer.average(f"predicted_gradient/block_{block + 1}", cosine)
+
+    def _fit(self, batches: Sequence[Any]) -> list[tuple[int, float]]:
+        """Fit to the exact gradients of batches; return blocks and cosines of old prediction and truth."""
+        lopt, found = self._trainer.lopt, []
+        inputs = [
+            {name: value.to(lopt.device) for name, value in batch.items() if isinstance(value, Tensor)}
+            for batch in batches
+        ]
+        rows = [_rows(batch) for batch in inputs]
+
+        def forward(slot: int) -> Tensor:
+            return _task_loss(lopt.model, inputs[slot], rows[slot])
+
+        def take(block: int, slot: int, hidden: Tensor, gradient: Tensor) -> None:
+            predicted = lopt.heads[block](hidden, rows[slot])
+            places, _ = labelled(rows[slot])
+            guess, truth = (x.flatten(0, 1)[places].flatten().float() for x in (predicted, gradient))
+            found.append((block, cosine_similarity(guess, truth, dim=0).item()))
+            lopt.heads[block].add(hidden, gradient, rows[slot])
+
         with torch.random.fork_rng():
-            for batch in batches:
-                for block, cosine in zip(trainer.lopt.learning, self._add(batch), strict=True):
-                    trainer.average(f"predicted_gradient/block_{block + 1}", cosine)
-        self._fit()
+            if self._trainer.block_major is None:
+                exact_gradients(lopt, len(inputs), forward, take)
+            else:
+                StagedGradients(lopt, self._trainer.block_major.schedule).run(len(inputs), forward, take)
+        for block in lopt.learning:
+            lopt.heads[block].fit()
+        return found
 
-    def _fit(self) -> None:
-        for block in self._trainer.lopt.learning:
-            self._trainer.lopt.heads[block].fit()
 
-    def _add(self, batch: Mapping[str, Any]) -> list[float]:
-        """Add a batch to the statistics; return for each block the cosine of prediction and truth before."""
-        lopt, cosines = self._trainer.lopt, []
-        pairs, rows = boundary_gradients(lopt, batch)
-        places, _ = labelled(rows)
-        for block, (hidden, gradient) in zip(lopt.learning, pairs, strict=True):
-            head = lopt.heads[block]
-            both = head(hidden, rows), gradient
-            guess, truth = (values.flatten(0, 1)[places].flatten().float() for values in both)
-            cosines.append(cosine_similarity(guess, truth, dim=0).item())
-            head.add(hidden, gradient, rows)
-        return cosines
+def _rows(inputs: Mapping[str, Tensor]) -> Rows:
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    return Rows(mask, inputs["input_ids"], positions, inputs["labels"])
+
+
+def _task_loss(model: Any, inputs: Mapping[str, Tensor], rows: Rows) -> Tensor:
+    """Return the mean cross-entropy over the labels, with logits only where some row has one."""
+    places, labels = labelled(rows)
+    width = inputs["input_ids"].shape[1]
+    columns = (places % width).unique()
+    known = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**known, logits_to_keep=columns, use_cache=False).logits
+    chosen = logits[places // width, torch.searchsorted(columns, places % width)]
+    return cross_entropy(chosen.float(), labels)
