@@ -61,7 +61,7 @@ GRPO_DATA = (
 METHOD = (
     Line("method", "lopt", "lopt, e2e, frozen or lora"),
     Line("num_blocks", "2", "blocks of layers; 1 is end to end"),
-    Line("aux_loss", "recon", "local loss: recon, next_token, predicted_gradient"),
+    Line("aux_loss", "recon", "recon, next_token, predicted_gradient"),
     Line("lambda_aux", "10.0", "weight of the mean local loss"),
     Line("lr_k1", "", "learning rate of the earlier blocks"),
     Line("local_every", "1", "earlier blocks learn on every N-th step"),
