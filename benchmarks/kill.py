@@ -33,6 +33,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.engine.grid import leave
 from lopt.reliability.checkpoint import WRITING, checkpoints, choose, damage, recover
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from lopt.trainers.pipeline import join_pipeline
@@ -81,6 +82,7 @@ def train(kind: str, folder: Path, steps: int) -> None:
     begun = trainer.accelerator.gather(torch.tensor([bool(checkpoints(folder))])).all()
     trainer.train(resume_from_checkpoint=bool(begun))
     trainer.save_model()
+    leave()
 
 
 def _reward(completions: list[str], **_: Any) -> list[float]:

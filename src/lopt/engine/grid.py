@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,12 +22,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lopt.engine.presence import Presence
 from lopt.validation import check
 
 FAILED = "lopt/failed"
 """Key of the sentence with which the first process that failed has ended."""
 _LONGEST_PAUSE = 0.2  # seconds between two looks for a value
 _LAST_WAIT = 10.0  # seconds in which the first process waits for the others at the end
+HOST_GONE = "the process that started the run has ended"
+_JOIN_TIMEOUT = timedelta(minutes=30)  # until all processes have joined
 _LINK_TIMEOUT = timedelta(days=7)  # a stage may take long; a process that is gone closes its connections
 
 
@@ -45,6 +49,7 @@ class Grid:
         replicas: Number of pipelines.
         store: Of all processes.
         group: The processes of its pipeline, in the order of their blocks.
+        presence: Tells which processes have ended.
     """
 
     position: int
@@ -53,6 +58,7 @@ class Grid:
     replicas: int
     store: Any
     group: Any
+    presence: Presence
     _calls: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -118,16 +124,34 @@ class Grid:
                 pause = min(1.3 * pause, _LONGEST_PAUSE)
             return self.store.get(key).decode()
         except RuntimeError as error:  # the store was in another process
-            raise RankError("the process that started the run has ended") from error
+            raise RankError(HOST_GONE) from error
 
     def check(self) -> None:
         """Raise a RankError if another process has failed."""
-        if self.store.check([FAILED]):
-            raise RankError(self.store.get(FAILED).decode())
+        message = self.failure()
+        if message is not None:
+            raise RankError(message)
+
+    def failure(self, store: Any = None) -> str | None:
+        """Return why another process has failed; None if none has.
+
+        Args:
+            store: A clone of the store, for another thread.
+        """
+        store = store or self.store
+        try:
+            gone = [rank for rank in self.presence.gone() if not store.check([f"lopt/left/{rank}"])]
+            if gone and not store.check([FAILED]):
+                ended = f"rank {gone[0]} has ended and does not say why: it was killed, or its machine is gone"
+                store.compare_set(FAILED, "", ended)
+            return store.get(FAILED).decode() if store.check([FAILED]) else None
+        except RuntimeError:  # the store was in another process
+            return HOST_GONE
 
     def fail(self, message: str) -> None:
         """Let all processes know why this one ends; the first to say so is heard."""
-        self.store.compare_set(FAILED, "", message)
+        with suppress(RuntimeError):  # the store was in another process, which has ended
+            self.store.compare_set(FAILED, "", message)
 
 
 _current: Grid | None = None
@@ -162,11 +186,12 @@ def join(size: int) -> Grid:
     store, rank, ranks = next(iter(dist.rendezvous("env://")))
     replicas = ranks // size
     position, replica = divmod(rank, replicas)
+    presence = Presence(store, rank, ranks, _JOIN_TIMEOUT)
     group = _make_group(dist.PrefixStore(f"pipeline/{replica}", store), position, size)
     backend = "nccl" if _on_gpu() else "gloo"
     block = dist.PrefixStore(f"block/{position}", store)
     dist.init_process_group(backend, store=block, rank=replica, world_size=replicas)
-    _current = Grid(position, size, replica, replicas, store, group)
+    _current = Grid(position, size, replica, replicas, store, group, presence)
     return _current
 
 
@@ -176,11 +201,13 @@ def leave() -> None:
     place, _current = _current, None
     if place is None:
         return
-    place.store.set(f"lopt/left/{place.rank}", "")
-    deadline = time.monotonic() + _LAST_WAIT
-    others = [f"lopt/left/{rank}" for rank in range(1, place.ranks)]
-    while place.rank == 0 and time.monotonic() < deadline and not place.store.check(others):
-        time.sleep(0.01)
+    with suppress(RuntimeError):  # the store was in another process, which has ended
+        place.store.set(f"lopt/left/{place.rank}", "")
+        deadline = time.monotonic() + _LAST_WAIT
+        others = [f"lopt/left/{rank}" for rank in range(1, place.ranks)]
+        while place.rank == 0 and time.monotonic() < deadline and not place.store.check(others):
+            time.sleep(0.01)
+    place.presence.close()
     if dist.is_initialized():  # accelerate may have done it
         dist.destroy_process_group()
 

@@ -57,9 +57,10 @@ def _wait(store: Any, name: str, ranks: int) -> None:
     store.add(f"{name}/done", 1)
     pause = 0.005
     while store.add(f"{name}/done", 0) < ranks:
-        for key in (f"{name}/failed", grid.FAILED):
-            if store.check([key]):
-                raise RankError(store.get(key).decode())
+        if store.check([f"{name}/failed"]):
+            raise RankError(store.get(f"{name}/failed").decode())
+        if (place := grid.current()) is not None:
+            place.check()
         time.sleep(pause)
         pause = min(1.2 * pause, LONGEST_PAUSE)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lopt.engine.grid import FAILED, Grid, RankError
+from lopt.engine.grid import Grid, RankError
 from lopt.reliability.stop import Stopped, requested
 
 STOP = "lopt/stop"
@@ -75,10 +75,11 @@ def watching(place: Grid | None) -> Iterator[None]:
     except Stopped:
         raise
     except RankError as error:
-        if not place.store.check([FAILED]):
+        message = place.failure()
+        if message is None:
             place.fail(str(error))
             raise
-        raise RankError(place.store.get(FAILED).decode()) from error
+        raise RankError(message) from error
     except BaseException as error:
         place.fail(f"rank {place.rank}: {error or repr(error)}")
         raise
@@ -99,11 +100,9 @@ def _watch(place: Grid, store: Any, over: threading.Event) -> None:
             if not asked and (reason := requested()) is not None:
                 asked = True
                 store.set(STOP, reason)
-            if not store.check([FAILED]):
-                continue
-            message = store.get(FAILED).decode()
-        except RuntimeError:  # the store was in another process
-            message = "the process that started the run has ended"
-        if not over.wait(GRACE):
+        except RuntimeError:
+            pass  # the store was in another process
+        message = place.failure(store)
+        if message is not None and not over.wait(GRACE):
             os.write(2, f"lopt: error: {message}\n".encode())
             os._exit(1)
