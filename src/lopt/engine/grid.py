@@ -142,7 +142,9 @@ class Grid:
         try:
             gone = [rank for rank in self.presence.gone() if not store.check([f"lopt/left/{rank}"])]
             if gone and not store.check([FAILED]):
-                ended = f"rank {gone[0]} has ended and does not say why: it was killed, or its machine is gone"
+                ended = (
+                    f"rank {gone[0]} has ended and does not say why: it was killed, or its machine failed"
+                )
                 store.compare_set(FAILED, "", ended)
             return store.get(FAILED).decode() if store.check([FAILED]) else None
         except RuntimeError:  # the store was in another process

@@ -66,7 +66,8 @@ class Presence:
 
 
 def _accept(store: Any, ranks: int, timeout: timedelta) -> dict[int, socket.socket]:
-    word, found = secrets.token_hex(_WORD // 2), {}
+    word = secrets.token_hex(_WORD // 2)
+    found: dict[int, socket.socket] = {}
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     with socket.create_server(("", 0), family=family, backlog=ranks, dualstack_ipv6=both) as server:
