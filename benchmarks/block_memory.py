@@ -82,10 +82,12 @@ class Loop:
         else:
             self.optimizer = BlockOptimizer(groups, adamw, precision=precision)
         self.ids = torch.ones(args.batch, args.tokens, dtype=torch.long, device=device)
+        self.mask = torch.ones_like(self.ids) if s.get("mask") else None
 
     def forward(self) -> torch.Tensor:
         with lean_fused_head(self.ids.device):
-            return self.model(input_ids=self.ids, labels=self.ids, fused_lm_head=True).loss
+            rows = dict(input_ids=self.ids, labels=self.ids, attention_mask=self.mask)
+            return self.model(**rows, fused_lm_head=True).loss
 
     def step(self, micro_batches: int) -> None:
         """An optimizer step of so many micro-batches."""
@@ -108,6 +110,8 @@ def peak(shape: dict, args: argparse.Namespace, fake: bool = True, **setting: An
     # transformers reads position_ids to find out whether rows are packed, which fake tensors cannot
     # answer; it would then build a mask that a real run does not have.
     no_packing = replaced(masking_utils, find_packed_sequence_indices=lambda position_ids: None)
+    if setting.get("mask"):  # as trainers give it; nothing of one row is padded
+        no_packing = compat.masks_by_shape(args.batch)
     as_on_gpu = compat.fused_head_as_on_a_gpu(_product_in_place) if setting.get("gpu_head") else nullcontext()
     with no_packing, as_on_gpu, FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         loop = Loop(shape, args, setting)

@@ -6,8 +6,8 @@
 Each run is killed once or several times, at moments drawn uniformly over the time that a whole run takes
 (which is measured anew every ten runs), and saves a checkpoint after every step, so that many kills meet it
 while it writes. A run is a process forked off this one, which has imported everything already. Of a
-"pipeline" one random rank is killed, and the others have to end by themselves, `LONGEST_END` seconds after it at the
-latest. Interrupted itself, the script goes on where it was.
+"pipeline" one random rank is killed, and the others have to end by themselves, `LONGEST_END` seconds after it
+at the latest. Interrupted itself, the script goes on where it was.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Each layer of a small model sleeps in its forward and backward, so that the process's thread has the core to
 itself as it has beside a GPU. The host optimizer is the real one, in its thread, with a pause after each
 stage that stands for a model with more parameters. Its wait in a step (`host_wait_seconds` in a trainer's
-log) is measured for end to end, LoPT k=2 and frozen k=2, clipped, and compared with what follows from the
-times of each stage's forward and of its step on the host:
+log) is measured for end to end, LoPT k=2 and frozen k=2, clipped, and compared with what the planner's
+timeline (`lopt.planning.timeline`) makes of how long each stage computes and is stepped:
 
 - Blocks are stepped in the order in which the next step needs them. LoPT's block 1 is stepped while block 2
   computes, block 2 while block 1 of the next step does: nothing waits.
@@ -17,9 +17,11 @@ times of each stage's forward and of its step on the host:
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -30,10 +32,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopt import LoPTConfig, attach
 from lopt.engine.plain_loop import block_major
+from lopt.planning.devices import Machine
+from lopt.planning.plan import Planner
+from lopt.planning.run import PREFETCH, Run, Setting
+from lopt.planning.timeline import StepTime, Update, Work, step_time
 from small_model import flags, keep
 from step_time import adamw
 
-LAYERS, MICRO_BATCHES, STEPS = 6, 4, 6
+LAYERS, MICRO_BATCHES, STEPS, TOKENS = 6, 4, 9, 8
 FORWARD, BACKWARD = 0.010, 0.020
 """Seconds that a layer sleeps for a micro-batch."""
 HOST = 0.060
@@ -43,6 +49,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoPT k=2": dict(method="lopt", num_blocks=2),
     "frozen k=2": dict(method="frozen", num_blocks=2),
 }
+CONFIG = LlamaConfig(
+    hidden_size=128, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4,
+    num_hidden_layers=LAYERS, vocab_size=128,
+)  # fmt: skip
+STAGED: dict[str, Any] = dict(schedule="block_major", stages=LAYERS, offload="block", optimizer_device="cpu")
 Spans = list[tuple[str, float, float]]
 
 
@@ -71,12 +82,8 @@ def _timed(spans: Spans, name: str, function: Callable[[], Any]) -> Any:
 def run(method: dict[str, Any]) -> dict[str, Any]:
     """Return waits and times of steps, and what happened when in the last two."""
     torch.manual_seed(0)
-    shape = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4)
-    model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=LAYERS, vocab_size=128)).train()
-    config = LoPTConfig(
-        **method, schedule="block_major", stages=LAYERS, offload="block", optimizer_device="cpu"
-    )
-    handle = attach(model, config)
+    model = LlamaForCausalLM(CONFIG).train()
+    handle = attach(model, LoPTConfig(**method, **STAGED))
     handle.loss_scale = share = 1 / MICRO_BATCHES
     schedule = block_major(handle, handle.parameter_groups(1e-4), adamw, max_norm=1.0, threads=1)
     spans: Spans = []
@@ -84,7 +91,7 @@ def run(method: dict[str, Any]) -> dict[str, Any]:
         # Not the layer, whose hooks are called where it is skipped, too.
         layer.mlp.register_forward_hook(lambda mlp, args, output: Sleep.apply(output, spans))
     _watch(schedule, spans)
-    ids = torch.randint(0, 128, (MICRO_BATCHES, 1, 8))
+    ids = torch.randint(0, 128, (MICRO_BATCHES, 1, TOKENS))
 
     def loss(slot: int) -> Tensor:
         return model(input_ids=ids[slot], labels=ids[slot], use_cache=False).loss * share
@@ -99,11 +106,13 @@ def run(method: dict[str, Any]) -> dict[str, Any]:
     start, end = steps[-2][0], steps[-1][1]
     shown = [(name, a - start, b - start) for name, a, b in spans if a >= start and b <= end + HOST]
     taken = [b - a for name, a, b in spans if name == "host"]
+    expected = predicted(method, [_turns(spans, *step) for step in steps[1:]], statistics.median(taken))
     return {
         "seconds": statistics.median(b - a for a, b in steps[1:]),
         "wait": statistics.median(waits[1:]),
         "stage on the host": statistics.median(taken),
-        "predicted wait": statistics.median(predicted(method, spans, began) for began, _ in steps[1:]),
+        "predicted seconds": expected.seconds,
+        "predicted wait": expected.host,
         "steps began": [steps[-2][0] - start, steps[-1][0] - start],
         "spans": shown,
     }
@@ -133,20 +142,27 @@ def _watch(schedule: Any, spans: Spans) -> None:
         )
 
 
-def predicted(method: dict[str, Any], spans: Spans, began: float) -> float:
-    """Return the wait of the step that began then, from how long everything else took."""
-    if method["method"] != "e2e":  # every stage is stepped long before it is needed
-        return 0.0
-    turns = [(a, b) for name, a, b in spans if name == "turn" and a >= began][:LAYERS]
-    forwards = [after[0] - turn[1] for turn, after in itertools.pairwise(turns)]
-    ends = [b for name, _, b in spans if name == "host" and b >= began][:LAYERS]
-    on_host = [b - a for a, b in itertools.pairwise([began, *ends])]  # one after the other
-    clock = waited = ready = 0.0
-    for took, forward in zip(on_host, [*forwards, 0.0], strict=True):
-        ready += took
-        waited += max(0.0, ready - clock)
-        clock = max(clock, ready) + forward
-    return waited
+def _turns(spans: Spans, began: float, ended: float) -> list[float]:
+    """Return how long the device computes each time it has turned to a stage, in one step."""
+    turns = [(a, b) for name, a, b in spans if name == "turn" and began <= a <= ended]
+    return [after - b for (_, b), (after, _) in itertools.pairwise([*turns, (ended, ended)])]
+
+
+def predicted(method: dict[str, Any], steps: list[list[float]], on_host: float) -> StepTime:
+    """Return what the planner's timeline says of a device that computes as long as this one.
+
+    Args:
+        steps: Seconds of each turn, of several steps.
+        on_host: Seconds in which a stage is stepped.
+    """
+    setting = Setting(method["method"], method.get("num_blocks", 1), **STAGED)
+    run = Run(CONFIG, 1, TOKENS, MICRO_BATCHES, torch.float32, autocast=False, device="cpu")
+    work = Planner(run).plan(setting).work
+    seconds = [statistics.median(turn) for turn in zip(*steps, strict=True)]
+    turns = [replace(t, flops=s, head_flops=0.0) for t, s in zip(work.turns, seconds, strict=True)]
+    updates = [[Update(1)] if own else [] for own in work.updates]
+    one = Machine((1e-12,) * 3, (math.inf,) * 2, memory_gbps=1e-9, host_gbps=1e-9 / on_host)
+    return step_time(Work(turns, work.weights, updates, work.stepped_by), one, PREFETCH)
 
 
 # -- the figure ----------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
     "word.json": ('"rows"', "word.json"),
     "header.csv": ("question,answer\n", "header.csv has no rows"),
     "rows.xml": ("<rows/>", "rows.xml is of an unknown type: give .json, .jsonl"),
-    "rows.jsonl.gz": (b"\x1f\x8b\x08\x00junk", "rows.jsonl.gz is of an unknown type"),
+    "rows.jsonl.gz": (b"\x1f\x8b\x08\x00junk", "rows.jsonl.gz is no whole .gz file"),
     "gzip.jsonl": (b"\x1f\x8b\x08\x00junk", "gzip.jsonl is not UTF-8 (line 1): convert it"),
     "gzip.parquet": (b"\x1f\x8b\x08\x00junk", "gzip.parquet"),
     "utf16.jsonl": (row().encode("utf-16"), "utf16.jsonl is not UTF-8 (line 1): convert it"),
@@ -108,7 +108,7 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
     "silent.jsonl": (talk(("user", "Hi")), "no assistant message (roles: user)"),
     "roles.jsonl": (talk(("narrator", "Hi"), ("oracle", "Hello")), "(roles: narrator, oracle)"),
     "first.jsonl": (talk(("assistant", "Hello")), "has no message before its assistant message"),
-    "roleless.jsonl": ('{"messages": [{"from": "user", "value": "Hi"}]}\n', "without a role: give {role,"),
+    "roleless.jsonl": ('{"messages": [{"value": "Hi"}]}\n', "without a role: give {role,"),
     "spoken.jsonl": ('{"messages": "Hi"}\n', "must be a non-empty list of {role, content} messages"),
     "parts.jsonl": (talk(("user", [{}]), ("assistant", "x")), "has a user message whose content is not"),
     "mute.jsonl": (talk(("user", ""), ("assistant", "x")), "has an empty user message: fill it or remove"),
@@ -192,9 +192,6 @@ def build_models(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
     shard.with_name("model.safetensors.index.json").write_text(json.dumps(index))
     save_tiny(folder / "experts", "mixtral")
-    save_tiny(
-        folder / "unmarked", chat_template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
-    )
     save_tiny(folder / "strict", chat_template="{{ raise_exception('no such role as assistant') }}")
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertForMaskedLM(BertConfig(**sizes, vocab_size=300)).save_pretrained(folder / "encoder")
@@ -208,6 +205,9 @@ def build_models(folder: Path) -> None:
     adapter = json.dumps({"base_model_name_or_path": str(folder / "model"), "peft_type": "LORA"})
     (like_it("adapted") / "adapter_config.json").write_text(adapter)
     save_file({}, folder / "adapted/adapter_model.safetensors")
+    (folder / "lora").mkdir()
+    (folder / "lora/adapter_config.json").write_text(adapter)
+    save_file({}, folder / "lora/adapter_model.safetensors")
     weights = load_file(folder / "model/model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, like_it("not_finite") / "model.safetensors", metadata={"format": "pt"})
@@ -221,5 +221,7 @@ def build_models(folder: Path) -> None:
     (like_it("two_copies") / "model.safetensors.index.json").write_text(json.dumps(twice))
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_config.json").write_text("[")
+    (folder / "half_a_run").mkdir()
+    (folder / "half_a_run/trainer_state.json").write_text('{"global_step": 3')
     (folder / "probed").mkdir()
     (folder / "probed/probe.json").write_text("{}")

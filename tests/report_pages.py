@@ -14,6 +14,9 @@ from lopt.reports.demo import write_demo_report
 from lopt.reports.drift import drift_page
 from lopt.reports.eval import write_retention
 from lopt.reports.retention import write_curves
+from lopt.reports.run import write_run_page
+from lopt.reports.run_data import RunData
+from lopt.reports.runs import write_runs_page
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 Hurt = Callable[[str], str]
@@ -74,4 +77,38 @@ def retention(folder: Path, hurt: Hurt = str) -> Path:
     return folder / "retention.html"
 
 
-PAGES = [demo, compare, evaluation, probe, retention]
+def run_data(hurt: Hurt, name: str) -> RunData:
+    log = {"loss": 3.0, "eval_loss": 2.5, "reward": 0.5, "learning_rate": 2e-5, "grad_norm": 1e3}
+    log |= {"local_loss/block_1": 1e5, "local_loss/block_2": 1e-3, "grad_share/block_1": 0.2}
+    log |= {"tokens_per_second": 1e4, "peak_memory_gib": 3.2, f"retention/{hurt('notes')}_loss": 2.0}
+    history = [{"step": i, **{key: value / (1 + i / 100) for key, value in log.items()}} for i in range(400)]
+    blocks = [{"start": 6 * i, "stop": 6 * i + 6, "learns": hurt("recon loss")} for i in range(3)]
+    facts = {
+        "model": hurt("model"), "architecture": hurt("Llama"), "dtype": hurt("float32"),
+        "parameters": 268_098_176, "trained": 100_326_016, "method": "lopt",
+        "blocks": blocks, "steps": 500, "rows": 1000, "cut": 3,
+        "max_length": 1024, "lengths": {"width": 50, "counts": [i % 7 for i in range(24)], "longest": 1199},
+    }  # fmt: skip
+    answers = [{"completion": hurt("an answer " * 20), "reward": 0.5}] * 3
+    data = {
+        "command": hurt("grpo"), "facts": facts, "warnings": {hurt("a warning"): 2},
+        "memory": {hurt("optimizer"): 2**30}, "head_warmup": [[1.0, 2.0], [0.5, 1.0]],
+        "changed": {hurt("flag"): [hurt("value")]}, "seconds": 12.0,
+        "samples": {"first": {"step": 1, "prompt": hurt("Question?"), "completions": answers}},
+    }  # fmt: skip
+    attempt = {"date": hurt("2026-01-01"), "command": hurt("lopt grpo --output_dir /a/long/path"),
+               "resumed_from": f"{hurt('out')}/checkpoint-200", "environment": {hurt("device"): hurt("CPU")},
+               "versions": {hurt("torch"): hurt("2.13.0")}}  # fmt: skip
+    settings = {hurt("learning_rate"): hurt(name)}
+    return RunData(hurt(name), history, data, {"settings": settings, "attempts": [attempt]})
+
+
+def run(folder: Path, hurt: Hurt = str) -> Path:
+    return write_run_page(folder, run_data(hurt, "a-run"))
+
+
+def runs(folder: Path, hurt: Hurt = str) -> Path:
+    return write_runs_page(folder, [run_data(hurt, "a-run"), run_data(hurt, "a-run-with-a-longer-name")])
+
+
+PAGES = [demo, compare, evaluation, probe, retention, run, runs]

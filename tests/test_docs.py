@@ -22,14 +22,17 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 HISTORY = ("changelog.md",)  # names things that are gone
-COMMANDS = ("sft", "dpo", "grpo", "eval", "compare", "probe", "plan", "demo", "data preview", "data download")
+COMMANDS = (
+    *("sft", "dpo", "grpo", "chat", "merge", "eval", "compare", "report", "probe", "plan", "demo"),
+    *("data preview", "data download", "data preview dpo", "compare dpo"),
+)
 TOP = ("benchmarks", "docs", "examples", "scripts", "src", "tests")
 # Flags of other programs that the pages name.
 FOREIGN = {
     "--config_file", "--nnodes", "--node_rank", "--nproc_per_node", "--num_processes", "--rdzv_backend",
     "--rdzv_endpoint", "--find-links", "--no-deps", "--no-index", "--wheel", "--help", "--help-all",
     "--version", "--config", "--steps", "--max_tokens", "--schedule_steps", "--tokens", "--pairs",
-    "--logprobs-mode", "--dtype",
+    "--logprobs-mode", "--dtype", "--logdir", "--backend-store-uri",
 }  # fmt: skip
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -89,6 +92,7 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
                 command = "grpo"
             elif words[:1] == ["lopt"] and len(words) > 1 and words[1].islower():
                 command = " ".join(words[1:3]) if words[1] == "data" else words[1]
+                command += " dpo" if words[1:4] == ["data", "preview", "dpo"] else ""
                 assert command in COMMANDS, f"{page.name}: {line}"
             else:
                 continue

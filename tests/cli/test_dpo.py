@@ -78,6 +78,27 @@ def test_a_resumed_run_is_the_whole_one(dpo: Run) -> None:
     assert any(not torch.equal(b[name], c[name]) for name in b)
 
 
+@pytest.mark.slow
+def test_methods_are_compared_on_pairs(dpo: Run, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "note.txt").write_text("One window of text, which has no interval over items.")
+    words = f"compare dpo --model_name_or_path {tiny_folder} --train_file {tmp_path / 'pairs.jsonl'} "
+    words += "--held_out 4 "
+    words += (
+        f"--methods e2e frozen --seeds 0 --max_steps 2 --learning_rate 1e-3 --output_dir {tmp_path / 'both'} "
+    )
+    words += f"--retention_text {tmp_path / 'note.txt'} --per_device_train_batch_size 4 --disable_tqdm True"
+    assert main(words.split()) == 0
+    results = json.loads((tmp_path / "both" / "compare.json").read_text())
+    assert results["base"]["adaptation"]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    for run in results["cells"]:
+        assert run["adaptation"]["loss"] < 0.6931 and 0 <= run["adaptation"]["pair_accuracy"] <= 1
+    assert results["summary"]["items"]["e2e"]["text:note"]["low"] is None
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "held-out pair accuracy" in page and "nats per pair" in page and "nats per token" not in page
+    assert main([*words.split(), "--methods", "lopt:aux_loss=next_token"]) == 2
+    assert "--aux_loss next_token would teach earlier blocks rejected answers" in capsys.readouterr().err
+
+
 def test_the_reference_is_loaded_as_the_model_is(dpo: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     begin = LoPTDPOTrainer.__init__

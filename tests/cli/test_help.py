@@ -47,7 +47,7 @@ def test_common_flags_are_the_real_ones(command: str) -> None:
     for line in (line for lines in COMMON[command].values() for line in lines):
         value = defaults[line.name]
         shown = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-        assert line.default.replace("COMMAND", command) == shown, line.name
+        assert line.default.replace("COMMAND", command.split()[0]) == shown, line.name
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "eval"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lopt.data import files
+from lopt.data import places
 from lopt.data.load import load_rows, split_held_out
 
 ROWS = [{"question": f"q{i}", "answer": str(i)} for i in range(20)]
@@ -41,7 +41,7 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
     write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
     write(tmp_path / "a.csv", "question,answer\n" + "".join(f"q{i},{i}\n" for i in range(20)))
     Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
-    for suffix in files.KINDS:
+    for suffix in places.KINDS:
         assert load_rows(tmp_path / f"a{suffix}").to_list() == ROWS, suffix
     assert load_rows(write(tmp_path / "b [1]*.JSONL", jsonl(ROWS))).to_list() == ROWS
     twice = load_rows([tmp_path / "a.jsonl", tmp_path / "a.json"])

@@ -155,7 +155,7 @@ def test_rows_without_a_completion_are_dropped_with_a_warning(caplog):
         ({"question": "q", "answer": ["a"]}, "`answer`, must be text or a number, not list"),
         ({"messages": []}, "`messages`, must be a non-empty list"),
         ({"messages": "Hi"}, "`messages`, must be a non-empty list"),
-        ({"messages": [{"from": "user", "value": "Hi"}]}, "without a role"),
+        ({"messages": [{"content": "Hi"}]}, "without a role"),
         ({"messages": [turn("user", "Hi")]}, "no assistant message (roles: user)"),
         ({"messages": [turn("assistant", "Hi")]}, "no message before"),
         ({"messages": [turn("user", " "), turn("assistant", "Hi")]}, "empty user message"),

@@ -12,7 +12,7 @@ from conftest import save_tiny
 from lopt.cli.main import main
 from lopt.data import preview
 from lopt.data.preview import ShownSequence, legend, render, sequences
-from lopt.trainers import LoPTSFTTrainer
+from lopt.trainers import LoPTDPOTrainer, LoPTSFTTrainer
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
@@ -78,6 +78,35 @@ def test_preview_is_what_training_sees(
     assert len(seen) > 1 and masked == ("completion_only_loss false" not in flags)
     what = [(s.tokens, s.labels, s.padding) for s in shown]
     assert what == [(s.tokens, s.labels, s.padding) for s in seen]
+
+
+def test_preview_of_pairs_is_what_dpo_sees(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    pairs = [{"prompt": f"Hi {i}", "chosen": f"Hello {i}", "rejected": "so " * i} for i in range(1, 21)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    seen: list[ShownSequence] = []
+    shown: list[ShownSequence] = []
+    step, take = LoPTDPOTrainer.training_step, preview.first_sequences
+    monkeypatch.setattr(
+        LoPTDPOTrainer, "training_step",
+        lambda self, model, inputs, *rest: seen.extend(sequences(inputs)) or step(self, model, inputs, *rest),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        preview, "first_sequences", lambda batches, count: shown.extend(take(batches, count)) or shown
+    )
+    flags = f"--model_name_or_path {model} --train_file {path} --max_length 50 --held_out 2 --max_steps 2"
+    flags += " --per_device_train_batch_size 3 --beta 0.3 --seed 5"
+    assert main(f"dpo {flags} --head_warmup_steps 1 --output_dir {tmp_path / 'out'}".split()) == 0
+    capsys.readouterr()
+    assert main(f"data preview dpo {flags} --rows 6".split()) == 0
+    assert len(seen) == 12
+    assert [(s.tokens, s.labels, s.padding) for s in shown] == [(s.tokens, s.labels, s.padding) for s in seen]
+    out = capsys.readouterr().out
+    chosen, rejected = out.index("1. chosen: "), out.index("1. rejected: ")
+    assert chosen < rejected and "]Hello" in out[chosen:rejected].replace("│", "")
+    assert "20 rows; 2 held out; 0 dropped" in out and "18 pairs trained on, " in out
+    assert main(["data", "preview", "--model_name_or_path", str(model), "--train_file", str(path)]) == 2
+    assert "pairs of answers are for `lopt dpo`" in capsys.readouterr().err
 
 
 def test_cut_rows_are_told_from_rows_that_just_fit(model: Path, tmp_path: Path, capsys) -> None:

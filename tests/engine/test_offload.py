@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,16 @@ from torch import nn
 
 from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
+from lopt.compat import replaced
+from lopt.engine import host_optimizer
 from lopt.engine.block_major import BlockMajor
 from lopt.engine.offload import Offload
 from lopt.engine.optimizer import BlockOptimizer
+from lopt.engine.plain_loop import block_major
 from lopt.engine.stages import Stages
 from lopt.engine.updates import Updates
 from lopt.instruments.memory import in_host_memory
+from plan_accuracy import LateSteps
 
 BATCHES = [batch_of([9, 5, 2]), batch_of([4], seed=1), batch_of([3, 11], side="left", seed=2)]
 CPU = torch.device("cpu")
@@ -172,3 +177,21 @@ def test_the_loop_of_the_docs_runs() -> None:
     assert all(loss.isfinite() for loss in names["losses"])
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter, start[name]), name
+
+
+def test_a_matrix_waits_for_the_step_of_its_own_stage_alone() -> None:
+    """The LM head's stage is stepped last, and the token embedding is needed first."""
+    model = tiny("llama-tied")
+    config = LoPTConfig(
+        method="e2e", schedule="block_major", stages=6, offload="block", optimizer_device="cpu"
+    )
+    handle = attach(model, config)
+    with replaced(host_optimizer, ThreadPoolExecutor=LateSteps):
+        groups, make = handle.parameter_groups(1e-2), partial(torch.optim.AdamW, fused=True)
+        schedule = block_major(handle, groups, make, device=CPU, max_norm=1.0, threads=1)
+    schedule.step(len(BATCHES), lambda slot: model(**BATCHES[slot]).loss)
+    before = model.get_input_embeddings().weight.clone()
+    (embedding,) = schedule.updates._offload.weights.groups(schedule.stages[0])
+    schedule.updates._offload.transfer.wait_until_final(embedding)
+    assert not torch.equal(model.get_input_embeddings().weight, before)
+    assert len(schedule.updates._offload.host._running[0]._pool.waiting) == len(schedule.stages) - 1

@@ -201,7 +201,8 @@ def test_command(folder: Path, sums_file: Path, tmp_path: Path, capsys) -> None:
     }  # fmt: skip
     assert main(["sft", *(str(x) for pair in flags.items() for x in pair)]) == 0
     said = capsys.readouterr().out
-    assert said.count("Stopped at step 2 of 6") == 2 and "retention.html" in said.splitlines()[-1]
+    assert said.count("Stopped at step 2 of 6") == 2 and f"The curve is {out / 'retention.html'}" in said
+    assert "Stopped at step 2 of 6" in (out / "report.html").read_text()
     assert (out / "model.safetensors").is_file() and (out / "checkpoint-2").is_dir()
     assert list(out.rglob("events.out.tfevents*"))
     page = (out / "retention.html").read_text()

@@ -9,17 +9,13 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
 
-from lopt import LoPTConfig, LoPTSFTTrainer
-from lopt.engine import plain_loop
-from lopt.instruments import memory
-from lopt.instruments.memory import MemoryPeak
-from lopt.planning.calibrate import calibrate
+from lopt import LoPTConfig
 from lopt.planning.devices import Machine
 from lopt.planning.plan import Planner
 from lopt.planning.run import Run, Setting
 from lopt.planning.sizes import elements
-from lopt.trainers.config import LoPTSFTConfig
 from lopt.trainers.lora import lora_config
+from plan_accuracy import live
 
 WIDTH = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, head_dim=32)
 CONFIGS = {
@@ -75,34 +71,22 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "setting", "rows", "options"), CASES)
 def test_prediction_and_live_bytes(
-    name: str, setting: Setting, rows: tuple[int, int, int], options: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(plain_loop, "step_threads", lambda *_: 0)  # a tracker follows one thread
-    most, update = [0], memory._Ledger._update
-
-    def note(ledger: Any, *change: Any) -> None:
-        update(ledger, *change)
-        most[0] = max(most[0], ledger.live["host"])
-
-    monkeypatch.setattr(memory._Ledger, "_update", note)
+    name: str, setting: Setting, rows: tuple[int, int, int], options: dict[str, Any]
+) -> None:
     options = dict(dtype=torch.float32, prefetch=3 * 10**5, adapters=lora_config(8, 16)) | options
     planner = Planner(Run(CONFIGS[name], *rows, autocast=False, device="cpu", **options))
     predicted = planner.plan(setting)
-    most[0] = 0
-    real = calibrate(planner.run, setting, LoPTSFTTrainer, LoPTSFTConfig)
-    assert isinstance(real, MemoryPeak)
-    peak = predicted.peak
+    found = live(planner.run, setting)
+    peak, real = predicted.peak, found.device
     assert predicted.total == pytest.approx(real.total, rel=0.03)
     assert peak.gradients == pytest.approx(real.gradients, rel=0.03, abs=2000)
     if setting.offload == "none":
         assert peak.weights == real.parameters and peak.optimizer == pytest.approx(real.optimizer, rel=0.001)
-    # Of the host's own peak: `real.host` is what it holds at the moment of the device's. In a thread, steps
-    # may meet a stash that they do not meet here, where each runs at once.
-    slack = 0.03
-    if setting.optimizer_device == "cpu":  # of adapters little else is in host memory that grows
-        slack = 0.1 if setting.method == "lora" else 0.05
-    assert 0.99 * most[0] <= predicted.host <= (1 + slack) * most[0]
+    # In the thread a step may meet more of what waits between stages than when it is as late as can be.
+    late = setting.optimizer_device == "cpu" and setting.num_blocks > 1
+    assert 0.999 * found.host <= predicted.host <= (1.03 if late else 1.001) * found.host
+    if rows == MANY or setting.optimizer_device == "cpu":  # else it may be that of a step on the device
+        assert found.logged == pytest.approx(real.total, rel=0.001)
 
 
 def test_operations_and_traffic() -> None:

@@ -29,7 +29,7 @@ def work(turns: list[Turn], weights: tuple[int, ...] = (), host: tuple[int, ...]
     count = 1 + max(turn.stage for turn in turns)
     groups = [[stored(size)] for size in weights or (0,) * count]
     updates = [[Update(seconds)] for seconds in host or (0,) * count]
-    return Work(turns, groups, updates)
+    return Work(turns, groups, updates, {group: stage for stage, (group,) in enumerate(groups)})
 
 
 def near(time: StepTime, **values: float) -> None:
@@ -61,7 +61,8 @@ def test_weights_come_in_beside_the_stage_before() -> None:
 def test_what_the_device_steps_goes_back_and_is_waited_for() -> None:
     """Weights 3 in, work 5; of two parts of state (2, 4 in) the first comes meanwhile, budget 2."""
     updates = [[Update(1, state=stored(2)), Update(1, state=stored(4))]]
-    plan = Work([Turn(0, flops=5, steps=True, announced=True)], [[stored(3)]], updates)
+    weights, adapted = stored(3), stored(0)  # what does not learn stays as it is in host memory
+    plan = Work([Turn(0, flops=5, steps=True, announced=True)], [[weights, adapted]], updates, {weights: 0})
     # 3 in, 8 worked, 9 stepped; 2 out until 11, 4 in until 15, 16 stepped; 4 out until 20, weights until 23.
     near(step_time(plan, SLOW, 2), seconds=23, copies=3 + 6 + 7)
     # All state is there in time: 10 stepped; 2 out from 9 until 11, 4 until 15, weights until 18.
@@ -106,6 +107,36 @@ def test_a_gradient_arrives_before_it_is_stepped() -> None:
     near(step_time(work(turns, (2,), host=(3,)), SLOW, 10), seconds=14, copies=6, host=3)
 
 
+def test_gradients_are_averaged_over_processes() -> None:
+    """Beside what the device has left to do, one after the other; in stages with nothing beside it."""
+    one = replace(SLOW, link_gbps=1e-9)
+    near(step_time(work([Turn(0, flops=6, averaged=((4, 3.0),))]), one, 0), seconds=7, ranks=1)
+    both = Turn(1, flops=6, averaged=((1, 6.0), (4, 3.0), (3, 1.0)))
+    near(step_time(work([both]), one, 0), seconds=10, ranks=4, bound="ranks")
+    staged = [Turn(0, flops=6, averaged=((4, 0.0),), gradients_out=2, handed_over=(0,))]
+    near(step_time(work(staged, host=(5,)), one, 0), seconds=6 + 4 + 2 + 5, ranks=4, host=5, copies=2)
+
+
+def test_what_is_averaged() -> None:
+    """A ring of four sends 1.5 times the gradients; an earlier block's begin when that block is done."""
+    other = planner("llama")
+    four = Planner(replace(other.run, processes=4), other)
+    lopt = four.plan(Setting("lopt", 2))
+    sizes = [block.gradients for block in four.sizes.blocks(LoPTConfig())]
+    (averaged,) = [turn.averaged for turn in lopt.work.turns if turn.averaged]
+    last = lopt.work.turns[1]
+    whole = (last.flops + last.head_flops) / four.run.accumulation
+    assert averaged == tuple((round(1.5 * n), w) for n, w in zip(sizes, (whole, whole * 2 / 3), strict=True))
+    staged = four.plan(Setting("e2e", 1, "block_major", stages=6))
+    assert sum(n for turn in staged.work.turns for n, _ in turn.averaged) == 1.5 * size_of(four)
+    alone = other.plan(staged.setting)
+    assert staged.time(Machine()).seconds > alone.time(Machine()).seconds and not alone.time(Machine()).ranks
+
+
+def size_of(planner: Planner) -> int:
+    return planner.sizes.model * planner.run.dtype.itemsize
+
+
 def test_devices() -> None:
     for name, device in DEVICES.items():
         machine = machine_of(name)
@@ -114,7 +145,7 @@ def test_devices() -> None:
         # Of cards that fit one machine: operations for each byte of their memory.
         assert 70 < 1000 * device.peak / device.memory_gbps < 450
     given = machine_of("h100", [1, 2, 3], [4], 5)
-    assert given == Machine((1, 2, 3), (4, 4), 3350, 5, rounded=None)
+    assert given == Machine((1, 2, 3), (4, 4), 3350, 5, rounded=None, link_gbps=0.8 * 450)
     assert machine_of(on_gpu=False).beside is False and machine_of().host_gbps == HOST_GBPS
     assert machine_of().seconds_of_host_update(0, round(ROUNDED)) == 1
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lopt.evaluation.statistics import Estimate
-from lopt.reports import plots
+from lopt.reports import lines, plots
 from lopt.reports.page import page, paragraph, table
 from report_pages import PAGES, Hurt, demo, evaluation, retention
 
@@ -106,7 +106,7 @@ def test_every_plot_is_well_formed_whatever_it_is_told() -> None:
     one = Estimate(1.0, 0.5, 1.5)
     words: dict[str, Any] = {"title": LONG, "x_label": LONG, "alt": LONG}
     made = [
-        plots.line_plot({LONG: [(0, 1), (1, 2)], "b": [(0, 1)]}, y_label=LONG, marks={1.0: LONG}, **words),
+        lines.line_plot({LONG: [(0, 1), (1, 2)], "b": [(0, 1)]}, y_label=LONG, marks={1.0: LONG}, **words),
         plots.bar_plot([LONG, "b"], {LONG: [1, 2], "c": [1, 2]}, value=lambda _: LONG, **words),
         plots.interval_plot([LONG, "b"], {LONG: [one, None], "c": [one, one]}, **words),
         plots.scatter_plot({LONG: (one, one), "b": (one, one)}, y_label=LONG, **words),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lopt.reports import plots
+from lopt.reports import lines, plots
 from lopt.reports.plots import Estimate
 from pages import HOSTILE
 
@@ -27,10 +27,9 @@ def test_plots_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _line(series: dict[str, Any] | None = None, title: str = "Loss", **options: Any) -> str:
-    pytest.importorskip("matplotlib")
     series = series or {"a": [(0, 1.0), (1, 2.0)], "b": [(0, 2.0), (1, float("nan"))]}
     labels = {"x_label": "step", "y_label": "nats", "alt": "two lines", **options}
-    return plots.line_plot(series, title=title, **labels)
+    return lines.line_plot(series, title=title, **labels)
 
 
 def _check_svg(svg: str) -> ET.Element:
@@ -96,20 +95,26 @@ def test_default_text_alternatives_name_places_and_measures() -> None:
 
 def test_plots_are_the_same_bytes_and_ids_do_not_collide(monkeypatch: pytest.MonkeyPatch) -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    first = _line()
+    point = {"a": (Estimate(1, 0, 2), Estimate(1, 0, 2))}
+
+    def made(title: str = "Loss") -> str:
+        return plots.scatter_plot(point, title=title, x_label="x", y_label="y")
+
+    first = made()
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 30)
-    assert _line() == first
+    assert made() == first
     assert matplotlib.rcParams["font.size"] == 30
-    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, _line(title="Other"))]
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, made("Other"))]
     assert ids[0] and not ids[0] & ids[1]
 
 
-def test_plots_leave_pyplot_alone() -> None:
+def test_plots_leave_pyplot_alone_and_lines_need_no_matplotlib() -> None:
     pytest.importorskip("matplotlib")
     code = (
-        "import sys\nfrom lopt.reports.plots import line_plot\n"
-        "assert not {'matplotlib', 'scipy'} & sys.modules.keys()\n"
+        "import sys\nfrom lopt.reports.lines import line_plot\nfrom lopt.reports.plots import bar_plot\n"
         "line_plot({'a': [(0, 1)]}, title='t', x_label='x', y_label='y', alt='a')\n"
+        "assert not {'matplotlib', 'scipy'} & sys.modules.keys()\n"
+        "bar_plot(['a'], {'b': [1]}, title='t', alt='a')\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

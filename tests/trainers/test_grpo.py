@@ -131,6 +131,11 @@ def test_rewards_that_never_differ_are_said_at_the_end(make, caplog: pytest.LogC
         assert bool(said) == (reward is not length_reward)
         assert all("each of the 4 groups" in message and "`temperature`" in message for message in said)
         assert len(said) <= 1
+        sample = trainer.sample_completions(2)  # for the page of the run
+        text, prompt = sample["completions"][0]["completion"], sample["prompt"]
+        assert len(sample["completions"]) == 2 and isinstance(text, str) and isinstance(prompt, str)
+        expected = reward(completions=[text])[0] or 0.0
+        assert sample["completions"][0]["reward"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("side", ["ours first", "plain first"])

@@ -8,12 +8,10 @@ from typing import Any
 
 import datasets
 import pytest
-import trl
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
-from conftest import tiny
 from lopt import LoPTConfig, LoPTDPOTrainer
 from lopt.data.columns import needed_columns
 from lopt.data.formats import format_rows
@@ -21,9 +19,8 @@ from lopt.data.load import load_rows
 from lopt.data.questions import question_rows
 from lopt.trainers import LoPTSFTTrainer
 from lopt.trainers.config import LoPTSFTConfig
-from small_model import byte_tokenizer
+from prepared_rows import learned, model, prepared, tokenizer_with
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 E2E = LoPTConfig(method="e2e")
 
 
@@ -31,38 +28,6 @@ E2E = LoPTConfig(method="e2e")
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def tokenizer_with(template: str | None) -> Any:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template and (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
-    return tokenizer
-
-
-def model() -> Any:
-    return tiny("llama", vocab_size=len(byte_tokenizer()), max_position_embeddings=64)
-
-
-def prepared(folder: Path, rows: list[dict], template: str | None, **settings: Any) -> LoPTSFTTrainer:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = tokenizer_with(template)
-    streaming = settings.pop("streaming", False)
-    only = settings.get("assistant_only_loss", False)
-    read = load_rows(path, choose=needed_columns, streaming=streaming, shuffle_buffer=1)
-    return LoPTSFTTrainer(
-        model(),
-        args=LoPTSFTConfig(output_dir=str(folder), max_length=None, **settings),
-        lopt_config=E2E,
-        train_dataset=format_rows(read, tokenizer, assistant_only=only),
-        processing_class=tokenizer,
-    )
-
-
-def learned(trainer: Any) -> list[str]:
-    """The text that each row's labels make."""
-    decode = trainer.processing_class.decode
-    return [decode([t for t in row["labels"] if t != -100]) for row in trainer.train_dataset]
 
 
 def call(name: str, arguments: Any, **more: Any) -> dict[str, Any]:

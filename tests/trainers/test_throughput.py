@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lopt.trainers.throughput import COUNTED_ALWAYS, Throughput
+from lopt.trainers.throughput import COUNTED_STEPS, Throughput
 
 
 def test_figures_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,12 +28,30 @@ def test_figures_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_is_counted_again_when_a_batch_is_larger() -> None:
     throughput, model = Throughput(torch.device("cpu")), torch.nn.Linear(1, 1)
-    sizes = [8] * (COUNTED_ALWAYS + 2) + [1000]
+    sizes = [8] * (COUNTED_STEPS + 2) + [1000]
     peaks = []
     for size in sizes:
+        throughput.begin_step()
         with throughput.micro_batch(size=size, model=model, optimizer=None):
             torch.ones(size)
         assert throughput.peak is not None
         peaks.append(throughput.peak.total)
     assert peaks[:-1] == [peaks[0]] * (len(sizes) - 1)
     assert peaks[-1] - peaks[0] == 4 * (1000 - 8)
+
+
+@pytest.mark.parametrize("in_stages", [False, True])
+def test_the_state_of_the_optimizer_and_what_micro_batches_leave(in_stages: bool) -> None:
+    """However many micro-batches a step has, the second step is counted; in stages as a whole."""
+    throughput, model = Throughput(torch.device("cpu"), in_stages), torch.nn.Linear(99, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(COUNTED_STEPS):
+        throughput.begin_step()
+        left = []
+        for _ in range(5):
+            with throughput.micro_batch(size=8, model=model, optimizer=optimizer):
+                left.append(torch.zeros(1000))
+                model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    assert throughput.peak is not None and throughput.peak.optimizer == 2 * 4 * 99 + 4
+    assert throughput.peak.activations == (5 if in_stages else 1) * 4 * 1000

@@ -24,7 +24,8 @@ from lopt.cli.flags import DataArguments, ModelArguments
 from lopt.cli.inherited import check_effects
 from lopt.core.blocks import split
 from lopt.core.config import LoPTConfig
-from lopt.data.presets import PRESETS
+from lopt.data.mix import parse_mix
+from lopt.data.presets import PRESETS, Preset
 from lopt.messages import error_text
 from lopt.models.load import load_config
 from lopt.trainers.checks import check_numbers, check_routers, check_settings, check_workers
@@ -195,12 +196,9 @@ def check_evaluation(data_args: DataArguments, args: TrainingArguments) -> None:
     Raises:
         ValueError: nothing is held out; a preset of pairs outside `lopt dpo`, or another within.
     """
-    preset = PRESETS.get(data_args.dataset_preset or "")
-    if preset is not None and (preset.use == "dpo") != (_command_of(args) == "dpo"):
-        pairs = [name for name, preset in PRESETS.items() if preset.use == "dpo"]
-        what = "has pairs for lopt dpo" if preset.use == "dpo" else "has no pairs"
-        names = pairs if preset.use != "dpo" else [name for name in PRESETS if name not in pairs]
-        raise ValueError(f"--dataset_preset {preset.name} {what}: use one of {', '.join(names)}")
+    mixed = [part.name for part in parse_mix(data_args.data_mix or [])]
+    for preset in (PRESETS[name] for name in (data_args.dataset_preset, *mixed) if name in PRESETS):
+        _check_use(preset, _command_of(args))
     if args.eval_strategy == "no":
         if args.do_eval and not args.do_train:
             raise ValueError("--do_eval alone asks for no training: use lopt eval, or add --do_train")
@@ -211,6 +209,15 @@ def check_evaluation(data_args: DataArguments, args: TrainingArguments) -> None:
     elif not data_args.held_out:
         name = IntervalStrategy(args.eval_strategy).value
         raise ValueError(f"--eval_strategy {name} has no rows to evaluate on: add --held_out")
+
+
+def _check_use(preset: Preset, command: str) -> None:
+    if (preset.use == "dpo") == (command == "dpo"):
+        return
+    pairs = [name for name, preset in PRESETS.items() if preset.use == "dpo"]
+    what = "has pairs for lopt dpo" if preset.use == "dpo" else "has no pairs"
+    names = pairs if preset.use != "dpo" else [name for name in PRESETS if name not in pairs]
+    raise ValueError(f"`dataset_preset` {preset.name} {what}: use one of {', '.join(names)}")
 
 
 def check_cut(model: str, configs: Iterable[LoPTConfig], **where: Any) -> None:

@@ -1,4 +1,4 @@
-"""`lopt compare`: methods × seeds on one data set and one budget, their figures and a page."""
+"""`lopt compare [dpo]`: methods × seeds on one data set and one budget, their figures and a page."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lopt.cli.output import check_writable, spare_model
 from lopt.cli.parsing import check_effect, parse
 from lopt.cli.record import record_of
 from lopt.cli.report_flags import CompareArguments
-from lopt.cli.rows import SFTRows, sft_rows
+from lopt.cli.rows import SFTRows, dpo_rows, sft_rows
 from lopt.cli.sft import check
-from lopt.cli.training import load
+from lopt.cli.training import load, load_reference_alike
 from lopt.core.config import LoPTConfig
 from lopt.evaluation.compare.arms import Arm, parse_arms
 from lopt.evaluation.texts import read_texts
@@ -30,7 +30,8 @@ from lopt.reliability.provenance import fingerprint
 from lopt.reliability.record import RUN_JSON, RUN_YAML
 from lopt.reliability.secrets import redacted
 from lopt.trainers.checks import check_numbers, check_settings
-from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.config import LoPTDPOConfig, LoPTSFTConfig
+from lopt.trainers.preferences import check_preference_method, check_preference_numbers
 from lopt.validation import check_number
 
 if TYPE_CHECKING:  # evaluation takes seconds to import
@@ -50,19 +51,21 @@ _OUTPUT_ONLY = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging"
 
 def main(arguments: Sequence[str]) -> None:
     """Check everything that can be checked cheaply, then run the arms × seeds that have no results yet."""
-    parsed = parse("compare", arguments)
+    command, words = ("compare dpo", arguments[1:]) if arguments[:1] == ["dpo"] else ("compare", arguments)
+    parsed = parse(command, words)
     with at_log_level(parsed[-1]):
-        _run(arguments, *parsed)
+        _run(command, words, *parsed)
 
 
 def _run(
+    command: str,
     arguments: Sequence[str],
     compare: CompareArguments,
     model_args: ModelArguments,
     data_args: DataArguments,
     run_args: RunArguments,
     config: LoPTConfig,
-    args: LoPTSFTConfig,
+    args: LoPTSFTConfig | LoPTDPOConfig,
 ) -> None:
     arms = parse_arms(compare.methods, compare.sweep, config)
     data_args.held_out = data_args.held_out or HELD_OUT_ROWS
@@ -80,7 +83,10 @@ def _run(
     where = dict(revision=model_args.model_revision, trust_remote_code=args.trust_remote_code)
     check_cut(model_args.model_name_or_path, [arm.config for arm in arms], **where)
     spare_model(str(folder), model_args.model_name_or_path, WRITTEN)
-    rows = sft_rows(model_args, data_args, args)
+    pairs = isinstance(args, LoPTDPOConfig)
+    rows = (dpo_rows if pairs else sft_rows)(model_args, data_args, args)
+    if pairs:
+        load_reference_alike(args, model_args)
     setup = _setup(model_args, args, rows, arms, compare, texts)
     setting = _setting(name, setup, compare, model_args, data_args, config)
     if run_args.overwrite_output_dir and folder.exists():  # only now: no mistake above costs any results
@@ -89,14 +95,16 @@ def _run(
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     study = Study(setup, arms, compare.seeds, setting, folder)
     study.check_folder()
-    record_of("compare", arguments).write(folder)
+    record_of(command, arguments).write(folder)
     results = study.run()
     report = write_report(results, folder)
     print("\n" + summary_table(results))
     print(f"\nReport: {report}\nFigures: {folder / 'compare.json'}")
 
 
-def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, args: LoPTSFTConfig) -> None:
+def _check(
+    compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, args: LoPTSFTConfig | LoPTDPOConfig
+) -> None:
     """Refuse what is known to be impossible before anything is read."""
     if config.method != "lopt":
         raise ValueError(f"--method {config.method} is for lopt sft: here --methods names what is compared")
@@ -118,8 +126,12 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'lopt compare needs {package}: pip install "lopt[eval]"')
     check_numbers(args)
+    if isinstance(args, LoPTDPOConfig):
+        check_preference_numbers(args)
     for arm in arms:
         check_settings(args, arm.config)
+        if isinstance(args, LoPTDPOConfig):
+            check_preference_method(arm.config)
     if tasks:
         from lopt.evaluation.harness import check_tasks
 
@@ -127,7 +139,7 @@ def _check(compare: CompareArguments, arms: Sequence[Arm], config: LoPTConfig, a
             check_tasks(tasks, compare.data_dir)
 
 
-def _check_run(run_args: RunArguments, args: LoPTSFTConfig) -> None:
+def _check_run(run_args: RunArguments, args: LoPTSFTConfig | LoPTDPOConfig) -> None:
     """Refuse flags of a single run, which a comparison does not look at."""
     given = (
         ("max_time", run_args.max_time),
@@ -143,7 +155,7 @@ def _check_run(run_args: RunArguments, args: LoPTSFTConfig) -> None:
             )
 
 
-def _folder(args: LoPTSFTConfig) -> Path:
+def _folder(args: LoPTSFTConfig | LoPTDPOConfig) -> Path:
     """Return the output folder: new, empty, or of a comparison that is continued."""
     folder = Path(str(args.output_dir))
     check_writable(folder)
@@ -154,7 +166,7 @@ def _folder(args: LoPTSFTConfig) -> Path:
 
 def _setup(
     model_args: ModelArguments,
-    args: LoPTSFTConfig,
+    args: LoPTSFTConfig | LoPTDPOConfig,
     rows: SFTRows,
     arms: Sequence[Arm],
     compare: CompareArguments,
@@ -211,6 +223,7 @@ def _setting(
         "data": {
             "source": data_args.dataset_preset
             or data_args.dataset_name
+            or data_args.data_mix
             or [Path(file).name for file in data_args.train_file or ()],
             "rows": [len(setup.train), fingerprint(setup.train)],
             "held_out": [len(setup.held_out), fingerprint(setup.held_out)],
@@ -226,9 +239,9 @@ def _setting(
     }
 
 
-def _changed(args: LoPTSFTConfig) -> dict[str, Any]:
+def _changed(args: LoPTSFTConfig | LoPTDPOConfig) -> dict[str, Any]:
     """Return training arguments that differ from their defaults and may change a figure."""
-    plain = vars(LoPTSFTConfig(output_dir="x"))
+    plain = vars(type(args)(output_dir="x"))
     kept = {k: v for k, v in vars(args).items() if not k.startswith(("_", *_OUTPUT_ONLY))}
     return {
         k: v if isinstance(v, (int, float, str)) else str(redacted(v))
@@ -240,7 +253,7 @@ def _changed(args: LoPTSFTConfig) -> dict[str, Any]:
 def _plain_text(row: Mapping[str, Any]) -> str:
     """Return a formatted row as plain text."""
     parts = [row["messages"]] if "messages" in row else [
-        row[key] for key in ("text", "prompt", "completion") if key in row
+        row[key] for key in ("text", "prompt", "completion", "chosen") if key in row
     ]  # fmt: skip
     return "".join(
         part if isinstance(part, str) else "\n".join(str(message["content"]) for message in part)

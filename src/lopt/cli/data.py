@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 import tempfile
@@ -68,37 +69,54 @@ def _download(arguments: Sequence[str]) -> None:
 
 
 def _preview(arguments: Sequence[str]) -> None:
-    from lopt.cli.rows import sft_rows  # TRL takes seconds, which a download need not wait for
+    from lopt.cli.rows import dpo_rows, sft_rows  # TRL takes seconds, which a download need not wait for
     from lopt.cli.sft import check
     from lopt.data import preview
-    from lopt.trainers.sft import longer_rows
 
-    # Every flag of `lopt sft`, so that a command can be previewed as it is.
-    preview_args, model_args, data_args, _, _, _, args = parse("data preview", arguments)
+    # Every flag of the command, so that one can be previewed as it is.
+    pairs = arguments[:1] == ["dpo"]
+    name, words = ("data preview dpo", arguments[1:]) if pairs else ("data preview", arguments)
+    preview_args, model_args, data_args, *_, args = parse(name, words)
     check_number("rows", preview_args.rows, minimum=1)
     if data_args.streaming:
         args.max_steps = max(args.max_steps, 1)  # where the run ends does not matter here
     check(model_args, data_args, args)
     args.report_to, args.eval_strategy = [], "no"
-    rows = sft_rows(model_args, data_args, args)
+    rows = (dpo_rows if pairs else sft_rows)(model_args, data_args, args)
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir = scratch  # a trainer makes its folder, and this one leaves nothing
         trainer = _stand_in_trainer(rows, args, str(model_args.model_name_or_path))
-        shown = preview.first_sequences(trainer.get_train_dataloader(), preview_args.rows)
-        whole = trainer.whole_rows.get("train")
-        if whole is not None and args.max_length is not None:
-            longer = longer_rows(whole, args.max_length)
+        count = preview_args.rows * (2 if pairs else 1)
+        shown = preview.first_sequences(trainer.get_train_dataloader(), count)
+        longer = _longer(trainer, args)
+        if longer is not None:
             shown = preview.mark_cut(shown, longer, args.max_length, args.truncation_mode == "keep_start")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     _print(preview.legend(colour))
-    for number, sequence in enumerate(shown, start=1):
-        _print(f"\n{number}. {_figures(sequence, args.max_length)}")
+    for place, sequence in enumerate(shown):
+        number = f"{place // 2 + 1}. {('chosen', 'rejected')[place % 2]}:" if pairs else f"{place + 1}."
+        _print(f"\n{number} {_figures(sequence, args.max_length)}")
         _print(preview.render(sequence, rows.tokenizer, colour))
-    _print("\n" + _totals(rows, trainer, args))
+    _print("\n" + _totals(rows, trainer, args, longer))
+
+
+def _longer(trainer: Any, args: Any) -> Any:
+    """Return the tokenized rows that `--max_length` cuts, or those of pairs; None if nothing is known."""
+    from datasets import Dataset
+
+    from lopt.data.preview import pair_rows
+    from lopt.trainers.sft import longer_rows
+
+    if args.max_length is None or not isinstance(trainer.train_dataset, Dataset):
+        return None
+    if hasattr(trainer, "whole_rows"):
+        whole = trainer.whole_rows.get("train")
+        return None if whole is None else longer_rows(whole, args.max_length)
+    return [row for row in pair_rows(trainer.train_dataset) if len(row["input_ids"]) > args.max_length]
 
 
 def _stand_in_trainer(rows: Any, args: Any, name: str) -> Any:
-    """Return the trainer of an SFT run in all that touches its data, on a model of no size.
+    """Return the trainer of a run in all that touches its data, on a model of no size.
 
     Args:
         name: The model whose tokens stop generation.
@@ -107,7 +125,8 @@ def _stand_in_trainer(rows: Any, args: Any, name: str) -> Any:
 
     from lopt.core.config import LoPTConfig
     from lopt.models.names import resolve_model
-    from lopt.trainers import LoPTSFTTrainer
+    from lopt.trainers import LoPTDPOTrainer, LoPTSFTTrainer
+    from lopt.trainers.config import LoPTDPOConfig
 
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
@@ -116,9 +135,14 @@ def _stand_in_trainer(rows: Any, args: Any, name: str) -> Any:
     model.generation_config = GenerationConfig()
     with contextlib.suppress(OSError, ValueError):  # a model may have none
         model.generation_config = GenerationConfig.from_pretrained(resolve_model(name))
-    return LoPTSFTTrainer(
+    pairs = isinstance(args, LoPTDPOConfig)
+    kind: Any = LoPTDPOTrainer if pairs else LoPTSFTTrainer
+    if pairs:
+        args.precompute_ref_log_probs = args.sync_ref_model = False
+    return kind(
         model,
         args=args,
+        **({"ref_model": copy.deepcopy(model)} if pairs else {}),
         lopt_config=LoPTConfig(method="e2e"),
         train_dataset=rows.train,
         processing_class=rows.tokenizer,
@@ -134,14 +158,21 @@ def _figures(shown: Any, max_length: int | None) -> str:
     return ", ".join(parts)
 
 
-def _totals(rows: Any, trainer: Any, args: Any) -> str:
+def _totals(rows: Any, trainer: Any, args: Any, longer: Any) -> str:
     if rows.read is None:
         return "Rows of a stream are not counted."
     held_out = len(rows.held_out) if rows.held_out is not None else 0
     used = len(rows.train)
-    parts = [f"{rows.read:,} rows", f"{rows.read - used - held_out:,} dropped, their completion is empty"]
+    parts = [f"{rows.read:,} rows"]
+    if hasattr(trainer, "row_counts"):
+        parts.append(f"{rows.read - used - held_out:,} dropped, their completion is empty")
     if held_out:
         parts.append(f"{held_out:,} held out")
+    if not hasattr(trainer, "row_counts"):
+        left = len(trainer.train_dataset)
+        parts.append(f"{used - left:,} dropped, their prompt alone reaches --max_length {args.max_length}")
+        parts.append(f"{left:,} pairs trained on, {len(longer or ()):,} of their answers cut")
+        return "; ".join(parts)
     counts = trainer.row_counts.get("train")
     if counts is not None:
         why = "they are longer than" if args.drop_long_rows else "their prompt alone reaches"

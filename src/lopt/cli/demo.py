@@ -15,6 +15,9 @@ from lopt.data.procedural import TASKS
 from lopt.models.load import resolve_model
 from lopt.validation import check_choice, check_number
 
+ROWS = 12
+"""Rows of the table of a run that is short and logged in every step."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Check the arguments, then run the demo."""
@@ -38,13 +41,16 @@ def main(arguments: Sequence[str]) -> None:
         spare_model(args.output_dir, model, ("checkpoint-*", "model"))
         check_cut(model, [config])
 
+    from lopt.cli.display.progress import shown
+    from lopt.cli.display.screen import Screen
     from lopt.evaluation.demo import Demo
     from lopt.reports.demo import summary, write_demo_report
 
     record_of("demo", arguments).write(folder)
     names = ("model", "task", "steps", "batch_size", "learning_rate", "held_out", "seed", "trust_remote_code")
-    with renamed(model_name_or_path="model"):
-        results = Demo(config=config, **{name: getattr(args, name) for name in names}).run(folder)
+    demo = Demo(config=config, **{name: getattr(args, name) for name in names})
+    with renamed(model_name_or_path="model"), Screen().open() as screen:
+        results = demo.run(folder, lambda trainer: shown(trainer, screen, "demo", ROWS))
     report = write_demo_report(results, folder)
     print(summary(results))
     print(f"\nReport: {report}\nFigures: {folder / 'results.json'}\nModel: {folder / 'model'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lopt.cli.checks import check_run
+from lopt.cli.display.run import screen_for
 from lopt.cli.noise import at_log_level
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
@@ -19,8 +20,8 @@ from lopt.trainers.preferences import check_preference_method, check_preference_
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
-    model_args, data_args, run_args, retention_args, config, args = parse("dpo", arguments)
-    with obeying(run_args.limit), at_log_level(args):
+    model_args, data_args, run_args, retention_args, screen_args, config, args = parse("dpo", arguments)
+    with obeying(run_args.limit), at_log_level(args), screen_for(screen_args, args) as screen:
         check(model_args, data_args, args)
         check_preference_numbers(args)
         check_preference_method(config)
@@ -30,4 +31,4 @@ def main(arguments: Sequence[str]) -> None:
         rows = dpo_rows(model_args, data_args, args)
         load_reference_alike(args, model_args)
         record = record_of("dpo", arguments)
-        run(LoPTDPOTrainer, rows, model_args, config, args, checkpoint, record, retention)
+        run(LoPTDPOTrainer, rows, model_args, config, args, checkpoint, record, screen, retention)

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lopt.cli.report_flags import (
+    ChatArguments,
     CompareArguments,
     DemoArguments,
     DownloadArguments,
     EvalArguments,
+    MergeArguments,
     PlanArguments,
     PreviewArguments,
     ProbeArguments,
+    ReportArguments,
 )
 from lopt.core.config import LoPTConfig
 from lopt.data.presets import PRESETS, SHUFFLE_BUFFER
@@ -56,11 +59,20 @@ class DataArguments:
 
     groups: ClassVar[dict[str, str]] = {"Data": "train_file"}
 
-    train_file: list[str] | None = flag(None, "Local JSON, JSONL, Parquet or CSV: one or more files.")
+    train_file: list[str] | None = flag(
+        None,
+        "JSON, JSONL, Parquet or CSV: one or more files, also packed (.gz, .zst) or by address "
+        "(s3://bucket/rows.jsonl).",
+    )
     dataset_preset: str | None = flag(
         None, f"A public data set: {', '.join(PRESETS)}. From the hub, or from a copy in --train_file."
     )
     dataset_name: str | None = flag(None, "A data set on the hub.")
+    data_mix: list[str] | None = flag(
+        None,
+        "Several sources in place of one, each with its share of the rows: a.jsonl:0.7 b.parquet:0.3 (files, "
+        "presets, data sets on the hub; without weights, all rows).",
+    )
     dataset_config: str | None = flag(None, "Its configuration, if it has several.")
     dataset_split: str = flag("train", "Its split.")
     dataset_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
@@ -159,23 +171,46 @@ class RetentionArguments:
     )
 
 
-_RUN = (ModelArguments, DataArguments, RunArguments, RetentionArguments, LoPTConfig)
+@dataclass
+class ScreenArguments:
+    """What is printed."""
+
+    groups: ClassVar[dict[str, str]] = {"Screen": "quiet"}
+
+    quiet: bool = flag(False, "Print nothing but warnings and errors.")
+    json_logs: bool = flag(
+        False, "Print a JSON object a line instead of text: start, log, message and end, for programs."
+    )
+
+    def __post_init__(self) -> None:
+        if self.quiet and self.json_logs:
+            raise ValueError("--quiet and --json_logs contradict each other: give one of them")
+
+
+_RUN = (ModelArguments, DataArguments, RunArguments, RetentionArguments, ScreenArguments, LoPTConfig)
 OWN: dict[str, tuple[type, ...]] = {
     "sft": _RUN,
     "dpo": _RUN,
     "grpo": (*_RUN[:2], TaskArguments, *_RUN[2:]),
+    "chat": (ChatArguments,),
+    "merge": (MergeArguments,),
     "eval": (EvalArguments,),
-    "compare": (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig),
+    **dict.fromkeys(
+        ("compare", "compare dpo"),
+        (CompareArguments, ModelArguments, DataArguments, RunArguments, LoPTConfig),
+    ),
     "probe": (ProbeArguments,),
+    "report": (ReportArguments,),
     "plan": (PlanArguments,),
     "data preview": (PreviewArguments, *_RUN),
+    "data preview dpo": (PreviewArguments, *_RUN),
     "data download": (DownloadArguments,),
     "demo": (DemoArguments,),
 }
 """Our own dataclasses whose fields are the flags of a command, in the order in which `parse` returns them."""
 _TRAINERS = {
     **dict.fromkeys(("sft", "compare", "data preview"), "LoPTSFTConfig"),
-    "dpo": "LoPTDPOConfig",
+    **dict.fromkeys(("dpo", "data preview dpo", "compare dpo"), "LoPTDPOConfig"),
     "grpo": "LoPTGRPOConfig",
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lopt.cli.checks import check_evaluation, check_run
+from lopt.cli.display.run import screen_for
 from lopt.cli.flags import DataArguments
 from lopt.cli.noise import at_log_level
 from lopt.cli.parsing import parse
@@ -20,8 +21,10 @@ from lopt.trainers.config import LoPTGRPOConfig
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
-    model_args, data_args, task_args, run_args, retention_args, config, args = parse("grpo", arguments)
-    with obeying(run_args.limit), at_log_level(args):
+    model_args, data_args, task_args, run_args, retention_args, screen_args, config, args = parse(
+        "grpo", arguments
+    )
+    with obeying(run_args.limit), at_log_level(args), screen_for(screen_args, args) as screen:
         check_task(task_args, data_args)
         check(data_args, args)
         check_run(model_args, data_args, config, args)
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
             load_reference_alike(args, model_args)
         record = record_of("grpo", arguments)
         rewards = {"reward_funcs": rows.rewards}
-        run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, record, retention, **rewards)
+        run(LoPTGRPOTrainer, rows, model_args, config, args, checkpoint, record, screen, retention, **rewards)
 
 
 def check(data_args: DataArguments, args: LoPTGRPOConfig) -> None:

@@ -31,18 +31,21 @@ MODEL = (
     Line("lora_r", "16", "rank of the adapters of --method lora"),
 )
 DATA = (
-    Line("train_file", "", "JSON, JSONL, Parquet or CSV files"),
+    Line("train_file", "", "JSON, JSONL, Parquet or CSV, also .gz, .zst"),
     Line("dataset_preset", "", "public data set by name; see lopt data"),
     Line("dataset_name", "", "data set on the hub"),
     Line("max_samples", "", "use a random subset of this many rows"),
 )
+MIX = Line("data_mix", "", "several by weight: a.jsonl:0.7 b.csv:0.3")
 SFT_DATA = (
     *DATA,
+    MIX,
     Line("max_length", "1024", "tokens per row; longer ones are cut"),
     Line("packing", "False", "fill sequences with several rows"),
 )
 DPO_DATA = (
     *DATA,
+    MIX,
     Line("max_length", "1024", "tokens of prompt and answer; longer is cut"),
     Line("beta", "0.1", "how close to stay to the model as it was"),
     Line("loss_type", "sigmoid", "sigmoid, ipo, hinge and others of TRL"),
@@ -109,6 +112,7 @@ MEASURED = (
     Line("retention_text", "", "text files whose loss should not rise"),
 )
 _MODEL_AND_DATA = {"model": MODEL, "data": SFT_DATA}
+_SHOWN = (Line("rows", "3", "sequences or pairs to show"),)
 _METHOD = {"method": METHOD, "memory": MEMORY}
 COMMON: dict[str, dict[str, Sequence[Line]]] = {
     "sft": {**_MODEL_AND_DATA, **_METHOD, "run": SFT_RUN, "evaluation": EVALUATION},
@@ -121,8 +125,20 @@ COMMON: dict[str, dict[str, Sequence[Line]]] = {
         "run": SFT_RUN,
         "evaluation": MEASURED,
     },
-    "data preview": {"preview": (Line("rows", "3", "sequences to show"),), **_MODEL_AND_DATA},
+    "compare dpo": {
+        "comparison": COMPARISON,
+        "model": MODEL,
+        "data": DPO_DATA,
+        **_METHOD,
+        "run": DPO_RUN,
+        "evaluation": MEASURED,
+    },
+    "data preview": {"preview": _SHOWN, **_MODEL_AND_DATA},
+    "data preview dpo": {"preview": _SHOWN, "model": MODEL, "data": DPO_DATA},
 }
+NAME_A_FOLDER = ("chat", "merge")
+"""Commands whose first word is a folder."""
+
 """The flags that `--help` shows for the commands that train; a test compares them with the real ones."""
 
 
@@ -137,9 +153,11 @@ def help_page(command: str, what: str, *, every: bool) -> str:
     common = command in COMMON and not every
     sections = list(COMMON[command].items() if common else _every_flag(command))
     names = {flag.name for _, flags in sections for flag in flags}
-    lines = [f"usage: lopt {command} [--flag value ...]", "", f"{what[0].upper()}{what[1:]}."]
+    word = command.split()[0]
+    place = "FOLDER " if command in NAME_A_FOLDER else ""
+    lines = [f"usage: lopt {command} {place}[--flag value ...]", "", f"{what[0].upper()}{what[1:]}."]
     for title, flags in sections:
-        flags = [Line(name, default.replace("COMMAND", command), text) for name, default, text in flags]
+        flags = [Line(name, default.replace("COMMAND", word), text) for name, default, text in flags]
         lines += ["", title, *(with_flags(line, names) for flag in flags for line in _wrapped(flag))]
     lines += ["", "A flag is shown with its default; for true or false, the flag alone means true."]
     lines += ["--config FILE.yaml takes flags from a file; those on the command line win."]

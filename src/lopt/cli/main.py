@@ -6,14 +6,14 @@ import os
 import pickle
 import sys
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from traceback import walk_tb
 
 from lopt.cli.flag_names import flags_in_logs, with_flags
-from lopt.cli.noise import quiet
+from lopt.cli.noise import brief_bars, quiet
 from lopt.reliability.stop import EXIT_STOPPED, Stopped
 from lopt.requirements import check_installed
 from lopt.version import __version__
@@ -23,16 +23,23 @@ COMMANDS = {
     "sft": "supervised fine-tuning by LoPT, end to end, with frozen early blocks or LoRA",
     "dpo": "preferences between two answers, by the same methods",
     "grpo": "reinforcement learning from checked answers, by the same methods",
+    "chat": "talk to a model in the terminal, beside its base if asked",
+    "merge": "a run of adapters as one plain model",
     "eval": "benchmarks, and what a model gained and lost against its base",
     "compare": "methods side by side: what each learns, keeps and costs, over seeds",
+    "report": "the page of a run again, or several runs side by side",
     "probe": "how far tuned models moved from their base: hidden states and weights, layer by layer",
     "plan": "what a run will need: memory by part, FLOPs, traffic, from the model's config alone",
     "data": "download public data sets, preview what the model is trained on",
     "demo": "post-train a small real model on this machine and see what it learned and kept",
 }
+SHOWN = ("sft", "dpo", "grpo", "demo")
+"""Commands that draw a screen of their own (`lopt.cli.display`)."""
 SUBCOMMANDS = {
     "data download": "fetch public data sets into the cache or into Parquet files",
     "data preview": "show what lopt sft with the same flags trains on, token by token",
+    "data preview dpo": "show the pairs that lopt dpo with the same flags trains on",
+    "compare dpo": "methods side by side on pairs, as lopt dpo trains on them",
 }
 USAGE = "usage: lopt {0} [--flag value ...]   (lopt {0} --help lists the flags)\n\ncommands:\n{1}"
 
@@ -74,7 +81,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if not _show_help(command, arguments):
             check_installed()
             with flags_in_logs(lambda message: _in_flags(message, command, arguments)):
-                import_module(f"lopt.cli.{command}").main(list(arguments))
+                with brief_bars() if command in SHOWN else nullcontext():
+                    module = import_module(f"lopt.cli.{command}")
+                module.main(list(arguments))
     except BrokenPipeError:
         raise  # of standard output
     except (ValueError, ImportError, OSError) as error:
@@ -118,7 +127,8 @@ def _check_place(arguments: Sequence[str]) -> None:
 
 
 def _usage(command: str, names: dict[str, str]) -> str:
-    return USAGE.format(command, "\n".join(f"  {name:8} {what}" for name, what in names.items()))
+    width = max(map(len, names))
+    return USAGE.format(command, "\n".join(f"  {name:{width}} {what}" for name, what in names.items()))
 
 
 def _show_help(command: str, arguments: Sequence[str]) -> bool:
@@ -128,7 +138,9 @@ def _show_help(command: str, arguments: Sequence[str]) -> bool:
         return False
     name = _full_name(command, arguments)
     if name == "data":
-        subcommands = {name.split()[1]: what for name, what in SUBCOMMANDS.items()}
+        subcommands = {
+            name.removeprefix("data "): what for name, what in SUBCOMMANDS.items() if "data" in name
+        }
         print(_usage("data SUBCOMMAND", subcommands))
         return True
     from lopt.cli.help import help_page
@@ -139,8 +151,8 @@ def _show_help(command: str, arguments: Sequence[str]) -> bool:
 
 def _full_name(command: str, arguments: Sequence[str]) -> str:
     """Return the command with its subcommand, if it has one and the arguments begin with it."""
-    name = " ".join([command, *arguments[:1]])
-    return name if name in SUBCOMMANDS else command
+    names = (" ".join([command, *arguments[:words]]) for words in (2, 1))
+    return next((name for name in names if name in SUBCOMMANDS), command)
 
 
 def _one_line(error: BaseException, command: str, arguments: Sequence[str]) -> str:
@@ -160,7 +172,7 @@ def _in_flags(message: str, command: str, arguments: Sequence[str]) -> str:
     """Return a message of the library with the command's flags in place of arguments."""
     if "`" not in message:
         return message
-    from lopt.cli.flags import OWN
+    from lopt.cli.flags import OWN, ChatArguments
 
     name = _full_name(command, arguments)
     flags: Collection[str] = ()
@@ -169,9 +181,9 @@ def _in_flags(message: str, command: str, arguments: Sequence[str]) -> str:
             from lopt.cli.parsing import flag_types
 
             flags = flag_types(name)
-    return with_flags(
-        message, flags, {field.name for groups in OWN.values() for g in groups for field in fields(g)}
-    )
+    # The flags of lopt chat have names of columns: `prompt`, `system`.
+    groups = {group for groups in OWN.values() for group in groups} - {ChatArguments}
+    return with_flags(message, flags, {field.name for group in groups for field in fields(group)})
 
 
 def _culprit(error: Exception) -> str | None:

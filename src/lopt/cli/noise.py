@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +65,40 @@ def quiet() -> None:
     _filter(_HUB, _SaidOnce())
     for beginning in DROPPED_WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(beginning), category=FutureWarning)
+
+
+@contextmanager
+def brief_bars() -> Iterator[None]:
+    """Let progress bars appear after a second and go when they are full, if tqdm is imported within."""
+    bars = {"TQDM_DELAY": "1", "TQDM_LEAVE": "", "TQDM_DYNAMIC_NCOLS": "1"}  # "" is tqdm's false
+    added = {name: value for name, value in bars.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+@contextmanager
+def counted_warnings() -> Iterator[Counter[str]]:
+    """Within, count the warnings and errors that are logged, by their text."""
+    counted: Counter[str] = Counter()
+    make_record = logging.getLogRecordFactory()
+
+    def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        beginning = DROPPED.get(record.name)
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING and not (beginning and re.match(beginning, message)):
+            counted[message] += 1
+        return record
+
+    logging.setLogRecordFactory(make)
+    try:
+        yield counted
+    finally:
+        logging.setLogRecordFactory(make_record)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from lopt.reliability.manifest import Verify
 
 _SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json", "results.json")
 
+_OF_THE_RUN_BEFORE = ("trainer_state.json", "report.json", "report.html")
+
 
 def check_output(
     output_dir: str,
@@ -67,9 +69,11 @@ def check_report(output_dir: str, names: Sequence[str], *, overwrite: bool) -> P
 
 
 def start_anew(output_dir: str) -> None:
-    """Make the folder, and remove the checkpoints in it; to be called when all else is ready."""
+    """Make the folder, and remove the checkpoints and the log in it; to be called when all else is ready."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in _OF_THE_RUN_BEFORE:  # `lopt report` would take them for the new run's
+        (folder / name).unlink(missing_ok=True)
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
     shutil.rmtree(folder / WRITING, ignore_errors=True)

@@ -81,7 +81,8 @@ def _join_pipeline(parser: _Parser, words: Sequence[str]) -> None:
         from lopt.core.config import LoPTConfig
         from lopt.trainers.pipeline import join_pipeline
 
-        join_pipeline(LoPTConfig(**{field.name: getattr(given, field.name) for field in fields(LoPTConfig)}))
+        own = {field.name: getattr(given, field.name) for field in fields(LoPTConfig)}
+        join_pipeline(LoPTConfig(**own), use_cpu=given.use_cpu)
 
 
 def check_effect(args: Any, **names_of: Sequence[str]) -> None:
@@ -133,7 +134,7 @@ def _parser(command: str) -> _Parser:
     """Return the parser of a command; where transformers names the output folder, it is named after it."""
     parser = _Parser(flags_of(command), prog=f"lopt {command}")
     if "output_dir" in parser.types and parser.get_default("output_dir") is None:
-        parser.set_defaults(output_dir=f"outputs/{command}")
+        parser.set_defaults(output_dir=f"outputs/{command.split()[0]}")
     return parser
 
 

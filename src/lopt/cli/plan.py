@@ -44,7 +44,7 @@ ALWAYS = (
 IF_CHANGED = (
     "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
     "use_cpu", "gradient_checkpointing", "schedule", "stages", "offload", "optimizer_device", "clip",
-    "tied_embeddings",
+    "tied_embeddings", "precompute_ref_log_probs",
 )  # fmt: skip
 
 LORA = ("lora_r", "lora_alpha", "lora_target_modules")
@@ -116,6 +116,12 @@ def check_arguments(args: PlanArguments) -> int | None:
         check_choice("method", method, ("lopt", "e2e", "frozen", "lora"))
     if "lora" in args.method:
         check_lora(args.lora_r, args.lora_alpha)
+    check(not (args.calibrate and args.command == "dpo"), "command", "dpo", "sft with `calibrate`")
+    if args.command == "dpo":
+        check(args.aux_loss == "recon", "aux_loss", args.aux_loss, "recon with `command` dpo")
+    else:
+        asked = args.precompute_ref_log_probs
+        check(not asked, "precompute_ref_log_probs", asked, "given with `command` dpo")
     check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
     for name in ("json", "svg"):
         if (value := getattr(args, name)) is not None:
@@ -138,7 +144,10 @@ def _check_machine(args: PlanArguments) -> None:
         check(values is None or len(values) in counts, name, values, f"{counts[0]} or {counts[1]} numbers")
         for value in values or ():
             check_number(name, value, above=0)
-    check_number("host_gbps", args.host_gbps, above=0)
+    for name in ("host_gbps", "link_gbps"):
+        check_number(name, getattr(args, name), above=0)
+    several = args.link_gbps is None or args.num_processes > 1
+    check(several, "link_gbps", args.link_gbps, "given with `num_processes` 2 or more")
     if args.device_name is not None:
         check_choice("device_name", args.device_name, DEVICES)
         check(not args.use_cpu, "device_name", args.device_name, "left out with `use_cpu`")
@@ -197,19 +206,19 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
     lines = [f"--{name} {shlex.join(map(str, values))}" for name, values in words.items()]
     launch = f"torchrun --nproc_per_node {args.num_processes} --no-python " * (args.num_processes > 1)
-    return launch + "lopt sft " + " \\\n    ".join(lines)
+    return launch + f"lopt {args.command} " + " \\\n    ".join(lines)
 
 
 def _machine(args: PlanArguments, run: Run) -> Machine:
     given = args.device_name, args.tflops, args.bandwidth
-    return machine_of(*given, args.host_gbps, on_gpu=run.device == "cuda")
+    return machine_of(*given, args.host_gbps, args.link_gbps, on_gpu=run.device == "cuda")
 
 
 def _run(args: PlanArguments) -> Run:
     on_gpu = not (args.use_cpu or (args.calibrate and not torch.cuda.is_available()))
     return Run(
         config=model_config(str(args.model_name_or_path), args.model_revision, args.trust_remote_code),
-        batch=args.per_device_train_batch_size,
+        batch=args.per_device_train_batch_size * (2 if args.command == "dpo" else 1),
         tokens=args.max_length,
         accumulation=args.gradient_accumulation_steps,
         dtype=DTYPES[args.param_dtype],
@@ -222,6 +231,7 @@ def _run(args: PlanArguments) -> Run:
         frozen_blocks=args.frozen_blocks,
         aux_loss=args.aux_loss,
         tied_embeddings=args.tied_embeddings,
+        reference=args.command == "dpo" and not args.precompute_ref_log_probs,
         processes=args.num_processes,
         adapters=_adapters(args),
         clip=args.clip,
@@ -282,13 +292,15 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     cut += ", earlier blocks predict the next token" if run.aux_loss == "next_token" else ""
     device = "GPU" if run.device == "cuda" else "CPU"
     several = (
-        f"({run.processes} processes by DDP: host is all of theirs; times and tokens are of one alone,\n"
-        "without averaging gradients and without others on the bus)\n"
+        f"({run.processes} processes by DDP: host is all of theirs, tokens are of one; times are with\n"
+        "averaged gradients and with steps of all in host memory, without others on the bus)\n"
     )
+    pairs = ", 2 rows a pair" * (args.command == "dpo")
+    pairs += ", with a reference model" * (run.reference and args.method != ["lora"])
     size = f"{planner.sizes.model / 1e9:.2f} B weights in {layers} layers"
     return (
         f"{args.model_name_or_path}: {size}, {numbers}, {args.optim}{cut}\n"
-        f"{run.batch} x {run.tokens:,} tokens a micro-batch, {run.accumulation} a step. "
+        f"{run.batch} x {run.tokens:,} tokens a micro-batch{pairs}, {run.accumulation} a step. "
         f"Peak on the {device} in GiB:\n"
     ) + several * (run.processes > 1)
 

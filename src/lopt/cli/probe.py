@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 from lopt.cli.eval import labels
@@ -62,7 +61,7 @@ def check(args: ProbeArguments) -> dict[str, str]:
     """Refuse what cannot work before a model is loaded; return the texts by name.
 
     Raises:
-        ValueError: a flag is missing or out of range, a file cannot be read, matplotlib is missing.
+        ValueError: a flag is missing or out of range, a file cannot be read.
     """
     for name, what in (
         ("base", "the model before tuning"),
@@ -73,6 +72,4 @@ def check(args: ProbeArguments) -> dict[str, str]:
             raise ValueError(f"--{name} is missing: give {what}")
     for name in ("tokens", "window", "batch_size"):
         check_number(name, getattr(args, name), minimum=1)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('the report needs matplotlib: pip install "lopt[eval]"')
     return read_texts(args.text or [], args.tokens, "text")

@@ -99,6 +99,70 @@ class EvalArguments:
 
 
 @dataclass
+class ChatArguments:
+    """Which model, and how it answers."""
+
+    groups: ClassVar[dict[str, str]] = {
+        "Model": "model_name_or_path",
+        "Talk": "prompt",
+        "Sampling": "max_new_tokens",
+        "Loading": "param_dtype",
+    }
+
+    model_name_or_path: str | None = flag(
+        None, "A folder (of a run, a checkpoint, a model or an adapter), a hub id, an alias or gemma3-270m."
+    )
+    base: str | None = flag(
+        None,
+        "Answer with another model too: alone, the one that the run began from; else a folder or hub id.",
+        nargs="?",
+        const="auto",
+    )
+    prompt: str | None = flag(None, "Answer this and end. Default: talk.")
+    system: str = flag("", "What the model is told first.")
+    template: str | None = flag(
+        None,
+        "chat, or a plain one: messages, alpaca, qa, pair (the text as it is). Default: the model's chat "
+        "template, else that of the rows that the run was trained on.",
+    )
+    max_new_tokens: int = flag(512, "Tokens of an answer.")
+    temperature: float | None = flag(
+        None, "0 takes the likeliest token. Default, here and below: the model's generation_config.json."
+    )
+    top_p: float | None = flag(None, "Draw from the likeliest tokens that have this share together.")
+    top_k: int | None = flag(None, "Draw from this many of the likeliest tokens.")
+    repetition_penalty: float | None = flag(None, "Above 1: less of what was said before.")
+    seed: int = flag(0, "Of every answer.")
+    param_dtype: str = flag(
+        "auto", "Dtype of the weights: auto (as saved), float32, bfloat16, float16.", aliases=["--dtype"]
+    )
+    attn_implementation: str | None = flag(None, "For example sdpa, eager, flash_attention_2.")
+    model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
+    trust_remote_code: bool = flag(False, "Run code that comes with a model.")
+
+
+@dataclass
+class MergeArguments:
+    """Which adapter, and where the merged model goes."""
+
+    groups: ClassVar[dict[str, str]] = {"Model": "model_name_or_path", "Output": "output_dir"}
+
+    model_name_or_path: str | None = flag(
+        None, "The folder of a run of --method lora, or of another adapter."
+    )
+    base: str | None = flag(
+        None, "The model that the adapter belongs to. Default: the one that the adapter names."
+    )
+    param_dtype: str = flag(
+        "auto",
+        "Dtype of the merged weights: auto (that of the base model), float32, bfloat16, float16.",
+        aliases=["--dtype"],
+    )
+    trust_remote_code: bool = flag(False, "Run code that comes with a model.")
+    output_dir: str = flag("", "A new folder. Default: that of the adapter with -merged behind it.")
+
+
+@dataclass
 class ProbeArguments:
     """Which models, on which text."""
 
@@ -194,6 +258,12 @@ class PlanArguments:
     lora_target_modules: list[str] | None = flag(
         None, "Modules that get an adapter. Default: every linear layer but the head."
     )
+    command: Literal["sft", "dpo"] = flag(
+        "sft", "What is planned: sft, or dpo, whose rows are pairs and which has a reference model."
+    )
+    precompute_ref_log_probs: bool = flag(
+        False, "With --command dpo: the reference model has run before, and is not on the device."
+    )
     per_device_train_batch_size: int = flag(4, "Rows in a micro-batch.")
     gradient_accumulation_steps: int = flag(8, "Micro-batches per step.")
     max_length: int = flag(1024, "Tokens in a row.")
@@ -218,6 +288,11 @@ class PlanArguments:
     host_gbps: float | None = flag(
         None, "GB/s at which steps in host memory read and write weights, gradients and state. Default: 40."
     )
+    link_gbps: float | None = flag(
+        None,
+        "With --num_processes: GB/s each way at which processes exchange gradients. Default: 0.8 of the "
+        "GPU's NVLink, or its PCIe.",
+    )
     fit: str | None = flag(
         None,
         "Propose the fastest setting for a GPU of this size, such as 24GiB or 80GB; device: that of "
@@ -241,6 +316,19 @@ class PlanArguments:
 
 
 @dataclass
+class ReportArguments:
+    """Which runs."""
+
+    groups: ClassVar[dict[str, str]] = {"Runs": "run", "Output": "output_dir"}
+
+    run: list[str] = flag([], "One or more folders of lopt sft, dpo or grpo; may be given without the flag.")
+    output_dir: str = flag(
+        "outputs/report", "With several runs: folder for report.html. One run's page lies in its own folder."
+    )
+    overwrite_output_dir: bool = flag(False, "Replace an earlier report there.")
+
+
+@dataclass
 class DownloadArguments:
     """What to fetch, and where to."""
 
@@ -259,7 +347,7 @@ class PreviewArguments:
 
     groups: ClassVar[dict[str, str]] = {"Preview": "rows"}
 
-    rows: int = flag(3, "Number of sequences to show.")
+    rows: int = flag(3, "Number of sequences or pairs to show.")
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,7 @@ def check_retention(
 
     Raises:
         ValueError: a text or a benchmark that does not exist, a value out of range, flags without effect.
-        ImportError: lm-evaluation-harness or matplotlib is missing.
+        ImportError: lm-evaluation-harness is missing.
     """
     r = retention
     check_number("retention_tokens", r.retention_tokens, minimum=2)
@@ -44,8 +43,6 @@ def check_retention(
         if r.retention_every is not None:
             raise ValueError("--retention_every: add --retention_text or --retention_tasks")
         return None
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('the retention curve needs matplotlib: pip install "lopt[eval]"')
     if r.retention_tasks:
         from lopt.evaluation.harness import check_tasks
 

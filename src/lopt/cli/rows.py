@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from lopt.cli.flags import DataArguments, ModelArguments, TaskArguments
-from lopt.data.columns import needed_columns
+from lopt.data.columns import infer_format, needed_columns
 from lopt.data.files import Choose
 from lopt.data.formats import format_rows
 from lopt.data.load import check_held_out, load_rows, split_held_out
+from lopt.data.mix import Part, examples_of, load_mix, parse_mix, summary
 from lopt.data.preferences import preference_columns, preference_rows
 from lopt.data.procedural import TASKS
 from lopt.data.question_tasks import QUESTION_TASKS
@@ -17,7 +20,7 @@ from lopt.data.questions import procedural_rows, question_rows
 from lopt.data.rows import column_names
 from lopt.models.load import load_chat_template, load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
-from lopt.trainers.rows import check_marks
+from lopt.trainers.turns import check_turns
 from lopt.validation import check_choice, check_number
 
 PROBLEMS = 5_000
@@ -27,13 +30,15 @@ PROBLEMS = 5_000
 class SFTRows(NamedTuple):
     """Formatted rows, or pairs of DPO, not yet tokenized.
 
-    `read` is the number of rows that were read before empty ones were dropped; None for a stream.
+    `read` is the number of rows that were read before empty ones were dropped; None for a stream. `template`
+    is the kind of the plain template, with which `lopt chat` asks; None with a chat template.
     """
 
     train: Any
     held_out: Any
     tokenizer: Any
     read: int | None
+    template: str | None
 
 
 class GRPORows(NamedTuple):
@@ -48,32 +53,42 @@ class GRPORows(NamedTuple):
 def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
     """Return rows and tokenizer of an SFT run; rows are read first, since they fail first."""
     field, choose = args.dataset_text_field, _choose(args.dataset_text_field)
-    rows = _read_rows(data_args, args.seed, choose)
+    parts = _read_parts(data_args, args, choose)
     if field != "text":
         # Rows of the hub still have their other columns, which may be those of another format.
-        rows = rows.select_columns(choose(column_names(rows))).rename_column(field, "text")
+        parts = [
+            replace(
+                part,
+                rows=part.rows.select_columns(choose(column_names(part.rows))).rename_column(field, "text"),
+            )
+            for part in parts
+        ]
         args.dataset_text_field = "text"
-    read = None if data_args.streaming else len(rows)
     tokenizer = _tokenizer(model_args, args)
-    rows = format_rows(rows, tokenizer, assistant_only=args.assistant_only_loss)
+    kind = None if tokenizer.chat_template else infer_format(column_names(parts[0].rows)).kind
+    only, mixed = args.assistant_only_loss, data_args.data_mix is not None
+    make = partial(format_rows, tokenizer=tokenizer, assistant_only=only, every_column=mixed)
+    rows, read = _examples(parts, make, data_args, args)
     if args.assistant_only_loss:
-        check_marks(tokenizer)
+        check_turns(tokenizer)
     if args.completion_only_loss and "completion" not in column_names(rows):
         raise ValueError(
             "`completion_only_loss` needs prompts with a completion, and these rows have none: leave it out"
         )
     train, held_out = split_held_out(rows, data_args.held_out, args.seed)
-    return SFTRows(train, held_out, tokenizer, read)
+    return SFTRows(train, held_out, tokenizer, read, kind)
 
 
 def dpo_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:
     """Return pairs and tokenizer of a DPO run."""
-    rows = _read_rows(data_args, args.seed, preference_columns)
-    read = None if data_args.streaming else len(rows)
+    parts = _read_parts(data_args, args, preference_columns)
     tokenizer = _tokenizer(model_args, args)
-    rows = preference_rows(rows, tokenizer)
+    make = partial(preference_rows, tokenizer=tokenizer, every_column=data_args.data_mix is not None)
+    rows, read = _examples(parts, make, data_args, args)
     train, held_out = split_held_out(rows, data_args.held_out, args.seed)
-    return SFTRows(train, held_out, tokenizer, read)
+    texts = isinstance(next(iter(parts[0].rows))["chosen"], str)
+    kind = None if tokenizer.chat_template else "pair" if texts else "messages"
+    return SFTRows(train, held_out, tokenizer, read, kind)
 
 
 def grpo_rows(
@@ -119,6 +134,21 @@ def check_rows(data_args: DataArguments, max_steps: int) -> None:
     if data_args.streaming and max_steps < 1:
         raise ValueError("--streaming needs --max_steps: the number of rows of a stream is unknown")
     check_held_out(data_args.held_out, data_args.streaming)
+    if data_args.data_mix is not None:
+        _check_mix(data_args)
+
+
+def _check_mix(data_args: DataArguments) -> None:
+    """Refuse a mix that is none, and flags of one source beside it."""
+    parse_mix(data_args.data_mix or [])
+    plain = DataArguments()
+    for name in ("train_file", *(name for name in vars(plain) if name.startswith("dataset_"))):
+        if getattr(data_args, name) != getattr(plain, name):
+            raise ValueError(
+                f"--{name} is for one source, and --data_mix names several: leave one of them out"
+            )
+    check_number("max_samples", data_args.max_samples, minimum=1)
+    check_number("shuffle_buffer", data_args.shuffle_buffer, minimum=1)
 
 
 def check_task(task_args: TaskArguments, data_args: DataArguments) -> None:
@@ -138,6 +168,8 @@ def check_task(task_args: TaskArguments, data_args: DataArguments) -> None:
             f"nothing says what a right answer is: give --task ({', '.join(QUESTION_TASKS)}) or "
             "--reward_funcs module:function"
         )
+    if data_args.data_mix is not None:
+        raise ValueError("--data_mix is for lopt sft and lopt dpo: write the prompts to one file")
     if data_args.streaming:
         raise ValueError("--streaming is for lopt sft: GRPO's prompts are short, leave it out")
     if task in TASKS or _names_rows(data_args):
@@ -145,6 +177,33 @@ def check_task(task_args: TaskArguments, data_args: DataArguments) -> None:
     if task is None:
         raise ValueError("--reward_funcs needs prompts: give --train_file or --dataset_name")
     data_args.dataset_preset = task  # `--task gsm8k` names the rows as well
+
+
+def _read_parts(data_args: DataArguments, args: Any, choose: Choose) -> list[Part]:
+    """Return the sources that the flags name, one or those of a mix, with their rows."""
+    if data_args.data_mix is None:
+        return [Part("", None, _read_rows(data_args, args.seed, choose))]
+    parts = load_mix(
+        data_args.data_mix,
+        max_samples=data_args.max_samples,
+        seed=args.seed,
+        streaming=data_args.streaming,
+        shuffle_buffer=data_args.shuffle_buffer,
+        choose=choose,
+    )
+    if args.process_index == 0:
+        print(summary(parts))
+    return parts
+
+
+def _examples(
+    parts: list[Part], make: Callable[[Any], Any], data_args: DataArguments, args: Any
+) -> tuple[Any, int | None]:
+    """Return the examples made of the rows, and the number of rows; None for a stream."""
+    read = None if data_args.streaming else sum(len(part.rows) for part in parts)
+    if data_args.data_mix is None:
+        return make(parts[0].rows), read
+    return examples_of(parts, make, args.seed, data_args.max_samples), read
 
 
 def _read_rows(data_args: DataArguments, seed: int, choose: Choose | None = None) -> Any:

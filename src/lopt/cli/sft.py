@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lopt.cli.checks import check_evaluation, check_model, check_run
+from lopt.cli.display.run import screen_for
 from lopt.cli.flags import DataArguments, ModelArguments
 from lopt.cli.noise import at_log_level
 from lopt.cli.parsing import parse
@@ -20,15 +21,15 @@ from lopt.validation import check_number
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check everything that can be checked cheaply, then load, train, evaluate and save."""
-    model_args, data_args, run_args, retention_args, config, args = parse("sft", arguments)
-    with obeying(run_args.limit), at_log_level(args):
+    model_args, data_args, run_args, retention_args, screen_args, config, args = parse("sft", arguments)
+    with obeying(run_args.limit), at_log_level(args), screen_for(screen_args, args) as screen:
         check(model_args, data_args, args)
         check_run(model_args, data_args, config, args)
         retention = check_retention(retention_args, config, args)
         checkpoint = prepare(model_args, run_args, config, args)
         rows = sft_rows(model_args, data_args, args)
         record = record_of("sft", arguments)
-        run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, record, retention)
+        run(LoPTSFTTrainer, rows, model_args, config, args, checkpoint, record, screen, retention)
 
 
 def check(model_args: ModelArguments, data_args: DataArguments, args: LoPTSFTConfig | LoPTDPOConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from transformers import PreTrainedModel
 
 from lopt.architectures import base_model
 from lopt.cli.checks import check_cut
+from lopt.cli.display.closing import show_end
+from lopt.cli.display.progress import show
+from lopt.cli.display.screen import Screen
 from lopt.cli.flags import ModelArguments, RunArguments, checkpoint_named
 from lopt.cli.output import check_output, spare_model, start_anew
 from lopt.cli.retention import MakeCallback
-from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.engine import grid
 from lopt.engine.stages import dealt
 from lopt.files import write_text
-from lopt.models.load import auto_class, load_model, resolve_model
+from lopt.models.load import load_model, resolve_model
 from lopt.models.part import load_part
 from lopt.models.processor import copy_processor
 from lopt.models.shapes import model_config
@@ -30,6 +33,7 @@ from lopt.reliability.ranks import on_first_rank, together
 from lopt.reliability.record import Record, data_facts
 from lopt.reliability.stop import Stopped
 from lopt.reports.retention import write_curves
+from lopt.reports.run_callback import RunReport
 from lopt.trainers.card import DataSource
 from lopt.trainers.checks import check_batches
 from lopt.trainers.lora import lora_config
@@ -85,27 +89,19 @@ def load_reference_alike(args: Any, model_args: ModelArguments) -> None:
 
 
 def _load(model_args: ModelArguments, config: LoPTConfig, args: Any) -> PreTrainedModel:
-    """Load the model, in a pipeline the blocks of this process, and print how it is cut."""
+    """Load the model, in a pipeline the blocks of this process."""
     place = grid.current()
     if place is None:
-        model = load(model_args, args)
-    else:
-        model = load_part(
-            str(model_args.model_name_or_path),
-            config,
-            dealt(config.block_count, place.position, place.size),
-            dtype=model_args.param_dtype,
-            revision=model_args.model_revision,
-            attn_implementation=model_args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-        )
-    blocks = Blocks(model, config)
-    if args.should_save:
-        parts = [f"block {b.index + 1} (layers {b.start}-{b.stop - 1})" for b in blocks]
-        if config.is_local and len(parts) == 1:
-            parts.append("trained end to end: there is no boundary")
-        print(f"{model_args.model_name_or_path}: {', '.join(parts)}")
-    return model
+        return load(model_args, args)
+    return load_part(
+        str(model_args.model_name_or_path),
+        config,
+        dealt(config.block_count, place.position, place.size),
+        dtype=model_args.param_dtype,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def _attempt(model_args: ModelArguments, config: LoPTConfig, args: Any) -> Attempt:
@@ -125,6 +121,7 @@ def run(
     args: Any,
     checkpoint: str | None,
     record: Record,
+    screen: Screen,
     retention: MakeCallback | None = None,
     **more: Any,
 ) -> None:
@@ -134,9 +131,58 @@ def run(
         rows: `train`, `held_out` and `tokenizer`, from `lopt.cli.rows`.
         checkpoint: the one to resume from, if any.
         record: of the command, for the output folder.
+        screen: where the run is shown.
         retention: makes the callback that measures retention during training.
         more: arguments of this trainer class.
     """
+    began = time.monotonic()
+    if not screen.live:  # a terminal has bars for what takes long
+        screen.print(f"Loading {record.settings['model_name_or_path']} and preparing its rows")
+    trainer = _trainer(trainer_class, rows, model_args, config, args, more)
+    trainer.data_source = DataSource.of(record.settings)
+    check_batches(args, trainer.train_dataset, trainer.eval_dataset)
+    callback = retention(trainer) if retention is not None else None
+    if callback is not None:
+        trainer.add_callback(callback)
+    if trainer.is_world_process_zero():
+        data = data_facts({"train": rows.train, "held_out": rows.held_out})
+        record.write(Path(str(args.output_dir)), data, checkpoint, getattr(rows, "template", None))
+    progress = show(trainer, screen, record.command)
+    known = (record.command, record.changed, screen.warnings)
+    report = RunReport(trainer, *known, facts=lambda: progress.facts)
+    trainer.add_callback(report)
+    try:
+        _train_and_save(trainer, checkpoint, model_args)
+        progress.close()
+        if callback is not None and callback.stopped:
+            screen.warnings[callback.stopped] += 1
+        report.write(ended=True)
+        if trainer.is_world_process_zero():
+            if callback is not None:
+                print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
+            show_end(trainer, screen, record, time.monotonic() - began)
+        if args.push_to_hub:
+            _push(trainer)
+        end_training(trainer)
+    except Stopped:
+        end_training(trainer)
+        grid.leave()
+        raise
+    finally:
+        progress.close()
+        report.write()
+    grid.leave()
+
+
+def _trainer(
+    trainer_class: Any,
+    rows: Any,
+    model_args: ModelArguments,
+    config: LoPTConfig,
+    args: Any,
+    more: dict[str, Any],
+) -> Any:
+    """Load the model and return its trainer."""
     name = str(model_args.model_name_or_path)
     if not getattr(args, "packing", False):  # which may make several sequences of a row
         check_batches(args, rows.train, rows.held_out)
@@ -144,7 +190,7 @@ def run(
     if config.method == "lora":
         adapters = lora_config(model_args.lora_r, model_args.lora_alpha, model_args.lora_target_modules)
     with memory_errors_explained(f"loading {name}", args.device, lambda: _attempt(model_args, config, args)):
-        trainer = trainer_class(
+        return trainer_class(
             _load(model_args, config, args),
             args=args,
             lopt_config=config,
@@ -154,23 +200,6 @@ def run(
             peft_config=adapters,
             **more,
         )
-    trainer.data_source = DataSource.of(record.settings)
-    check_batches(args, trainer.train_dataset, trainer.eval_dataset)
-    callback = retention(trainer) if retention is not None else None
-    if callback is not None:
-        trainer.add_callback(callback)
-    if trainer.is_world_process_zero():
-        data = data_facts({"train": rows.train, "held_out": rows.held_out})
-        record.write(Path(str(args.output_dir)), data, checkpoint)
-    try:
-        _train_and_save(trainer, checkpoint, model_args)
-    except Stopped:
-        end_training(trainer)
-        grid.leave()
-        raise
-    if callback is not None and trainer.is_world_process_zero():
-        print(write_curves(trainer.state.log_history, Path(str(args.output_dir)), callback.stopped))
-    grid.leave()
 
 
 def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArguments) -> None:
@@ -181,25 +210,29 @@ def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArgum
     trainer.accelerator.wait_for_everyone()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("train", result.metrics)
+    pushes, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # not yet, see `_push`
     together(trainer.save_model)
+    trainer.args.push_to_hub = pushes
     if trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir))
         write_text(folder / "lopt_config.json", json.dumps(asdict(trainer.lopt.config), indent=2) + "\n")
         config = base_model(trainer.lopt.model).config
         copy_processor(str(model_args.model_name_or_path), config, folder, model_args.model_revision)
-        loader = auto_class(config).__name__
-        print(f"The model is in {folder}: {loader}.from_pretrained({str(folder)!r}) loads it")
     if trainer.eval_dataset is not None:
         try:
             metrics = _metrics_of_the_end(trainer) or trainer.evaluate()
         except Stopped as stop:
             raise Stopped(stop.reason, "in the last evaluation: the model is saved") from None
-        shown = {name: value for name, value in metrics.items() if value is not None}  # no completion ended
-        trainer.log_metrics("eval", shown)
         trainer.save_metrics("eval", metrics)
     trainer.create_model_card()  # again, with what was measured
     trainer.save_state()
-    end_training(trainer)
+
+
+def _push(trainer: Any) -> None:
+    """Push the folder when all is in it: the last evaluation is in the card, and the pages are written."""
+    pushed = trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"The model is on the hub: {getattr(pushed, 'repo_url', pushed)}")
 
 
 def _metrics_of_the_end(trainer: Any) -> dict[str, Any] | None:

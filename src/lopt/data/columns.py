@@ -4,7 +4,7 @@
 
 | columns                            | prompt                       | completion                |
 | ---------------------------------- | ---------------------------- | ------------------------- |
-| `messages`                         | all before the last answer   | last assistant message    |
+| `messages` or `conversations`      | all before the last answer   | last assistant message    |
 | `prompt` + `completion`            | `prompt`                     | `completion`              |
 | `prompt` + `response`              | `prompt`                     | `response`                |
 | `instruction` (+ `input`) + `output` | `instruction` and `input`  | `output`                  |
@@ -13,9 +13,9 @@
 | `problem` + `solution`             | `problem`                    | `solution`                |
 | `text`                             | none: loss on every token    | `text`                    |
 
-Where they are present, `system` is used with all of these but `messages` and `text`, `history` (pairs of
-instruction and output) with `instruction`, and `tools` and `chat_template_kwargs` with `messages` and
-`prompt`, as in TRL.
+Messages are {role, content}, or ShareGPT's {from, value}. Where they are present, `system` is used with all
+of these but `text`, `history` (pairs of instruction and output) with `instruction`, and `tools` and
+`chat_template_kwargs` with messages and `prompt`, as in TRL.
 
 With a chat template, prompt and completion are lists of messages for that template to render. Without one,
 they are strings in the plain templates of `lopt.data.templates` (the leading space of a completion keeps
@@ -65,7 +65,8 @@ class Format:
 
 
 FORMATS = (
-    Format("messages", ("messages",), FOR_TEMPLATE),
+    Format("messages", ("messages",), ("system", *FOR_TEMPLATE)),
+    Format("messages", ("conversations",), ("system", *FOR_TEMPLATE)),
     Format("pair", ("prompt", "completion"), ("system", *FOR_TEMPLATE)),
     Format("pair", ("prompt", "response"), ("system", *FOR_TEMPLATE)),
     Format("alpaca", ("instruction", "output"), ("input", "system", "history")),
@@ -88,9 +89,10 @@ def infer_format(column_names: Iterable[str]) -> Format:
         if set(fmt.columns) <= set(found):
             return fmt
     accepted = ", ".join(fmt.name for fmt in FORMATS)
+    pairs = " (pairs of answers are for `lopt dpo`)" if {"chosen", "rejected"} <= set(found) else ""
     raise ValueError(
         f"{SOURCE}: no usable columns, found {', '.join(found) or 'none'}: "
-        f"rename them to one of these combinations: {accepted}"
+        f"rename them to one of these combinations: {accepted}{pairs}"
     )
 
 

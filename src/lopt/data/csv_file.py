@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from lopt.data.json_file import BrokenFileError, not_utf8, nul_byte
+from lopt.data.json_file import not_utf8, nul_byte
+from lopt.data.places import BrokenFileError, Place, opened
 
 LONGEST = 2**31 - 1  # characters of a cell
 UNNAMED = "Unnamed: {}"  # pandas' name for a column without one, as to_csv writes for its index
 
 
-def csv_columns(path: Path) -> list[str]:
+def csv_columns(path: Place) -> list[str]:
     """Return the names in the first line; a column without a name is called as pandas calls it.
 
     Raises:
@@ -30,7 +30,7 @@ def csv_columns(path: Path) -> list[str]:
     return names
 
 
-def csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+def csv_rows(path: Place) -> Iterator[dict[str, Any]]:
     """Yield the rows below the header; cells that a row lacks at its end are None, empty lines are left out.
 
     Raises:
@@ -48,10 +48,10 @@ def csv_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield dict.fromkeys(names) | dict(zip(names, cells, strict=False))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _lines(path: Place) -> Iterator[tuple[int, list[str]]]:
     """Yield every row's cells with the number of the line it begins in (from 1)."""
     csv.field_size_limit(LONGEST)
-    with path.open("rb") as handle:
+    with opened(path) as handle:
         reader, number = csv.reader(_decoded(handle), strict=True), 1
         try:
             for cells in reader:

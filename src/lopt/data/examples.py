@@ -69,7 +69,7 @@ class Examples:
         chat: The template that renders messages; None for the plain ones.
         notes: Counts what does not reach the template.
         extra: Columns for the template.
-        keep_messages: Keep messages as they are, for a loss on every assistant message.
+        keep_messages: Make messages of each row, for a loss on every assistant message.
         rendered: The rows' text is rendered by the chat template already.
 
     Attributes:
@@ -98,6 +98,8 @@ class Examples:
         if made is None or self.fmt.kind == "text":
             return made
         self._note_left_out(row)
+        if self.keep_messages and "messages" not in made:
+            made = self._turns(**made)
         if self.chat is not None and not self.rendered:
             readers = {"tools": read_tools, "chat_template_kwargs": read_options}
             made |= {name: readers[name](row.get(name)) for name in self.extra}
@@ -107,7 +109,7 @@ class Examples:
         prompt_column, completion_column = self.fmt.columns[0], self.fmt.columns[-1]
         value, answer = row.get(prompt_column), row.get(completion_column)
         if self.fmt.kind == "messages":
-            return self._messages(value, prompt_column)
+            return self._messages(row, value, prompt_column)
         if self.fmt.kind == "pair" and (isinstance(value, list) or isinstance(answer, list)):
             return self._pair_of_messages(row, value, answer)
         completion = answer_text(answer, completion_column)
@@ -129,14 +131,16 @@ class Examples:
             return {"prompt": asked, "completion": [message("assistant", completion)]}
         return {"prompt": asked, "completion": f" {completion}" if self.fmt.kind == "qa" else completion}
 
-    def _messages(self, value: Any, column: str) -> Example | None:
+    def _messages(self, row: Mapping[str, Any], value: Any, column: str) -> Example | None:
         messages = read_messages(value, column, self.chat, self.notes)
         cut = last_assistant(messages, column)
         messages = messages[: cut + 1]
         marks = read_marks(value, messages, column)
+        prompt, answer = _with_system(row, messages[:cut], column), messages[cut:]
         if not self.keep_messages:
             check_only_last(marks, column)
-            return self._conversation(messages[:cut], messages[cut:])
+            return self._conversation(prompt, answer)
+        messages = [*prompt, *answer]
         said = [says_something(turn, self.chat) for turn in messages if turn["role"] == "assistant"]
         trained = [mark is not False and spoken for mark, spoken in zip(marks, said, strict=True)]
         if not any(trained):
@@ -146,18 +150,26 @@ class Examples:
         self.some_are_not_trained |= not all(trained)
         return {"messages": messages, "trained": trained}
 
+    def _turns(self, prompt: list[Message], completion: list[Message]) -> Example:
+        """Return a prompt and a completion as messages; the answers of Alpaca's history are trained on."""
+        earlier = self.fmt.kind == "alpaca"
+        trained = [
+            earlier and says_something(turn, self.chat) for turn in prompt if turn["role"] == "assistant"
+        ]
+        trained += [says_something(turn, self.chat) for turn in completion if turn["role"] == "assistant"]
+        self.some_are_not_trained |= not all(trained)
+        return {"messages": [*prompt, *completion], "trained": trained}
+
     def _pair_of_messages(self, row: dict[str, Any], value: Any, answer: Any) -> Example | None:
         """Return the example of a prompt and a completion of which at least one is a list of messages."""
         prompt_column, completion_column = self.fmt.columns
-        system = answer_text(row.get("system"), "system")
         if isinstance(value, list):
             prompt = read_messages(value, prompt_column, self.chat, self.notes)
             if True in read_marks(value, prompt, prompt_column):
                 raise column_error(prompt_column, "marks a message for training: give it in `messages`")
         else:
             prompt = [message("user", prompt_text(value, prompt_column))]
-        if system.strip() and prompt[0]["role"] != "system":
-            prompt = [message("system", system), *prompt]
+        prompt = _with_system(row, prompt, prompt_column)
         if answer == []:
             return None
         if isinstance(answer, list):
@@ -196,6 +208,21 @@ class Examples:
 
 def _uses(chat: Chat, name: str) -> bool:
     return name == "chat_template_kwargs" or chat.knows(name)
+
+
+def _with_system(row: Mapping[str, Any], messages: list[Message], column: str) -> list[Message]:
+    """Return messages that begin with what the column `system` says, if it says anything."""
+    system = answer_text(row.get("system"), "system")
+    if not system.strip():
+        return messages
+    own = messages[0]["content"] if messages[0]["role"] == "system" else None
+    if own is None:
+        return [message("system", system), *messages]
+    if own.strip() != system.strip():
+        raise column_error(
+            "system", f"is not the system message that `{column}` begins with: keep one of them"
+        )
+    return messages
 
 
 def _history(value: Any) -> list[tuple[str, str]]:

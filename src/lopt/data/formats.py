@@ -21,6 +21,7 @@ def format_rows(
     rows: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     assistant_only: bool = False,
+    every_column: bool = False,
 ) -> Dataset | IterableDataset:
     """Turn rows into what TRL's `SFTTrainer` takes, by the tables in `lopt.data.columns`.
 
@@ -33,8 +34,10 @@ def format_rows(
     Args:
         rows: Rows whose columns `infer_format` accepts.
         tokenizer: Decides between messages (it has a chat template) and plain strings.
-        assistant_only: Keep `messages` rows as messages, for a loss on every assistant turn rather than the
-            last alone. Turns after the last assistant message are dropped either way.
+        assistant_only: Make messages of each row, for a loss on every assistant turn rather than the last
+            alone (of a prompt and a completion: on those of the completion). Turns after the last assistant
+            message are dropped either way.
+        every_column: Make each column that such examples can have, so that they go together with others.
 
     Returns:
         A data set, or a stream, with the columns `prompt` and `completion`, or `messages`, or `text`, and
@@ -53,9 +56,8 @@ def format_rows(
     rendered = is_rendered(next(iter(rows), {}), fmt, chat)
     if assistant_only:
         _check_turns(fmt, chat, rendered)
-    keep = assistant_only and fmt.kind == "messages"
-    extra = tuple(name for name in FOR_TEMPLATE if name in fmt.optional and name in names)
-    convert = Examples(fmt, chat, notes, extra, keep_messages=keep, rendered=rendered)
+    extra = tuple(name for name in FOR_TEMPLATE if every_column or (name in fmt.optional and name in names))
+    convert = Examples(fmt, chat, notes, extra, keep_messages=assistant_only, rendered=rendered)
     made = convert_rows(rows, used, convert, _features(convert), "Formatting rows", named=used)
     last = fmt.columns[-1]
     if isinstance(made, IterableDataset):
@@ -69,7 +71,8 @@ def format_rows(
         notes.show(len(rows))
     if empty:
         raise ValueError(f"{SOURCE}: no row left, `{last}` is empty in {where}: fill it")
-    if isinstance(made, Dataset) and keep and not convert.some_are_not_trained:
+    all_trained = assistant_only and not convert.some_are_not_trained
+    if isinstance(made, Dataset) and all_trained and not every_column:
         made = made.remove_columns("trained")
     return made
 

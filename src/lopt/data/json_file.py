@@ -10,10 +10,10 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from lopt.data.cells import DECODER
+from lopt.data.places import BrokenFileError, Place, opened
 
 CHUNK = 1 << 20  # bytes that are read at a time
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -21,11 +21,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _UNFINISHED = 32  # an error so many characters from the end of what was read may mean "read on"
 
 
-class BrokenFileError(ValueError):
-    """A file that cannot be read; the message goes on after the file's name."""
-
-
-def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def json_rows(path: Place) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file, of which a part is in memory at a time.
 
     Numbers with a point or an exponent are `lopt.data.cells.JsonFloat`. A text in a list is a row with the
@@ -34,7 +30,7 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         BrokenFileError: no UTF-8, no JSON, or a value that is no row, with its line (from 1).
     """
-    with path.open("rb") as handle:
+    with opened(path) as handle:
         text = _Text(handle)
         if not text.take("["):
             while text.next_character():

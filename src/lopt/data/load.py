@@ -37,8 +37,9 @@ def load_rows(
     """Load training rows from `train_file`, from `dataset_name` or from what `dataset_preset` stands for.
 
     Args:
-        train_file: A path, or several paths of one file type, read as one data set in that order. No type
-            is guessed: text stays text ("007", "NA" and dates), numbers of JSON keep their digits.
+        train_file: A path or an address of fsspec, or several of one file type, read as one data set in that
+            order. No type is guessed: text stays text ("007", "NA" and dates), numbers of JSON keep their
+            digits.
         dataset_name: Name of a data set on the Hub.
         dataset_config: Configuration of that data set, if it has several.
         dataset_split: Split to load; a slice such as `train[:10%]` works too. Local files are `train`.
@@ -163,7 +164,8 @@ def _check_source(
         if (train_file is None) == (dataset_name is None):
             given = "neither is" if train_file is None else "both are"
             raise ValueError(
-                f"give exactly one of `train_file` and `dataset_name` ({given} given), or `dataset_preset`"
+                f"give exactly one of `train_file` and `dataset_name` ({given} given), or `dataset_preset`, "
+                "or several by `data_mix`"
             )
         return None
     check_choice("dataset_preset", dataset_preset, PRESETS)

@@ -36,7 +36,8 @@ def preference_columns(found: list[str]) -> list[str]:
             f"{SOURCE}: no column {' and no '.join(missing)}, found {', '.join(found) or 'none'}: rename "
             "them to prompt (where there is one), chosen and rejected"
         )
-    needed = ["prompt", *ANSWERS, *FOR_TEMPLATE]
+    prompt = "prompt" if "prompt" in found or "conversations" not in found else "conversations"
+    needed = [prompt, *ANSWERS, *FOR_TEMPLATE]
     others = [name for name in found if name not in needed]
     if others:
         logger.warning("left out the columns %s: pairs do not need them", ", ".join(others))
@@ -44,13 +45,19 @@ def preference_columns(found: list[str]) -> list[str]:
 
 
 def preference_rows(
-    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, every_column: bool = False
 ) -> Dataset | IterableDataset:
     """Turn rows into what TRL's `DPOTrainer` takes, with a prompt of their own.
 
-    Without a column `prompt`, it is what `chosen` and `rejected` begin with alike. Answers may begin with the
-    messages of the prompt. With a chat template, a prompt and answers of plain text become messages, as for
-    SFT, unless the template has rendered them already; without one, messages become plain text.
+    Without a column `prompt` (or `conversations`), it is what `chosen` and `rejected` begin with alike.
+    Answers may begin with the messages of the prompt, or be one message. With a chat template, a prompt and
+    answers of plain text become messages, as for SFT, unless the template has rendered them already; without
+    one, messages become plain text.
+
+    Args:
+        rows: Rows whose columns `preference_columns` accepts.
+        tokenizer: Decides between messages (it has a chat template) and plain strings.
+        every_column: Make each column that such pairs can have, so that they go together with others.
 
     Returns:
         A data set, or a stream, with the columns `prompt`, `chosen` and `rejected`, and `FOR_TEMPLATE` where
@@ -62,9 +69,13 @@ def preference_rows(
     """
     names = column_names(rows)
     used = preference_columns(names)
+    if used[0] == "conversations":
+        rows = rows.rename_column("conversations", "prompt")
+        names = used = ["prompt", *(name for name in names if name in used[1:])]
     chat = Chat(tokenizer) if tokenizer.chat_template else None
     notes = Notes(isinstance(rows, IterableDataset))
-    convert = _Pairs(next(iter(rows), {}), chat, notes, tuple(name for name in FOR_TEMPLATE if name in names))
+    extra = tuple(name for name in FOR_TEMPLATE if every_column or name in names)
+    convert = _Pairs(next(iter(rows), {}), chat, notes, extra)
     made = convert_rows(rows, used, convert, convert.features, "Formatting pairs", named=used)
     if isinstance(made, Dataset):
         notes.show(len(rows))
@@ -92,6 +103,7 @@ class _Pairs:
         )
 
     def __call__(self, row: dict[str, Any]) -> Example:
+        row |= {name: [row[name]] for name in ANSWERS if isinstance(row[name], Mapping)}
         for name in ANSWERS:
             if not isinstance(row[name], str | list):
                 raise column_error(name, "must be text or a list of messages: fill it or remove the row")
@@ -106,11 +118,11 @@ class _Pairs:
                 "prompt": conversation_prompt(made["prompt"]),
                 **{name: _plain_answer(made[name]) for name in ANSWERS},
             }
-        return made | {name: _READ[name](row[name]) for name in self.extra}
+        return made | {name: _READ[name](row.get(name)) for name in self.extra}
 
     def _are_messages(self, row: Mapping[str, Any]) -> bool:
         """Return whether the row is of messages, or of text that the chat template renders."""
-        if any(isinstance(row.get(name), list) for name in ("prompt", *ANSWERS)):
+        if any(isinstance(row.get(name), list | Mapping) for name in ("prompt", *ANSWERS)):
             return True
         return self.chat is not None and "prompt" in row and not self.rendered
 

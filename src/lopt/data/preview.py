@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from lopt.data.batches import IGNORED
@@ -49,7 +50,15 @@ def first_sequences(batches: Iterable[Any], count: int) -> list[ShownSequence]:
 
 
 def sequences(batch: Any) -> Iterator[ShownSequence]:
-    """Yield the sequences of a batch of tensors (B, T), or (1, T) with `position_ids` if unpadded."""
+    """Yield the sequences of a batch of tensors (B, T), or (1, T) with `position_ids` if unpadded.
+
+    Those of a batch of pairs, which has the preferred answers first (2B, T), come in turn.
+    """
+    if "completion_mask" in batch:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+        turns = torch.arange(len(labels)).reshape(2, -1).T.flatten()  # chosen, rejected, chosen, ...
+        batch = {"input_ids": batch["input_ids"], "labels": labels, "attention_mask": batch["attention_mask"]}
+        batch = {name: value[turns] for name, value in batch.items()}
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     if "attention_mask" in batch:
         for tokens, targets, mask in zip(ids, labels, batch["attention_mask"].tolist(), strict=True):
@@ -61,6 +70,13 @@ def sequences(batch: Any) -> Iterator[ShownSequence]:
     starts = [place for place, position in enumerate(positions) if position == 0]
     for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
         yield ShownSequence(ids[0][start:end], labels[0][start:end], 0)
+
+
+def pair_rows(rows: Iterable[Any]) -> Iterator[dict[str, list[int]]]:
+    """Yield the tokens of prompt and answer for both answers of tokenized pairs."""
+    for row in rows:
+        for name in ("chosen_ids", "rejected_ids"):
+            yield {"input_ids": row["prompt_ids"] + row[name]}
 
 
 def mark_cut(

@@ -27,7 +27,7 @@ def lost(chat: Chat, row: Mapping[str, Any]) -> list[tuple[str, str]]:
     Raises:
         ValueError: the template refuses the messages, or a message vanishes whose role it does not know.
     """
-    options = {"tools": _tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
+    options = template_options(row)
     prompt = row.get("messages") or row.get("prompt") or []
     answers = [row[name] for name in ANSWERS if row.get(name)]
     if not _are_messages(prompt) or not all(map(_are_messages, answers)):
@@ -50,8 +50,11 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
-def _tools(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a row for its template."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
 def _missing(chat: Chat, messages: list[Mapping[str, Any]], text: str) -> Iterator[tuple[str, str]]:

@@ -126,6 +126,7 @@ class BlockMajor:
                     loss = forward(slot)
                 loss.backward()
                 losses.append(loss.detach())
+                del loss  # which holds the last stage's input
             self.run_back(slots, forward)
         self.updates.finish()
         self.end_step()

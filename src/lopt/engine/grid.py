@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -50,6 +50,7 @@ class Grid:
         store: Of all processes.
         group: The processes of its pipeline, in the order of their blocks.
         presence: Tells which processes have ended.
+        calls: Numbers what processes say to each other in the store; all call in the same order.
     """
 
     position: int
@@ -59,7 +60,7 @@ class Grid:
     store: Any
     group: Any
     presence: Presence
-    _calls: Iterator[int] = field(default_factory=itertools.count)
+    calls: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     @property
     def rank(self) -> int:
@@ -93,7 +94,7 @@ class Grid:
         Raises:
             RankError: Another process has failed.
         """
-        return list(self.exchange(value, range(self.ranks)))
+        return self._exchange(value, range(self.ranks))
 
     def from_main(self, value: Any) -> Any:
         """Return what the main process gives; all processes call this.
@@ -101,14 +102,26 @@ class Grid:
         Raises:
             RankError: Another process has failed.
         """
-        (found,) = self.exchange(value, [(self.size - 1) * self.replicas])
+        (found,) = self._exchange(value, [(self.size - 1) * self.replicas])
         return found
 
-    def exchange(self, value: Any, wanted: Any) -> Iterator[Any]:
-        """Give `value`, and return an iterator over what the ranks in `wanted` give in the same call."""
-        name = f"lopt/call/{next(self._calls)}"
+    def hand_in(self, value: Any) -> list[Any]:
+        """Give `value`; return in the main process what all give, and nothing in the others, which go on."""
+        name = f"lopt/call/{next(self.calls)}"
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
-        return (json.loads(self.wait_for(f"{name}/{rank}")) for rank in wanted)
+        if not self.is_main:
+            return []
+        keys = [f"{name}/{rank}" for rank in range(self.ranks)]
+        found = [json.loads(self.wait_for(key)) for key in keys]
+        for key in keys:  # one of every log: they would fill the store
+            self.store.delete_key(key)
+        return found
+
+    def _exchange(self, value: Any, wanted: Iterable[int]) -> list[Any]:
+        """Give `value`, and return what the ranks in `wanted` give in the same call."""
+        name = f"lopt/call/{next(self.calls)}"
+        self.store.set(f"{name}/{self.rank}", json.dumps(value))
+        return [json.loads(self.wait_for(f"{name}/{rank}")) for rank in wanted]
 
     def wait_for(self, key: str) -> str:
         """Return the value of `key` in the store, however long another process takes to set it.
@@ -142,18 +155,18 @@ class Grid:
         try:
             gone = [rank for rank in self.presence.gone() if not store.check([f"lopt/left/{rank}"])]
             if gone and not store.check([FAILED]):
-                ended = (
-                    f"rank {gone[0]} has ended and does not say why: it was killed, or its machine failed"
-                )
+                ended = f"rank {gone[0]} has ended and does not say why: it was killed, or its machine failed"
                 store.compare_set(FAILED, "", ended)
             return store.get(FAILED).decode() if store.check([FAILED]) else None
         except RuntimeError:  # the store was in another process
             return HOST_GONE
 
-    def fail(self, message: str) -> None:
-        """Let all processes know why this one ends; the first to say so is heard."""
-        with suppress(RuntimeError):  # the store was in another process, which has ended
-            self.store.compare_set(FAILED, "", message)
+    def fail(self, message: str) -> str:
+        """Let all processes know why this one ends; return what the first one that failed has said."""
+        try:
+            return self.store.compare_set(FAILED, "", message).decode()
+        except RuntimeError:  # the store was in a process that has ended
+            return message
 
 
 _current: Grid | None = None
@@ -164,11 +177,15 @@ def current() -> Grid | None:
     return _current
 
 
-def join(size: int) -> Grid:
+def join(size: int, use_cpu: bool = False) -> Grid:
     """Take this process's place in a grid of pipelines of `size` processes, by what the launcher says.
 
-    Call it before anything sets up torch.distributed, as TrainingArguments do. Neighbours in `data` direction
-    have neighbouring ranks: replicas exchange gradients, which are more than what blocks exchange.
+    Call it before anything sets up torch.distributed, as TrainingArguments do. Replicas of a block have
+    neighbouring ranks: they exchange gradients, which are more than what blocks exchange.
+
+    Args:
+        size: Processes of a pipeline.
+        use_cpu: Compute on CPUs also where there are GPUs.
 
     Raises:
         ValueError: No launcher has started this process; `size` does not divide the number of processes;
@@ -188,9 +205,10 @@ def join(size: int) -> Grid:
     store, rank, ranks = next(iter(dist.rendezvous("env://")))
     replicas = ranks // size
     position, replica = divmod(rank, replicas)
+    on_gpu = torch.cuda.is_available() and not use_cpu
     presence = Presence(store, rank, ranks, _JOIN_TIMEOUT)
-    group = _make_group(dist.PrefixStore(f"pipeline/{replica}", store), position, size)
-    backend = "nccl" if _on_gpu() else "gloo"
+    group = _make_group(dist.PrefixStore(f"pipeline/{replica}", store), position, size, on_gpu)
+    backend = "nccl" if on_gpu else "gloo"
     block = dist.PrefixStore(f"block/{position}", store)
     dist.init_process_group(backend, store=block, rank=replica, world_size=replicas)
     _current = Grid(position, size, replica, replicas, store, group, presence)
@@ -208,19 +226,17 @@ def leave() -> None:
         deadline = time.monotonic() + _LAST_WAIT
         others = [f"lopt/left/{rank}" for rank in range(1, place.ranks)]
         while place.rank == 0 and time.monotonic() < deadline and not place.store.check(others):
+            if len(place.presence.gone()) == place.ranks - 1:
+                break
             time.sleep(0.01)
     place.presence.close()
     if dist.is_initialized():  # accelerate may have done it
         dist.destroy_process_group()
 
 
-def _on_gpu() -> bool:
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-
-
-def _make_group(store: Any, position: int, size: int) -> Any:
+def _make_group(store: Any, position: int, size: int, on_gpu: bool) -> Any:
     """Return the process group of a pipeline, which is none of the default group's."""
-    if not _on_gpu():
+    if not on_gpu:
         return dist.ProcessGroupGloo(store, position, size, _LINK_TIMEOUT)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     group = dist.ProcessGroupNCCL(store, position, size, dist.ProcessGroupNCCL.Options())

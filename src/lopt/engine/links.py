@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -104,7 +105,8 @@ class Link:
         self.flush(self._depth - 1)
         self.blocked += time.perf_counter() - began
         hidden = hidden.detach().contiguous()
-        work = self.group.send([hidden], self.position + 1, 0)
+        with self._with(self.position + 1):
+            work = self.group.send([hidden], self.position + 1, 0)
         self._sending.append((work, hidden))
         self.sent += hidden.nbytes
 
@@ -115,8 +117,18 @@ class Link:
 
     def _finish(self, work: dist.Work, other: int) -> None:
         """Wait for what is exchanged with the process at position `other`."""
-        try:
+        with self._with(other):
             work.wait()
+
+    @contextmanager
+    def _with(self, other: int) -> Iterator[None]:
+        """Exchange something with the process at position `other` inside.
+
+        Raises:
+            RankError: It is gone.
+        """
+        try:
+            yield
         except RuntimeError as error:  # gloo's own words name its source files
             where = "before" if other < self.position else "behind"
             raise RankError(f"the process of the block {where} those of this one has ended") from error
@@ -125,7 +137,8 @@ class Link:
         while self._expected and len(self._receiving) < self._depth:
             shape = (*self._expected.popleft(), self._hidden_size)
             hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
-            work = self.group.recv([hidden], self.position - 1, 0)
+            with self._with(self.position - 1):
+                work = self.group.recv([hidden], self.position - 1, 0)
             self._receiving.append((work, hidden))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Offload:
     def leave(self) -> None:
         """Release the weights of the present stage."""
         if self.weights is not None and self.stage is not None:
-            self.weights.leave(self._changed)
+            self.weights.leave(self.stage, self._changed)
         self.stage, self._changed = None, False
 
     def end_step(self) -> None:
@@ -159,6 +160,14 @@ class WeightsOffload:
         """Return the weights of `stage`, its block's head included where it is offloaded."""
         return self._groups[stage.index]
 
+    def stepped(self, stage: Stage, parameters: Collection[nn.Parameter]) -> list[TensorGroup]:
+        """Return the weights of `stage` that a step of `parameters` changes.
+
+        These are not adapted weights, and not a matrix that another stage owns and steps.
+        """
+        members = self._members
+        return [group for group in self._groups[stage.index] if any(p in parameters for p in members[group])]
+
     def enter(self, stage: Stage) -> None:
         """Fetch the weights of `stage`, and those that its local loss looks at."""
         self.release_all()
@@ -172,11 +181,11 @@ class WeightsOffload:
         for group in groups:
             self._transfer.fetch(group)
 
-    def leave(self, changed: bool) -> None:
+    def leave(self, stage: Stage, changed: bool) -> None:
         """Release the weights that were fetched for the present stage, stepped if `changed`."""
+        stepped = self.stepped(stage, set(self._stages.parameters(stage))) if changed else []
         for group in self._entered:
-            learns = any(parameter.requires_grad for parameter in self._members[group])
-            self._transfer.release(group, changed and learns)
+            self._transfer.release(group, group in stepped)
         self._entered = {}
 
     def fetch_all(self) -> bool:

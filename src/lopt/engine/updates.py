@@ -171,7 +171,7 @@ class Updates:
             self._offload.leave()
         gradients, arrived = waiting.hand_over()
         if gradients:
-            weights = self._offload.weights.groups(stage)
+            weights = self._offload.weights.stepped(stage, gradients)
             clipped = None if self.max_norm == math.inf else norm
             host.submit(stage.index, gradients, arrived, weights, self.max_norm, clipped)
 

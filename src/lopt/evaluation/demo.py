@@ -7,7 +7,8 @@ own documentation (PSF licence, in every Python), measures retention.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -55,8 +56,14 @@ class Demo:
     seed: int
     trust_remote_code: bool = False
 
-    def run(self, folder: Path) -> dict[str, Any]:
-        """Evaluate, train and evaluate again; writes `results.json`, which is returned, and `model/`."""
+    def run(
+        self, folder: Path, shown: Callable[[LoPTSFTTrainer], AbstractContextManager[Any]] = nullcontext
+    ) -> dict[str, Any]:
+        """Evaluate, train and evaluate again; writes `results.json`, which is returned, and `model/`.
+
+        Args:
+            shown: makes the context in which a trainer trains, to show how it goes.
+        """
         tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
         model = load_model(self.model, trust_remote_code=self.trust_remote_code)
         count = self.steps * self.batch_size
@@ -72,7 +79,8 @@ class Demo:
         trainer = self._trainer(model, tokenizer, train, folder)
         curve = _Curve(evaluation, model, every=-(-self.steps // 3))
         trainer.add_callback(curve)
-        trainer.train()
+        with shown(trainer):
+            trainer.train()
         after, answers_after = evaluation.run(model, "Evaluation after ")
         results = {
             **self._facts(trainer),

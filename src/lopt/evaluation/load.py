@@ -44,12 +44,7 @@ class Loading:
         base = adapter_base(path)
         if base is not None:
             check_folder(path, weights=True)
-        model: Any = load_model(
-            base or path,
-            dtype=self.param_dtype,
-            attn_implementation=self.attn_implementation,
-            **self._source(base),
-        )
+        model: Any = self._load(base or path, self._source(base))
         if base is not None:
             try:
                 model.load_adapter(path)
@@ -64,6 +59,15 @@ class Loading:
                 "run that wrote them had diverged: take another copy of it"
             )
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def on_host(self, path: str) -> PreTrainedModel:
+        """Return the model at `path`, which is no adapter's, where it was loaded; errors of `load_model`."""
+        return self._load(path, self._source(None))
+
+    def _load(self, path: str, source: dict[str, Any]) -> PreTrainedModel:
+        return load_model(
+            path, dtype=self.param_dtype, attn_implementation=self.attn_implementation, **source
+        )
 
     def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
         """Return the tokenizer at `path`; that of its base for an adapter that has none of its own."""

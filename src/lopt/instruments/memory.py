@@ -45,8 +45,8 @@ class MemoryPeak:
 class MemoryTracker:
     """Context manager that counts the bytes of live tensor storages and keeps their peak.
 
-    Parameters, buffers, existing gradients and existing optimizer state are counted on entry. Other
-    tensors made before entry count (as activations) from the first operator that uses them, so a
+    Parameters, buffers, existing gradients, existing optimizer state and host memory are counted on entry.
+    Other tensors made before entry count (as activations) from the first operator that uses them, so a
     module left out of `modules` shows up under activations. Each entry starts a new measurement.
     `peak` is the moment of the largest total; a storage that becomes a gradient or optimizer state
     after that moment is shown under its final category. After exit the numbers stay as they were.
@@ -55,17 +55,23 @@ class MemoryTracker:
         modules: modules whose parameters and buffers count as parameters.
         optimizer: optimizer whose state counts as optimizer, possibly wrapped (`unwrap_optimizer`).
         device: count only tensors on this device ("cuda", "cuda:1", "cpu"); None counts all.
+        goes_on: a later entry goes on with the measurement of those before, with all that is still live.
 
     Raises:
         RuntimeError: `device` names no device, or the tracker is entered while active.
     """
 
     def __init__(
-        self, *modules: nn.Module, optimizer: Optimizer | None = None, device: str | None = None
+        self,
+        *modules: nn.Module,
+        optimizer: Optimizer | None = None,
+        device: str | None = None,
+        goes_on: bool = False,
     ) -> None:
         self._modules = modules
         self._optimizer = unwrap_optimizer(optimizer)
         self._device = None if device is None else torch.device(device)
+        self._goes_on = goes_on
         self._ledger = _Ledger(self._device)
         self._hook: Any = None  # while active
         self._undo: list[Callable[[], object]] = []
@@ -82,15 +88,24 @@ class MemoryTracker:
         self._classify_all()
         return MemoryPeak(**self._ledger.live)
 
+    @property
+    def host_peak(self) -> int:
+        """Bytes of host memory at the moment of its own largest total, since entry or `reset_peak`."""
+        return self._ledger.host_peak
+
     def reset_peak(self) -> None:
-        """Start the peak anew from the bytes live now."""
+        """Start the peaks anew from the bytes live now."""
         self._ledger.mark_peak()
+        self._ledger.host_peak = self._ledger.live["host"]
 
     def __enter__(self) -> Self:
         if self._hook is not None:
             raise RuntimeError("this MemoryTracker is already active: make a second one to nest them")
-        self._ledger = _Ledger(self._device)
+        if not self._goes_on:
+            self._ledger = _Ledger(self._device)
         self._hook = compat.operator_hook(self._dispatch)
+        for storage in list(_host_storages):
+            self._ledger.count_host(storage)
         self._classify_all()
         if self._optimizer is not None:
             self._undo.append(self._optimizer.register_step_pre_hook(self._classify_all).remove)
@@ -109,7 +124,8 @@ class MemoryTracker:
             self._undo.pop()()
         self._classify_all()
         self._hook = None
-        self._ledger.entries.clear()  # with them the weak references: the totals now stay
+        if not self._goes_on:
+            self._ledger.entries.clear()  # with them the weak references: the totals now stay
 
     def _dispatch(self, operator: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
@@ -267,6 +283,7 @@ class _Ledger:
     def __init__(self, device: torch.device | None) -> None:
         self.live = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "host"), 0)
         self.peak = dict(self.live)
+        self.host_peak = 0
         self.entries: dict[int, _Entry] = {}
         self._device = device
         self._peak_total = self._clock = self._peak_clock = 0
@@ -276,6 +293,10 @@ class _Ledger:
         for tensor in _tensors(value):
             for part in dense_parts(tensor):
                 self._entry(part)
+
+    def count_host(self, storage: UntypedStorage) -> None:
+        """Count a storage in host memory."""
+        self._entry_of(storage, HOST)
 
     def classify(self, tensor: Tensor, category: str) -> None:
         """Count `tensor` under `category`, in the peak too if it was already live then."""
@@ -303,9 +324,11 @@ class _Ledger:
         return sum(self.live.values()) - self.live["host"]
 
     def _entry(self, tensor: Tensor) -> _Entry | None:
-        storage = tensor.untyped_storage()
+        return self._entry_of(tensor.untyped_storage(), tensor.device)  # a fake tensor's storage is on "meta"
+
+    def _entry_of(self, storage: UntypedStorage, device: torch.device) -> _Entry | None:
         if (entry := self.entries.get(id(storage))) is None:
-            want, device = self._device, tensor.device  # a fake tensor's storage is on "meta"
+            want = self._device
             if want and (device.type != want.type or want.index not in (None, device.index)):
                 return None
             category = (
@@ -324,6 +347,7 @@ class _Ledger:
         self._clock += 1
         entry.birth, entry.nbytes = self._clock, nbytes
         self.live[entry.category] += change
+        self.host_peak = max(self.host_peak, self.live["host"])
         if self._total() > self._peak_total:
             self.mark_peak()
 

@@ -317,8 +317,8 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) 
 
 def _adapter_error(name: str) -> ValueError:
     return ValueError(
-        f"`model_name_or_path` {name} holds an adapter ({_ADAPTER}), and a whole model is needed: merge it "
-        "into its base (merge_and_unload of peft), save that, and name its folder"
+        f"`model_name_or_path` {name} holds an adapter ({_ADAPTER}), and a whole model is needed: make one "
+        "of it with `lopt merge`, and name that folder"
     )
 
 

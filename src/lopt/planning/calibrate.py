@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import tempfile
 import time
@@ -29,24 +30,21 @@ class Measured:
     """What the steps of one setting have taken.
 
     Attributes:
-        peak: of the second step. On a CPU live tensor bytes by category, on a GPU what its allocator had
-            given out.
+        peak: of a step in which the optimizer's state exists from the start. On a CPU live tensor bytes by
+            category, on a GPU what its allocator had given out.
+        host: bytes of host memory at its own peak in that step; 0 on a GPU.
+        logged: bytes that the trainer itself reports as the peak of all steps; 0 on a GPU.
         seconds: of each timed step after it.
         machines: this machine before each of them and after the last.
         product: TFLOP/s of a plain matrix product.
     """
 
     peak: MemoryPeak | int
+    host: int
+    logged: int
     seconds: list[float]
     machines: list[Machine]
     product: float = 0.0
-
-
-def calibrate(
-    run: Run, setting: Setting, trainer_type: Callable[..., Any], settings_type: Callable[..., Any]
-) -> MemoryPeak | int:
-    """Measure the peak of the second optimizer step on the device of this machine; see `measured`."""
-    return measured(run, setting, trainer_type, settings_type).peak
 
 
 def measured(
@@ -56,14 +54,19 @@ def measured(
     settings_type: Callable[..., Any],
     timed: int = 0,
 ) -> Measured:
-    """Run real optimizer steps on the device of this machine: two, and as many more as are `timed`.
+    """Run real optimizer steps on the device of this machine.
+
+    The state exists from the second one on, or, where host memory steps beside the device, from the third one
+    on; that one's memory is measured. As many more as are `timed` come after it.
 
     Args:
         run, setting: what was planned.
         trainer_type: `lopt.LoPTSFTTrainer`.
         settings_type: makes that trainer's `args`, as `LoPTSFTConfig` does.
     """
-    steps = 2 + timed * (1 + (setting.optimizer_device == "cpu"))
+    beside = int(setting.optimizer_device == "cpu")
+    measured_at = 1 + beside
+    steps = 1 + measured_at + timed * (1 + beside)
     torch.manual_seed(0)
     model = empty_model(run.config, dtype=run.dtype, attn_implementation="sdpa")
     with tempfile.TemporaryDirectory() as folder:
@@ -89,13 +92,15 @@ def measured(
                 head_warmup_steps=0,
             ),
         )
-        memory, clock = _SecondStep(trainer), _Clock(trainer, run, setting)
+        memory, clock = _Memory(trainer, measured_at), _Clock(trainer, run, setting, measured_at + 1)
         trainer.add_callback(memory)
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     product = 0.0 if clock.rates is None else clock.rates.product()
-    return Measured(memory.peak, clock.seconds, clock.machines, product)
+    logged = trainer.throughput.peak
+    total = 0 if logged is None else logged.total
+    return Measured(memory.peak, memory.host, total, clock.seconds, clock.machines, product)
 
 
 def _settings(run: Run, setting: Setting) -> dict[str, Any]:
@@ -133,53 +138,55 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
-class _SecondStep(TrainerCallback):
-    """Measures the peak of the second optimizer step: by then the optimizer's state exists."""
+class _Memory(TrainerCallback):
+    """Measures the peak of optimizer step `number` (from 0)."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, number: int) -> None:
         self.peak: MemoryPeak | int = 0
+        self.host = 0
         self._tracker: MemoryTracker | None = None
-        self._trainer = trainer
+        self._trainer, self._number = trainer, number
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step != 1:
+        if state.global_step != self._number:
             return
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             return
         trainer = self._trainer
+        gc.collect()  # host memory of runs before this one
         self._tracker = MemoryTracker(trainer.model, trainer.lopt.heads, optimizer=trainer.optimizer)
         self._tracker.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._tracker is not None:
             self._tracker.__exit__(None, None, None)
-            self.peak, self._tracker = self._tracker.peak, None
+            self.peak, self.host, self._tracker = self._tracker.peak, self._tracker.host_peak, None
         elif args.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated()
 
 
 class _Clock(TrainerCallback):
-    """Times steps after the second, and measures the machine before each of them and after the last.
+    """Times steps after the first `untimed`, and measures the machine before each of them and after the last.
 
     While rates are measured, steps in host memory end; so a step that nobody times comes first, after which
     they are on their way again.
     """
 
-    def __init__(self, trainer: Any, run: Run, setting: Setting) -> None:
+    def __init__(self, trainer: Any, run: Run, setting: Setting, untimed: int) -> None:
         self.seconds: list[float] = []
         self.machines: list[Machine] = []
         self.rates: Rates | None = None
         self._trainer, self._run, self._setting = trainer, run, setting
-        self._untimed = int(setting.optimizer_device == "cpu")
+        self._first, self._between = untimed, int(setting.optimizer_device == "cpu")
         self._began = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        number = (state.global_step - 2) % (1 + self._untimed)
-        if state.global_step > 2 and number == 0:
+        number = (state.global_step - self._first) % (1 + self._between)
+        if state.global_step > self._first and number == 0:
             _synchronize(args.device)
             self.seconds.append(time.perf_counter() - self._began)
-        if state.global_step >= 2 and number == 0 and state.max_steps > 2:
+        if state.global_step >= self._first and number == 0 and state.max_steps > self._first:
             self._trainer.synchronize_weights()
             if self.rates is None:
                 inner = unwrap_optimizer(self._trainer.optimizer)

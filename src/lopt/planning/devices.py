@@ -12,6 +12,8 @@ REACHED = 0.6
 """Assumed: the share of its peak that a GPU reaches in training. Data-centre GPUs often reach less."""
 PCIE = {3: 12.5, 4: 25.0, 5: 50.0}
 """Assumed: GB/s each way of 16 lanes, pinned memory, by generation: 0.8 of the raw 15.75, 31.5 and 63."""
+NVLINK_REACHED = 0.8
+"""Assumed: the share of NVLink's rate that averaging reaches."""
 HOST_GBPS = 40.0
 """Assumed: GB/s at which a step in host memory reads and writes; half the peak of two channels of DDR5."""
 ROUNDED = 1e8
@@ -31,6 +33,7 @@ class Device:
         peak: TFLOP/s, dense, bfloat16 with float32 accumulation.
         memory_gbps: GB/s of its memory.
         pcie: Generation; 16 lanes.
+        nvlink: GB/s each way to other GPUs, half of what is published for both ways; None without NVLink.
         source: Where these numbers are from.
     """
 
@@ -39,6 +42,7 @@ class Device:
     memory_gbps: float
     pcie: int
     source: str
+    nvlink: float | None = None
 
 
 _HOPPER = "NVIDIA H100 data sheet (SXM; 1,979 TFLOP/s with sparsity)"
@@ -47,10 +51,10 @@ DEVICES = {
     "rtx4090": Device(23.6, 165.2, 1008, 4, "NVIDIA Ada GPU Architecture whitepaper"),
     "rtx5090": Device(31.3, 209.5, 1792, 5, "NVIDIA RTX Blackwell GPU Architecture whitepaper"),
     "l40s": Device(44.4, 362.05, 864, 4, "NVIDIA L40S data sheet"),
-    "a100-40": Device(39.3, 312, 1555, 4, "NVIDIA A100 data sheet (SXM)"),
-    "a100-80": Device(79.2, 312, 2039, 4, "NVIDIA A100 data sheet (SXM)"),
-    "h100": Device(78.0, 989.5, 3350, 5, _HOPPER),
-    "h200": Device(139.0, 989.5, 4800, 5, "NVIDIA H200 data sheet (SXM; 1,979 TFLOP/s with sparsity)"),
+    "a100-40": Device(39.3, 312, 1555, 4, "NVIDIA A100 data sheet (SXM)", 300),
+    "a100-80": Device(79.2, 312, 2039, 4, "NVIDIA A100 data sheet (SXM)", 300),
+    "h100": Device(78.0, 989.5, 3350, 5, _HOPPER, 450),
+    "h200": Device(139.0, 989.5, 4800, 5, "NVIDIA H200 data sheet (SXM; 1,979 TFLOP/s with sparsity)", 450),
 }
 
 
@@ -63,6 +67,7 @@ class Machine:
         bandwidth: GB/s to the device, and back.
         memory_gbps: GB/s of the device's memory.
         host_gbps: GB/s at which a step in host memory reads and writes.
+        link_gbps: GB/s each way at which processes exchange gradients.
         rounded: Numbers a second that are rounded stochastically in host memory, beside that; None: in that.
         beside: Whether copies and steps in host memory run beside the device's work, as those of a GPU do.
     """
@@ -72,6 +77,7 @@ class Machine:
     memory_gbps: float = MEMORY_GBPS
     host_gbps: float = HOST_GBPS
     rounded: float | None = ROUNDED
+    link_gbps: float = BANDWIDTH
     beside: bool = True
 
     @property
@@ -105,6 +111,7 @@ def machine_of(
     tflops: list[float] | None = None,
     bandwidth: list[float] | None = None,
     host_gbps: float | None = None,
+    link_gbps: float | None = None,
     on_gpu: bool = True,
 ) -> Machine:
     """Return a machine with a GPU of `DEVICES`, or with one like an RTX 4090; what is given wins.
@@ -113,17 +120,21 @@ def machine_of(
         tflops: One for all, or three as in `Machine`.
         bandwidth: One for both ways, or two.
         host_gbps: With all that a step in host memory does, as it is measured.
+        link_gbps: Default: what is reached of NVLink, or the way back over PCIe.
         on_gpu: Whether the device is a GPU; else it is the CPU.
     """
     device = DEVICES[name] if name is not None else None
     known = CPU_TFLOPS if not on_gpu else TFLOPS if device is None else round(REACHED * device.peak, 1)
     rates = tflops or [known]
     ways = bandwidth or [BANDWIDTH if device is None else PCIE[device.pcie]]
+    nvlink = None if device is None else device.nvlink
+    link = ways[-1] if nvlink is None else NVLINK_REACHED * nvlink
     return Machine(
         tflops=(rates[0], rates[1 % len(rates)], rates[2 % len(rates)]),
         bandwidth=(ways[0], ways[-1]),
         memory_gbps=MEMORY_GBPS if device is None else device.memory_gbps,
         host_gbps=HOST_GBPS if host_gbps is None else host_gbps,
         rounded=ROUNDED if host_gbps is None else None,
+        link_gbps=link if link_gbps is None else link_gbps,
         beside=on_gpu,
     )

@@ -21,12 +21,14 @@ from lopt.planning.measure import Parts, Segment, measure
 from lopt.planning.optimizer_step import OPTIMIZERS, parts_of, state_of, temporary_bytes
 from lopt.planning.run import Bytes, Run, Setting
 from lopt.planning.sizes import BlockSizes, Sizes, StageSizes, size_of
-from lopt.planning.staged import StagedStep, updates_of
+from lopt.planning.staged import Reference, StagedStep, averaged, updates_of
 from lopt.planning.timeline import StepTime, Turn, Update, Work, step_time
 from lopt.planning.trace import Trace, casts
 from lopt.residency import Residency
 from lopt.validation import check, check_choice
 
+BACKWARD = 2 / 3
+"""Share of a layer's operations that is its backward, without recomputation."""
 RESERVE = 2**30
 """Bytes of a GPU that are left for CUDA's context and fragmentation."""
 
@@ -46,6 +48,7 @@ class Plan:
         work: what is done in an optimizer step, in order.
         stages: how many the block-major schedule has.
         prefetch: bytes of device memory for what is on its way.
+        processes: that average their gradients, and share the host's memory.
     """
 
     setting: Setting
@@ -60,6 +63,7 @@ class Plan:
     bus_tokens: int = 0
     prefetch: int = 0
     stages: int | None = None
+    processes: int = 1
 
     @property
     def total(self) -> int:
@@ -68,7 +72,8 @@ class Plan:
 
     def time(self, machine: Machine) -> StepTime:
         """Return the time of one optimizer step."""
-        return step_time(self.work, machine, self.prefetch)
+        shared = replace(machine, host_gbps=machine.host_gbps / self.processes)
+        return step_time(self.work, shared, self.prefetch)
 
     def hidden_from(self, machine: Machine) -> float:
         """Return the tokens per step from which on copies can hide behind compute; infinity if never."""
@@ -121,14 +126,18 @@ class Planner:
         model = size_of(trained) if setting.method == "lora" else model  # adapters are saved alone
         checkpoint = model + sum(size_of(b.head) for b in blocks) + state
         common: dict[str, Any] = dict(checkpoint=checkpoint, model=model, tokens=run.step_tokens)
+        common["processes"] = run.processes
+        reference, buffers = self._reference(setting, parts, blocks[-1].place), sizes.buffers
+        if reference is not None:
+            buffers += self.sizes.buffers + self.sizes.model * run.dtype.itemsize
         if not block_major:
-            resident = Bytes(weights=weights + sizes.buffers, optimizer=state)
-            peak = self._eager(setting, parts, blocks, resident)
-            work = self._eager_work(setting, parts, blocks)
+            resident = Bytes(weights=weights + buffers, optimizer=state)
+            peak = self._eager(setting, parts, blocks, resident, reference)
+            work = self._eager_work(setting, parts, blocks, reference)
             return Plan(setting, peak, host=0, flops=_flops(work), work=work, **common)
         stages = sizes.stages(cut)
         forward = self._forward(setting, parts, stages)
-        step = StagedStep(run, setting, parts, forward, stages, sizes.buffers, state, prefetch)
+        step = StagedStep(run, setting, parts, forward, stages, buffers, state, prefetch, reference)
         weights_offloaded = offload == "block"
         host = state * (offload != "none") + weights * weights_offloaded
         host += step.host_gradients + step.host_work
@@ -185,8 +194,24 @@ class Planner:
 
     # -- micro-batches ---------------------------------------------------------------------------
 
-    def _eager(self, setting: Setting, parts: Parts, blocks: list[BlockSizes], resident: Bytes) -> Bytes:
-        trace = Trace(resident)
+    def _reference(self, setting: Setting, parts: Parts, last: str) -> Reference | None:
+        """Return the forward of DPO's reference model; adapters have none, whose base model is."""
+        if not self.run.reference or setting.method == "lora":
+            return None
+        layer = self._measured(setting, without_graph=True).fresh["resting", "forward"]
+        head = parts.fresh[last, "head"]
+        flops = layer.flops * len(self.sizes.layers)
+        return Reference(max(layer.rise, head.rise), flops, head.flops)
+
+    def _eager(
+        self,
+        setting: Setting,
+        parts: Parts,
+        blocks: list[BlockSizes],
+        resident: Bytes,
+        reference: Reference | None,
+    ) -> Bytes:
+        trace = Trace(resident, reference=reference.rise if reference else 0)
         if self.run.processes > 1:  # DDP keeps its buckets; earlier blocks' gradients are averaged in place
             trace.gradients = size_of(blocks[-1].trained)
         for segments in self._micro_batches(trace, parts):
@@ -207,7 +232,9 @@ class Planner:
         """What the step of the largest part adds to gradients and state that are all there."""
         return max((temporary_bytes(self.run, part) for b in blocks for part in parts_of(b)), default=0)
 
-    def _eager_work(self, setting: Setting, parts: Parts, blocks: list[BlockSizes]) -> Work:
+    def _eager_work(
+        self, setting: Setting, parts: Parts, blocks: list[BlockSizes], reference: Reference | None
+    ) -> Work:
         """Return the blocks' work one by one; an earlier block that rests at times only runs forward then."""
         run, turns, updates = self.run, list[Turn](), list[list[Update]]()
         every = run.local_every if setting.method == "lopt" else 1
@@ -218,8 +245,17 @@ class Planner:
             if every > 1 and block.place in ("first", "middle"):
                 forward = parts.fresh[block.place, "forward"].flops * len(block.layers)
                 layers, head = (layers + (every - 1) * forward) / every, head / every
+            if reference is not None and block is blocks[-1]:
+                layers, head = layers + reference.flops, head + reference.head_flops
             layers, head = run.accumulation * layers, run.accumulation * head
             turns.append(Turn(len(turns), with_graph=block.learns, flops=layers, head_flops=head))
+        if run.processes > 1:  # an earlier block's begin when it is done, DDP's in the midst of the backward
+            left, gradients = 0.0, list[tuple[int, float]]()
+            for block, turn in reversed([*zip(blocks, turns, strict=True)]):
+                own = (turn.flops + turn.head_flops) / run.accumulation
+                gradients.insert(0, (block.gradients, left if block is not blocks[-1] else own * BACKWARD))
+                left += own
+            turns.append(Turn(len(turns) - 1, averaged=averaged(run, gradients)))
         # All blocks are stepped when all micro-batches have run.
         turns += [Turn(index, steps=True) for index, own in enumerate(updates) if own]
         return Work(turns, [[] for _ in blocks], updates)

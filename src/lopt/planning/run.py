@@ -63,6 +63,8 @@ class Run:
         clips, clip: whether gradients are clipped, and by the norm of a block or of all ("global").
         prefetch: bytes of device memory for what offloading has on its way.
         device: "cuda" or "cpu".
+        reference: whether a second model that does not learn is on the device and run forward,
+            as that of DPO unless its log-probabilities are known before.
         processes: of DDP on one machine, each with a device and micro-batches of its own.
     """
 
@@ -84,6 +86,7 @@ class Run:
     clip: Literal["block", "global"] = "block"
     prefetch: int = PREFETCH
     device: str = "cuda"
+    reference: bool = False
     processes: int = 1
 
     @property

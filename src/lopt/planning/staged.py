@@ -6,14 +6,15 @@ found by the engine's own `HostTransfer`, with tensors that have no memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lopt.engine.host_transfer import HostTransfer, TensorGroup
 from lopt.engine.optimizer import PART_BYTES, part_bytes_within
+from lopt.planning.kept import Kept
 from lopt.planning.measure import Parts, Segment
 from lopt.planning.optimizer_step import parts_of, state_of, temporary_bytes, traffic_of
 from lopt.planning.run import Bytes, Run, Setting
@@ -22,6 +23,15 @@ from lopt.planning.timeline import Turn, Update, Work, stored
 from lopt.planning.trace import Trace, casts, total
 
 Segments = dict[tuple[str, str], Segment]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The forward of a model that does not learn, for a micro-batch: rise in bytes, and operations."""
+
+    rise: int
+    flops: float
+    head_flops: float
 
 
 class StagedStep:
@@ -34,6 +44,7 @@ class StagedStep:
         stages: all stages.
         buffers, state: bytes of the model's buffers and of all optimizer state.
         prefetch: bytes of device memory for what is on its way.
+        reference: a second model, which is run where the loss is; its weights are among `buffers`.
 
     Attributes:
         peak: the device at the moment of its largest total.
@@ -53,8 +64,12 @@ class StagedStep:
         buffers: int,
         state: int,
         prefetch: int,
+        reference: Reference | None = None,
     ) -> None:
+        self._reference = reference
         self.run, self.setting, self.parts, self.forward, self.stages = run, setting, parts, forward, stages
+        self._kept = Kept(run, stages)
+        self._rows = 3 * 8 * run.batch * run.tokens  # of a micro-batch: tokens, mask and labels
         self.peak = Bytes()
         self.host_work = self.host_gradients = self.bytes_in = self.stash_in = 0
         self._moves = setting.offload == "block"
@@ -68,8 +83,9 @@ class StagedStep:
         self._parts = [parts_of(stage, size) for stage in stages]
         moving_state = setting.offload != "none" and not self._on_host
         self._state = [[stored(state_of(run, part)) for part in own if moving_state] for own in self._parts]
+        self._stepped_by: dict[TensorGroup, int] = {}
         self._weights = [self._weight_groups(stage) for stage in stages]
-        if stages[-1].borrowed:
+        if stages[-1].borrowed:  # the token embedding
             self._weights[-1] += self._weights[0][:1]
         # What steps in host memory add, by the stages whose step may still be under way; at first those of
         # the optimizer step before. A stage that is needed waits for its own.
@@ -91,7 +107,7 @@ class StagedStep:
                 self._finish_block(stage)
         self._step_held()
         updates = [updates_of(run, *both) for both in zip(self._parts, self._state, strict=True)]
-        self.work = Work(self._turns, self._weights, updates)
+        self.work = Work(self._turns, self._weights, updates, self._stepped_by)
 
     # -- the engine's order ----------------------------------------------------------------------
 
@@ -147,6 +163,7 @@ class StagedStep:
     def _stage_done(self, stage: StageSizes) -> None:
         if stage.trained:
             self._held.append(stage)
+            self._turns[-1] = replace(self._turns[-1], averaged=averaged(self.run, [(stage.gradients, 0.0)]))
         self._waiting[stage.index] = stage.gradients
         if stage.borrowed:
             self._shared = stage.left
@@ -161,7 +178,7 @@ class StagedStep:
                 self._note_leaving(self._waiting.pop(stage.index, 0))
                 self._put_away()
                 self._submit(stage)
-                self._see_host(self._stash_left(stage))
+                self._see_host(self.parts.boundary * self._kept.at_step(stage))
                 last = self._turns[-1]
                 self._turns[-1] = replace(last, handed_over=(*last.handed_over, stage.index))
             else:
@@ -188,19 +205,20 @@ class StagedStep:
             self._shared = self._gradients_on_host.get(-1, 0)  # its gradient is on the device again
             self._turn = replace(self._turn, gradients_in=self._shared)
             self.bytes_in += self._shared
-        fed = self._fed(stage, with_graph)
-        stashed = self._stashed(stage, with_graph)
+        fed = self._kept.fed(stage, with_graph)
+        *stashed, most = self._kept.during(stage, with_graph)
         self._see_host(boundary * stashed[0])
         self._added.pop(stage.index, None)
-        self._see_host(boundary * max(stashed))
+        self._see_host(boundary * most)
         base = replace(self._base(stage), transfers=self._transfer.bytes_in_flight)
-        trace = Trace(base, gradients=sum(self._waiting.values()) + self._shared)
-        ids = (run.accumulation - 1) * 3 * 8 * run.batch * run.tokens  # mask and labels as well
+        is_last = stage.index + 1 == len(self.stages)
+        trace = Trace(base, self._reference.rise if self._reference is not None and is_last else 0)
+        trace.gradients = sum(self._waiting.values()) + self._shared
         # A third micro-batch is like the second.
         every = list(zip(self._micro_batches(stage), stashed, strict=True))
         for segments, count in every[: run.accumulation]:
             trace.stash = boundary * (fed if self._moves else count)
-            trace.activations = ids
+            trace.activations = (run.accumulation - 1) * self._rows
             trace.run(segments[self.stages[0].place, "start"], "start")
             trace.flops = trace.head_flops = 0.0
             if with_graph:
@@ -222,10 +240,12 @@ class StagedStep:
                 of_layer = self.parts.fresh[stage.place, "forward"].flops
                 rest = of_layer * len(stage.layers) * stage.closes
                 layers, head = learning * layers + (1 - learning) * rest, learning * head
+        if self._reference is not None and stage.index + 1 == len(self.stages):
+            layers, head = layers + self._reference.flops, head + self._reference.head_flops
         if with_graph:
             kept = stage.reaches_back + (stage.closes and stage.index + 1 < len(self.stages))
         else:
-            kept = 1 + (stage.index == 0 and self._keeps_first_input(stage))
+            kept = 1 + (stage.index == 0 and self._kept.has_first_input(stage))
         moved = run.accumulation * self.parts.boundary * self._moves
         self.stash_in += moved * fed
         turn = replace(
@@ -252,13 +272,29 @@ class StagedStep:
     def _run_with_graph(self, trace: Trace, segments: Segments, stage: StageSizes) -> None:
         recomputed = self.parts.casts * len(stage.layers) * self.setting.checkpointing
         # Zeros in place of the embedding go when the forward ends; no graph holds them.
-        zeros = self.parts.boundary if stage.place == "whole" and stage.index > 0 else 0
-        if stage.opens and stage.closes:
+        measured = stage.closes and stage.place != "whole"
+        zeros = self.parts.boundary if stage.index > 0 and not measured else 0
+        if not stage.layers and stage.closes:
+            self._run_head_alone(trace, segments, stage)
+        elif stage.opens and stage.closes:
             trace.run_block(segments, stage, casts(self.setting, self.parts, stage))
         elif stage.closes:
             trace.run_stage(segments, stage, casts(self.setting, self.parts, stage) + zeros)
         else:
             trace.run_stage(segments, stage, recomputed + zeros)
+
+    def _run_head_alone(self, trace: Trace, segments: Segments, stage: StageSizes) -> None:
+        """Run a last stage without layers: of what came before, only the rows are left.
+
+        What the head's forward keeps goes in its backward, which leaves the gradient of its input, and that
+        of its matrix if another stage owns that. Measured was less, as some of the layers' went meanwhile.
+        """
+        head, loss = (segments[stage.place, what] for what in ("head", "loss"))
+        kept = self.parts.boundary + stage.left - loss.activations
+        of_layers = kept - head.activations
+        trace.activations = self.run.accumulation * self._rows
+        trace.run(replace(head, rise=head.rise + of_layers, activations=kept), "head")
+        trace.run(loss, "loss")
 
     def _run_without_graph(self, trace: Trace, stage: StageSizes) -> None:
         for number, _ in enumerate(stage.layers):
@@ -279,7 +315,8 @@ class StagedStep:
             self._turns.append(Turn(stage.index))
         if stage.index == 0:
             self._shared = 0
-        base, stash = self._base(stage), self._stash_left(stage) * (not self._moves)
+        base = self._base(stage)
+        stash = self.parts.boundary * self._kept.at_step(stage) * (not self._moves)
         others = sum(bytes_ for index, bytes_ in self._waiting.items() if index != stage.index) + self._shared
         left = stage.gradients
         for number, part in enumerate(self._parts[stage.index]):
@@ -318,56 +355,28 @@ class StagedStep:
         weights = stage.nbytes + size_of(stage.borrowed)
         return replace(self._resident, weights=self._resident.weights + weights)
 
-    def _stashed(self, stage: StageSizes, with_graph: bool) -> tuple[int, int]:
-        """Return how many hidden states, or gradients of them, wait while micro-batches run in `stage`.
-
-        Returns:
-            While the first one runs, and at most while another one does.
-        """
-        own = [s.index for s in self.stages if s.block == stage.block]
-        all_, is_last = self.run.accumulation, stage.index + 1 == len(self.stages)
-        inputs = (stage.index - max(own[0], 1) + 1) * all_
-        outputs = 0 if is_last else all_ - 1
-        if not stage.learns or (stage.opens and with_graph and stage.closes):
-            return (inputs and all_,) * 2 if inputs else (0, outputs)  # an output takes an input's place
-        if with_graph and not stage.closes:  # with the block's outputs
-            inputs += all_ * (own[-1] + 1 < len(self.stages))
-            return inputs + all_, inputs + all_ - 1
-        inputs += all_ * (self._keeps_first_input(stage) and stage.index > 0)
-        outputs += (all_ - 1) * (self._keeps_first_input(stage) and stage.index == 0)
-        return inputs, inputs + outputs
-
-    def _stash_left(self, stage: StageSizes) -> int:
-        """Return the bytes that wait while a stage is stepped on the device."""
-        own = [s.index for s in self.stages if s.block == stage.block]
-        count = int(own[-1] + 1 < len(self.stages))
-        if not self.run.clips:  # the other stages of its block have not been stepped
-            count += stage.index - max(own[0], 1) + 1 if len(own) > 1 else 0
-        return count * self.run.accumulation * self.parts.boundary
-
-    def _fed(self, stage: StageSizes, with_graph: bool) -> int:
-        """Return how many hidden states come out of the stash for a micro-batch in `stage`."""
-        earlier = [s for s in self.stages[: stage.index] if s.block == stage.block]
-        target = stage.closes and bool(stage.head) and any(s.layers for s in earlier)
-        return (stage.index > 0) + with_graph * ((not stage.closes) + target)
-
-    def _keeps_first_input(self, stage: StageSizes) -> bool:
-        """Return whether the input of block 1's first layer waits for the block's local loss."""
-        first = self.stages[0]
-        local = any(s.head for s in self.stages if s.block == 0)
-        return stage.block == 0 and local and bool(first.layers) and not first.closes
-
     # -- what moves ------------------------------------------------------------------------------
 
     def _weight_groups(self, stage: StageSizes) -> list[TensorGroup]:
         if not self._moves:
             return []
-        sizes = [size_of([*stage.before, *stage.after]), *map(size_of, stage.layers), size_of(stage.head)]
-        return [stored(size) for size in sizes if size]
+        groups = []
+        for tensors in (stage.before, *stage.layers, stage.after, stage.head):
+            for learns in (False, True):  # apart, as base weights are never stepped; they come first
+                own = [t for t in tensors if (t.requires_grad and stage.learns) == learns]
+                groups += [stored(size_of(own))] if own else []
+                self._stepped_by |= {groups[-1]: stage.index} if own and learns else {}
+        return groups
 
     def _fetch(self, group: TensorGroup) -> None:
         self.bytes_in += group.nbytes
         self._transfer.fetch(group)
+
+
+def averaged(run: Run, gradients: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Return gradients of some sizes in bytes as `Turn.averaged`: by what a ring sends of them."""
+    sent = 2 * (run.processes - 1) / run.processes
+    return tuple((round(sent * nbytes), left) for nbytes, left in gradients if sent * nbytes)
 
 
 def updates_of(

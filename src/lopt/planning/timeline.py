@@ -1,14 +1,14 @@
 """Run optimizer steps against clocks: how long one takes, and what the device waits for.
 
-Five things work side by side: the process that launches, the device, copies to it, copies from it, and steps
-in host memory. Each has a clock, which says until when it is busy; what is launched begins when its clock
-and all that it needs have come so far. What may be on its way ahead is decided by the engine's own
-`HostTransfer`, on these clocks in place of CUDA's streams.
+Six things work side by side: the process that launches, the device, copies to it, copies from it, steps in
+host memory, and the averaging of gradients over processes. Each has a clock, which says until when it is
+busy; what is launched begins when its clock and all that it needs have come so far. What may be on its way
+ahead is decided by the engine's own `HostTransfer`, on these clocks in place of CUDA's streams.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Turn:
         flops: Of its layers. head_flops: of the LM head and of losses.
         stash_in, stash_out: Bytes of hidden states and of their gradients that come and go, one by one, in
             the midst of the computation.
+        averaged: Gradients that are averaged over processes before the turn ends: bytes that each process
+            sends, and FLOPs that the device has left in this turn and those before it when that begins.
         gradients_in: Bytes of gradients that come back for a step.
         gradients_out: Bytes of gradients that go to host memory at the end.
         steps: Whether the device steps the stage at the end. announced: Whether its state is fetched ahead.
@@ -46,6 +48,7 @@ class Turn:
     head_flops: float = 0.0
     stash_in: int = 0
     stash_out: int = 0
+    averaged: tuple[tuple[int, float], ...] = ()
     gradients_in: int = 0
     gradients_out: int = 0
     steps: bool = False
@@ -76,11 +79,13 @@ class Work:
         turns: In order.
         weights: What comes in for each stage.
         updates: Of each stage, part by part.
+        stepped_by: The stage whose step changes a group of weights; none of those that do not learn.
     """
 
     turns: list[Turn]
     weights: list[list[TensorGroup]]
     updates: list[list[Update]]
+    stepped_by: dict[TensorGroup, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,24 +97,29 @@ class StepTime:
         copies: In which the device waits for copies.
         host: In which it waits for steps in host memory.
         stepping: In which host memory is at work.
+        ranks: In which it waits for gradients to be averaged.
     """
 
     seconds: float
     copies: float
     host: float
     stepping: float
+    ranks: float = 0.0
 
     @property
     def bound(self) -> str:
-        """What bounds it: "compute", "bus", "host" or "wait".
+        """What bounds it: "compute", "bus", "host", "wait" or "ranks".
 
         "host": it has more to do than the device; "wait": it has not, but what it steps last is needed first.
         """
-        if self.copies + self.host <= WAITS * self.seconds:
+        if self.copies + self.host + self.ranks <= WAITS * self.seconds:
             return "compute"
+        if self.ranks >= max(self.copies, self.host):
+            return "ranks"
         if self.copies >= self.host:
             return "bus"
-        return "host" if self.stepping > self.seconds - self.copies - self.host else "wait"
+        at_work = self.seconds - self.copies - self.host - self.ranks
+        return "host" if self.stepping > at_work else "wait"
 
 
 def step_time(work: Work, machine: Machine, prefetch: int) -> StepTime:
@@ -138,6 +148,7 @@ def _run(work: Work, clocks: _Clocks) -> StepTime:
         if turn.gradients_in:
             clocks.fetch(stored(turn.gradients_in))
         clocks.run(turn)
+        clocks.average(turn)
         if turn.gradients_out:
             present.arrived[turn.stage] = clocks.send(stored(turn.gradients_out))
         if turn.flops + turn.head_flops and (turn.steps or turn.handed_over):
@@ -177,7 +188,7 @@ class _Present:
     def leave(self) -> None:
         """Release the weights of the stage."""
         for group in self.work.weights[self.stage] if self.stage is not None else ():
-            self.clocks.release(group, self.changed)
+            self.clocks.release(group, self.changed and self.work.stepped_by.get(group) == self.stage)
         self.stage, self.changed = None, False
 
     def step(self) -> None:
@@ -201,7 +212,8 @@ class _Present:
         seconds = sum(machine.seconds_of_host_update(u.traffic, u.rounded) for u in updates)
         pending = clocks.step_on_host(seconds, self.arrived.get(stage))
         for group in self.work.weights[stage]:
-            group.pending = pending
+            if self.work.stepped_by.get(group) == stage:
+                group.pending = pending
 
 
 @dataclass(frozen=True)
@@ -225,7 +237,7 @@ class _Clocks(HostTransfer):
     """Copies that take time, and what they run beside.
 
     Attributes:
-        launched, device_free, in_free, out_free, host_free: Seconds until which each is busy.
+        launched, device_free, in_free, out_free, host_free, link_free: Seconds until which each is busy.
         idle: Seconds in which the device has waited, by what for.
         stepping: Seconds in which host memory was stepped.
     """
@@ -234,12 +246,14 @@ class _Clocks(HostTransfer):
         super().__init__(torch.device("meta"), budget)
         self.machine = machine
         self.launched = self.device_free = self.in_free = self.out_free = self.host_free = 0.0
-        self.idle = {"copies": 0.0, "host": 0.0}
+        self.link_free = 0.0
+        self.idle = {"copies": 0.0, "host": 0.0, "ranks": 0.0}
         self.stepping = 0.0
 
     def seen(self) -> StepTime:
         """Return all seconds so far."""
-        return StepTime(self.device_free, self.idle["copies"], self.idle["host"], self.stepping)
+        idle = self.idle
+        return StepTime(self.device_free, idle["copies"], idle["host"], self.stepping, idle["ranks"])
 
     def run(self, turn: Turn) -> None:
         """Let all micro-batches pass; their hidden states share the bus with what is on its way."""
@@ -251,6 +265,14 @@ class _Clocks(HostTransfer):
             self.out_free += going
         self.compute(coming + going, "copies")
         self.compute(machine.seconds_of(turn.flops, turn.head_flops, turn.with_graph))
+
+    def average(self, turn: Turn) -> None:
+        """Average gradients over processes beside what the device computes, and wait for them."""
+        for nbytes, left in turn.averaged:
+            begins = max(self.link_free, self.device_free - self.machine.seconds_of(left, 0.0, True))
+            self.link_free = begins + nbytes / (self.machine.link_gbps * 1e9)
+        if turn.averaged:
+            self.wait(self.link_free, "ranks")
 
     def compute(self, seconds: float, reason: str | None = None) -> None:
         """Let the device work, or wait for a `reason`, after all that it has been given."""

@@ -13,10 +13,12 @@ from lopt.planning.sizes import BlockSizes, StageSizes
 class Trace:
     """Follows live bytes through segments; `peak` is their largest sum, by part.
 
+    `reference` is the rise of a second model's forward between the LM head and the loss's backward.
     `head_flops` is the part of `flops` that the LM head and losses take.
     """
 
     base: Bytes
+    reference: int = 0
     stash: int = 0
     gradients: int = 0
     activations: int = 0
@@ -30,6 +32,8 @@ class Trace:
     def run(self, segment: Segment, what: str, freed: int = 0) -> None:
         """Run a segment, at whose end `freed` bytes go beside what was measured."""
         top = what in ("head", "loss")
+        if what == "loss" and self.reference:
+            self._see(gradients=self.gradients, activations=self.activations, head_and_loss=self.reference)
         self._see(
             gradients=self.gradients + segment.rise_gradients,
             activations=self.activations + (0 if top else segment.rise),

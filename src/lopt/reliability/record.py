@@ -20,7 +20,7 @@ from lopt.version import __version__
 RUN_YAML, RUN_JSON = "run.yaml", "run.json"
 _OF_ONE_START = ("resume", "resume_from_checkpoint", "overwrite_output_dir", "max_time")
 _IN_THE_CHECKPOINT = ("learning_rate", "lr_k1", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-_GROW = ("eval", "compare")  # commands that add to what their folder holds
+_GROW = ("eval", "compare", "compare dpo")  # commands that add to what their folder holds
 _HEADER = """\
 # How this folder was made. To make it again, from the same working folder:
 #
@@ -61,13 +61,18 @@ class Record:
         return cls(command, redacted_words(arguments, secrets), every, kept)
 
     def write(
-        self, folder: Path, data: Mapping[str, Any] | None = None, resumed_from: str | None = None
+        self,
+        folder: Path,
+        data: Mapping[str, Any] | None = None,
+        resumed_from: str | None = None,
+        template: str | None = None,
     ) -> None:
         """Write both files; a resumed run adds an attempt, and prints what has changed since the last one.
 
         Args:
             data: what was trained on, from `data_facts`.
             resumed_from: the checkpoint.
+            template: of the rows, where there is no chat template: a kind of `lopt.data.columns.Format`.
         """
         path, before = folder / RUN_JSON, {}
         if path.is_file() and (resumed_from is not None or self.command in _GROW):
@@ -85,7 +90,8 @@ class Record:
             for change in _changes(before, self.settings, data, attempt):
                 print(f"Resume: {change}")
         attempts = [*before.get("attempts", []), attempt]
-        write_json(path, {"settings": self.settings, "data": data, "attempts": attempts}, default=str)
+        written = {"settings": self.settings, "data": data, "template": template, "attempts": attempts}
+        write_json(path, written, default=str)
         write_text(folder / RUN_YAML, self.run_yaml(folder))
 
     def run_yaml(self, folder: Path) -> str:

@@ -8,9 +8,9 @@ where another has failed while it computes or waits.
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 from lopt.engine.grid import Grid, RankError
 from lopt.reliability.stop import Stopped, requested
 
+KEPT = 10_000
+"""Points that stay in the store."""
 STOP = "lopt/stop"
 """Key of the reason for which a process asks to stop."""
 LOOK_EVERY = 0.5
@@ -35,7 +37,7 @@ class Agreement:
 
     def __init__(self, place: Grid) -> None:
         self._place = place
-        self._points = itertools.count()
+        self._points: deque[str] = deque()
 
     def decide(self, reason: str | None) -> str | None:
         """Return why all stop here, None if they go on; all processes call this at the same points.
@@ -46,8 +48,11 @@ class Agreement:
         Raises:
             RankError: Another process has failed.
         """
-        store, key = self._place.store, f"lopt/point/{next(self._points)}"
+        store, key = self._place.store, f"lopt/point/{next(self._place.calls)}"
         if self._place.rank == 0:
+            self._points.append(key)
+            if len(self._points) > KEPT:  # a pipeline is not that long: all have passed it
+                store.delete_key(self._points.popleft())
             if reason is None and store.check([STOP]):
                 reason = store.get(STOP).decode()
             store.set(key, reason or "")
@@ -75,11 +80,7 @@ def watching(place: Grid | None) -> Iterator[None]:
     except Stopped:
         raise
     except RankError as error:
-        message = place.failure()
-        if message is None:
-            place.fail(str(error))
-            raise
-        raise RankError(message) from error
+        raise RankError(place.failure() or place.fail(str(error))) from error
     except BaseException as error:
         place.fail(f"rank {place.rank}: {error or repr(error)}")
         raise

@@ -11,8 +11,9 @@ from lopt.evaluation.compare.summary import COSTS
 from lopt.evaluation.statistics import Estimate
 from lopt.files import write_text
 from lopt.instruments.memory import format_bytes
+from lopt.reports.lines import line_plot
 from lopt.reports.page import figure, figures, page, paragraph, table
-from lopt.reports.plots import bar_plot, interval_plot, line_plot, scatter_plot, standalone
+from lopt.reports.plots import bar_plot, interval_plot, scatter_plot, standalone
 from lopt.reports.text import columns, number
 
 Results = Mapping[str, Any]
@@ -56,6 +57,7 @@ def summary_table(results: Results) -> str:
     titles = {
         "loss": "task loss",
         "token_accuracy": "accuracy",
+        "pair_accuracy": "accuracy",
         "forgetting": "forgetting",
         "retained": "scores kept",
         "drift": "drift",
@@ -151,7 +153,7 @@ def pareto(results: Results) -> list[str]:
             for name, measured in summary["arms"].items()
             if None not in (measured["loss"]["value"], measured[key]["value"])
         }
-        x_label = "held-out task loss, nats per token (lower is better)"
+        x_label = f"held-out task loss, {_unit(results)} (lower is better)"
         plots.append(
             scatter_plot(points, title="Adaptation against retention", x_label=x_label, y_label=label)
         )
@@ -200,7 +202,11 @@ def _all_figures(results: Results) -> str:
 
 def _against(results: Results) -> str:
     summary = results["summary"]
-    keys = [k for k in ("loss", "token_accuracy", "forgetting", "retained") if k in summary["measures"]]
+    keys = [
+        k
+        for k in ("loss", "token_accuracy", "pair_accuracy", "forgetting", "retained")
+        if k in summary["measures"]
+    ]
     return "".join(
         _arms_table(results, arms, keys, f"Minus {reference} with the same seed.", lambda _: 4)
         for reference, arms in summary["against"].items()
@@ -217,7 +223,7 @@ def _by_benchmark(results: Results) -> str:
     ):
         keys = [key for key, item in items.items() if (item["metric"] == "loss") == losses]
         if keys:
-            series = {name: [Estimate(**own[key]) for key in keys] for name, own in found.items()}
+            series = {name: [_estimate(own[key]) for key in keys] for name, own in found.items()}
             sizes = ", ".join(f"{key}: {len(items[key]['values'])}" for key in keys)
             caption = f"Every item against itself, averaged over seeds; 95 % intervals over items ({sizes})."
             parts.append(figure(interval_plot(keys, series, title=title, x_label=label), caption))
@@ -263,9 +269,13 @@ def _means(lists: list[list[float]], start: int) -> list[tuple[float, float]]:
     return [(i, mean(values)) for i, values in enumerate(zip(*lists, strict=True), start=start)]
 
 
+def _unit(results: Results) -> str:
+    return "nats per pair" if "pair_accuracy" in results["base"]["adaptation"] else "nats per token"
+
+
 def _training_loss(results: Results) -> str:
     series = {n: _means(lists, 1) for n, lists in _by_arm(results, lambda run: run["curve"]["loss"]).items()}
-    label = "nats per token, mean over seeds"
+    label = f"{_unit(results)}, mean over seeds"
     return figure(line_plot(series, title="Training loss", x_label="optimizer step", y_label=label))
 
 

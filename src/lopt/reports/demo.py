@@ -10,8 +10,9 @@ from typing import Any
 from lopt.evaluation.statistics import wilson_interval
 from lopt.files import write_text
 from lopt.instruments.memory import format_bytes
+from lopt.reports.lines import Points, line_plot
 from lopt.reports.page import Pane, clean, figure, figures, page, paragraph, side_by_side, table
-from lopt.reports.plots import Points, bar_plot, line_plot
+from lopt.reports.plots import bar_plot
 from lopt.reports.text import columns, duration, number
 
 Results = Mapping[str, Any]

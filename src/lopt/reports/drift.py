@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from lopt.evaluation.drift.reference import Drift, LayerDrift
+from lopt.reports.lines import Points, line_plot
 from lopt.reports.page import figure, figures, page, paragraph, table
-from lopt.reports.plots import Points, line_plot
 from lopt.reports.text import columns, number
 
 EXPLAINED = (

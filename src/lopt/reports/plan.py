@@ -41,7 +41,8 @@ def times(plans: Sequence[Plan], machine: Machine) -> str:
     ways = "{:g} GB/s to the device and {:g} back".format(*machine.bandwidth)
     where = f"{rates} TFLOP/s, {ways}, {machine.host_gbps:.3g} GB/s of host memory"
     lines = [f"Predicted time of a step, at {where}:"]
-    heads = ["PFLOP", "bus GB", "s", "tokens/s", "copies", "host", "bound by"]
+    several = any(plan.processes > 1 for plan in plans)
+    heads = ["PFLOP", "bus GB", "s", "tokens/s", "copies", "host", *["ranks"] * several, "bound by"]
     lines.append(" " * names + "".join(f"{head:>9}" for head in heads))
     for plan in plans:
         time = plan.time(machine)
@@ -49,13 +50,15 @@ def times(plans: Sequence[Plan], machine: Machine) -> str:
         cells += [f"{time.seconds:.{1 if time.seconds >= 10 else 2}f}", f"{plan.tokens / time.seconds:,.0f}"]
         waits = (time.copies / time.seconds, time.host / time.seconds)
         cells += [f"{wait:.0%}" if plan.bus else "-" for wait in waits]
+        cells += [f"{time.ranks / time.seconds:.0%}"] * several
         lines.append(f"{plan.setting!s:{names}}" + "".join(f"{cell:>9}" for cell in [*cells, time.bound]))
     notes = (
         "(bus: to the device; copies, host: share of the time in which the device waits for them;",
         "bound by host: steps in host memory take longer than the device's work; wait: they do not, but what",
         "they step last is needed first)",
     )
-    return "\n".join([*lines, *notes, ""])
+    ranks = f"(ranks: the same of averaging gradients over processes, at {machine.link_gbps:g} GB/s each way)"
+    return "\n".join([*lines, *notes, *[ranks] * several, ""])
 
 
 def speed(plan: Plan, machine: Machine) -> str:

@@ -1,7 +1,7 @@
 """Plots as inline SVG for pages: they scale, take the page's colours and carry a text alternative.
 
 The same input gives the same bytes. Names and titles are plain text and may come from data: nothing in them
-is read as markup. matplotlib (`lopt[demo]` or `lopt[eval]`) draws.
+is read as markup. matplotlib (`lopt[demo]` or `lopt[eval]`) draws; line plots are in `lopt.reports.lines`.
 
 Arguments that all plots share:
 
@@ -23,69 +23,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from lopt.evaluation.statistics import Estimate
+from lopt.reports.lines import PALETTE, short, text_alternative
 from lopt.reports.page import clean
-from lopt.validation import number_text
 
-Points = Sequence[tuple[float, float]]
-
-# Each colour has a contrast of 3:1 or more on the light and on the dark page, and neighbours differ for
-# every common kind of colour blindness; dashes and markers say the same again.
-PALETTE = ("#2a7fd4", "#d55e00", "#0b9a73", "#b9519f", "#94790a", "#7d7f88")
 _INK = "#010203"  # stands for `currentColor`, which matplotlib does not know
-
-
-def _short(name: str, width: int) -> str:
-    name = clean(name)
-    return name if len(name) <= width else name[: width - 1] + "…"
-
-
-def line_plot(
-    series: Mapping[str, Points],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    alt: str = "",
-    log_y: bool = False,
-    marks: Mapping[float, str] | None = None,
-    place: str = "",
-) -> str:
-    """Draw lines over a common x axis.
-
-    Args:
-        series: (x, y) points by name. Points that cannot be drawn (not finite, or not positive on a
-            logarithmic axis) are left out.
-        marks: labels by their place on the x axis, each beside a thin vertical line: boundaries, say.
-        place: what precedes an x value in the default text alternative. Default: "at" and `x_label`.
-    """
-    place = place or f"at {x_label}"
-    ends = [(name, *points[0], *points[-1]) for name, points in series.items() if points]
-    ranges = (
-        f"{n} from {y:.3g} {place} {number_text(x)} to {v:.3g} {place} {number_text(u)}"
-        for n, x, y, u, v in ends
-    )
-    alt = alt or _alt(title, ranges)
-    with _canvas(title, alt, 3.1, series) as (fig, axes):
-        for i, points in enumerate(series.values()):
-            shown = [p for p in points if all(map(math.isfinite, p)) and (p[1] > 0 or not log_y)]
-            style = _style(i) | {"linestyle": ("-", "--", "-.", ":")[i % 4]}
-            style |= {"marker": None} if len(shown) > 25 else {}
-            axes.plot([x for x, _ in shown], [y for _, y in shown], lw=1.8, ms=4, **style)
-        axes.set_xlabel(_short(x_label, 120))
-        axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
-        if log_y:
-            _log_axis(axes)
-        axes.grid(axis="y", color=_INK, alpha=0.14, lw=0.7)
-        lines = list(axes.lines)
-        axes.margins(y=0.16 if marks else None)  # room for the labels
-        for position, label in (marks or {}).items():
-            axes.axvline(position, color=_INK, alpha=0.45, lw=0.9, linestyle=(0, (2, 2)))
-            axes.annotate(
-                _short(label, 40), (position, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
-                textcoords="offset points", va="top", fontsize=9.5, alpha=0.8,
-            )  # fmt: skip
-        _label(fig, axes, y_label, lines, series)
-        return _to_svg(fig, title, alt)
 
 
 def bar_plot(
@@ -106,7 +47,9 @@ def bar_plot(
         value: formats a bar's length (the sum, if stacked), which is written at its end.
     """
     by_group = zip(groups, zip(*series.values(), strict=True), strict=True)
-    alt = alt or _alt(title, (f"{group} {', '.join(map(value, lengths))}" for group, lengths in by_group))
+    alt = alt or text_alternative(
+        title, (f"{group} {', '.join(map(value, lengths))}" for group, lengths in by_group)
+    )
     slots = 1 if stacked else max(1, len(series))
     thick = 0.62 if slots == 1 else 0.8 / slots
     height = 1.1 + 0.34 * len(groups) * max(1.0, 0.7 * slots)
@@ -118,8 +61,8 @@ def bar_plot(
             ends = [a + b for a, b in zip(left, lengths, strict=True)]
             left = ends if stacked else left
             if not stacked or i == len(series) - 1:
-                axes.bar_label(bars, [_short(value(end), 40) for end in ends], padding=4)
-        axes.set_yticks(range(len(groups)), [_short(group, 24) for group in groups])
+                axes.bar_label(bars, [short(value(end), 40) for end in ends], padding=4)
+        axes.set_yticks(range(len(groups)), [short(group, 24) for group in groups])
         axes.invert_yaxis()
         axes.margins(x=0.2)
         axes.xaxis.set_visible(False)  # every bar carries its number
@@ -144,7 +87,7 @@ def interval_plot(
     """
     dots = ((n, g, e) for n, row in series.items() for g, e in zip(groups, row, strict=True) if e)
     values = (f"{name}, {group} {e.value:+.3g}" for name, group, e in dots)
-    alt = alt or _alt(f"{title}, {x_label}", values)
+    alt = alt or text_alternative(f"{title}, {x_label}", values)
     slots = max(1, len(series))
     height = 1.2 + len(groups) * max(0.34, 0.17 * slots)
     with _canvas(title, alt, height, series) as (fig, axes):
@@ -154,7 +97,7 @@ def interval_plot(
             rows = [(g + offset, e) for g, e in enumerate(estimates) if e and all(map(math.isfinite, e))]
             handles.append(_dots(axes, i, [(e, Estimate(y, y, y)) for y, e in rows]))
         axes.axvline(0, color=_INK, alpha=0.5, lw=0.9)
-        axes.set_yticks(range(len(groups)), [_short(group, 28) for group in groups])
+        axes.set_yticks(range(len(groups)), [short(group, 28) for group in groups])
         axes.set_ylim(len(groups) - 0.4, -0.6)
         axes.grid(axis="x", color=_INK, alpha=0.14, lw=0.7)
         axes.xaxis.get_major_locator().set_params(nbins=6)
@@ -178,22 +121,18 @@ def scatter_plot(
     # Without units and explanations, which follow the name of a measure.
     across, up = (re.split("[,(]", label)[0].strip() for label in (x_label, y_label))
     values = (f"{n} {across} {x.value:.4g}, {up} {y.value:.4g}" for n, (x, y) in points.items())
-    alt = alt or _alt(title, values)
+    alt = alt or text_alternative(title, values)
     with _canvas(title, alt, 3.0, points) as (fig, axes):
         handles = []
         for i, (x, y) in enumerate(points.values()):
             finite = all(map(math.isfinite, (*x, *y)))
             handles.append(_dots(axes, i, [(x, y)] if finite else []))
-        axes.set_xlabel(_short(x_label, 120))
+        axes.set_xlabel(short(x_label, 120))
         axes.grid(color=_INK, alpha=0.14, lw=0.7)
         axes.margins(0.1)
         axes.xaxis.get_major_locator().set_params(nbins=6)
         _label(fig, axes, y_label, handles, points)
         return _to_svg(fig, title, alt)
-
-
-def _alt(title: str, values: Iterable[str]) -> str:
-    return f"{title}: {'; '.join(values)}."
 
 
 def _dots(axes: Any, number: int, points: Sequence[tuple[Estimate, Estimate]]) -> Any:
@@ -243,7 +182,7 @@ def _canvas(title: str, alt: str, height: float, names: Iterable[str]) -> Iterat
         shown, columns = _legend(names)
         rows = -(-len(shown) // columns) if len(shown) > 1 else 0
         fig = Figure(figsize=(5.0, height + 0.2 * rows), layout="constrained")
-        heading = "\n".join(textwrap.wrap(_short(title, 200), 50))
+        heading = "\n".join(textwrap.wrap(short(title, 200), 50))
         fig.suptitle(heading, x=0.0, ha="left", fontsize=10.5, fontweight="bold")
         axes = fig.subplots()
         axes.tick_params(axis="y", which="both", length=0)
@@ -252,7 +191,7 @@ def _canvas(title: str, alt: str, height: float, names: Iterable[str]) -> Iterat
 
 def _label(fig: Any, axes: Any, label: str, handles: Sequence[Any], names: Iterable[str]) -> None:
     # Above the axis rather than beside it, where it would be turned by 90 degrees.
-    axes.set_title(_short(label, 120), loc="left", fontsize=9.5, alpha=0.8)
+    axes.set_title(short(label, 120), loc="left", fontsize=9.5, alpha=0.8)
     shown, columns = _legend(names)
     if len(shown) > 1:
         fig.legend(handles, shown, loc="outside lower left", ncols=columns, frameon=False, handlelength=2.4)
@@ -261,20 +200,9 @@ def _label(fig: Any, axes: Any, label: str, handles: Sequence[Any], names: Itera
 def _legend(names: Iterable[str]) -> tuple[list[str], int]:
     """Return the labels of a legend and its number of columns."""
     # matplotlib leaves out names that start with an underscore: the space keeps them.
-    shown = [" " + _short(name, 40) for name in names]
+    shown = [" " + short(name, 40) for name in names]
     longest = max(map(len, shown), default=0)
     return shown, 3 if longest < 14 else 2 if longest < 26 else 1
-
-
-def _log_axis(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    decades = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=12)
-    axes.yaxis.set_major_locator(decades if high > 8 * low else MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _to_svg(fig: Any, title: str, alt: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from lopt.evaluation.retention_callback import CHANGE, PREFIX, TASKS_CHANGE
 from lopt.files import write_text
+from lopt.reports.lines import line_plot
 from lopt.reports.page import figure, figures, page, paragraph, table
-from lopt.reports.plots import line_plot, standalone
+from lopt.reports.plots import standalone
 from lopt.reports.text import number
 
 Row = Mapping[str, Any]

@@ -130,6 +130,11 @@ class _Defaults(TrainingArguments):
         self.optim = own or self.optim
 
     @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all: the first, in a pipeline the first with the last block."""
+        return self.process_index == 0 and _is_at_end()
+
+    @property
     def should_save(self) -> bool:
         """Whether this process writes what is written once."""
         return super().should_save and _is_at_end()

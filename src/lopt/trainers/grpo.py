@@ -39,6 +39,7 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     _step: int  # TRL's: micro-batches so far
     num_iterations: int
     num_generations: int
+    reward_weights: Tensor
     use_vllm: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,6 +63,24 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
                 count,
             )
         return result
+
+    def sample_completions(self, count: int = 3) -> dict[str, Any] | None:
+        """Return a prompt of the last generation, its first completions and their rewards.
+
+        Returns:
+            None before the first generation;
+            `prompt`, and `completions`: a list of `completion` and `reward`, the weighted sum of all rewards.
+        """
+        prompts, answers, rewards = (list(self._logs[key]) for key in ("prompt", "completion", "rewards"))
+        if not prompts:
+            return None
+        weights = dict(zip(rewards, self.reward_weights.tolist(), strict=True))
+        found = []
+        for i in range(min(count, self.num_generations, len(answers))):
+            given = {name: list(self._logs["rewards"][name])[i] for name in rewards}
+            reward = sum(weights[name] * value for name, value in given.items() if value == value)  # not NaN
+            found.append({"completion": _plain_text(answers[i]), "reward": reward})
+        return {"prompt": _plain_text(prompts[0]), "completions": found}
 
     def _count_equal_rewards(self) -> None:
         """Count the groups of the generation that TRL has just noted, of all ranks."""
@@ -159,3 +178,10 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     def _prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]
         return dict(self.processing_class.pad({"input_ids": ids}, return_tensors="pt"))
+
+
+def _plain_text(text: Any) -> str:
+    """Return a prompt or a completion, which may be a list of messages, as text."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(str(message.get("content") or "") for message in text)

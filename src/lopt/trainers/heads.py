@@ -48,8 +48,8 @@ def warm_up_heads(trainer: Any) -> None:
     with tqdm(total=steps, desc="Head warm-up", unit="step", disable=hidden) as bar:
 
         def show(step: int, losses: list[float]) -> None:
+            bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses), refresh=False)
             bar.update()
-            bar.set_postfix(local_loss=" ".join(f"{x:.3g}" for x in losses))
             trainer.guard.check_warm_up(step, losses)
 
         # Each weight is used once per forward, so that a cache of casts would be a second model.

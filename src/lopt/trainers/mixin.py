@@ -116,7 +116,7 @@ class LoPTMixin(WritesCheckpoints, Trainer):
         self._scale = 1.0  # the gradient scaler's in the current optimizer step
         self._averages: defaultdict[str, list[float]] = defaultdict(list)
         self.reports = None if self.grid is None else Reports(self.grid)
-        self.throughput = Throughput(self.args.device)
+        self.throughput = Throughput(self.args.device, in_stages=self.block_major is not None)
         self.head_warmup_history: list[list[float]] = []
         self.add_callback(LoopEvents(self))
 

@@ -18,17 +18,21 @@ WAITS = ("input_wait_seconds", "output_wait_seconds")
 """Of an optimizer step: how long a process has waited for hidden states, and for the next to take its own."""
 
 
-def join_pipeline(config: LoPTConfig) -> Grid:
+def join_pipeline(config: LoPTConfig, use_cpu: bool = False) -> Grid:
     """Take this process's place in the pipeline that `config` asks for.
 
     Call it before the trainer's arguments are made, which set up torch.distributed.
+
+    Args:
+        config: The trainer's.
+        use_cpu: As of the trainer's arguments.
 
     Raises:
         ValueError: The method has no boundaries, or the launcher's processes cannot be dealt out so.
     """
     size = config.block_count if config.pipeline_size is None else config.pipeline_size
     check_pipeline(config, size)
-    return grid.join(size)
+    return grid.join(size, use_cpu)
 
 
 def take_place(config: LoPTConfig) -> Grid | None:
@@ -89,8 +93,7 @@ class Reports:
         """Return a training log, in the main process with the figures of all processes."""
         place, norms = self._place, self._norms
         self._norms = []
-        found = place.exchange([logs, norms], range(place.ranks) if place.is_main else ())
-        reports = list(found)
+        reports = place.hand_in([logs, norms])
         if not reports:
             return logs
         more = {name: value for name, value in logs.items() if name not in WAITS}

@@ -130,6 +130,8 @@ def _check_row(row: Mapping[str, Any]) -> None:
         if isinstance(value, str):
             continue
         messages = read_messages(value, column, None, Notes())
+        if not all("role" in turn for turn in value):  # ShareGPT's, which `preference_rows` makes messages of
+            raise column_error(column, "has a message without a role: give {role, content}")
         if column in _ANSWERS and messages[-1]["role"] != "assistant":
             raise column_error(
                 column, f"must end in an assistant message, not in one of {messages[-1]['role']}"

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl import get_training_chat_template
-from trl.chat_template_utils import has_generation_markers
 
 from lopt.data.batches import IGNORED
 from lopt.data.cells import ROWS, JsonCell
@@ -71,24 +69,6 @@ def _lost_of(row: Any, place: int, chat: Chat, name: str, version: str) -> dict[
 
 def _lost_of_encoded(row: Any, place: int, **options: Any) -> dict[str, Any]:
     return {"lost": JsonCell().encode_example(_lost_of(row, place, **options)["lost"])}
-
-
-def check_marks(tokenizer: Any) -> None:
-    """Refuse a chat template that does not mark what the assistant says, and that TRL has no marks for.
-
-    Raises:
-        ValueError: with the arguments that help.
-    """
-    if has_generation_markers(tokenizer.chat_template):
-        return
-    try:
-        get_training_chat_template(processing_class=tokenizer)
-    except ValueError as error:
-        raise ValueError(
-            "`assistant_only_loss` needs a chat template with {% generation %} and {% endgeneration %} "
-            "around what the assistant says, and this one has none: give one with `chat_template_path`, or "
-            "leave `assistant_only_loss` out, to train on the last answer of each row"
-        ) from error
 
 
 def as_tokens(rows: Any) -> Any:

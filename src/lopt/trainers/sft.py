@@ -21,12 +21,12 @@ from lopt.trainers.checks import check_workers
 from lopt.trainers.mixin import LoPTMixin
 from lopt.trainers.rows import (
     as_tokens,
-    check_marks,
     one_beginning,
     only_marked,
     say_what_is_lost,
     say_where_rows_do_not_end,
 )
+from lopt.trainers.turns import by_turns, check_turns, has_marks
 
 logger = logging.getLogger(__name__)
 
@@ -60,21 +60,28 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
 
     Attributes:
         row_counts: What was reported, by name of the data set; streams have no entry.
-        whole_rows: The tokenized rows before `max_length` cuts them, in the same way.
+        tokenized_rows: All of them as tokens, in the same way.
+        whole_rows: Those of them that `drop_long_rows` leaves, before `max_length` cuts any.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.row_counts: dict[str, RowCounts] = {}
         self.whole_rows: dict[str, Dataset] = {}
-        self._tokenized: dict[str, Dataset] = {}
+        self.tokenized_rows: dict[str, Dataset] = {}
         config = next((value for value in (*args, *kwargs.values()) if isinstance(value, SFTConfig)), None)
-        if config is not None and config.assistant_only_loss and not config.chat_template_path:
-            tokenizer = kwargs.get("processing_class")
-            if getattr(tokenizer, "chat_template", None):  # TRL says what is missing otherwise
-                check_marks(tokenizer)
-        super().__init__(*args, **kwargs)
+        tokenizer = kwargs.get("processing_class")
+        self._by_turns = False
+        if config is not None and config.assistant_only_loss and getattr(tokenizer, "chat_template", None):
+            check_turns(tokenizer)  # of a tokenizer without a template, TRL says what is missing
+            self._by_turns = not has_marks(tokenizer)
+            config.assistant_only_loss = not self._by_turns  # or TRL would ask the template for marks
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if config is not None:
+                config.assistant_only_loss |= self._by_turns
         check_workers(self.args, isinstance(self.train_dataset, IterableDataset))
-        for name, rows in self._tokenized.items():
+        for name, rows in self.tokenized_rows.items():
             config = getattr(self.model, "generation_config", None)
             say_where_rows_do_not_end(rows, self.processing_class, config, name)
 
@@ -144,6 +151,8 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
             )
 
         def tokenized(rows: Any) -> Any:
+            if self._by_turns and "input_ids" not in column_names(rows):
+                rows = by_turns(rows, processing_class, name)
             made = only_marked(prepare(kept_as_cells(rows), max_length=None))
             return one_beginning(as_tokens(made), processing_class, name)
 
@@ -161,7 +170,7 @@ class LoPTSFTTrainer(LoPTMixin, SFTTrainer):
         # TRL leaves out what is done. Tokens and labels first, to see what cutting takes away; packing
         # last, since it would hide rows without a label among others.
         every = tokenized(dataset)
-        self._tokenized[name] = every
+        self.tokenized_rows[name] = every
         whole = every if limit is None else _without_longer(every, limit, name)
         if packing and args.packing_strategy != "bfd":  # rows go on in the next sequence, none is cut
             return prepare(whole, packing=True).filter(_has_label)

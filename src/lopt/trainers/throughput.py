@@ -12,7 +12,7 @@ from torch import nn
 
 from lopt.instruments.memory import MemoryPeak, MemoryTracker
 
-COUNTED_ALWAYS = 4  # by then the optimizer's state is there
+COUNTED_STEPS = 2  # in the second one the optimizer's state is there
 
 
 class Throughput:
@@ -20,20 +20,25 @@ class Throughput:
 
     Evaluation, checkpoints and data loading between steps do not count as time. On a GPU the
     allocator is asked for the peak. On a CPU the live bytes of tensors are counted, which costs
-    time, so only in the first micro-batches and in any that is larger than all before it.
+    time, so only in the first two optimizer steps, there only in two micro-batches, and in any micro-batch
+    that is larger than all before it.
 
     Args:
         device: where the model is trained.
+        in_stages: micro-batches of an optimizer step leave hidden states and weights on their way to each
+            other, so all of them are counted together.
 
     Attributes:
         peak: the largest peak of the run, by category (None on a GPU).
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, in_stages: bool = False) -> None:
         self.peak: MemoryPeak | None = None
         self._on_gpu = device.type == "cuda"
         self._started = 0.0
-        self._counted, self._largest = 0, 0
+        self._in_stages = in_stages
+        self._tracker: MemoryTracker | None = None  # of this optimizer step
+        self._step, self._passed, self._largest = 0, 0, 0
         self._reset()
 
     def _reset(self) -> None:
@@ -42,6 +47,7 @@ class Throughput:
     def begin_step(self) -> None:
         """Begin to time an optimizer step, before its first micro-batch."""
         self._started = time.perf_counter()
+        self._step, self._passed, self._tracker = self._step + 1, 0, None
 
     def end_step(self) -> None:
         """End an optimizer step."""
@@ -56,11 +62,15 @@ class Throughput:
     @contextmanager
     def micro_batch(self, size: int, model: nn.Module, optimizer: Any) -> Iterator[None]:
         """Measure forward and backward inside, of `size` tokens with their padding (0 if not known)."""
-        if self._on_gpu or (self._counted >= COUNTED_ALWAYS and size <= self._largest):
+        self._passed += 1
+        first = self._step <= COUNTED_STEPS and (self._passed <= 2 or self._in_stages)
+        if self._on_gpu or not (first or size > self._largest):
             yield
             return
-        self._counted, self._largest = self._counted + 1, max(self._largest, size)
-        with MemoryTracker(model, optimizer=optimizer) as tracker:
+        self._largest = max(self._largest, size)
+        if self._tracker is None:
+            self._tracker = MemoryTracker(model, optimizer=optimizer, goes_on=self._in_stages)
+        with self._tracker as tracker:
             yield
         if self.peak is None or tracker.peak.total > self.peak.total:
             self.peak = tracker.peak

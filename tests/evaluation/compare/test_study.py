@@ -196,6 +196,17 @@ def test_a_summary_of_nothing_but_failures() -> None:
     assert summary["arms"]["e2e"]["loss"]["value"] is None and summary["cost"] == {}
 
 
+def test_a_text_of_one_window_has_no_interval() -> None:
+    item = {"metric": "loss", "kind": "retention", "higher_is_better": False}
+    base = {"adaptation": {"loss": 1.0, "pair_accuracy": 0.5}, "items": {"text:a": item | {"values": [3.0]}}}
+    rest = {"items": {"text:a": {"values": [3.5]}}, "drift": None, "cost": dict.fromkeys(COSTS, 1)}
+    cells = [{"arm": "e2e", "seed": 0, "adaptation": {"loss": 0.9, "pair_accuracy": 1.0}, **rest}]
+    summary = summarise({"arms": ["e2e"], "base": base, "cells": cells})
+    assert summary["items"]["e2e"]["text:a"] == {"value": 0.5, "low": None, "high": None}
+    assert summary["measures"]["pair_accuracy"]["label"] == "held-out pair accuracy"
+    json.dumps(summary, allow_nan=False)
+
+
 CASES = {
     "method flag": (("--method", "e2e"), "--methods names what is compared"),
     "seeds twice": (("--seeds", "1", "1"), "--seeds 1 1"),

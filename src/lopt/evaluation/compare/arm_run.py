@@ -20,10 +20,10 @@ from lopt.evaluation.compare.arms import LORA_KEYS, Arm
 from lopt.evaluation.compare.metrics import Metrics
 from lopt.instruments.flops import FlopCounter
 from lopt.models.load import save_model
-from lopt.trainers import LoPTSFTTrainer
-from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers import LoPTDPOTrainer, LoPTSFTTrainer
+from lopt.trainers.config import LoPTDPOConfig, LoPTSFTConfig
 from lopt.trainers.lora import lora_config
-from lopt.trainers.throughput import COUNTED_ALWAYS
+from lopt.trainers.throughput import COUNTED_STEPS
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Setup:
 
     Attributes:
         load: loads the base model; called once for every arm run.
-        args: training arguments; arms change some of them.
+        args: training arguments, of pairs or of rows with one answer; arms change some of them.
         train, held_out, tokenizer: the rows, formatted and not yet tokenized.
         lora: `r`, `lora_alpha` and `target_modules` of arms that train adapters.
         metrics: what is measured beside the held-out rows.
@@ -41,7 +41,7 @@ class Setup:
     """
 
     load: Callable[[], PreTrainedModel]
-    args: LoPTSFTConfig
+    args: LoPTSFTConfig | LoPTDPOConfig
     train: Any
     held_out: Any
     tokenizer: Any
@@ -50,7 +50,7 @@ class Setup:
     cycle: int = 1
     keep_models: Path | None = None
 
-    def trainer(self, arm: Arm, seed: int, folder: Path) -> LoPTSFTTrainer:
+    def trainer(self, arm: Arm, seed: int, folder: Path) -> Any:
         """Return a trainer for `arm` on a fresh model; rows and their order depend on the seed alone."""
         args = copy.deepcopy(self.args)
         changes = {key: value for key, value in arm.changes.items() if key not in LORA_KEYS}
@@ -58,7 +58,8 @@ class Setup:
             changes["activation_checkpointing"] = changes["gradient_checkpointing"]
         fixed = dict(output_dir=str(folder), seed=seed, save_strategy="no", eval_strategy="no")
         vars(args).update(fixed, logging_strategy="steps", logging_steps=1, **changes)
-        trainer = LoPTSFTTrainer(
+        kind: Any = LoPTDPOTrainer if isinstance(args, LoPTDPOConfig) else LoPTSFTTrainer
+        trainer = kind(
             self.load(),
             args=args,
             lopt_config=arm.config,
@@ -120,30 +121,35 @@ def run_arm(setup: Setup, arm: Arm, seed: int, folder: Path, name: str) -> dict[
     return result
 
 
-def _held_out(trainer: LoPTSFTTrainer) -> dict[str, float]:
-    """Return task loss in nats per token and share of tokens predicted right, on the held-out rows."""
+def _held_out(trainer: Any) -> dict[str, float]:
+    """Return the task loss on the held-out rows, in nats per token or pair, and the share that is right.
+
+    That is of tokens, or of pairs whose chosen answer has gained more than its rejected one.
+    """
     metrics = trainer.evaluate()
+    if isinstance(trainer.args, LoPTDPOConfig):
+        return {"loss": metrics["eval_loss"], "pair_accuracy": metrics["eval_rewards/accuracies"]}
     return {"loss": metrics["eval_loss"], "token_accuracy": metrics["eval_mean_token_accuracy"]}
 
 
-def _rows(trainer: LoPTSFTTrainer) -> dict[str, int]:
+def _rows(trainer: Any) -> dict[str, int]:
     """Return the number of rows after those that do not fit have been dropped."""
     sets: dict[str, Any] = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
     return {name: len(rows) for name, rows in sets.items()}
 
 
-def _plain(trainer: LoPTSFTTrainer) -> nn.Module:
+def _plain(trainer: Any) -> nn.Module:
     """Return the model that would be saved, adapters merged."""
     model: Any = trainer.lopt.detach()
     return model.merge_and_unload() if trainer.lopt.config.method == "lora" else model
 
 
-def _cost(trainer: LoPTSFTTrainer, flops: _Flops) -> dict[str, Any]:
+def _cost(trainer: Any, flops: _Flops) -> dict[str, Any]:
     peak = trainer.throughput.peak
     heads = sum(p.numel() for p in trainer.lopt.heads.parameters())
     rows = [row for row in trainer.state.log_history if "seconds_per_step" in row]
     # Steps in which bytes or operations were counted are slower than the others.
-    timed = [r for r in rows if r["step"] > COUNTED_ALWAYS and r["step"] not in flops.counted] or rows
+    timed = [r for r in rows if r["step"] > COUNTED_STEPS and r["step"] not in flops.counted] or rows
     return {
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "head_parameters": heads,
@@ -154,7 +160,7 @@ def _cost(trainer: LoPTSFTTrainer, flops: _Flops) -> dict[str, Any]:
     }
 
 
-def _curve(trainer: LoPTSFTTrainer) -> dict[str, list[float | None]]:
+def _curve(trainer: Any) -> dict[str, list[float | None]]:
     """Return training loss and local losses by step; None in steps without a local loss (`local_every`)."""
     rows = [row for row in trainer.state.log_history if "seconds_per_step" in row]
     names = ["loss", *sorted({key for row in rows for key in row if key.startswith("local_loss/")})]

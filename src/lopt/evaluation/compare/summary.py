@@ -68,10 +68,10 @@ def _measures(base: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dic
 
     made = {
         "loss": measure("held-out task loss", "adaptation", False, base["adaptation"]["loss"]),
-        "token_accuracy": measure(
-            "held-out token accuracy", "adaptation", True, base["adaptation"]["token_accuracy"]
-        ),
     }
+    for key in (key for key in ("token_accuracy", "pair_accuracy") if key in base["adaptation"]):
+        label = f"held-out {key.replace('_', ' ')}"
+        made[key] = measure(label, "adaptation", True, base["adaptation"][key])
     for key, item in base["items"].items():
         metric = item["metric"].removesuffix(",none")
         label = key if key.endswith(ANSWERS) else f"{key}, {metric}"
@@ -126,12 +126,12 @@ def _paired(
     return {key: _over_seeds([own[s][key] - reference[s][key] for s in shared]) for key in measures}
 
 
-def _items(runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def _items(runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     found = {}
     for key, item in base["items"].items():
         outcomes = [run["items"][key]["values"] for run in runs]
         tuned = [mean(values) for values in zip(*outcomes, strict=True)]
-        found[key] = paired_difference(item["values"], tuned)._asdict()
+        found[key] = finite(paired_difference(item["values"], tuned)._asdict())  # one item has no interval
     return found
 
 
