@@ -13,6 +13,7 @@ optimizer step is measured, when the state is there.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from contextlib import nullcontext
@@ -109,6 +110,7 @@ def peak(shape: dict, args: argparse.Namespace, fake: bool = True, **setting: An
     """The peak of the second optimizer step."""
     # transformers reads position_ids to find out whether rows are packed, which fake tensors cannot
     # answer; it would then build a mask that a real run does not have.
+    gc.collect()  # host memory of an earlier measurement counts as long as it lives
     no_packing = replaced(masking_utils, find_packed_sequence_indices=lambda position_ids: None)
     if setting.get("mask"):  # as trainers give it; nothing of one row is padded
         no_packing = compat.masks_by_shape(args.batch)

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 from lopt import LoPT, LoPTConfig, attach
 from lopt.engine.clipping import clip_gradients
-from lopt.reports.plots import line_plot, standalone
+from lopt.reports.lines import line_plot
+from lopt.reports.plots import standalone
 from small_model import flags, keep
 
 RUNS: dict[str, dict] = {

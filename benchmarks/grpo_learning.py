@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
 from lopt.data.procedural import Problem, train_and_held_out
 from lopt.evaluation import complete
-from lopt.reports.plots import line_plot, standalone
+from lopt.reports.lines import line_plot
+from lopt.reports.plots import standalone
 from lopt.rewards import REWARDS
 from lopt.rewards.answers import MARK
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig

@@ -26,7 +26,8 @@ from transformers import AutoTokenizer
 
 import cold_start
 from lopt import LoPT, LoPTConfig
-from lopt.reports.plots import line_plot, standalone
+from lopt.reports.lines import line_plot
+from lopt.reports.plots import standalone
 from small_model import keep
 
 EVERY = (1, 4, 16)

@@ -32,7 +32,8 @@ FOREIGN = {
     "--config_file", "--nnodes", "--node_rank", "--nproc_per_node", "--num_processes", "--rdzv_backend",
     "--rdzv_endpoint", "--find-links", "--no-deps", "--no-index", "--wheel", "--help", "--help-all",
     "--version", "--config", "--steps", "--max_tokens", "--schedule_steps", "--tokens", "--pairs",
-    "--logprobs-mode", "--dtype", "--logdir", "--backend-store-uri",
+    "--logprobs-mode", "--dtype", "--logdir", "--backend-store-uri", "--master_addr", "--master_port",
+    "--rdzv_id", "--signal", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time",
 }  # fmt: skip
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -79,7 +79,8 @@ def test_the_next_commands_can_be_pasted(tmp_path: Path) -> None:
     folder = tmp_path / "it's a run"
     for adapters, pushed in ((False, False), (True, False), (True, True)):
         lines = next_commands("gemma3-270m", folder, adapters=adapters, pushed=pushed)
-        assert 2 <= len(lines) <= 3 and pushed == (not any(line.startswith("hf") for line in lines))
+        assert len(lines) == 3
+        assert any(line.startswith("hf upload") for line in lines) == (not adapters and not pushed)
         for program, command, *words in map(shlex.split, lines):
             assert any(str(folder) in word for word in words)
             if (program, command) == ("lopt", "eval"):

@@ -306,7 +306,7 @@ def test_a_checkpoint_with_malice_does_nothing(
         (checkpoint / "model.safetensors").unlink()
     flags = ["--resume", str(checkpoint), "--output_dir", str(out), "--max_steps", "2", "--report_to", "none"]
     code = world.run("sft", world.good, *flags, "--num_blocks", "2")
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    error = capsys.readouterr().err.strip()[-1000:]
     assert code == (0 if name == "training_args.bin" else 2), error
     assert code == 0 or ("error: " in error and "refused" in error)
     assert not world.marker.exists()

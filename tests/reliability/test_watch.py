@@ -60,7 +60,7 @@ def rank(number: int, port: int, folder: str, fault: Callable[[Any], None], word
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (not_finite, "rank 1: step 3"),
+        (not_finite, ": step 3, "),
         (no_memory, "rank 1: out of memory in step 3"),
         (vanish, "has ended"),
     ],

@@ -14,7 +14,6 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -29,7 +28,7 @@ FAILED = "lopt/failed"
 """Key of the sentence with which the first process that failed has ended."""
 _LONGEST_PAUSE = 0.2  # seconds between two looks for a value
 _LAST_WAIT = 10.0  # seconds in which the first process waits for the others at the end
-HOST_GONE = "the process that started the run has ended"
+_HOST_GONE = "the process that started the run has ended"
 _JOIN_TIMEOUT = timedelta(minutes=30)  # until all processes have joined
 _LINK_TIMEOUT = timedelta(days=7)  # a stage may take long; a process that is gone closes its connections
 
@@ -137,7 +136,7 @@ class Grid:
                 pause = min(1.3 * pause, _LONGEST_PAUSE)
             return self.store.get(key).decode()
         except RuntimeError as error:  # the store was in another process
-            raise RankError(HOST_GONE) from error
+            raise RankError(_HOST_GONE) from error
 
     def check(self) -> None:
         """Raise a RankError if another process has failed."""
@@ -155,11 +154,11 @@ class Grid:
         try:
             gone = [rank for rank in self.presence.gone() if not store.check([f"lopt/left/{rank}"])]
             if gone and not store.check([FAILED]):
-                ended = f"rank {gone[0]} has ended and does not say why: it was killed, or its machine failed"
-                store.compare_set(FAILED, "", ended)
+                why = "it was killed, or its machine failed"
+                store.compare_set(FAILED, "", f"rank {gone[0]} has ended and does not say why: {why}")
             return store.get(FAILED).decode() if store.check([FAILED]) else None
-        except RuntimeError:  # the store was in another process
-            return HOST_GONE
+        except RuntimeError:  # the store was in a process that has ended
+            return _HOST_GONE
 
     def fail(self, message: str) -> str:
         """Let all processes know why this one ends; return what the first one that failed has said."""
@@ -167,6 +166,19 @@ class Grid:
             return self.store.compare_set(FAILED, "", message).decode()
         except RuntimeError:  # the store was in a process that has ended
             return message
+
+    def part(self, seconds: float) -> None:
+        """Say that this process ends; the first waits as long for the others, since it may have the store."""
+        try:
+            self.store.set(f"lopt/left/{self.rank}", "")
+            deadline = time.monotonic() + seconds
+            others = set(range(1, self.ranks)) if self.rank == 0 else set()
+            while others and time.monotonic() < deadline:
+                others -= set(self.presence.gone())
+                others = {rank for rank in others if not self.store.check([f"lopt/left/{rank}"])}
+                time.sleep(0.01)
+        except RuntimeError:  # the store was in a process that has ended
+            return
 
 
 _current: Grid | None = None
@@ -221,14 +233,7 @@ def leave() -> None:
     place, _current = _current, None
     if place is None:
         return
-    with suppress(RuntimeError):  # the store was in another process, which has ended
-        place.store.set(f"lopt/left/{place.rank}", "")
-        deadline = time.monotonic() + _LAST_WAIT
-        others = [f"lopt/left/{rank}" for rank in range(1, place.ranks)]
-        while place.rank == 0 and time.monotonic() < deadline and not place.store.check(others):
-            if len(place.presence.gone()) == place.ranks - 1:
-                break
-            time.sleep(0.01)
+    place.part(_LAST_WAIT)
     place.presence.close()
     if dist.is_initialized():  # accelerate may have done it
         dist.destroy_process_group()

@@ -105,7 +105,7 @@ class Link:
         self.flush(self._depth - 1)
         self.blocked += time.perf_counter() - began
         hidden = hidden.detach().contiguous()
-        with self._with(self.position + 1):
+        with _told_if_gone(self.position + 1):
             work = self.group.send([hidden], self.position + 1, 0)
         self._sending.append((work, hidden))
         self.sent += hidden.nbytes
@@ -117,29 +117,26 @@ class Link:
 
     def _finish(self, work: dist.Work, other: int) -> None:
         """Wait for what is exchanged with the process at position `other`."""
-        with self._with(other):
+        with _told_if_gone(other):
             work.wait()
-
-    @contextmanager
-    def _with(self, other: int) -> Iterator[None]:
-        """Exchange something with the process at position `other` inside.
-
-        Raises:
-            RankError: It is gone.
-        """
-        try:
-            yield
-        except RuntimeError as error:  # gloo's own words name its source files
-            where = "before" if other < self.position else "behind"
-            raise RankError(f"the process of the block {where} those of this one has ended") from error
 
     def _post(self) -> None:
         while self._expected and len(self._receiving) < self._depth:
             shape = (*self._expected.popleft(), self._hidden_size)
             hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
-            with self._with(self.position - 1):
+            with _told_if_gone(self.position - 1):
                 work = self.group.recv([hidden], self.position - 1, 0)
             self._receiving.append((work, hidden))
+
+
+@contextmanager
+def _told_if_gone(position: int) -> Iterator[None]:
+    """Say which process is gone: gloo's own words name its source files."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = f"process {position} of the pipeline (from 0) has ended, and has not said why"
+        raise RankError(gone) from error
 
 
 class LinkedStash(Stash):

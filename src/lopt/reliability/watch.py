@@ -80,9 +80,14 @@ def watching(place: Grid | None) -> Iterator[None]:
     except Stopped:
         raise
     except RankError as error:
-        raise RankError(place.failure() or place.fail(str(error))) from error
+        over.set()
+        message = place.failure() or place.fail(str(error))
+        place.part(GRACE)
+        raise RankError(message) from error
     except BaseException as error:
+        over.set()
         place.fail(f"rank {place.rank}: {error or repr(error)}")
+        place.part(GRACE)
         raise
     finally:
         over.set()

@@ -14,7 +14,6 @@ from lopt.cli.display.opening import amount, lay_out
 from lopt.cli.display.progress import history_ends
 from lopt.cli.display.screen import Screen
 from lopt.cli.display.table import figure
-from lopt.cli.main import COMMANDS
 from lopt.instruments.memory import format_bytes
 from lopt.reliability.checkpoint import checkpoints
 from lopt.reliability.record import Record
@@ -108,15 +107,14 @@ def next_commands(base: str, folder: Path, *, adapters: bool, pushed: bool) -> l
     """
     made, start = shlex.quote(str(folder)), shlex.quote(base)
     target = shlex.quote(f"YOUR_NAME/{folder.resolve().name}")
-    proposals = {
-        "chat": f"lopt chat {made}",
-        "eval": f"lopt eval --base {start} --model_name_or_path {made} --tasks arc_challenge --limit 200",
-        "merge": f"lopt merge {made}" if adapters else "",
-        "upload": "" if pushed else f"hf upload {target} {made}",
-        "report": f"lopt report {made}",
-    }
-    found = [line for name, line in proposals.items() if line and (name in COMMANDS or name == "upload")]
-    return found[:3]
+    proposals = (
+        f"lopt chat {made}",
+        f"lopt eval --base {start} --model_name_or_path {made} --tasks arc_challenge --limit 200",
+        f"lopt merge {made}" if adapters else "",
+        "" if pushed else f"hf upload {target} {made}",
+        f"lopt report {made}",
+    )
+    return [line for line in proposals if line][:3]
 
 
 def _cost(trainer: Any, history: list[Mapping[str, Any]], seconds: float) -> list[str]:
