@@ -9,7 +9,7 @@ from typing import Any
 from lopt.cli.folder import folder_first
 from lopt.cli.parsing import parse
 from lopt.cli.report_flags import ChatArguments
-from lopt.models.names import DTYPES
+from lopt.models.names import DTYPES, resolve_model
 from lopt.validation import check_choice, check_number
 
 HELP = """\
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.base is not None:
         names = {"base": base_of(name) if args.base == "auto" else args.base, "tuned": name}
     loading = Loading(args.param_dtype, args.model_revision, args.attn_implementation, args.trust_remote_code)
-    tokenizer = loading.tokenizer(_resolved(name))
+    tokenizer = loading.tokenizer(resolve_model(name))
     template = args.template or template_of(name, tokenizer)
     if template == "chat" and not tokenizer.chat_template:
         raise ValueError(
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("`system` has no place in the `template` pair: leave it out")
     # Of both models the tuned one's tokenizer, so that both read the same text.
     talks = {
-        label: Conversation(loading.model(_resolved(path)), tokenizer, template, args.system)
+        label: Conversation(loading.model(resolve_model(path)), tokenizer, template, args.system)
         for label, path in names.items()
     }
     sampling = Sampling(
@@ -54,12 +54,6 @@ def main(arguments: Sequence[str]) -> None:
         _answer(talks, args.prompt, sampling)
         return
     _talk(talks, names, template, sampling)
-
-
-def _resolved(name: str) -> str:
-    from lopt.models.names import resolve_model
-
-    return resolve_model(name)
 
 
 def _check(args: ChatArguments) -> None:

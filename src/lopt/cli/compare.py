@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lopt.cli.checks import check_cut
 from lopt.cli.flag_names import renamed
 from lopt.cli.flags import DataArguments, ModelArguments, RunArguments
+from lopt.cli.folder import for_pairs
 from lopt.cli.noise import at_log_level
 from lopt.cli.output import check_writable, spare_model
 from lopt.cli.parsing import check_effect, parse
@@ -51,7 +52,7 @@ _OUTPUT_ONLY = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging"
 
 def main(arguments: Sequence[str]) -> None:
     """Check everything that can be checked cheaply, then run the arms × seeds that have no results yet."""
-    command, words = ("compare dpo", arguments[1:]) if arguments[:1] == ["dpo"] else ("compare", arguments)
+    command, words = for_pairs("compare", arguments)
     parsed = parse(command, words)
     with at_log_level(parsed[-1]):
         _run(command, words, *parsed)

@@ -13,6 +13,7 @@ from typing import Any
 
 from lopt.cli.caches import cache_problem
 from lopt.cli.flag_names import with_flags
+from lopt.cli.folder import for_pairs
 from lopt.cli.parsing import check_effect, parse
 from lopt.messages import error_text
 from lopt.validation import check_number
@@ -74,9 +75,9 @@ def _preview(arguments: Sequence[str]) -> None:
     from lopt.data import preview
 
     # Every flag of the command, so that one can be previewed as it is.
-    pairs = arguments[:1] == ["dpo"]
-    name, words = ("data preview dpo", arguments[1:]) if pairs else ("data preview", arguments)
-    preview_args, model_args, data_args, *_, args = parse(name, words)
+    command, words = for_pairs("data preview", arguments)
+    preview_args, model_args, data_args, *_, args = parse(command, words)
+    pairs = command.endswith(" dpo")
     check_number("rows", preview_args.rows, minimum=1)
     if data_args.streaming:
         args.max_steps = max(args.max_steps, 1)  # where the run ends does not matter here

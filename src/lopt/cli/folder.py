@@ -1,4 +1,4 @@
-"""The folder that a command names without a flag: `lopt chat FOLDER`."""
+"""First words of a command that are no flags: `lopt chat FOLDER`, `lopt compare dpo`."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def folder_first(arguments: Sequence[str]) -> list[str]:
             f"the model is named twice, as {arguments[0]} and by --model_name_or_path: leave one out"
         )
     return ["--model_name_or_path", *arguments]
+
+
+def for_pairs(command: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the command that is meant, for pairs if its first word is dpo, and the words after that."""
+    return (f"{command} dpo", arguments[1:]) if arguments[:1] == ["dpo"] else (command, arguments)

@@ -191,7 +191,7 @@ def _read_parts(data_args: DataArguments, args: Any, choose: Choose) -> list[Par
         shuffle_buffer=data_args.shuffle_buffer,
         choose=choose,
     )
-    if args.process_index == 0:
+    if args.is_main:
         print(summary(parts))
     return parts
 

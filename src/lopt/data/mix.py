@@ -46,6 +46,11 @@ class Part:
         is_file = isinstance(place, str) or kind_of(place) is not None or place.exists()
         return {"train_file" if is_file else "dataset_name": self.name}
 
+    @property
+    def label(self) -> str:
+        """Its name; of a file the last part."""
+        return file_name(place_of(self.name)) if "train_file" in self.source else self.name
+
 
 def parse_mix(words: Sequence[str]) -> list[Part]:
     """Return the sources that `data_mix` names, as `a.jsonl:0.7`.
@@ -182,18 +187,14 @@ def summary(parts: Sequence[Part]) -> str:
     if any(part.of is None for part in parts):
         total = sum(float(part.weight or 0) for part in parts)
         return "\n".join(
-            f"{_label(part)}: {float(part.weight or 0) / total:.1%} of the rows, drawn from a stream"
+            f"{part.label}: {float(part.weight or 0) / total:.1%} of the rows, drawn from a stream"
             for part in parts
         )
     total = sum(len(part.rows) for part in parts)
     return "\n".join(
-        f"{_label(part)}: {len(part.rows):,} of {part.of:,} rows, {len(part.rows) / total:.1%} of the mix"
+        f"{part.label}: {len(part.rows):,} of {part.of:,} rows, {len(part.rows) / total:.1%} of the mix"
         for part in parts
     )
-
-
-def _label(part: Part) -> str:
-    return file_name(place_of(part.name)) if "train_file" in part.source else part.name
 
 
 def _of(part: Part, error: ValueError) -> ValueError:

@@ -93,7 +93,7 @@ class Grid:
         Raises:
             RankError: Another process has failed.
         """
-        return self._exchange(value, range(self.ranks))
+        return self._read(self._give(value))
 
     def from_main(self, value: Any) -> Any:
         """Return what the main process gives; all processes call this.
@@ -101,26 +101,28 @@ class Grid:
         Raises:
             RankError: Another process has failed.
         """
-        (found,) = self._exchange(value, [(self.size - 1) * self.replicas])
+        main = (self.size - 1) * self.replicas
+        (found,) = self._read([self._give(value)[main]])
         return found
 
     def hand_in(self, value: Any) -> list[Any]:
         """Give `value`; return in the main process what all give, and nothing in the others, which go on."""
-        name = f"lopt/call/{next(self.calls)}"
-        self.store.set(f"{name}/{self.rank}", json.dumps(value))
+        keys = self._give(value)
         if not self.is_main:
             return []
-        keys = [f"{name}/{rank}" for rank in range(self.ranks)]
-        found = [json.loads(self.wait_for(key)) for key in keys]
+        found = self._read(keys)
         for key in keys:  # one of every log: they would fill the store
             self.store.delete_key(key)
         return found
 
-    def _exchange(self, value: Any, wanted: Iterable[int]) -> list[Any]:
-        """Give `value`, and return what the ranks in `wanted` give in the same call."""
+    def _give(self, value: Any) -> list[str]:
+        """Put `value` into the store, and return the keys of what all processes give in the same call."""
         name = f"lopt/call/{next(self.calls)}"
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
-        return [json.loads(self.wait_for(f"{name}/{rank}")) for rank in wanted]
+        return [f"{name}/{rank}" for rank in range(self.ranks)]
+
+    def _read(self, keys: Iterable[str]) -> list[Any]:
+        return [json.loads(self.wait_for(key)) for key in keys]
 
     def wait_for(self, key: str) -> str:
         """Return the value of `key` in the store, however long another process takes to set it.

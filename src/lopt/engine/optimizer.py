@@ -177,8 +177,7 @@ class BlockOptimizer(Optimizer):
         if self._transfer is not None:
             self._transfer.synchronize()
         _copy_settings(self.param_groups, self.optimizer.param_groups)
-        saved = self.optimizer.state_dict()
-        elsewhere = {self._numbers[p] for p in self._proxies if p.is_meta}
+        saved, elsewhere = self.optimizer.state_dict(), self._elsewhere()
         return saved | {"state": {n: state for n, state in saved["state"].items() if n not in elsewhere}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -189,7 +188,7 @@ class BlockOptimizer(Optimizer):
         """
         small: dict[int, dict[str, Any]] = {}
         large: list[tuple[int, str, Tensor]] = []
-        elsewhere = {self._numbers[p] for p in self._proxies if p.is_meta}
+        elsewhere = self._elsewhere()
         for number, entries in state_dict["state"].items():
             if number in elsewhere:
                 continue
@@ -206,6 +205,10 @@ class BlockOptimizer(Optimizer):
                 value = value.to(proxies[number].device, copy=True)
             self.state[proxies[number]][key] = value
         self._store_state()
+
+    def _elsewhere(self) -> set[int]:
+        """Return the numbers of the parameters that another process has."""
+        return {self._numbers[p] for p in self._proxies if p.is_meta}
 
     def _store_state(self) -> None:
         if self._transfer is not None:

@@ -129,14 +129,10 @@ def leave_out(lopt: LoPT, stages: Stages, own: Collection[Stage]) -> dict[nn.Par
         }
         replace_parameters(part, empty)
         gone |= empty
-    lopt.learning = range(*_ends([index for index in lopt.learning if index in blocks]))
+    learning = lopt.learning
+    lopt.learning = range(max(learning.start, min(blocks)), min(learning.stop, max(blocks) + 1))
     stages.refresh()
     return gone
-
-
-def _ends(numbers: list[int]) -> tuple[int, int]:
-    """Return start and stop of consecutive numbers."""
-    return (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
 
 
 def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:

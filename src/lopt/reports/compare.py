@@ -14,7 +14,7 @@ from lopt.instruments.memory import format_bytes
 from lopt.reports.lines import line_plot
 from lopt.reports.page import figure, figures, page, paragraph, table
 from lopt.reports.plots import bar_plot, interval_plot, scatter_plot, standalone
-from lopt.reports.text import columns, number
+from lopt.reports.text import columns, number, setting_text
 
 Results = Mapping[str, Any]
 """What `lopt.evaluation.compare.study.Study.run` returns, or a part of it."""
@@ -301,13 +301,7 @@ def _drift(results: Results) -> str:
 
 
 def _setting(results: Results) -> str:
-    rows = [[key, _plain(value)] for key, value in results["setting"].items()]
-    rows.append(["seeds", _plain(results["seeds"])])
-    rows.append(["versions", _plain(results["cells"][0]["versions"])])
+    rows = [[key, setting_text(value, "")] for key, value in results["setting"].items()]
+    rows.append(["seeds", setting_text(results["seeds"], "")])
+    rows.append(["versions", setting_text(results["cells"][0]["versions"], "")])
     return table(["", "value"], rows, "What all arms share; `lopt compare` with these flags makes it again.")
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
-    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)

@@ -12,7 +12,7 @@ from lopt.instruments.memory import format_bytes
 from lopt.reports.page import Pane, figures, page, paragraph, side_by_side, table
 from lopt.reports.run_data import OUTCOMES, PAGE, RunData
 from lopt.reports.run_plots import block_plots, cost_plots, learning_plots, lengths_plot, retention_plots
-from lopt.reports.text import duration, number
+from lopt.reports.text import duration, number, setting_text
 
 
 def write_run_page(folder: Path, run: RunData) -> Path:
@@ -150,7 +150,7 @@ def _settings(run: RunData) -> str:
     changed = run.data.get("changed") or run.record.get("settings") or {}
     if not changed:
         return ""
-    rows = [[name, plain(value)] for name, value in changed.items()]
+    rows = [[name, setting_text(value)] for name, value in changed.items()]
     return table(["Flag", "Value"], rows, "Flags that were given; the others have their defaults.")
 
 
@@ -170,13 +170,4 @@ def _environment(run: RunData) -> str:
     if seconds := run.data.get("seconds"):
         starts.append(["time in all", duration(seconds)])
     parts = table(["Started", "Command"], starts, "The run.")
-    return parts + table(["", ""], [[n, plain(v)] for n, v in facts.items()], "Machine and versions.")
-
-
-def plain(value: Any) -> str:
-    """Return a value of a setting as text."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {plain(part)}" for key, part in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(plain, value))
-    return str(value)
+    return parts + table(["", ""], [[n, setting_text(v)] for n, v in facts.items()], "Machine and versions.")

@@ -10,10 +10,9 @@ from lopt.evaluation.retention_callback import CHANGE
 from lopt.files import write_text
 from lopt.instruments.memory import format_bytes
 from lopt.reports.page import figures, page, paragraph, table
-from lopt.reports.run import plain
 from lopt.reports.run_data import OUTCOMES, PAGE, RunData
 from lopt.reports.run_plots import cost_plots, learning_plots
-from lopt.reports.text import number
+from lopt.reports.text import number, setting_text
 
 _PLACES = ("output_dir", "run_name", "config", "overwrite_output_dir")
 
@@ -66,5 +65,5 @@ def _differing(runs: Sequence[RunData]) -> list[list[str]]:
     names: Iterable[str] = dict.fromkeys(
         name for settings in every for name in settings if name not in _PLACES
     )
-    rows = [[name, *(plain(settings.get(name, "–")) for settings in every)] for name in names]
+    rows = [[name, *(setting_text(settings.get(name, "–")) for settings in every)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]

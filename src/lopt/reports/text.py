@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def number(value: float, form: str = ".3g") -> str:
@@ -28,3 +29,12 @@ def duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def setting_text(value: Any, nothing: str = "none") -> str:
+    """Return a value of a setting as text; `nothing` stands for a mapping that is empty."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {setting_text(part, nothing)}" for key, part in value.items()) or nothing
+    if isinstance(value, list | tuple):
+        return ", ".join(setting_text(part, nothing) for part in value)
+    return str(value)

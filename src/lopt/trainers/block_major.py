@@ -51,9 +51,9 @@ class BlockMajorSteps:
         self._trainer = trainer
         lopt, device, place = trainer.lopt, trainer.args.device, trainer.grid
         self.stages = Stages(lopt)
-        self._link = None
+        link = None
         if place is not None:
-            self._link = make_link(lopt, place.group, device, lopt.config.pipeline_depth)
+            link = make_link(lopt, place.group, device, lopt.config.pipeline_depth)
             leave_out(lopt, self.stages, self.stages.of_pipeline(place.position, place.size))
         self.offload = Offload.of_config(lopt, self.stages, device)
         if place is not None and not trainer.weights_offloaded:
@@ -62,7 +62,7 @@ class BlockMajorSteps:
         self._updates.before_step = self._before_step
         if torch.distributed.is_initialized():
             self._updates.reduce = average_gradients
-        self.schedule = BlockMajor(lopt, self._updates, self.offload, self._link)
+        self.schedule = BlockMajor(lopt, self._updates, self.offload, link)
         self.schedule.passes.seed_of = lambda slot: random_seed(trainer, slot)
         self.schedule.after_pass = self._after_pass
         self._waited = 0.0
@@ -84,8 +84,8 @@ class BlockMajorSteps:
     def end_step(self) -> None:
         """End an optimizer step."""
         self.schedule.end_step()
-        if self._link is not None:
-            waits = self._link.waited - self._linked[0], self._link.blocked - self._linked[1]
+        if (link := self.schedule.link) is not None:
+            waits = link.waited - self._linked[0], link.blocked - self._linked[1]
             for name, seconds in zip(WAITS, waits, strict=True):
                 self._trainer.average(name, seconds)
         if self.offload is not None and self.offload.host is not None:
@@ -104,9 +104,9 @@ class BlockMajorSteps:
         self._updates.optimizer = trainer.bare_optimizer()
         self._updates.max_norm = trainer.args.max_grad_norm or math.inf
         self._items, self._prepared = items, self._prepare(batches)
-        if self._link is not None:
-            self._linked = self._link.waited, self._link.blocked
-            self._link.expect([tuple(one.inputs["input_ids"].shape) for one in self._prepared])
+        if (link := self.schedule.link) is not None:
+            self._linked = link.waited, link.blocked
+            link.expect([tuple(one.inputs["input_ids"].shape) for one in self._prepared])
         self.schedule.run_to_last_stage(len(batches), self._forward)
         self._set_slot(0)
         trainer.guard.phase = "step"

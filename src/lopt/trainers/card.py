@@ -18,7 +18,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from lopt.architectures import base_model
 from lopt.data.mix import Part, parse_mix
-from lopt.data.places import file_name, place_of
 from lopt.data.presets import PRESETS
 from lopt.files import write_text
 from lopt.reliability.provenance import versions
@@ -77,19 +76,15 @@ class DataSource:
     @classmethod
     def _of_mix(cls, parts: list[Part]) -> DataSource:
         total = sum(part.weight or 0 for part in parts)
-        words, names = [], []
+        words = []
         for part in parts:
-            share = f" ({part.weight / total:.1%} of the rows)" if part.weight else ""
-            preset, where = PRESETS.get(part.name), f"`{file_name(place_of(part.name))}`"
-            if preset is not None:
+            where = f"`{part.label}`"
+            if (preset := PRESETS.get(part.name)) is not None:
                 where = f"{_dataset_link(preset.hub_id)}, licence: {preset.licence}"
             elif "dataset_name" in part.source:
                 where = _dataset_link(part.name)
-            words.append(f"{where}{share}")
-            names.append(
-                part.name if preset is not None or "dataset_name" in part.source else where.strip("`")
-            )
-        return cls(f"mixed from {'; '.join(words)}", ", ".join(names))
+            words.append(where + (f" ({part.weight / total:.1%} of the rows)" if part.weight else ""))
+        return cls(f"mixed from {'; '.join(words)}", ", ".join(part.label for part in parts))
 
 
 class WritesCard(Trainer):

@@ -6,13 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lopt.architectures import base_model
-from lopt.core.attach import LoPT
 from lopt.core.config import LoPTConfig
 from lopt.engine import grid
 from lopt.engine.grid import Grid
 from lopt.engine.pipeline import Part, check_pipeline, write_index, write_part
-from lopt.models.part import read_part
 
 WAITS = ("input_wait_seconds", "output_wait_seconds")
 """Of an optimizer step: how long a process has waited for hidden states, and for the next to take its own."""
@@ -61,15 +58,6 @@ def write_model(trainer: Any, folder: Path | str) -> None:
         write_index(trainer.lopt, parts, Path(folder))
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)
-
-
-def load_weights(lopt: LoPT, folder: str) -> None:
-    """Read the weights of this process's blocks from a checkpoint, as any number of processes has written it.
-
-    Raises:
-        ValueError: It is of another model.
-    """
-    read_part(base_model(lopt.model), folder)
 
 
 class Reports:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lopt.architectures import base_model
 from lopt.engine.grid import Grid
+from lopt.models.part import read_part
 from lopt.reliability.ranks import together
 from lopt.trainers.card import WritesCard
 from lopt.trainers.heads import load_heads, save_heads
 from lopt.trainers.optimizer_state import load_optimizer, save_optimizer
-from lopt.trainers.pipeline import load_weights, write_model
+from lopt.trainers.pipeline import write_model
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from transformers import Trainer
@@ -101,13 +103,13 @@ class WritesCheckpoints(WritesCard, Trainer):
         if self.grid is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_weights(self.lopt, resume_from_checkpoint)
+            read_part(base_model(self.lopt.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.grid is None:
             super()._load_best_model()
         else:
-            load_weights(self.lopt, str(self.state.best_model_checkpoint))
+            read_part(base_model(self.lopt.model), str(self.state.best_model_checkpoint))
 
     def load_own_state(self, folder: Path) -> None:
         """Read what `save_own_state` wrote."""
