@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lopt.engine.grid import Grid, RankError
+from lopt.engine.grid import HOST_GONE, Grid, RankError
 from lopt.reliability.stop import Stopped, requested
 
 KEPT = 10_000
@@ -73,8 +73,12 @@ def watching(place: Grid | None) -> Iterator[None]:
         return
     _watched.set()
     over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(place, place.store.clone(), over), daemon=True)
-    thread.start()
+    threads = [
+        threading.Thread(target=_watch, args=(place, place.store.clone(), over), daemon=True),
+        threading.Thread(target=_watch_first, args=(place, over), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield
     except Stopped:
@@ -91,7 +95,8 @@ def watching(place: Grid | None) -> Iterator[None]:
         raise
     finally:
         over.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
         _watched.clear()
 
 
@@ -110,5 +115,16 @@ def _watch(place: Grid, store: Any, over: threading.Event) -> None:
             pass  # the store was in another process
         message = place.failure(store)
         if message is not None and not over.wait(GRACE):
-            os.write(2, f"lopt: error: {message}\n".encode())
-            os._exit(1)
+            _end(message)
+
+
+def _watch_first(place: Grid, over: threading.Event) -> None:
+    """End this process where the machine of the first is lost: a question to its store is never answered."""
+    while not over.wait(LOOK_EVERY):
+        if place.rank != 0 and place.presence.gone() and not over.wait(2 * GRACE):
+            _end(HOST_GONE)
+
+
+def _end(message: str) -> None:
+    os.write(2, f"lopt: error: {message}\n".encode())
+    os._exit(1)
