@@ -27,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
 
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
-from lopt.engine.grid import leave
+from lopt.engine import grid
 from lopt.reliability.checkpoint import WRITING, checkpoints, choose, damage, recover
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from lopt.trainers.pipeline import join_pipeline
@@ -66,6 +67,7 @@ def train(kind: str, folder: Path, steps: int, ranks: int) -> None:
     }.get(kind, {})
     config = LoPTConfig(**{"num_blocks": 2, "head_warmup_steps": 2} | staged)
     if config.schedule == "pipeline":
+        grid.JOIN_TIMEOUT = timedelta(seconds=LONGEST_END / 2)
         join_pipeline(config)
     common: dict[str, Any] = dict(
         output_dir=str(folder), max_steps=steps, save_steps=1, save_total_limit=2, learning_rate=1e-2,
@@ -88,7 +90,7 @@ def train(kind: str, folder: Path, steps: int, ranks: int) -> None:
     begun = trainer.accelerator.gather(torch.tensor([bool(checkpoints(folder))])).all()
     trainer.train(resume_from_checkpoint=bool(begun))
     trainer.save_model()
-    leave()
+    grid.leave()
 
 
 def _reward(completions: list[str], **_: Any) -> list[float]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -143,6 +143,10 @@ class Grid:
             return self.store.get(key).decode()
         except RuntimeError as error:  # the store was in another process
             raise RankError(HOST_GONE) from error
+
+    def wait_for_failure(self) -> NoReturn:
+        """Raise the RankError of another process, which is about to say that it fails."""
+        raise RankError(self.wait_for(FAILED))
 
     def check(self, store: Any = None) -> None:
         """Raise a RankError if another process has failed; `store` as of `failure`."""

@@ -56,6 +56,7 @@ class Link:
         self.sent, self.waited, self.blocked = 0, 0.0, 0.0
         self.group = group
         self._device, self._hidden_size, self._dtype = device, hidden_size, dtype
+        self._largest = torch.zeros(2, device=device)
         self._depth = depth
         self._expected: deque[tuple[int, int]] = deque()
         self._receiving: deque[tuple[dist.Work, Tensor]] = deque()
@@ -87,6 +88,7 @@ class Link:
         self._finish(work, self.position - 1)
         self.waited += time.perf_counter() - began
         self._post()
+        self._note(0, hidden)
         return hidden
 
     def send(self, hidden: Tensor) -> None:
@@ -109,6 +111,17 @@ class Link:
             work = self.group.send([hidden], self.position + 1, 0)
         self._sending.append((work, hidden))
         self.sent += hidden.nbytes
+        self._note(1, hidden)
+
+    def largest(self) -> Tensor:
+        """Return the largest absolute values (2,) received and sent since the last call, NaN if one was."""
+        largest, self._largest = self._largest, torch.zeros_like(self._largest)
+        return largest
+
+    def _note(self, which: int, hidden: Tensor) -> None:
+        low, high = torch.aminmax(hidden)  # in one pass, without memory; NaN goes through
+        largest = torch.maximum(high, -low).float()
+        self._largest[which] = torch.maximum(self._largest[which], largest)
 
     def flush(self, most: int = 0) -> None:
         """Wait until at most `most` of what was sent has not been taken; 0 as at the end of a run."""

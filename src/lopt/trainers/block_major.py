@@ -106,6 +106,7 @@ class BlockMajorSteps:
         self._items, self._prepared = items, self._prepare(batches)
         if (link := self.schedule.link) is not None:
             self._linked = link.waited, link.blocked
+            link.largest()  # of an evaluation
             link.expect([tuple(one.inputs["input_ids"].shape) for one in self._prepared])
         self.schedule.run_to_last_stage(len(batches), self._forward)
         self._set_slot(0)
