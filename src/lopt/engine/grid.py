@@ -53,6 +53,7 @@ class Grid:
         store: Of all processes.
         group: The processes of its pipeline, in the order of their blocks.
         presence: Tells which processes have ended.
+        asking: A connection of its own to the store, for whoever looks for failures beside the main thread.
         calls: Numbers what processes say to each other in the store; all call in the same order.
     """
 
@@ -63,6 +64,7 @@ class Grid:
     store: Any
     group: Any
     presence: Presence
+    asking: Any
     calls: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     @property
@@ -158,7 +160,7 @@ class Grid:
         """Return why another process has failed; None if none has.
 
         Args:
-            store: A clone of the store, for another thread.
+            store: `asking`, beside the main thread.
         """
         store = store or self.store
         try:
@@ -227,9 +229,8 @@ def join(size: int, use_cpu: bool = False) -> Grid:
     on_gpu = torch.cuda.is_available() and not use_cpu
     try:
         place = _obeying_signals(lambda: _meet(size))
-        asking = place.store.clone()  # the thread that waits uses the store itself
-        _obeying_signals(lambda: _connect(place, on_gpu), lambda: place.check(asking))
-    except (dist.DistError, OSError) as error:
+        _obeying_signals(lambda: _connect(place, on_gpu), lambda: place.check(place.asking))
+    except (RuntimeError, OSError) as error:  # of torch.distributed, and of sockets
         why = str(error).partition("\n")[0]
         raise ValueError(
             f"not all {ranks} processes have joined the pipeline within {JOIN_TIMEOUT.total_seconds():g} s "
@@ -259,7 +260,7 @@ def _meet(size: int) -> Grid:
     replicas = ranks // size
     position, replica = divmod(rank, replicas)
     presence = Presence(store, rank, ranks, JOIN_TIMEOUT)
-    return Grid(position, size, replica, replicas, store, None, presence)
+    return Grid(position, size, replica, replicas, store, None, presence, store.clone())
 
 
 def _connect(place: Grid, on_gpu: bool) -> None:

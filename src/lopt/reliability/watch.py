@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from lopt.engine.grid import HOST_GONE, Grid, RankError
 from lopt.reliability.stop import Stopped, requested
@@ -73,10 +72,8 @@ def watching(place: Grid | None) -> Iterator[None]:
         return
     _watched.set()
     over = threading.Event()
-    threads = [
-        threading.Thread(target=_watch, args=(place, place.store.clone(), over), daemon=True),
-        threading.Thread(target=_watch_first, args=(place, over), daemon=True),
-    ]
+    watchers = _watch, _watch_first
+    threads = [threading.Thread(target=watch, args=(place, over), daemon=True) for watch in watchers]
     for thread in threads:
         thread.start()
     try:
@@ -84,36 +81,36 @@ def watching(place: Grid | None) -> Iterator[None]:
     except Stopped:
         raise
     except RankError as error:
-        over.set()
         message = place.failure() or place.fail(str(error))
+        over.set()  # until here the threads watch: what a lost machine is asked is not answered
         place.part(GRACE)
         raise RankError(message) from error
     except BaseException as error:
-        over.set()
         place.fail(f"rank {place.rank}: {error or repr(error)}")
+        over.set()
         place.part(GRACE)
         raise
     finally:
         over.set()
         for thread in threads:
-            thread.join()
+            thread.join(GRACE)
         _watched.clear()
 
 
 _watched = threading.Event()
 
 
-def _watch(place: Grid, store: Any, over: threading.Event) -> None:
+def _watch(place: Grid, over: threading.Event) -> None:
     """Carry a stop to the first process, and end this one if another has failed, until the run is over."""
     asked = False
     while not over.wait(LOOK_EVERY):
         try:
             if not asked and (reason := requested()) is not None:
                 asked = True
-                store.set(STOP, reason)
+                place.asking.set(STOP, reason)
         except RuntimeError:
             pass  # the store was in another process
-        message = place.failure(store)
+        message = place.failure(place.asking)
         if message is not None and not over.wait(GRACE):
             _end(message)
 
