@@ -15,6 +15,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ FAILED = "lopt/failed"
 JOIN_TIMEOUT = timedelta(minutes=10)
 """In which all processes of a run have to be there."""
 _LONGEST_PAUSE = 0.2  # seconds between two looks for a value
+_KEPT = 100  # values for the processes of a pipeline that stay in the store
 HOST_GONE = "rank 0, which the others need, has ended or cannot be reached"
 _LINK_TIMEOUT = timedelta(days=7)  # a stage may take long; `Presence` tells who is gone
 
@@ -55,6 +57,7 @@ class Grid:
         presence: Tells which processes have ended.
         asking: A connection of its own to the store, for whoever looks for failures beside the main thread.
         calls: Numbers what processes say to each other in the store; all call in the same order.
+        told: Keys of what this process has told the others of its pipeline.
     """
 
     position: int
@@ -66,6 +69,7 @@ class Grid:
     presence: Presence
     asking: Any
     calls: Iterator[int] = field(default_factory=itertools.count, repr=False)
+    told: deque[str] = field(default_factory=deque, repr=False)
 
     @property
     def rank(self) -> int:
@@ -110,6 +114,20 @@ class Grid:
         main = (self.size - 1) * self.replicas
         (found,) = self._read([self._give(value)[main]])
         return found
+
+    def from_last(self, value: Any) -> Any:
+        """Return what the process with the last block of this pipeline gives; all processes call this.
+
+        Raises:
+            RankError: Another process has failed.
+        """
+        key = f"lopt/call/{next(self.calls)}/of/{self.replica}"
+        if self.is_last:
+            self.store.set(key, json.dumps(value))
+            self.told.append(key)
+            if len(self.told) > _KEPT:  # a forward through the pipeline follows each: all have read it
+                self.store.delete_key(self.told.popleft())
+        return json.loads(self.wait_for(key))
 
     def hand_in(self, value: Any) -> list[Any]:
         """Give `value`; return in the main process what all give, and nothing in the others, which go on."""

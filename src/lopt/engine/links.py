@@ -107,7 +107,7 @@ class Link:
         self.flush(self._depth - 1)
         self.blocked += time.perf_counter() - began
         hidden = hidden.detach().contiguous()
-        with _told_if_gone(self.position + 1):
+        with told_if_gone(self.position + 1):
             work = self.group.send([hidden], self.position + 1, 0)
         self._sending.append((work, hidden))
         self.sent += hidden.nbytes
@@ -130,20 +130,20 @@ class Link:
 
     def _finish(self, work: dist.Work, other: int) -> None:
         """Wait for what is exchanged with the process at position `other`."""
-        with _told_if_gone(other):
+        with told_if_gone(other):
             work.wait()
 
     def _post(self) -> None:
         while self._expected and len(self._receiving) < self._depth:
             shape = (*self._expected.popleft(), self._hidden_size)
             hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
-            with _told_if_gone(self.position - 1):
+            with told_if_gone(self.position - 1):
                 work = self.group.recv([hidden], self.position - 1, 0)
             self._receiving.append((work, hidden))
 
 
 @contextmanager
-def _told_if_gone(position: int) -> Iterator[None]:
+def told_if_gone(position: int) -> Iterator[None]:
     """Say which process is gone: gloo's own words name its source files."""
     try:
         yield

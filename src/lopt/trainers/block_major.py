@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.data.batches import token_shape
 from lopt.engine.block_major import BlockMajor
 from lopt.engine.offload import Offload, move_rest
 from lopt.engine.pipeline import leave_out, make_link
@@ -107,7 +108,7 @@ class BlockMajorSteps:
         if (link := self.schedule.link) is not None:
             self._linked = link.waited, link.blocked
             link.largest()  # of an evaluation
-            link.expect([tuple(one.inputs["input_ids"].shape) for one in self._prepared])
+            link.expect([token_shape(one.inputs) for one in self._prepared])
         self.schedule.run_to_last_stage(len(batches), self._forward)
         self._set_slot(0)
         trainer.guard.phase = "step"
