@@ -44,8 +44,10 @@ class PipelineRollouts:
         return self
 
     def get_server_info(self) -> Any:
-        """Return what the server says of itself."""
-        return self._place.from_last(self._vllm and self._vllm.vllm_client.get_server_info())
+        """Return what the server says of itself; nothing to warn of in a process that does not ask it."""
+        if self._vllm is None:
+            return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+        return self._vllm.vllm_client.get_server_info()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Return completions as TRL's class does."""
