@@ -7,7 +7,8 @@ Each run is killed once or several times, at moments drawn uniformly over the ti
 (which is measured anew every ten runs), and saves a checkpoint after every step, so that many kills meet it
 while it writes. A run is a process forked off this one, which has imported everything already. Of a
 "pipeline" one random rank is killed, and the others have to end by themselves, `LONGEST_END` seconds after it
-at the latest. Interrupted itself, the script goes on where it was.
+at the latest; "pipeline_sizes" is resumed with 3, 2 or 1 ranks, and has no dropout, whose numbers depend on
+that. Interrupted itself, the script goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,39 +27,47 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from safetensors.torch import load_file
 
 from lopt import LoPTConfig, LoPTGRPOTrainer, LoPTSFTTrainer
+from lopt.engine import grid
 from lopt.reliability.checkpoint import WRITING, checkpoints, choose, damage, recover
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from lopt.trainers.pipeline import join_pipeline
 from small_model import byte_tokenizer, flags, keep, tiny_llama
 
-KINDS = ("eager", "block_major", "stages", "grpo", "ranks", "pipeline")
-RANKS = {"ranks": 2, "pipeline": 3}
+KINDS = ("eager", "block_major", "stages", "grpo", "ranks", "pipeline", "pipeline_sizes")
+RANKS = {"ranks": 2, "pipeline": 3, "pipeline_sizes": 3}
+ON_RESUME = (3, 2, 1)
+"""Ranks of `pipeline_sizes` when it is resumed; one of them is drawn."""
 STEPS = 8
 MEASURE_EVERY = 10
 MOST_KILLS = 3
 LONGEST_END = 10.0
 
 
-def train(kind: str, folder: Path, steps: int) -> None:
-    """One training, from the newest whole checkpoint in `folder` if there is one, to a saved model."""
+def train(kind: str, folder: Path, steps: int, ranks: int) -> None:
+    """One rank's training, from the newest whole checkpoint in `folder` if there is one, to a saved model."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    model = tiny_llama(len(tokenizer))
+    model = tiny_llama(len(tokenizer), dropout=0.0 if kind == "pipeline_sizes" else 0.2)
     block_major: dict[str, Any] = dict(schedule="block_major", offload="block")
+    pipeline: dict[str, Any] = dict(schedule="pipeline", pipeline_size=ranks)
     staged = {
         "block_major": block_major,
         "stages": block_major | dict(method="e2e", stages=4, optimizer_device="cpu"),
-        "pipeline": dict(schedule="pipeline", num_blocks=3),
+        "pipeline": pipeline | dict(num_blocks=3),
+        "pipeline_sizes": (pipeline if ranks > 1 else dict(schedule="block_major")) | dict(num_blocks=3),
     }.get(kind, {})
     config = LoPTConfig(**{"num_blocks": 2, "head_warmup_steps": 2} | staged)
     if config.schedule == "pipeline":
+        grid.JOIN_TIMEOUT = timedelta(seconds=LONGEST_END / 2)
         join_pipeline(config)
     common: dict[str, Any] = dict(
         output_dir=str(folder), max_steps=steps, save_steps=1, save_total_limit=2, learning_rate=1e-2,
@@ -81,19 +90,20 @@ def train(kind: str, folder: Path, steps: int) -> None:
     begun = trainer.accelerator.gather(torch.tensor([bool(checkpoints(folder))])).all()
     trainer.train(resume_from_checkpoint=bool(begun))
     trainer.save_model()
+    grid.leave()
 
 
 def _reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(text) % 7) for text in completions]
 
 
-def start(kind: str, folder: Path, steps: int) -> list[int]:
+def start(kind: str, folder: Path, steps: int, ranks: int) -> list[int]:
     """Fork a process per rank; returns their ids."""
     recover(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks, started = RANKS.get(kind, 1), []
+    started = []
     for rank in range(ranks):
         child = os.fork()
         if child:
@@ -107,7 +117,7 @@ def start(kind: str, folder: Path, steps: int) -> list[int]:
         os.dup2(log, 2)
         code = 1
         try:
-            train(kind, folder, steps)
+            train(kind, folder, steps, ranks)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -156,9 +166,12 @@ def finish(
 
 def weights(folder: Path) -> str:
     """SHA-256 of the final weights, in one file or in several."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("model*.safetensors"):
+        tensors |= load_file(path)
     found = hashlib.sha256()
-    for path in sorted(folder.glob("model*.safetensors")):
-        found.update(path.read_bytes())
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].numpy().tobytes())
     return found.hexdigest()
 
 
@@ -171,7 +184,7 @@ def whole_run(kind: str, folder: Path, steps: int) -> tuple[str, float]:
     """An uninterrupted run: its weights and the seconds it takes."""
     folder.mkdir(parents=True)
     began = time.monotonic()
-    if any(finish(start(kind, folder, steps)).codes):
+    if any(finish(start(kind, folder, steps, RANKS.get(kind, 1))).codes):
         raise RuntimeError(f"{kind}: the whole run failed\n{logs(folder)}")
     return weights(folder), time.monotonic() - began
 
@@ -181,11 +194,13 @@ def killed_run(kind: str, folder: Path, steps: int, duration: float, draw: rando
     folder.mkdir(parents=True)
     kills: list[dict[str, Any]] = []
     wanted = draw.randint(1, MOST_KILLS)
-    one = kind == "pipeline"
+    one, ranks = kind.startswith("pipeline"), RANKS.get(kind, 1)
     while True:
         after = draw.uniform(0, duration) if len(kills) < wanted else None
+        if kind == "pipeline_sizes" and kills:
+            ranks = draw.choice(ON_RESUME)
         began = time.monotonic()
-        processes = start(kind, folder, steps)
+        processes = start(kind, folder, steps, ranks)
         end = finish(processes, after, (lambda running: [draw.choice(running)]) if one else list)
         if not any(end.codes) and not kills:  # it was faster than the kill: that does not count
             duration = min(duration, time.monotonic() - began)
@@ -193,7 +208,7 @@ def killed_run(kind: str, folder: Path, steps: int, duration: float, draw: rando
             folder.mkdir()
             continue
         if not any(end.codes):
-            return {"kills": kills, "weights": weights(folder)}
+            return {"kills": kills, "weights": weights(folder), "ranks": ranks}
         if -signal.SIGKILL not in end.codes or end.seconds > LONGEST_END or -signal.SIGABRT in end.codes:
             return {"kills": kills, "weights": None, "codes": end.codes, "error": logs(folder)}
         kills.append({"after_seconds": round(after or 0, 3), **_disk(folder)})

@@ -31,12 +31,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
+def tiny_llama(vocab_size: int, dropout: float = 0.2) -> LlamaForCausalLM:
     """4 layers of 32 channels, with dropout, so that a run depends on its random state."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.2, pad_token_id=0,
+            num_attention_heads=4, num_key_value_heads=2, attention_dropout=dropout, pad_token_id=0,
         )
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""SIGTERM at random moments of every phase of `lopt sft`, also in stages, and of `lopt grpo`.
+"""SIGTERM at random moments of each phase of `lopt sft`, also in stages or a pipeline, and of `lopt grpo`.
 
     python benchmarks/stop.py --moments 50               # of each phase, into benchmarks/results/stop.json
     python benchmarks/stop.py --moments 2 --phases data saving --output /tmp/stop.json
@@ -6,8 +6,8 @@
 A moment is drawn uniformly over the time that a whole run spends in the phase; each run is resumed to its
 end. What has to hold: exit code 75, or 0 of a run that had nothing left to do but to end, which then has its
 weights at once; no checkpoint that is not whole, and in the end the weights of the run that nobody stopped. A
-run is a process forked off this one, which has imported everything already. Interrupted itself, the script
-goes on where it was.
+run is a process forked off this one, which has imported everything already. Of a pipeline one random rank
+gets the signal, and all have to end alike. Interrupted itself, the script goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import random
 import select
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -50,6 +51,8 @@ BLOCKS = "--num_blocks 2 --head_warmup_steps 8"
 SFT = """--held_out 8 --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 1 --retention_every 1
     --retention_tokens 512"""
 STAGES = "--method e2e --schedule block_major --stages 4 --offload block --optimizer_device cpu"
+PIPELINE = "--num_blocks 3 --head_warmup_steps 8 --schedule pipeline"
+RANKS = {"pipeline": 3}
 GRPO = "--task gsm8k --num_generations 2 --max_completion_length 12 --num_iterations 2"
 
 # Phase -> job, and where it is: the owner of a function and its name.
@@ -64,6 +67,8 @@ PHASES: dict[str, tuple[str, Any, str]] = {
     "last model": ("sft", LoPTSFTTrainer, "save_model"),
     "training in stages": ("stages", LoPTSFTTrainer, "training_step"),
     "saving in stages": ("stages", LoPTSFTTrainer, "_save_checkpoint"),
+    "training in a pipeline": ("pipeline", LoPTSFTTrainer, "training_step"),
+    "saving in a pipeline": ("pipeline", LoPTSFTTrainer, "_save_checkpoint"),
     "generation": ("grpo", LoPTGRPOTrainer, "_generate_and_score_completions"),
 }
 
@@ -86,7 +91,7 @@ class Job:
 
 
 def jobs(folder: Path) -> dict[str, Job]:
-    """A tiny model, two dozen rows, and command lines of SFT, SFT in stages, and GRPO."""
+    """A tiny model, two dozen rows, and command lines of SFT, in stages, in a pipeline, and GRPO."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
@@ -101,6 +106,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     lines = {
         "sft": ["sft", *common, *blocks, text, *SFT.split()],
         "stages": ["sft", *common, *STAGES.split()],
+        "pipeline": ["sft", *common, *PIPELINE.split()],
         "grpo": ["grpo", *common, *blocks, *GRPO.split()],
     }
     return {name: Job(name, line, {}) for name, line in lines.items()}
@@ -124,23 +130,34 @@ def _marked(function: Callable[..., Any], number: int, told: int) -> Callable[..
     return marked
 
 
-def start(job: Job, arguments: list[str], folder: Path, told: int) -> int:
-    """Fork a process that runs the job; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        mark(job.name, told)
-        code = lopt_main([*arguments, "--output_dir", str(folder)])
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+def start(job: Job, arguments: list[str], folder: Path, told: int, telling: int) -> list[int]:
+    """Fork a process per rank that runs the job, of which rank `telling` tells; returns their ids."""
+    ranks, started = RANKS.get(job.name, 1), []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(ranks):
+        child = os.fork()
+        if child:
+            started.append(child)
+            continue
+        if ranks > 1:
+            places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_PORT=port)
+            os.environ.update({k: str(v) for k, v in places.items()}, MASTER_ADDR="127.0.0.1")
+        log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = 1
+        try:
+            if rank == telling:
+                mark(job.name, told)
+            code = lopt_main([*arguments, "--output_dir", str(folder)])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return started
 
 
 class Clock:
@@ -166,18 +183,24 @@ class Clock:
 
 
 def run(
-    job: Job, arguments: list[str], folder: Path, stop_at: tuple[str, float] | None = None
+    job: Job,
+    arguments: list[str],
+    folder: Path,
+    stop_at: tuple[str, float] | None = None,
+    telling: int = 0,
 ) -> tuple[int, dict[str, float], float | None]:
-    """One process, to its end.
+    """One run, to its end.
 
     Args:
         stop_at: send SIGTERM when it has spent so many seconds in that phase.
+        telling: the rank that is meant.
 
     Returns:
-        Exit code, seconds spent in each phase, seconds from the signal to the end (None: it was not sent).
+        Exit code (-1: ranks have ended in different ways), seconds spent in each phase, seconds from the
+        signal to the end (None: it was not sent).
     """
     listen, told = os.pipe()
-    child = start(job, arguments, folder, told)
+    children = start(job, arguments, folder, told, telling)
     os.close(told)
     clock, sent = Clock(), None
     while True:
@@ -188,14 +211,19 @@ def run(
                 break
             clock.note(marked[0])
         elif left is not None:
-            os.kill(child, signal.SIGTERM)
+            os.kill(children[telling], signal.SIGTERM)
             sent = time.monotonic()
         else:
-            os.kill(child, signal.SIGKILL)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
             raise RuntimeError(f"{job.name}: nothing happens for {LONGEST:g} s, see {folder}.log")
     os.close(listen)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code, clock.spent, None if sent is None else time.monotonic() - sent
+    codes = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    return (
+        codes.pop() if len(codes) == 1 else -1,
+        clock.spent,
+        None if sent is None else time.monotonic() - sent,
+    )
 
 
 def whole_run(job: Job, folder: Path) -> None:
@@ -209,8 +237,10 @@ def whole_run(job: Job, folder: Path) -> None:
 
 def stopped_run(job: Job, folder: Path, phase: str, draw: random.Random) -> dict[str, Any]:
     """One run: stopped at a moment of the phase, looked at, resumed to its end."""
-    moment = draw.uniform(0, job.seconds[phase])
-    code, spent, took = run(job, job.arguments, folder, (phase, moment))
+    moment, telling = draw.uniform(0, job.seconds[phase]), 0
+    if job.name in RANKS:
+        telling = draw.randrange(RANKS[job.name])
+    code, spent, took = run(job, job.arguments, folder, (phase, moment), telling)
     if took is None:  # it was faster than the whole run and is done
         job.seconds[phase] = spent[phase]
         shutil.rmtree(folder)
@@ -218,6 +248,7 @@ def stopped_run(job: Job, folder: Path, phase: str, draw: random.Random) -> dict
     there = checkpoints(folder)
     result = {
         "moment": round(moment, 3),
+        "rank": telling,
         "exit_code": code,
         "seconds": round(took, 3),
         "checkpoints": {path.name: damage(path) for path in there},

@@ -34,6 +34,7 @@ FOREIGN = {
     "--version", "--config", "--steps", "--max_tokens", "--schedule_steps", "--tokens", "--pairs",
     "--logprobs-mode", "--dtype", "--logdir", "--backend-store-uri", "--master_addr", "--master_port",
     "--rdzv_id", "--signal", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--device",
+    "--machine_rank", "--main_process_ip", "--main_process_port",
 }  # fmt: skip
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -271,9 +271,9 @@ def vllm_engine_made_by(make: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-def send_weights_to_vllm(trainer: Any, weights: Callable[[], Iterator[tuple[str, Any]]]) -> None:
-    """Let TRL's GRPO trainer, which uses vLLM, send it what `weights()` yields: each name and its tensor."""
-    trainer.vllm_generation._iter_named_params = weights
+def send_weights_to_vllm(vllm: Any, weights: Callable[[], Any], known: list[Any] | None = None) -> None:
+    """Let TRL's `VLLMGeneration` send what `weights()` yields, of which names, dtypes, shapes are `known`."""
+    vllm._iter_named_params, vllm._weight_metadata = weights, known
 
 
 def end_vllm_engine(trainer: Any) -> None:

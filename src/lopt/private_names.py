@@ -61,6 +61,10 @@ NAMES: dict[str, str] = {
         "Yields the weights that vLLM is sent. Without it the rounding of adapters, added and subtracted at "
         "every step, stays in the frozen weights."
     ),
+    "trl.generation.vllm_generation:VLLMGeneration._weight_metadata": (
+        "Names, dtypes and shapes of them, for which it would otherwise go through the weights of all "
+        "processes of a pipeline once more."
+    ),
     # -- torch -----------------------------------------------------------------------------------------------
     "torch.utils._python_dispatch:TorchDispatchMode": (
         "Sees every operator. Without it neither live bytes nor FLOPs can be counted."
@@ -152,6 +156,10 @@ OVERRIDES: dict[str, str] = {
     "trl:DPOTrainer._precompute_ref_logps": "In a pipeline it waits until the blocks are in their places.",
     "trl:GRPOTrainer._generate_and_score_completions": (
         "Offloaded weights come in; stops are obeyed around rollouts."
+    ),
+    "trl:GRPOTrainer._calculate_rewards": "In a pipeline the last process computes them for all.",
+    "trl:GRPOTrainer._get_per_token_logps_and_entropies": (
+        "Old log-probabilities are those of the last process of a pipeline."
     ),
     "trl:GRPOTrainer._tokenize_prompts": "Prompts for the head warm-up, tokenized as for rollouts (called).",
     "trl:GRPOTrainer._step": "Number of the micro-batch, by which it finds its rollouts (read and written).",

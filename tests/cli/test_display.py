@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from conftest import tiny
+from lopt import LoPTConfig, attach
 from lopt.cli.display.closing import next_commands
 from lopt.cli.display.opening import block_picture, opening, share
+from lopt.cli.display.progress import _keys
 from lopt.cli.display.table import COLUMNS, Table, clock, figure
 from lopt.cli.main import COMMANDS as KNOWN
 from lopt.cli.main import main
 from lopt.cli.parsing import parse
+from lopt.engine.pipeline import leave_out
+from lopt.engine.stages import Stages
 
 FACTS: dict[str, Any] = {
     "model": "/models/gemma3-270m", "architecture": "Gemma3ForCausalLM", "dtype": "bfloat16",
@@ -53,6 +59,17 @@ def test_a_deep_model_of_many_blocks_fits() -> None:
     picture, _ = block_picture(blocks, 60)
     assert picture.count("┃") == 19 and len(picture) <= 60
     assert (share(0, 10), share(10, 10), share(9_999_999, 10_000_000)) == ("0 %", "100 %", "99.9 %")
+
+
+def test_columns_for_the_local_losses_of_all_processes() -> None:
+    """The table is shown by the process with the last block, which has no local loss of its own."""
+    handle = attach(tiny("llama"), LoPTConfig(num_blocks=3, schedule="block_major"))
+    stages = Stages(handle)
+    leave_out(handle, stages, stages.of_pipeline(2, 3))
+    callbacks = SimpleNamespace(callbacks=[])
+    trainer = SimpleNamespace(lopt=handle, args=None, eval_dataset=None, callback_handler=callbacks)
+    local = {key for key in _keys(trainer) if "local_loss" in key}
+    assert local == {"local_loss/block_1", "local_loss/block_2"}
 
 
 @pytest.mark.parametrize("command", list(COLUMNS))

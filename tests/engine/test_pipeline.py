@@ -8,6 +8,7 @@ import os
 import runpy
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def in_pipeline(
     torch.manual_seed(7)  # the same heads
     handle = attach(load_part(str(folder), config, own_blocks(config, mesh)), config)
     groups = handle.parameter_groups(1e-2, 1e-3, 0.1)
-    schedule = pipeline(handle, groups, make, mesh, device=CPU, max_norm=0.5)
+    schedule = pipeline(handle, groups, make, mesh, device=CPU, max_norm=0.5, threads=0)
     losses = train(schedule, handle, batches)
     assert schedule.link is not None
     schedule.link.flush()
@@ -75,9 +76,12 @@ def in_pipeline(
 
 def compare(folder: Path, config: LoPTConfig, batches: list[Any], mesh: DeviceMesh) -> None:
     """Assert the weights of one process bit for bit, and the bytes that were sent."""
-    whole, expected = one_process(folder, config, batches, ADAMW)
+    whole, expected = one_process(
+        folder, replace(config, offload="none", optimizer_device="auto"), batches, ADAMW
+    )
     handle, losses, schedule = in_pipeline(folder, config, batches, ADAMW, mesh)
-    saved = folder / f"saved-{config.num_blocks}-{config.method}-{config.tied_embeddings}-{len(batches)}"
+    names = config.num_blocks, config.method, config.tied_embeddings, config.offload, len(batches)
+    saved = folder / "-".join(map(str, ("saved", *names)))
     save_model(handle, schedule, saved)
     plain = AutoModelForCausalLM.from_pretrained(saved)
     for name, value in plain.named_parameters():
@@ -102,6 +106,7 @@ def bit_for_bit(folder: Path, size: int) -> None:
         LoPTConfig(num_blocks=size, schedule="block_major"),
         LoPTConfig(num_blocks=4, schedule="block_major", stages=6),
         LoPTConfig(num_blocks=size, method="frozen", schedule="block_major"),
+        LoPTConfig(num_blocks=size, schedule="block_major", offload="block", optimizer_device="cpu"),
         LoPTConfig(num_blocks=size, tied_embeddings="freeze", schedule="block_major"),
     ]
     for config, slots in itertools.product(configs, (1, 7) if size == 2 else (4,)):

@@ -49,6 +49,14 @@ def width(batch: Any) -> int | None:
     return sum(batch[name].shape[1] for name in names if name in batch) or None
 
 
+def token_shape(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (B, T) of a batch, of prompts with their completions where it has those."""
+    rows = batch["input_ids" if "input_ids" in batch else "prompt_ids"].shape[0]
+    tokens = width(batch)
+    assert tokens is not None, "it has one of these"
+    return rows, tokens
+
+
 def describe_rows(dataset: Any, tokenizer: Any, batches: Iterable[Any]) -> str:
     """Return where the rows of `batches` are in `dataset`, if it is indexed, and how the first one begins."""
     rows = [ids for batch in batches for ids in _token_rows(batch)]

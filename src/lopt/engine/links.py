@@ -56,6 +56,7 @@ class Link:
         self.sent, self.waited, self.blocked = 0, 0.0, 0.0
         self.group = group
         self._device, self._hidden_size, self._dtype = device, hidden_size, dtype
+        self._largest = torch.zeros(2, device=device)
         self._depth = depth
         self._expected: deque[tuple[int, int]] = deque()
         self._receiving: deque[tuple[dist.Work, Tensor]] = deque()
@@ -87,6 +88,7 @@ class Link:
         self._finish(work, self.position - 1)
         self.waited += time.perf_counter() - began
         self._post()
+        self._note(0, hidden)
         return hidden
 
     def send(self, hidden: Tensor) -> None:
@@ -105,10 +107,21 @@ class Link:
         self.flush(self._depth - 1)
         self.blocked += time.perf_counter() - began
         hidden = hidden.detach().contiguous()
-        with _told_if_gone(self.position + 1):
+        with told_if_gone(self.position + 1):
             work = self.group.send([hidden], self.position + 1, 0)
         self._sending.append((work, hidden))
         self.sent += hidden.nbytes
+        self._note(1, hidden)
+
+    def largest(self) -> Tensor:
+        """Return the largest absolute values (2,) received and sent since the last call, NaN if one was."""
+        largest, self._largest = self._largest, torch.zeros_like(self._largest)
+        return largest
+
+    def _note(self, which: int, hidden: Tensor) -> None:
+        low, high = torch.aminmax(hidden)  # in one pass, without memory; NaN goes through
+        largest = torch.maximum(high, -low).float()
+        self._largest[which] = torch.maximum(self._largest[which], largest)
 
     def flush(self, most: int = 0) -> None:
         """Wait until at most `most` of what was sent has not been taken; 0 as at the end of a run."""
@@ -117,20 +130,20 @@ class Link:
 
     def _finish(self, work: dist.Work, other: int) -> None:
         """Wait for what is exchanged with the process at position `other`."""
-        with _told_if_gone(other):
+        with told_if_gone(other):
             work.wait()
 
     def _post(self) -> None:
         while self._expected and len(self._receiving) < self._depth:
             shape = (*self._expected.popleft(), self._hidden_size)
             hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
-            with _told_if_gone(self.position - 1):
+            with told_if_gone(self.position - 1):
                 work = self.group.recv([hidden], self.position - 1, 0)
             self._receiving.append((work, hidden))
 
 
 @contextmanager
-def _told_if_gone(position: int) -> Iterator[None]:
+def told_if_gone(position: int) -> Iterator[None]:
     """Say which process is gone: gloo's own words name its source files."""
     try:
         yield

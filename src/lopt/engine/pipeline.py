@@ -25,10 +25,9 @@ from lopt.core.config import LoPTConfig
 from lopt.engine.block_major import BlockMajor
 from lopt.engine.links import Link
 from lopt.engine.optimizer import Precision
-from lopt.engine.plain_loop import staged_optimizer
+from lopt.engine.plain_loop import staged
 from lopt.engine.reduction import average_gradients
 from lopt.engine.stages import Stage, Stages, dealt
-from lopt.engine.updates import Updates
 from lopt.files import save_tensors, write_text
 from lopt.models.part import replace_parameters
 from lopt.models.weight_files import INDEX
@@ -44,6 +43,7 @@ def pipeline(
     device: torch.device,
     max_norm: float = math.inf,
     precision: Precision | None = None,
+    threads: int | None = None,
     depth: int = 2,
 ) -> BlockMajor:
     """Return what runs whole optimizer steps of this process's blocks, in a pipeline of processes.
@@ -54,9 +54,8 @@ def pipeline(
     step, and then `schedule.step`.
 
     Args:
-        lopt, groups, make, max_norm, precision: As of `block_major`.
+        lopt, groups, make, device, max_norm, precision, threads: As of `block_major`.
         mesh: Of dimensions "pipeline" and, where blocks have replicas whose gradients are averaged, "data".
-        device: Where to compute.
         depth: Micro-batches that may be on their way between two processes.
 
     Raises:
@@ -68,11 +67,10 @@ def pipeline(
     link = make_link(lopt, group, device, depth)
     gone = leave_out(lopt, stages, stages.of_pipeline(link.position, link.size))
     groups = [group | {"params": [gone.get(p, p) for p in group["params"]]} for group in groups]
-    optimizer = staged_optimizer(lopt, groups, make, stages, None, precision)
-    updates = Updates(lopt, stages, optimizer, max_norm=max_norm)
+    schedule = staged(lopt, stages, groups, make, device, link, max_norm, precision, threads)
     if "data" in (mesh.mesh_dim_names or ()):
-        updates.reduce = partial(average_gradients, group=mesh["data"].get_group())
-    return BlockMajor(lopt, updates, link=link)
+        schedule.updates.reduce = partial(average_gradients, group=mesh["data"].get_group())
+    return schedule
 
 
 def make_link(lopt: LoPT, group: Any, device: torch.device, depth: int) -> Link:
@@ -150,6 +148,7 @@ def save_model(lopt: LoPT, schedule: BlockMajor, folder: str | Path) -> None:
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a model already: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
+    schedule.synchronize()
     parts: list[Any] = [None] * link.size
     dist.all_gather_object(parts, write_part(lopt, schedule, folder), group=link.group)
     if link.is_first:

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from lopt.core.attach import LoPT
 from lopt.engine.block_major import BlockMajor
 from lopt.engine.host_optimizer import HostOptimizer, step_threads
-from lopt.engine.offload import Offload
+from lopt.engine.links import Link
+from lopt.engine.offload import Offload, move_rest
 from lopt.engine.optimizer import BlockOptimizer, Precision
 from lopt.engine.stages import Stages
 from lopt.engine.updates import Updates
@@ -35,7 +36,7 @@ def block_major(
         lopt: The handle. With `offload` block its model may be in host memory.
         groups: `lopt.parameter_groups(...)`.
         make: Makes an optimizer out of such groups, for example `torch.optim.AdamW`.
-        device: Where to compute; default: where the model is.
+        device: Where to compute, to which what is not offloaded is moved; default: where the model is.
         max_norm: Norm to clip gradients to, by `clip` of the config; infinity clips nothing.
         precision: How bfloat16 weights are stepped; default: by float32 masters where the host steps them,
             and rounded stochastically elsewhere.
@@ -45,10 +46,33 @@ def block_major(
         A schedule, whose `step` runs one optimizer step; `schedule.optimizer` is for a learning-rate schedule
         and checkpoints.
     """
-    stages = Stages(lopt)
-    offload = Offload.of_config(lopt, stages, device or lopt.device)
+    return staged(lopt, Stages(lopt), groups, make, device or lopt.device, None, max_norm, precision, threads)
+
+
+def staged(
+    lopt: LoPT,
+    stages: Stages,
+    groups: list[dict[str, Any]],
+    make: Callable[[list[dict[str, Any]]], Optimizer],
+    device: torch.device,
+    link: Link | None,
+    max_norm: float,
+    precision: Precision | None,
+    threads: int | None,
+) -> BlockMajor:
+    """Return the schedule of a model, all on `device` but what its config offloads.
+
+    Args:
+        stages: The model's.
+        link: To the neighbours in a pipeline; None outside of one.
+        lopt, groups, make, device, max_norm, precision, threads: As of `block_major`.
+    """
+    offload = Offload.of_config(lopt, stages, device)
+    if offload is None or offload.weights is None:
+        move_rest(lopt.model, (), device)
+    move_rest(lopt.heads, (), device)
     optimizer = staged_optimizer(lopt, groups, make, stages, offload, precision, threads=threads)
-    return BlockMajor(lopt, Updates(lopt, stages, optimizer, offload, max_norm), offload)
+    return BlockMajor(lopt, Updates(lopt, stages, optimizer, offload, max_norm), offload, link)
 
 
 def staged_optimizer(

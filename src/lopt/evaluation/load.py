@@ -16,7 +16,7 @@ from lopt.instruments.memory import HOST, format_bytes, free_memory
 from lopt.messages import error_text
 from lopt.models.load import empty_model, load_model, load_tokenizer, read_config, resolve_model
 from lopt.models.untrusted import UntrustedError, check_folder
-from lopt.reliability.guards import non_finite_weights
+from lopt.reliability.finite import non_finite_weights
 
 
 @dataclass(frozen=True)

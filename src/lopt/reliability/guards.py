@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer
 
 from lopt.data.batches import describe_rows, width
 from lopt.files import read_json
 from lopt.instruments.hidden_states import token_spread, token_variance
 from lopt.reliability.divergence import Divergence, DivergenceMonitor, joined
+from lopt.reliability.finite import NonFiniteError, check_weights, non_finite, non_finite_weights
 from lopt.reliability.machine_errors import (
     HOST_ADVICE,
     OutOfMemory,
@@ -53,10 +53,6 @@ _PHASES = {
     "optimizer": "the optimizer's step",
     "between": "what follows a step",
 }
-
-
-class NonFiniteError(ValueError):
-    """A loss, gradient or weight is not a finite number; raised before the optimizer step."""
 
 
 class DivergedError(ValueError):
@@ -117,14 +113,15 @@ class Guard:
             norms: (k,) of the blocks' gradients.
         """
         names = [f"the gradient norm of block {number}" for number in range(1, len(norms) + 1)]
-        bad = _non_finite(names, norms.tolist())
+        bad = non_finite(names, norms.tolist())
         if bad and not self._trainer.args.fp16:
             raise NonFiniteError(self._step_message(bad, self._trainer.batches))
 
     def check_warm_up(self, step: int, losses: list[float]) -> None:
         """Stop a head warm-up whose local losses are not finite."""
         names = [f"the local loss of block {block + 1}" for block in self._trainer.lopt.learning]
-        if bad := _non_finite(names, losses):
+        if bad := non_finite(names, losses):
+            self._largest_sent()
             raise NonFiniteError(
                 f"head warm-up, step {step}: {bad}; no weight of the model has been changed. "
                 "Lower `head_warmup_lr`, or leave the warm-up out with `head_warmup_steps` 0"
@@ -154,14 +151,32 @@ class Guard:
             NonFiniteError: one of them is not finite.
         """
         trainer = self._trainer
+        sent = self._largest_sent()
         for batch in self._step.take(trainer.accelerator):
             losses = [key for key in batch.own if key[0] in (_LOCAL, _TASK)]
             named = [f"{kind} of block {block + 1}" if kind == _LOCAL else kind for kind, block in losses]
-            if bad := _non_finite(named, [batch.values[key] for key in losses]):
+            if bad := non_finite(named, [batch.values[key] for key in losses]):
                 here = all(batch.is_finite_here(key) for key in losses)
                 raise NonFiniteError(self._step_message(bad, [batch.inputs], batch.number, here))
             for (kind, block), value in batch.values.items():
                 self._log_value(kind, block, value, batch.share)
+        if bad := non_finite(["a hidden state that this rank computes for the next one"], [sent]):
+            raise NonFiniteError(self._step_message(bad, trainer.batches))
+
+    def _largest_sent(self) -> float:
+        """Return the largest number that was sent to the next process of a pipeline since the last look.
+
+        Raises:
+            RankError: The process before has sent numbers that are not finite, with what it says of them.
+        """
+        trainer = self._trainer
+        if trainer.grid is None:
+            return 0.0
+        largest = trainer.block_major.schedule.link.largest()
+        received, sent = trainer.accelerator.reduce(largest, "sum").tolist()  # replicas look together
+        if not math.isfinite(received):
+            trainer.grid.wait_for_failure()
+        return sent
 
     def _log_value(self, kind: str, block: int, value: float, share: float) -> None:
         if kind == _LOCAL:
@@ -364,37 +379,3 @@ class Guard:
         if self.phase == "optimizer":
             return f"{step}, the optimizer's step" + (block if lopt.active_block is not None else "")
         return f"{step}, batch {trainer.micro_batch} of {trainer.current_gradient_accumulation_steps}{block}"
-
-
-def _non_finite(names: Iterable[str], values: Iterable[float]) -> str:
-    """Return which values are not finite, by name, "" if all are; there may be more values than names."""
-    named = zip(names, values, strict=False)
-    return "; ".join(f"{name} is {value}" for name, value in named if not math.isfinite(value))
-
-
-def check_weights(model: nn.Module) -> None:
-    """Check the weights of a model that was just loaded, in one pass.
-
-    Raises:
-        NonFiniteError: some are not finite.
-    """
-    if bad := non_finite_weights(model):
-        raise NonFiniteError(
-            f"the model holds numbers that are not finite before any training: {bad}. Its files are "
-            "damaged, or the run that wrote them had diverged: take another copy of it"
-        )
-
-
-@torch.no_grad()
-def non_finite_weights(model: nn.Module) -> str:
-    """Return the names of weights that are not finite, "" if all are. Takes one pass and no memory."""
-    kinds = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    found: dict[str, Tensor] = {}
-    for name, weight in model.named_parameters():
-        local = getattr(weight, "to_local", lambda weight=weight: weight)()  # FSDP2: this rank's part
-        if local.dtype in kinds and local.numel() and not local.is_meta:
-            low, high = torch.aminmax(local)  # NaN goes through both
-            found[name] = low.isfinite() & high.isfinite()
-    names = [name for name, finite in found.items() if not finite]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -13,9 +13,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from lopt.engine.grid import FAILED, Grid, RankError
+from lopt.engine.grid import HOST_GONE, Grid, RankError
 from lopt.reliability.stop import Stopped, requested
 
 KEPT = 10_000
@@ -73,44 +72,56 @@ def watching(place: Grid | None) -> Iterator[None]:
         return
     _watched.set()
     over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(place, place.store.clone(), over), daemon=True)
-    thread.start()
+    watchers = _watch, _watch_first
+    threads = [threading.Thread(target=watch, args=(place, over), daemon=True) for watch in watchers]
+    for thread in threads:
+        thread.start()
     try:
         yield
     except Stopped:
         raise
     except RankError as error:
-        over.set()
-        message = place.fail(str(error))
+        message = place.failure() or place.fail(str(error))
+        over.set()  # until here the threads watch: what a lost machine is asked is not answered
         place.part(GRACE)
         raise RankError(message) from error
     except BaseException as error:
-        over.set()
         place.fail(f"rank {place.rank}: {error or repr(error)}")
+        over.set()
         place.part(GRACE)
         raise
     finally:
         over.set()
-        thread.join()
+        for thread in threads:
+            thread.join(GRACE)
         _watched.clear()
 
 
 _watched = threading.Event()
 
 
-def _watch(place: Grid, store: Any, over: threading.Event) -> None:
+def _watch(place: Grid, over: threading.Event) -> None:
     """Carry a stop to the first process, and end this one if another has failed, until the run is over."""
     asked = False
     while not over.wait(LOOK_EVERY):
         try:
             if not asked and (reason := requested()) is not None:
                 asked = True
-                store.set(STOP, reason)
-            if not store.check([FAILED]):
-                continue
-            message = store.get(FAILED).decode()
-        except RuntimeError:  # the store was in another process
-            message = "the process that started the run has ended"
-        if not over.wait(GRACE):
-            os.write(2, f"lopt: error: {message}\n".encode())
-            os._exit(1)
+                place.asking.set(STOP, reason)
+        except RuntimeError:
+            pass  # the store was in another process
+        message = place.failure(place.asking)
+        if message is not None and not over.wait(GRACE):
+            _end(message)
+
+
+def _watch_first(place: Grid, over: threading.Event) -> None:
+    """End this process where the machine of the first is lost: a question to its store is never answered."""
+    while not over.wait(LOOK_EVERY):
+        if place.rank != 0 and place.presence.gone() and not over.wait(2 * GRACE):
+            _end(HOST_GONE)
+
+
+def _end(message: str) -> None:
+    os.write(2, f"lopt: error: {message}\n".encode())
+    os._exit(1)

@@ -1,6 +1,7 @@
 """Thin subclasses of TRL's trainers."""
 
-from lopt.reliability.guards import DivergedError, NonFiniteError
+from lopt.reliability.finite import NonFiniteError
+from lopt.reliability.guards import DivergedError
 from lopt.reliability.machine_errors import OutOfMemory, WorkerDied
 from lopt.trainers.dpo import LoPTDPOTrainer
 from lopt.trainers.grpo import LoPTGRPOTrainer

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.data.batches import token_shape
 from lopt.engine.block_major import BlockMajor
 from lopt.engine.offload import Offload, move_rest
 from lopt.engine.pipeline import leave_out, make_link
@@ -106,7 +107,8 @@ class BlockMajorSteps:
         self._items, self._prepared = items, self._prepare(batches)
         if (link := self.schedule.link) is not None:
             self._linked = link.waited, link.blocked
-            link.expect([tuple(one.inputs["input_ids"].shape) for one in self._prepared])
+            link.largest()  # of an evaluation
+            link.expect([token_shape(one.inputs) for one in self._prepared])
         self.schedule.run_to_last_stage(len(batches), self._forward)
         self._set_slot(0)
         trainer.guard.phase = "step"

@@ -262,10 +262,13 @@ def _check_adapters(args: TrainingArguments, config: LoPTConfig, model: Any) -> 
 
 def _check_pipeline(args: TrainingArguments, config: LoPTConfig) -> None:
     if hasattr(args, "num_generations"):
-        raise ValueError(
-            "`schedule` pipeline: rollouts need the whole model, and each process has its own blocks: use "
-            "`schedule` block_major"
-        )
+        if not getattr(args, "use_vllm", False) or getattr(args, "vllm_mode", "") != "server":
+            raise ValueError(
+                "`schedule` pipeline: rollouts need the whole model, and each process has its own blocks: "
+                "add `use_vllm` and `vllm_mode` server, or use `schedule` block_major"
+            )
+        if getattr(args, "beta", 0):
+            raise ValueError("`schedule` pipeline: `beta` needs a whole reference model: set `beta` 0")
     if type(args).should_save is TrainingArguments.should_save:
         raise ValueError(
             "`schedule` pipeline needs arguments of lopt.trainers.config, such as LoPTSFTConfig, which know "

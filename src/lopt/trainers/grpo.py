@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from lopt.compat import send_weights_to_vllm, vllm_engine_made_by
+from lopt.core.boundaries import BoundaryReached
 from lopt.models.router_logits import without_router_logits
 from lopt.trainers.heads import warm_up_batches
 from lopt.trainers.mixin import LoPTMixin
+from lopt.trainers.rollouts import in_pipeline
 from lopt.trainers.vllm import engine_with_dtype, merged_weights
 
 logger = logging.getLogger(__name__)
@@ -44,10 +47,14 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._groups = Counter()
-        with vllm_engine_made_by(engine_with_dtype(self)):
+        with vllm_engine_made_by(engine_with_dtype(self)), in_pipeline():
             super().__init__(*args, **kwargs)
         if self.use_vllm and is_peft_model(self.model):
-            send_weights_to_vllm(self, lambda: merged_weights(self.model))
+            send_weights_to_vllm(self.vllm_generation, lambda: merged_weights(self.model))
+        if self.grid is not None:
+            self.log_completions &= self.grid.is_main
+            if any(isinstance(reward, nn.Module) for reward in self.reward_funcs):
+                raise ValueError("`schedule` pipeline: a reward that is a model would be in every process")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `LoPTMixin.train`; say at the end if no reward of the run differed within its group."""
@@ -116,6 +123,34 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         self.stops.obey()
         return made
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.grid is None:
+            return super()._calculate_rewards(*args, **kwargs)
+        own = super()._calculate_rewards(*args, **kwargs).tolist() if self.runs_task else None
+        return torch.tensor(self.grid.from_last(own), device=self.args.device)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return TRL's; zeros for the old ones where another process has the last block, and the loss."""
+        rest = (logits_to_keep, batch_size)
+        if self.runs_task or torch.is_grad_enabled():
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, *rest, **kwargs
+            )
+        size = batch_size or len(input_ids)
+        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            with suppress(BoundaryReached):  # of every chunk
+                super()._get_per_token_logps_and_entropies(model, ids, mask, *rest, **kwargs)
+        zeros = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+        return zeros, zeros, None
+
     # Rollouts may serve several optimizer steps (`num_iterations`, `steps_per_generation`): those that are
     # not used up belong to a checkpoint.
 
@@ -130,7 +165,7 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     def save_own_state(self, folder: Path) -> None:
         """Write heads and unused rollouts into a checkpoint."""
         super().save_own_state(folder)
-        if self._step % (self.args.steps_per_generation * self.num_iterations):
+        if self.runs_task and self._step % (self.args.steps_per_generation * self.num_iterations):
             folder.mkdir(parents=True, exist_ok=True)  # the first rank may not be there yet
             torch.save(self.rollout_state(), folder / self._rollouts_name)
 

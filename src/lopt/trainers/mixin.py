@@ -294,6 +294,8 @@ class LoPTMixin(WritesCheckpoints, Trainer):
                     self.reduction.wait()
                 local = dict(zip(self.lopt.learning, self.lopt.local_losses(), strict=False))
                 self.guard.note_losses(local, loss, inputs)
+            else:
+                self.skip_micro_batches(1)
             if self._is_last_micro_batch():
                 self.guard.look()
                 if self.block_major is not None and self.runs_task:

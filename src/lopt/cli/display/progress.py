@@ -174,7 +174,9 @@ def _keys(trainer: Any) -> set[str]:
         keys.add("kl")
     if any(isinstance(callback, RetentionCallback) for callback in trainer.callback_handler.callbacks):
         keys.add("retention/change")
-    return keys | {f"local_loss/block_{block + 1}" for block in trainer.lopt.learning}
+    last = len(trainer.lopt.blocks) - 1
+    learning = range(last - trainer.lopt.learners, last)  # in a pipeline those of all processes
+    return keys | {f"local_loss/block_{block + 1}" for block in learning}
 
 
 def _fitting(parts: list[tuple[int, str]], width: int) -> list[str]:

@@ -16,7 +16,7 @@ from lopt.evaluation.compare.arms import Arm
 from lopt.evaluation.compare.summary import summarise
 from lopt.evaluation.names import hashed_file_name
 from lopt.files import differences, read_json, write_json
-from lopt.reliability.guards import NonFiniteError
+from lopt.reliability.finite import NonFiniteError
 from lopt.reliability.machine_errors import OutOfMemory
 from lopt.reliability.provenance import device, versions
 
