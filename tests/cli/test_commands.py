@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import forked
 from conftest import save_tiny
 from page_commands import ROOT, commands
 
@@ -99,35 +100,29 @@ def printed(place: Path) -> dict[str, str]:
     The first command of each launcher is run by it, the others in forks that have its environment: importing
     the libraries takes longer than a step of this model.
     """
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+    own = {
         "HF_HOME": str(place / "home"),
         "LOPT_CACHE": str(place / "cache"),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    how = dict(cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+    source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     launched: list[list[str]] = [[sys.executable]]  # a script alone is launched by no launcher
-    forked, out = [], dict[str, str]()
+    jobs, out = list[forked.Job](), dict[str, str]()
     for command in commands():
         launcher, words = adapted(command, place)
         if launcher in launched:
-            forked.append((name_of(command), words, 2 * (len(launcher) > 1)))
+            jobs.append((name_of(command), words, 2 * (len(launcher) > 1)))
             continue
         launched.append(launcher)
-        run = subprocess.run([*launcher, *words], **how)
+        run = subprocess.run(
+            [*launcher, *words], cwd=place, env=os.environ | own | {"PYTHONPATH": source},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
         assert run.returncode == 0, run.stderr[-5000:]
         out[name_of(command)] = run.stdout
-    assert len(launched) == 3 and len(forked) == 9
-    (place / "commands.json").write_text(json.dumps(forked))
-    run = subprocess.run([sys.executable, str(ROOT / "tests/forked_commands.py"), str(place)], **how)
-    assert run.returncode == 0, run.stderr[-5000:]
-    codes = json.loads((place / "codes.json").read_text())
-    for name, _, ranks in forked:
-        errors = [(place / f"{name}.{rank}.err").read_text()[-5000:] for rank in range(max(ranks, 1))]
-        assert codes[name] == [0] * len(errors), errors
-        out[name] = "".join((place / f"{name}.{rank}.out").read_text() for rank in range(len(errors)))
-    return out
+    assert len(launched) == 3 and len(jobs) == 9
+    return out | forked.run_all(place, jobs, cwd=place, **own)
 
 
 @pytest.mark.parametrize("words", commands(), ids=name_of)
