@@ -80,7 +80,9 @@ def test_the_next_commands_can_be_pasted(tmp_path: Path) -> None:
     for adapters, pushed in ((False, False), (True, False), (True, True)):
         lines = next_commands("gemma3-270m", folder, adapters=adapters, pushed=pushed)
         assert len(lines) == 3
-        assert any(line.startswith("hf upload") for line in lines) == (not adapters and not pushed)
+        uploads = [line for line in lines if line.startswith("hf upload")]
+        assert len(uploads) == (not adapters and not pushed)
+        assert all(line.endswith(" . --exclude 'checkpoint-*'") for line in uploads)  # gigabytes of state
         for program, command, *words in map(shlex.split, lines):
             assert any(str(folder) in word for word in words)
             if (program, command) == ("lopt", "eval"):
