@@ -143,7 +143,7 @@ _modules_when_frozen = 0
 
 
 def pytest_runtest_setup() -> None:
-    """Leave what modules hold out of garbage collection: every `train()` collects, over millions of objects."""
+    """Leave what modules hold, millions of objects, out of garbage collection: every `train()` collects."""
     global _modules_when_frozen
     if len(sys.modules) > _modules_when_frozen + 100:
         gc.collect()

@@ -1,4 +1,4 @@
-"""Python scripts of several processes each, run one after another in forks of one process that knows the libraries.
+"""Python scripts of several processes each, in forks of one process that has the libraries.
 
 Importing them takes longer than a few steps of a small model. A process gets the environment that torchrun
 gives a rank, and prints to files.

@@ -137,7 +137,11 @@ def test_any_method_runs_in_stages(run, tmp_path: Path, method: str) -> None:
 # All of them bit for bit, without a trainer: tests/engine/test_block_major.py.
 @pytest.mark.parametrize(
     "name",
-    ["gemma3", "opt", *(pytest.param(n, marks=SLOW) for n in ("qwen3", "phi", "falcon", "mistral", "gpt_neox"))],
+    [
+        "gemma3",
+        "opt",
+        *(pytest.param(n, marks=SLOW) for n in ("qwen3", "phi", "falcon", "mistral", "gpt_neox")),
+    ],
 )
 def test_every_architecture(run, name: str) -> None:
     flags = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=3)
