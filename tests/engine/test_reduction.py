@@ -40,8 +40,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Pat
         for mode, ranks in (("ddp", 1), *((mode, 2) for mode in MODES))
     ]
     forked.run_all(folder, jobs)
-    for said in folder.glob("*.err"):
-        assert "find_unused_parameters" not in said.read_text(), "DDP searched for unused parameters in vain"
+    said = [file.read_text() for file in folder.glob("*.err")]
+    assert len(said) == sum(ranks for *_, ranks in jobs)
+    assert not any("find_unused_parameters" in text for text in said), "DDP searched for them in vain"
     return folder
 
 
