@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,18 @@ def assert_moved_alike(
     for name, end in one.items():
         moved = (end - start[name]).norm()
         assert (other[name] - end).norm() <= share * moved, (name, float((other[name] - end).norm() / moved))
+
+
+_modules_when_frozen = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Leave what modules hold, millions of objects, out of garbage collection: every `train()` collects."""
+    global _modules_when_frozen
+    if len(sys.modules) > _modules_when_frozen + 100:
+        gc.collect()
+        gc.freeze()
+        _modules_when_frozen = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

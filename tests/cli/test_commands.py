@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import forked
 from conftest import save_tiny
 from page_commands import ROOT, commands
 
@@ -67,39 +68,65 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def adapted(words: list[str], place: Path) -> list[str]:
-    """The command with this machine's model, data, processes and steps."""
-    words = [str(ROOT / w) if w in ("train_sft.py", "train_grpo.py") else w for w in words]
-    launchers = {
-        "torchrun": ["-m", "torch.distributed.run", "--standalone"],
-        "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
-        "python": [],
-    }
-    if words[0].startswith("CUDA_VISIBLE_DEVICES"):
-        words = words[1:]
-    words = [sys.executable, *launchers[words[0]], *words[1:]]
-    for flag, value in (("--nproc_per_node", "2"), ("--num_processes", "2"), ("--max_steps", "1")):
-        if flag in words:
-            words[words.index(flag) + 1] = value
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+    "python": [],
+}
+
+
+def adapted(words: list[str], place: Path) -> tuple[list[str], list[str]]:
+    """The command with this machine's model, data, processes and steps: what launches it, and the rest."""
+    script = next(number for number, word in enumerate(words) if word in ("train_sft.py", "train_grpo.py"))
+    launcher, words = words[:script], [str(ROOT / words[script]), *words[script + 1 :]]
+    if launcher[0].startswith("CUDA_VISIBLE_DEVICES"):
+        launcher = launcher[1:]
+    launcher = [sys.executable, *LAUNCHERS[launcher[0]], *launcher[1:]]
+    for flag in ("--nproc_per_node", "--num_processes"):
+        if flag in launcher:
+            launcher[launcher.index(flag) + 1] = "2"
+    if "--max_steps" not in words:
+        words += ["--max_steps", "1"]
+    words[words.index("--max_steps") + 1] = "1"
     words[words.index("--model_name_or_path") + 1] = str(place / "model")
     data = words[words.index("--dataset_preset" if "--dataset_preset" in words else "--task") + 1]
-    words += ["--train_file", str(place / f"{data}.jsonl"), "--head_warmup_steps", "2"]
-    return words if "--max_steps" in words else [*words, "--max_steps", "1"]
+    return launcher, [*words, "--train_file", str(place / f"{data}.jsonl"), "--head_warmup_steps", "2"]
 
 
-@pytest.mark.parametrize("words", commands(), ids=name_of)
-def test_command(words: list[str], place: Path) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+@pytest.fixture(scope="module")
+def printed(place: Path) -> dict[str, str]:
+    """What each command prints, of all its processes.
+
+    The first command of each launcher is run by it, the others in forks that have its environment: importing
+    the libraries takes longer than a step of this model.
+    """
+    own = {
         "HF_HOME": str(place / "home"),
         "LOPT_CACHE": str(place / "cache"),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    run = subprocess.run(
-        adapted(words, place), cwd=place, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-5000:]
+    source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    launched: list[list[str]] = [[sys.executable]]  # a script alone is launched by no launcher
+    jobs, out = list[forked.Job](), dict[str, str]()
+    for command in commands():
+        launcher, words = adapted(command, place)
+        if launcher in launched:
+            jobs.append((name_of(command), words, 2 * (len(launcher) > 1)))
+            continue
+        launched.append(launcher)
+        run = subprocess.run(
+            [*launcher, *words], cwd=place, env=os.environ | own | {"PYTHONPATH": source},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-5000:]
+        out[name_of(command)] = run.stdout
+    assert len(launched) == 3 and len(jobs) == 9
+    return out | forked.run_all(place, jobs, cwd=place, **own)
+
+
+@pytest.mark.parametrize("words", commands(), ids=name_of)
+def test_command(words: list[str], place: Path, printed: dict[str, str]) -> None:
     folder = place / "outputs" / name_of(words)
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["global_step"] == 1
@@ -109,7 +136,7 @@ def test_command(words: list[str], place: Path) -> None:
         assert method["num_blocks"] == int(words[words.index("--num_blocks") + 1])
     AutoTokenizer.from_pretrained(folder)
     AutoModelForCausalLM.from_pretrained(folder)
-    assert run.stdout.count("step 1 of 1 ──") == 1  # said once, not by every rank
+    assert printed[name_of(words)].count("step 1 of 1 ──") == 1  # said once, not by every rank
 
 
 def test_downloads_without_a_connection_say_what_to_do(place: Path) -> None:

@@ -44,7 +44,7 @@ def test_the_block_before_a_run(width: int) -> None:
     for said in (
         "gemma3-270m (Gemma3ForCausalLM, bfloat16)", "268.1 M, 100.3 M trained (37.4 %)",
         "100 dropped as too long", "7 cut at 1,024 tokens", "64 held out", "123,456, 50.0 % masked",
-        "3,000 of 64 rows (4 a micro-batch × 2 micro-batches × 8 processes); resumed after step 200",
+        "3,000, each of 64 rows (4 a micro-batch × 2 micro-batches × 8 processes); resumed after step 200",
         "rate 2e-05; cosine after 30 steps of warm-up", "outputs/a folder", "· not trained: layers 0-11;",
     ):  # fmt: skip
         assert said in words, said
@@ -97,7 +97,9 @@ def test_the_next_commands_can_be_pasted(tmp_path: Path) -> None:
     for adapters, pushed in ((False, False), (True, False), (True, True)):
         lines = next_commands("gemma3-270m", folder, adapters=adapters, pushed=pushed)
         assert len(lines) == 3
-        assert any(line.startswith("hf upload") for line in lines) == (not adapters and not pushed)
+        uploads = [line for line in lines if line.startswith("hf upload")]
+        assert len(uploads) == (not adapters and not pushed)
+        assert all(line.endswith(" . --exclude 'checkpoint-*'") for line in uploads)  # gigabytes of state
         for program, command, *words in map(shlex.split, lines):
             assert any(str(folder) in word for word in words)
             if (program, command) == ("lopt", "eval"):

@@ -101,7 +101,8 @@ def test_preview_of_pairs_is_what_dpo_sees(model: Path, tmp_path: Path, monkeypa
     assert main(f"data preview dpo {flags} --rows 6".split()) == 0
     assert len(seen) == 12
     assert [(s.tokens, s.labels, s.padding) for s in shown] == [(s.tokens, s.labels, s.padding) for s in seen]
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "examples/s" not in err  # a bar of datasets, of which a file would hold every state
     chosen, rejected = out.index("1. chosen: "), out.index("1. rejected: ")
     assert chosen < rejected and "]Hello" in out[chosen:rejected].replace("│", "")
     assert "20 rows; 2 held out; 0 dropped" in out and "18 pairs trained on, " in out

@@ -35,6 +35,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, tiny_folder: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(str(tmp_path / "empty"))
+    for step in (9, 11):
+        (tmp_path / "empty" / f"checkpoint-{step}").mkdir()
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"has not ended: name its newest .*empty/checkpoint-11, or let"):
+            load(str(tmp_path / "empty"))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ SLOW = pytest.mark.slow
 )
 def test_weights_are_those_of_the_eager_schedule(run, k: int, accumulation: int) -> None:
     flags = dict(
+        max_steps=5,  # of any accumulation above 1 an epoch has fewer
         gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=2,
         gradient_checkpointing=accumulation == 4,
@@ -133,7 +134,15 @@ def test_any_method_runs_in_stages(run, tmp_path: Path, method: str) -> None:
     same(staged, resumed, tolerance=0.0)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt2", "qwen3", "opt", "phi", "falcon", "mistral", "gpt_neox"])
+# All of them bit for bit, without a trainer: tests/engine/test_block_major.py.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        "opt",
+        *(pytest.param(n, marks=SLOW) for n in ("qwen3", "phi", "falcon", "mistral", "gpt_neox")),
+    ],
+)
 def test_every_architecture(run, name: str) -> None:
     flags = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=3)
     eager, _, _ = run("eager", 3, name, **flags)
@@ -141,7 +150,10 @@ def test_every_architecture(run, name: str) -> None:
     same(eager, staged)
 
 
-@pytest.mark.parametrize("offload", ["none", "optimizer", "block"])
+OFFLOADS = ["none", pytest.param("optimizer", marks=SLOW), "block"]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
 def test_local_every(run, offload: str) -> None:
     flags = dict(gradient_accumulation_steps=3, per_device_train_batch_size=2, optim="adamw_torch_fused")
     eager, _, _ = run("eager", 4, config={"local_every": 3}, **flags)
@@ -151,7 +163,7 @@ def test_local_every(run, offload: str) -> None:
     assert steps == {10, 4}  # steps 1, 4, 7 and 10 for the earlier blocks
 
 
-@pytest.mark.parametrize("offload", ["none", "optimizer", "block"])
+@pytest.mark.parametrize("offload", OFFLOADS)
 def test_next_token_and_frozen_blocks(run, offload: str) -> None:
     flags = dict(gradient_accumulation_steps=3, per_device_train_batch_size=2)
     config = {"aux_loss": "next_token", "frozen_blocks": 1}
@@ -184,7 +196,7 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_one(run, tmp_path: Path, monkeyp
     if name == "low bit":
         pytest.importorskip("torchao")
     flags: dict[str, Any] = dict(
-        optim="adamw_torch_fused", save_strategy="steps", save_steps=3, save_total_limit=9, max_steps=8,
+        optim="adamw_torch_fused", save_strategy="steps", save_steps=3, save_total_limit=9, max_steps=6,
         learning_rate=1e-3, gradient_accumulation_steps=4, per_device_train_batch_size=2,
         eval_strategy="steps", eval_steps=2,
     ) | SETTINGS[name]  # fmt: skip

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     (args,) = parse("chat", folder_first(arguments))
     _check(args)
 
+    from lopt.cli.display.screen import bars_on_a_terminal
     from lopt.cli.run_folder import base_of, template_of  # after the checks: these imports take seconds
     from lopt.evaluation.chat import TEMPLATES, Conversation, Sampling
     from lopt.evaluation.load import Loading
@@ -43,10 +44,11 @@ def main(arguments: Sequence[str]) -> None:
     if args.system and template == "pair":
         raise ValueError("`system` has no place in the `template` pair: leave it out")
     # Of both models the tuned one's tokenizer, so that both read the same text.
-    talks = {
-        label: Conversation(loading.model(resolve_model(path)), tokenizer, template, args.system)
-        for label, path in names.items()
-    }
+    with bars_on_a_terminal():
+        talks = {
+            label: Conversation(loading.model(resolve_model(path)), tokenizer, template, args.system)
+            for label, path in names.items()
+        }
     sampling = Sampling(
         args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed
     )

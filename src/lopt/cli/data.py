@@ -70,6 +70,7 @@ def _download(arguments: Sequence[str]) -> None:
 
 
 def _preview(arguments: Sequence[str]) -> None:
+    from lopt.cli.display.screen import bars_on_a_terminal
     from lopt.cli.rows import dpo_rows, sft_rows  # TRL takes seconds, which a download need not wait for
     from lopt.cli.sft import check
     from lopt.data import preview
@@ -83,8 +84,8 @@ def _preview(arguments: Sequence[str]) -> None:
         args.max_steps = max(args.max_steps, 1)  # where the run ends does not matter here
     check(model_args, data_args, args)
     args.report_to, args.eval_strategy = [], "no"
-    rows = (dpo_rows if pairs else sft_rows)(model_args, data_args, args)
-    with tempfile.TemporaryDirectory() as scratch:
+    with bars_on_a_terminal(), tempfile.TemporaryDirectory() as scratch:
+        rows = (dpo_rows if pairs else sft_rows)(model_args, data_args, args)
         args.output_dir = scratch  # a trainer makes its folder, and this one leaves nothing
         trainer = _stand_in_trainer(rows, args, str(model_args.model_name_or_path))
         count = preview_args.rows * (2 if pairs else 1)

@@ -26,7 +26,7 @@ def resolve_model(name: str) -> str:
     """Return the folder or hub id that `name` stands for: an alias, a packaged model, a folder or a hub id.
 
     Raises:
-        ValueError: `name` looks like a folder and there is none.
+        ValueError: `name` looks like a folder and there is none, or is that of a run which has not ended.
     """
     if name in PACKAGES:
         return str(packaged_model(name))
@@ -34,9 +34,22 @@ def resolve_model(name: str) -> str:
         return ALIASES[name]
     path = Path(name).expanduser()
     if path.is_dir():
+        _check_ended(path, name)
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name):
         raise ValueError(
             f"`model_name_or_path` {name} is not a folder: give one that holds config.json and weights"
         )
     return name
+
+
+def _check_ended(folder: Path, name: str) -> None:
+    """Raise a ValueError if a run has left checkpoints in `folder`, but no model or adapter yet."""
+    if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        return
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()]
+    if newest := max((int(step) for step in steps if step.isdecimal()), default=None):
+        raise ValueError(
+            f"`model_name_or_path` {name} is the folder of a run that has not ended: name its newest "
+            f"checkpoint, {Path(name) / f'checkpoint-{newest}'}, or let the run go on with --resume"
+        )

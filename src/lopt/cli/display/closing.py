@@ -111,7 +111,7 @@ def next_commands(base: str, folder: Path, *, adapters: bool, pushed: bool) -> l
         f"lopt chat {made}",
         f"lopt eval --base {start} --model_name_or_path {made} --tasks arc_challenge --limit 200",
         f"lopt merge {made}" if adapters else "",
-        "" if pushed else f"hf upload {target} {made}",
+        "" if pushed else f"hf upload {target} {made} . --exclude 'checkpoint-*'",
         f"lopt report {made}",
     )
     return [line for line in proposals if line][:3]

@@ -12,7 +12,14 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from typing import Any, TextIO
 
 import datasets
@@ -190,6 +197,11 @@ def without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if not drawn[1]:
             datasets.enable_progress_bars()
+
+
+def bars_on_a_terminal() -> AbstractContextManager[None]:
+    """Return `without_bars()` where standard error is no terminal: a file would hold every state of a bar."""
+    return nullcontext() if sys.stderr.isatty() else without_bars()
 
 
 @contextmanager
