@@ -45,7 +45,9 @@ def write_report(results: Results, folder: Path) -> Path:
     when = dates[0] if len(dates) < 2 else f"{dates[0]} to {dates[-1]}"
     subtitle = f"{results['setting']['model']}, {arm_runs[0]['device']}, {when}"
     path = folder / "report.html"
-    write_text(path, page(f"{len(results['arms'])} ways to train, side by side", sections, subtitle))
+    count = len(results["arms"])
+    title = "One way to train" if count == 1 else f"{count} ways to train, side by side"
+    write_text(path, page(title, sections, subtitle))
     if plots:
         write_text(folder / "pareto.svg", standalone(plots[0]) + "\n")
     return path
