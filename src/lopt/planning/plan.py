@@ -24,7 +24,6 @@ from lopt.planning.sizes import BlockSizes, Sizes, StageSizes, size_of
 from lopt.planning.staged import Reference, StagedStep, averaged, updates_of
 from lopt.planning.timeline import StepTime, Turn, Update, Work, step_time
 from lopt.planning.trace import Trace, casts
-from lopt.residency import Residency
 from lopt.validation import check, check_choice
 
 BACKWARD = 2 / 3
@@ -116,10 +115,10 @@ class Planner:
         """
         block_major, offload = setting.schedule == "block_major", setting.offload
         check(offload == "none" or block_major, "offload", offload, "none unless `schedule` is block_major")
-        sizes, cut = self._sizes(setting), self._cut(setting)
+        sizes, cut = self._sizes(setting), self.cut(setting)
         run = replace(self.run, masters=cut.keeps_masters(self.run.masters))
         prefetch = run.prefetch if prefetch is None else prefetch
-        blocks, parts = sizes.blocks(cut), self._measured(setting)
+        blocks, parts = sizes.blocks(cut), self.measured(setting)
         trained = [t for block in blocks for t in block.trained]
         weights, state = sum(block.nbytes for block in blocks), state_of(run, trained)
         model = sum(size_of(block.tensors) for block in blocks)
@@ -157,7 +156,7 @@ class Planner:
     def _sizes(self, setting: Setting) -> Sizes:
         return self._adapted_sizes if setting.method == "lora" else self.sizes
 
-    def _cut(self, setting: Setting) -> LoPTConfig:
+    def cut(self, setting: Setting) -> LoPTConfig:
         """Return the config of a run in `setting`.
 
         Raises:
@@ -176,10 +175,10 @@ class Planner:
         if ("resting", "forward") not in parts.fresh:
             if all(stage.closes and stage.learns for stage in stages):
                 return _NOTHING
-            parts = self._measured(setting, without_graph=True)
+            parts = self.measured(setting, without_graph=True)
         return parts.fresh["resting", "forward"]
 
-    def _measured(self, setting: Setting, without_graph: bool = False) -> Parts:
+    def measured(self, setting: Setting, without_graph: bool = False) -> Parts:
         """Return the parts of a micro-batch, or those of one whose first layers run without a graph."""
         run, adapters = self.run, self.run.adapters if setting.method == "lora" else None
         method = "frozen" if without_graph else setting.method
@@ -198,7 +197,7 @@ class Planner:
         """Return the forward of DPO's reference model; adapters have none, whose base model is."""
         if not self.run.reference or setting.method == "lora":
             return None
-        layer = self._measured(setting, without_graph=True).fresh["resting", "forward"]
+        layer = self.measured(setting, without_graph=True).fresh["resting", "forward"]
         head = parts.fresh[last, "head"]
         flops = layer.flops * len(self.sizes.layers)
         return Reference(max(layer.rise, head.rise), flops, head.flops)
@@ -266,4 +265,4 @@ def _flops(work: Work) -> float:
 
 
 _NOTHING = Segment(0, 0, 0, 0, 0.0)
-_CUT = ("method", "num_blocks", *({f.name for f in fields(Residency)} & {f.name for f in fields(Setting)}))
+_CUT = {f.name for f in fields(LoPTConfig)} & {f.name for f in fields(Setting)}

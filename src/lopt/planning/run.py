@@ -21,21 +21,24 @@ class Setting:
     Attributes:
         stages, stage_layers: as in `lopt.residency.Residency`; of the block-major schedule.
         optimizer_device: "cpu" steps in host memory.
+        block_boundaries: layers (from 0) at which blocks 2..k start; None splits them evenly.
     """
 
     method: Method = "lopt"
     num_blocks: int = 2
-    schedule: Literal["eager", "block_major"] = "eager"
+    schedule: Literal["eager", "block_major", "pipeline"] = "eager"
     checkpointing: bool = False
     offload: Literal["none", "optimizer", "block"] = "none"
     stages: int | None = None
     stage_layers: int | None = None
     optimizer_device: Literal["auto", "cpu"] = "auto"
+    block_boundaries: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         words = [f"k={self.num_blocks}" if self.method in ("lopt", "frozen") else self.method]
         if self.method == "frozen":
             words.append("frozen")
+        words += ["pipeline"] * (self.schedule == "pipeline")
         if self.schedule == "block_major":
             words += [f"{self.stages} stages"] if self.stages is not None else []
             words += [f"{self.stage_layers} layers a stage"] if self.stage_layers is not None else []
