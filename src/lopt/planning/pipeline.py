@@ -94,7 +94,6 @@ class PipelinePlan:
         ranks: Its processes, in order.
         boundary: Bytes of a hidden state (B, T, H), which is what a micro-batch sends on.
         micro_batches: Of an optimizer step, in each replica.
-        depth: `pipeline_depth`.
         replicas: Number of pipelines.
         tokens: Of an optimizer step, of all replicas.
     """
@@ -103,7 +102,6 @@ class PipelinePlan:
     ranks: tuple[Rank, ...]
     boundary: int
     micro_batches: int
-    depth: int
     replicas: int
     tokens: int
 
@@ -111,7 +109,7 @@ class PipelinePlan:
         """Return the time of an optimizer step; `depth` in place of the plan's."""
         times = [rank.times(machine, self.micro_batches) for rank in self.ranks]
         link = Link.of(machine, self.boundary)
-        return pipelined(times, self.micro_batches, self.depth if depth is None else depth, link)
+        return pipelined(times, self.micro_batches, self.setting.pipeline_depth if depth is None else depth, link)
 
     def compute(self, machine: Machine) -> float:
         """Return the time of the process that has most to do: of a step in which nobody waits."""
@@ -146,13 +144,11 @@ class PipelinePlanner:
 
     Args:
         planner: Of the run, whose measurements are used.
-        size: Processes of a pipeline.
-        depth: `pipeline_depth`.
         replicas: Number of pipelines.
     """
 
-    def __init__(self, planner: Planner, size: int, depth: int = 2, replicas: int = 1) -> None:
-        self._planner, self._size, self._depth, self._replicas = planner, size, depth, replicas
+    def __init__(self, planner: Planner, replicas: int = 1) -> None:
+        self._planner, self._replicas = planner, replicas
 
     def plan(self, setting: Setting) -> PipelinePlan:
         """Return what the run needs in `setting`, whose boundaries may be given.
@@ -160,15 +156,15 @@ class PipelinePlanner:
         Raises:
             ValueError: A combination that does not exist.
         """
-        run = self._planner.run
+        run, size, depth = self._planner.run, _size(setting), setting.pipeline_depth
         cut = self._planner.cut(setting)
         blocks = self._planner.sizes.blocks(cut)
         spans = split(len(self._planner.sizes.layers), cut)
         parts = self._planner.measured(setting)
-        waits = _Hidden(self._size, self._depth, run.accumulation, parts.boundary)
+        waits = _Hidden(size, depth, run.accumulation, parts.boundary)
         ranks = []
-        for position in range(self._size):
-            numbers = dealt(len(blocks), position, self._size)
+        for position in range(size):
+            numbers = dealt(len(blocks), position, size)
             own = [blocks[number] for number in numbers]
             peak = self._peak(setting, parts, own, position, blocks[0].place, waits)
             ranks.append(
@@ -182,17 +178,21 @@ class PipelinePlanner:
                 )
             )
         return PipelinePlan(
-            setting, tuple(ranks), parts.boundary, run.accumulation, self._depth, self._replicas,
+            setting, tuple(ranks), parts.boundary, run.accumulation, self._replicas,
             run.step_tokens * self._replicas,
         )  # fmt: skip
 
     def balanced(self, setting: Setting, machine: Machine) -> Setting:
         """Return `setting` with boundaries by which the process that has most to do has as little as can be.
 
-        Blocks of one process are as even as `split` makes them; of equal ways the most even one is taken.
+        Blocks of one process are as even as `split` makes them. Of frozen blocks the last one keeps its even
+        share of the layers, since no other learns.
         """
-        layers, run = len(self._planner.sizes.layers), self._planner.run
-        owned = [len(dealt(setting.num_blocks, position, self._size)) for position in range(self._size)]
+        layers, run, size = len(self._planner.sizes.layers), self._planner.run, _size(setting)
+        owned = [len(dealt(setting.num_blocks, position, size)) for position in range(size)]
+        least = list(owned)
+        if setting.method == "frozen":
+            least[-1] *= max(1, layers // setting.num_blocks)
         costs = self._costs(setting, machine)
 
         def seconds(position: int, count: int) -> float:
@@ -200,7 +200,7 @@ class PipelinePlanner:
             counts = _evenly(count, owned[position])
             return sum(costs[start + n](c).of_step(run.accumulation) for n, c in enumerate(counts))
 
-        counts = balance(layers, owned, seconds)
+        counts = balance(layers, least, seconds)
         of_blocks = [c for count, own in zip(counts, owned, strict=True) for c in _evenly(count, own)]
         starts = [sum(of_blocks[:n]) for n in range(1, len(of_blocks))]
         return replace(setting, block_boundaries=tuple(starts))
@@ -334,6 +334,10 @@ def balance(layers: int, least: Sequence[int], seconds: Callable[[int, int], flo
         position = min(range(len(counts)), key=lambda p: seconds(p, counts[p] + 1))
         counts[position] += 1
     return counts
+
+
+def _size(setting: Setting) -> int:
+    return setting.num_blocks if setting.pipeline_size is None else setting.pipeline_size
 
 
 def _evenly(count: int, parts: int) -> list[int]:

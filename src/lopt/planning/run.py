@@ -22,6 +22,7 @@ class Setting:
         stages, stage_layers: as in `lopt.residency.Residency`; of the block-major schedule.
         optimizer_device: "cpu" steps in host memory.
         block_boundaries: layers (from 0) at which blocks 2..k start; None splits them evenly.
+        pipeline_size, pipeline_depth: as in `lopt.residency.Residency`.
     """
 
     method: Method = "lopt"
@@ -33,6 +34,8 @@ class Setting:
     stage_layers: int | None = None
     optimizer_device: Literal["auto", "cpu"] = "auto"
     block_boundaries: tuple[int, ...] | None = None
+    pipeline_size: int | None = None
+    pipeline_depth: int = 2
 
     def __str__(self) -> str:
         words = [f"k={self.num_blocks}" if self.method in ("lopt", "frozen") else self.method]
