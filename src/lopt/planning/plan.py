@@ -20,6 +20,7 @@ from lopt.planning.devices import Machine
 from lopt.planning.measure import Parts, Segment, measure
 from lopt.planning.optimizer_step import OPTIMIZERS, parts_of, state_of, temporary_bytes
 from lopt.planning.run import Bytes, Run, Setting
+from lopt.planning.sharded import computes_in, sharded_peak, sharded_work
 from lopt.planning.sizes import BlockSizes, Sizes, StageSizes, size_of
 from lopt.planning.staged import Reference, StagedStep, averaged, updates_of
 from lopt.planning.timeline import StepTime, Turn, Update, Work, step_time
@@ -68,6 +69,11 @@ class Plan:
     def total(self) -> int:
         """Peak bytes on the device."""
         return self.peak.total
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each process sends to the others per optimizer step."""
+        return sum(nbytes for turn in self.work.turns for nbytes, _ in turn.averaged)
 
     def time(self, machine: Machine) -> StepTime:
         """Return the time of one optimizer step."""
@@ -129,6 +135,10 @@ class Planner:
         reference, buffers = self._reference(setting, parts, blocks[-1].place), sizes.buffers
         if reference is not None:
             buffers += self.sizes.buffers + self.sizes.model * run.dtype.itemsize
+        if run.fsdp2:
+            check(not block_major, "schedule", setting.schedule, "eager with FSDP2")
+            peak, work = self._sharded(setting, run, blocks, cut)
+            return Plan(setting, peak, host=0, flops=_flops(work), work=work, **common)
         if not block_major:
             resident = Bytes(weights=weights + buffers, optimizer=state)
             peak = self._eager(setting, parts, blocks, resident, reference)
@@ -219,6 +229,16 @@ class Planner:
                 trace.run_block(segments, block, casts(setting, parts, block))
         trace.step(self._temporaries(blocks))
         return trace.peak
+
+    def _sharded(
+        self, setting: Setting, run: Run, blocks: list[BlockSizes], cut: LoPTConfig
+    ) -> tuple[Bytes, Work]:
+        """Return peak and work under FSDP2, which gathers weights in the dtype that is computed with."""
+        narrow = Planner(replace(run, dtype=computes_in(run), autocast=False), self)
+        computed, parts = narrow.sizes.blocks(cut), narrow.measured(setting)
+        peak = sharded_peak(run, blocks, computed, parts)
+        every = run.local_every if setting.method == "lopt" else 1
+        return peak, sharded_work(narrow.run, computed, parts, every)
 
     def _micro_batches(self, trace: Trace, parts: Parts) -> Iterator[dict[tuple[str, str], Segment]]:
         """Yield the segments of the first two micro-batches; a third is like the second."""

@@ -72,6 +72,7 @@ class Run:
         reference: whether a second model that does not learn is on the device and run forward,
             as that of DPO unless its log-probabilities are known before.
         processes: of DDP on one machine, each with a device and micro-batches of its own.
+        fsdp2: whether they have shards of the model in place of all of it, as FSDP2 deals them out.
     """
 
     config: PreTrainedConfig
@@ -94,6 +95,7 @@ class Run:
     device: str = "cuda"
     reference: bool = False
     processes: int = 1
+    fsdp2: bool = False
 
     @property
     def step_tokens(self) -> int:
