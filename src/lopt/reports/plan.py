@@ -30,7 +30,7 @@ def table(plans: Sequence[Plan]) -> str:
     lines = [" " * names + "".join(f"{head:>7}" for head in heads)]
     for plan in plans:
         sizes = [*_parts(plan).values(), plan.total, plan.host, plan.checkpoint]
-        lines.append(f"{plan.setting!s:{names}}" + "".join(f"{_gib(size):>7}" for size in sizes))
+        lines.append(f"{plan.setting!s:{names}}" + "".join(f"{gib(size):>7}" for size in sizes))
     return "\n".join([*lines, "(head: with the loss; stash: with transfers; disk: one checkpoint)", ""])
 
 
@@ -151,5 +151,6 @@ def _parts(plan: Plan) -> dict[str, int]:
     return {k: sum(getattr(plan.peak, name) for name in names) for k, (_, names) in PARTS.items()}
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Return bytes in GiB with one decimal, a dash for none."""
     return f"{size / GIB:.{0 if size >= 1000 * GIB else 1}f}" if size else "-"
