@@ -36,8 +36,8 @@ from plan_accuracy import CONFIGS
 from small_model import flags, keep
 
 SMALL = LlamaConfig(
-    hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-    head_dim=64, vocab_size=8192,
+    hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=64, vocab_size=8192,
 )  # fmt: skip
 MODELS = CONFIGS | {"small llama": SMALL}
 CASES = {

@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 
 from lopt.cli.checks import check_lora
-from lopt.cli.plan_pipeline import check_several, planned
 from lopt.cli.parsing import check_effect, parse
+from lopt.cli.plan_pipeline import check_several, planned
 from lopt.cli.report_flags import PlanArguments
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
@@ -223,7 +223,9 @@ def command_of(setting: Setting, args: PlanArguments, processes: int, prefetch: 
     lines = [f"--{name} {shlex.join(map(str, values))}" for name, values in words.items()]
     launch = f"torchrun --nproc_per_node {processes} --no-python " * (processes > 1)
     if args.fsdp2:
-        launch = f"accelerate launch --config_file examples/fsdp2.yaml --num_processes {processes} --no_python "
+        launch = (
+            f"accelerate launch --config_file examples/fsdp2.yaml --num_processes {processes} --no_python "
+        )
     return launch + f"lopt {args.command} " + " \\\n    ".join(lines)
 
 
@@ -315,7 +317,8 @@ def headline(args: PlanArguments, planner: Planner) -> str:
     cut += ", earlier blocks predict the next token" if run.aux_loss == "next_token" else ""
     device = "GPU" if run.device == "cuda" else "CPU"
     several = (
-        f"({run.processes} processes by {'FSDP2' if run.fsdp2 else 'DDP'}: host is all of theirs, tokens are of one; times are with\n"
+        f"({run.processes} processes by {'FSDP2' if run.fsdp2 else 'DDP'}: host is all of theirs, tokens are "
+        "of one; times are with\n"
         "averaged gradients and with steps of all in host memory, without others on the bus)\n"
     )
     pairs = ", 2 rows a pair" * (args.command == "dpo")

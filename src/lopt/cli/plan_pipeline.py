@@ -42,7 +42,9 @@ def check_several(args: PlanArguments) -> None:
     several = links is None or args.num_processes > 1 or in_pipeline
     check(several, "link_gbps", links, "given with `num_processes` 2 or more, or `schedule` pipeline")
     most = 2 if in_pipeline else 1
-    check(links is None or len(links) <= most, "link_gbps", links, "one number, or two with `schedule` pipeline")
+    check(
+        links is None or len(links) <= most, "link_gbps", links, "one number, or two with `schedule` pipeline"
+    )
     check_number("latency_ms", args.latency_ms, minimum=0)
     check(in_pipeline or not args.latency_ms, "latency_ms", args.latency_ms, "given with `schedule` pipeline")
     starts = args.block_boundaries
@@ -78,13 +80,15 @@ def _check_pipeline(args: PlanArguments) -> None:
     check(one, "method", args.method, "one of lopt and frozen with `schedule` pipeline")
     counts = args.num_blocks or []
     check(len(counts) <= 1, "num_blocks", counts, "one number with `schedule` pipeline")
-    given = counts or args.pipeline_size or args.block_boundaries
-    check(given, "pipeline_size", None, "given with `schedule` pipeline: how many devices have a block each")
+    known = bool(counts or args.pipeline_size or args.block_boundaries)
+    check(known, "pipeline_size", None, "given with `schedule` pipeline: how many devices have a block each")
     setting = setting_of(args)
     size = int(setting.pipeline_size or 0)
     check(size >= 2, "pipeline_size", size, ">= 2")
     rule = f"a multiple of {size}, the processes of a pipeline"
-    check(args.num_processes == 1 or args.num_processes % size == 0, "num_processes", args.num_processes, rule)
+    check(
+        args.num_processes == 1 or args.num_processes % size == 0, "num_processes", args.num_processes, rule
+    )
     names = ("method", "num_blocks", "schedule", "pipeline_size", "pipeline_depth")
     shared = ("aux_loss", "frozen_blocks", "clip")
     values = {name: getattr(setting, name) for name in names} | {n: getattr(args, n) for n in shared}
@@ -94,8 +98,7 @@ def _check_pipeline(args: PlanArguments) -> None:
 def setting_of(args: PlanArguments) -> Setting:
     """Return the pipeline that the flags ask for; blocks are split evenly unless boundaries are given."""
     starts = args.block_boundaries
-    counts = [len(starts) + 1] if starts else args.num_blocks or [args.pipeline_size]
-    blocks = int(counts[0] or 0)
+    blocks = len(starts) + 1 if starts else args.num_blocks[0] if args.num_blocks else args.pipeline_size or 0
     return Setting(
         args.method[0],  # type: ignore[arg-type]
         blocks,
@@ -151,7 +154,7 @@ def _headline(args: PlanArguments, planner: Planner, replicas: int, setting: Set
     blocks = f"{setting.num_blocks} blocks, {setting.method}, in a pipeline of {size} processes"
     copies = f", {replicas} replicas of each" * (replicas > 1)
     return (
-        f"{args.model_name_or_path}: {planner.sizes.model / 1e9:.2f} B weights in {layers} layers, {numbers}, "
-        f"{args.optim}\n{run.batch} x {run.tokens:,} tokens a micro-batch{pairs}, {run.accumulation} a step; "
+        f"{args.model_name_or_path}: {planner.sizes.model / 1e9:.2f} B weights in {layers} layers, "
+        f"{numbers}, {args.optim}\n{run.batch} x {run.tokens:,} tokens a micro-batch{pairs}, {run.accumulation} a step; "
         f"{blocks}{copies}\n"
     )

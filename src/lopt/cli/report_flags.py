@@ -269,8 +269,8 @@ class PlanArguments:
     max_length: int = flag(1024, "Tokens in a row.")
     num_processes: int = flag(
         1,
-        "Processes with a GPU each, by DDP on one machine; the batch is that of each. With --schedule pipeline "
-        "those of all pipelines.",
+        "Processes with a GPU each, by DDP on one machine; the batch is that of each. With --schedule "
+        "pipeline those of all pipelines.",
     )
     fsdp2: bool = flag(
         False, "With --num_processes: FSDP2 shards weights, gradients and optimizer state over them."
@@ -328,15 +328,13 @@ class PlanArguments:
     )
     schedule: Literal["eager", "block_major", "pipeline"] = flag(
         "eager",
-        "pipeline plans a block on each device; eager or block_major is what --calibrate runs, and without it "
-        "both are planned.",
+        "pipeline plans a block on each device; eager or block_major is what --calibrate runs, and without "
+        "it both are planned.",
     )
     offload: Literal["none", "optimizer", "block"] = flag(
         "none", "What --calibrate keeps in host memory: none, optimizer or block."
     )
-    gradient_checkpointing: bool = flag(
-        False, "Whether --calibrate, or a pipeline, recomputes activations."
-    )
+    gradient_checkpointing: bool = flag(False, "Whether --calibrate, or a pipeline, recomputes activations.")
 
 
 @dataclass

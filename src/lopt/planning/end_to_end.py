@@ -1,7 +1,8 @@
 """The same model end to end on as many devices, for comparison with a pipeline of blocks.
 
-Predicted for other software, not measured: FSDP2 as `lopt.planning.sharded` has it, but with gradients scattered
-in every micro-batch, and two pipelines with backward traffic, as `lopt.planning.schedules` lets them run.
+Predicted for other software, not measured: FSDP2 as `lopt.planning.sharded` has it, but with gradients
+scattered in every micro-batch, and two pipelines with backward traffic, as `lopt.planning.schedules` lets them
+run.
 """
 
 from __future__ import annotations
@@ -53,9 +54,7 @@ class Rival:
     held: int
 
 
-def rivals(
-    planner: Planner, size: int, replicas: int, machine: Machine, checkpointing: bool
-) -> list[Rival]:
+def rivals(planner: Planner, size: int, replicas: int, machine: Machine, checkpointing: bool) -> list[Rival]:
     """Return FSDP2, 1F1B and zero-bubble on `size` x `replicas` devices, with a step of as many tokens.
 
     Args:
@@ -148,9 +147,7 @@ class _Stages:
     def _peak(self, stage: BlockSizes, count: int) -> Bytes:
         """Return the largest moment of a stage that holds activations of `count` micro-batches."""
         run, parts = self._run, self._parts
-        base = Bytes(
-            weights=stage.nbytes + self._sizes.buffers, optimizer=state_of(run, stage.trained)
-        )
+        base = Bytes(weights=stage.nbytes + self._sizes.buffers, optimizer=state_of(run, stage.trained))
         trace, received = Trace(base), 0 if stage.before else parts.boundary
         trace.gradients = stage.gradients  # of the micro-batches before
         forwards = ["forward0", *["forward"] * (len(stage.layers) - 1)]

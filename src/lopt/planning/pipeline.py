@@ -109,7 +109,9 @@ class PipelinePlan:
         """Return the time of an optimizer step; `depth` in place of the plan's."""
         times = [rank.times(machine, self.micro_batches) for rank in self.ranks]
         link = Link.of(machine, self.boundary)
-        return pipelined(times, self.micro_batches, self.setting.pipeline_depth if depth is None else depth, link)
+        return pipelined(
+            times, self.micro_batches, self.setting.pipeline_depth if depth is None else depth, link
+        )
 
     def compute(self, machine: Machine) -> float:
         """Return the time of the process that has most to do: of a step in which nobody waits."""
@@ -270,7 +272,12 @@ class PipelinePlanner:
                 trace.run_forward(segments, block)
                 trace.stash = after
                 trace.run_loss(segments, block, casts(setting, parts, block))
-            peak = max(peak, trace.peak, self._step(base, block, waits.at_step(position, number, len(own))), key=total)
+            peak = max(
+                peak,
+                trace.peak,
+                self._step(base, block, waits.at_step(position, number, len(own))),
+                key=total,
+            )
         return peak
 
     def _step(self, base: Bytes, block: BlockSizes, stash: int) -> Bytes:
@@ -304,13 +311,13 @@ class _Hidden:
             slot: Of the micro-batch, from 0.
         """
         left = self.micro_batches - slot
-        if number > 0:
-            inputs = left
-        else:  # the one at work, and posted receives
-            inputs = 1 + min(self.depth, left - 1) if position > 0 else 0
+        received = 1 + min(self.depth, left - 1) if position > 0 else 0  # with posted receives
+        inputs = left if number > 0 else received
         is_last, sends = number == blocks - 1, self.depth * (position < self.size - 1)
         outputs = sends if is_last else sends + slot
-        return self.boundary * (inputs + outputs), self.boundary * (inputs + outputs - (is_last and sends > 0))
+        return self.boundary * (inputs + outputs), self.boundary * (
+            inputs + outputs - (is_last and sends > 0)
+        )
 
     def at_step(self, position: int, number: int, blocks: int) -> int:
         """Return what waits while a block is stepped."""

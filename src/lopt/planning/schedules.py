@@ -173,10 +173,10 @@ class StageTime:
 def one_forward_one_backward(position: int, size: int, micro_batches: int) -> str:
     """Return the order of work of a stage in the 1F1B schedule: F a forward, B a backward, W one of weights.
 
-    Stage i of p (from 0) runs p - i forwards before its first backward, so it holds the activations of as many
-    micro-batches. With equal stages the bubble is (p - 1) / (m + p - 1) of a step of m micro-batches (Narayanan
-    et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", 2021, section
-    2.2: (p - 1) / m of the time without it).
+    Stage i of p (from 0) runs p - i forwards before its first backward, so it holds the activations of as
+    many micro-batches. With equal stages the bubble is (p - 1) / (m + p - 1) of a step of m micro-batches
+    (Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", 2021,
+    section 2.2: (p - 1) / m of the time without it).
     """
     ahead = min(size - position, micro_batches)
     return "F" * ahead + "BWF" * (micro_batches - ahead) + "BW" * ahead
@@ -185,10 +185,10 @@ def one_forward_one_backward(position: int, size: int, micro_batches: int) -> st
 def zero_bubble(position: int, size: int, micro_batches: int) -> str:
     """Return the order of work of a stage in the ZB-H2 schedule, as `one_forward_one_backward` does.
 
-    Stage i of p (from 0) runs 2 (p - i) - 1 forwards before its first backward, and puts 2 i of the gradients of
-    weights off to the end, so that each stage holds 2 p - 1 micro-batches. Where a forward and both halves of a
-    backward take as long, no bubble is left (Qi et al., "Zero Bubble Pipeline Parallelism", arXiv 2401.10241,
-    section 2.2), as the optimizer's step waits for no other stage.
+    Stage i of p (from 0) runs 2 (p - i) - 1 forwards before its first backward, and puts 2 i of the gradients
+    of weights off to the end, so that each stage holds 2 p - 1 micro-batches. Where a forward and both halves
+    of a backward take as long, no bubble is left (Qi et al., "Zero Bubble Pipeline Parallelism", arXiv
+    2401.10241, section 2.2), as the optimizer's step waits for no other stage.
     """
     ahead = min(2 * (size - position) - 1, micro_batches)
     later = min(2 * position, micro_batches - ahead)

@@ -1,9 +1,9 @@
 """What FSDP2 needs on each device: shards of everything, and units of the model that are gathered in turn.
 
-As accelerate wraps a model: every layer, the embedding, and final norm with LM head are units. A unit's weights
-are gathered for its forward and freed after it, and gathered again for its backward, whose gradients are then
-scattered (Zhao et al., "PyTorch FSDP", 2023, arXiv 2304.11277, section 3). The last unit keeps its weights
-between the two. In all micro-batches of an optimizer step but the last, the trainer puts scattering off
+As accelerate wraps a model: every layer, the embedding, and final norm with LM head are units. A unit's
+weights are gathered for its forward and freed after it, and gathered again for its backward, whose gradients
+are then scattered (Zhao et al., "PyTorch FSDP", 2023, arXiv 2304.11277, section 3). The last unit keeps its
+weights between the two. In all micro-batches of an optimizer step but the last, the trainer puts scattering off
 (`no_sync`), so that each device holds whole gradients meanwhile.
 """
 
@@ -34,7 +34,9 @@ def shards(tensors: Iterable[Tensor], processes: int) -> list[Tensor]:
     return [t.new_empty((-(-t.shape[0] // processes), *t.shape[1:])) for t in tensors]
 
 
-def sharded_peak(run: Run, blocks: Sequence[BlockSizes], computed: Sequence[BlockSizes], parts: Parts) -> Bytes:
+def sharded_peak(
+    run: Run, blocks: Sequence[BlockSizes], computed: Sequence[BlockSizes], parts: Parts
+) -> Bytes:
     """Return the device of one process at the moment of its largest total.
 
     Args:
@@ -89,7 +91,9 @@ def sharded_work(run: Run, blocks: Sequence[BlockSizes], parts: Parts, every: in
 
 def _turn(run: Run, index: int, learns: bool, flops: float, head: float, sent: int) -> Turn:
     beside = flops + head if run.device == "cuda" else 0.0
-    return Turn(index, with_graph=learns, flops=flops, head_flops=head, averaged=((sent, beside),) if sent else ())
+    return Turn(
+        index, with_graph=learns, flops=flops, head_flops=head, averaged=((sent, beside),) if sent else ()
+    )
 
 
 def _own(tensors: Iterable[Tensor], block: BlockSizes, processes: int) -> list[Tensor]:
@@ -129,7 +133,9 @@ class ShardedTrace(Trace):
         ahead = self._layer * (back or self._on_gpu)  # the next one is gathered meanwhile
         ahead += self._layer * (back and self._on_gpu)  # and gradients of the one before are on their way
         unit = self._unit(what)
-        self._hold(2 * unit + ahead * (what not in ("head", "loss")))  # gathered into one, and copied out of it
+        self._hold(
+            2 * unit + ahead * (what not in ("head", "loss"))
+        )  # gathered into one, and copied out of it
         self._see(gradients=self.gradients, activations=self.activations)
         self._hold(unit + ahead * self._on_gpu)
         before = self.gradients

@@ -43,9 +43,10 @@ def ranks(plan: PipelinePlan, machine: Machine) -> str:
         ]
         lines.append("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     lines += [
-        "(GiB at the peak; weight: with those of the local head; loss: local or task, at that moment; queue:",
-        "hidden states that the links hold, or that wait between a rank's blocks; ms: computing a micro-batch;",
-        "s: a step, averaging and the optimizer's included; busy: its share of a step of the full pipeline)",
+        "(GiB at the peak; weight: with those of the local head; loss: local or task, at that moment;",
+        "queue: hidden states that links hold, or that wait between a rank's blocks; ms: computing a",
+        "micro-batch; s: a step, averaging and the optimizer's included; busy: its share of a step of the",
+        "full pipeline)",
     ]
     return "\n".join([*lines, ""])
 
@@ -123,9 +124,7 @@ def picture(plan: PipelinePlan, title: str, x_label: str) -> str:
     series = {name: [size / GIB for size in sizes] for name, sizes in zip(COLUMNS, columns, strict=True)}
     series = {name: sizes for name, sizes in series.items() if any(sizes)}
     alt = "; ".join(f"{n}: {r.peak.total / GIB:.1f} GiB" for n, r in zip(names, plan.ranks, strict=True))
-    svg = bar_plot(
-        names, series, title=title, x_label=x_label, alt=alt, stacked=True, value="{:.1f}".format
-    )
+    svg = bar_plot(names, series, title=title, x_label=x_label, alt=alt, stacked=True, value="{:.1f}".format)
     return standalone(svg)
 
 
