@@ -155,6 +155,6 @@ def _headline(args: PlanArguments, planner: Planner, replicas: int, setting: Set
     copies = f", {replicas} replicas of each" * (replicas > 1)
     return (
         f"{args.model_name_or_path}: {planner.sizes.model / 1e9:.2f} B weights in {layers} layers, "
-        f"{numbers}, {args.optim}\n{run.batch} x {run.tokens:,} tokens a micro-batch{pairs}, {run.accumulation} a step; "
-        f"{blocks}{copies}\n"
+        f"{numbers}, {args.optim}\n{run.batch} x {run.tokens:,} tokens a micro-batch{pairs}, "
+        f"{run.accumulation} a step; {blocks}{copies}\n"
     )

@@ -1,8 +1,8 @@
 """The same model end to end on as many devices, for comparison with a pipeline of blocks.
 
 Predicted for other software, not measured: FSDP2 as `lopt.planning.sharded` has it, but with gradients
-scattered in every micro-batch, and two pipelines with backward traffic, as `lopt.planning.schedules` lets them
-run.
+scattered in every micro-batch, and two pipelines with backward traffic, as `lopt.planning.schedules` lets
+them run.
 """
 
 from __future__ import annotations

@@ -175,8 +175,8 @@ def one_forward_one_backward(position: int, size: int, micro_batches: int) -> st
 
     Stage i of p (from 0) runs p - i forwards before its first backward, so it holds the activations of as
     many micro-batches. With equal stages the bubble is (p - 1) / (m + p - 1) of a step of m micro-batches
-    (Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", 2021,
-    section 2.2: (p - 1) / m of the time without it).
+    (Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
+    arXiv 2104.04473, section 2.2.1: (p - 1) / m of the time without it).
     """
     ahead = min(size - position, micro_batches)
     return "F" * ahead + "BWF" * (micro_batches - ahead) + "BW" * ahead

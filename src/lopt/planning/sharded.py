@@ -3,8 +3,8 @@
 As accelerate wraps a model: every layer, the embedding, and final norm with LM head are units. A unit's
 weights are gathered for its forward and freed after it, and gathered again for its backward, whose gradients
 are then scattered (Zhao et al., "PyTorch FSDP", 2023, arXiv 2304.11277, section 3). The last unit keeps its
-weights between the two. In all micro-batches of an optimizer step but the last, the trainer puts scattering off
-(`no_sync`), so that each device holds whole gradients meanwhile.
+weights between the two. In all micro-batches of an optimizer step but the last, the trainer puts scattering
+off (`no_sync`), so that each device holds whole gradients meanwhile.
 """
 
 from __future__ import annotations
