@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from lopt.core.blocks import split
 from lopt.engine.stages import dealt
@@ -336,7 +337,7 @@ def balance(layers: int, least: Sequence[int], seconds: Callable[[int, int], flo
     Returns:
         How many each has. What is left over once none has to be slower goes where the time is then shortest.
     """
-    counts = list(least)
+    counts, seconds = list(least), cache(seconds)
     for _ in range(layers - sum(least)):
         position = min(range(len(counts)), key=lambda p: seconds(p, counts[p] + 1))
         counts[position] += 1
