@@ -40,7 +40,7 @@ def test_a_link_costs_its_first_transfer_of_a_step_or_bounds_it() -> None:
     assert pipelined(ranks, 4, 2, Link(1, 0.5)).seconds == free + 2
     # A link that bounds a step rests while the receiver computes its last micro-batch and steps (1 + 2 + 3).
     assert pipelined(ranks, 4, 2, Link(10)).seconds == 40 + 6
-    # Of a long line at most `depth` are on their way: 4 micro-batches take a way to and fro, and then another.
+    # Of a long line at most `depth` are on their way, and a way is to and fro.
     long = [pipelined(ranks, 4, depth, Link(0, 20)).seconds for depth in (1, 2, 4)]
     assert long == sorted(long, reverse=True) and long[0] > 4 * 40 > long[1] > 2 * 40 > long[2] > 40
 

@@ -79,11 +79,12 @@ def sharded_work(run: Run, blocks: Sequence[BlockSizes], parts: Parts, every: in
         share = 1 / every if block.head else 1.0
         rest, head = share * (trace.flops - forward - trace.head_flops), share * trace.head_flops
         gathers = count * _others(run, size_of(block.tensors))
+        again = gathers - count * _others(run, size_of(block.after))  # the last unit is still there
         turns.append(_turn(run, index, block.learns, count * forward, 0.0, gathers))
         if block.learns:
             trained = [t for t in block.tensors if t.requires_grad]
             scatters = _others(run, size_of(trained) + 2 * size_of(block.head))  # heads by an all-reduce
-            turns.append(_turn(run, index, True, count * rest, count * head, gathers + scatters))
+            turns.append(_turn(run, index, True, count * rest, count * head, again + scatters))
         updates.append(updates_of(run, [_own(part, block, run.processes) for part in parts_of(block)]))
     turns += [Turn(index, steps=True) for index, own in enumerate(updates) if own]
     return Work(turns, [[] for _ in blocks], updates)

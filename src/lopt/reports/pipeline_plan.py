@@ -25,7 +25,7 @@ COLUMNS = {
 
 def ranks(plan: PipelinePlan, machine: Machine) -> str:
     """Return a row per process of a pipeline: what it has, its memory, its time and how busy it is."""
-    steady, count = plan.time(machine), plan.micro_batches
+    steady, count, unit = plan.time(machine), plan.micro_batches, _unit(plan)
     heads = ["rank", "blocks", "layers", *COLUMNS, "total", "ms", "s", "busy"]
     widths = [4, 8, 8, *[8] * len(COLUMNS), 8, 9, 8, 7]
     lines = ["".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))]
@@ -35,15 +35,15 @@ def ranks(plan: PipelinePlan, machine: Machine) -> str:
             str(number * plan.replicas) if plan.replicas == 1 else _ranks(number, plan.replicas),
             _span(rank.blocks[0] + 1, rank.blocks[-1] + 1),
             _span(rank.layers[0], rank.layers[1] - 1),
-            *(gib(size) for size in _sizes(rank.peak)),
-            gib(rank.peak.total),
+            *(_size(size, unit) for size in _sizes(rank.peak)),
+            _size(rank.peak.total, unit),
             f"{1e3 * sum(t.forward + t.rest for t in rank.times(machine, count)):,.4g}",
             f"{seconds:.3g}",
             f"{seconds / steady.seconds:.0%}",
         ]
         lines.append("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     lines += [
-        "(GiB at the peak; weight: with those of the local head; loss: local or task, at that moment;",
+        f"({unit} at the peak; weight: with those of the local head; loss: local or task, at that moment;",
         "queue: hidden states that links hold, or that wait between a rank's blocks; ms: computing a",
         "micro-batch; s: a step, averaging and the optimizer's included; busy: its share of a step of the",
         "full pipeline)",
@@ -68,7 +68,9 @@ def summary(plan: PipelinePlan, even: PipelinePlan | None, machine: Machine) -> 
     starts = " ".join(map(str, plan.setting.block_boundaries or ()))
     if even is not None:
         other = even.time(machine).seconds
-        chosen = f"Boundaries by cost: blocks 2 to {plan.setting.num_blocks} begin at layers {starts}"
+        last = plan.setting.num_blocks
+        blocks = "block 2 begins" if last == 2 else f"blocks 2 to {last} begin"
+        chosen = f"Boundaries by cost: {blocks} at layer{'s' * (' ' in starts)} {starts}"
         lines.append(f"{chosen}; split evenly, a step would take {_seconds(other)}.")
     reach = plan.ranks[-1].layers[1] - (plan.setting.block_boundaries or (0,))[-1]
     lines.append(f"The task loss reaches the last block, {reach} of {plan.ranks[-1].layers[1]} layers.")
@@ -78,7 +80,8 @@ def summary(plan: PipelinePlan, even: PipelinePlan | None, machine: Machine) -> 
 def comparison(plan: PipelinePlan, others: Sequence[Rival], machine: Machine) -> str:
     """Return the pipeline beside the same model end to end on as many devices."""
     devices = len(plan.ranks) * plan.replicas
-    heads = ["GiB", "activ", "s", "tokens/s", "sent GB", "held"]
+    unit = _unit(plan)
+    heads = [unit, "activ", "s", "tokens/s", "sent GB", "held"]
     lines = [f"Beside it, end to end on {devices} devices (predicted; the device that needs most):"]
     lines.append(" " * 24 + "".join(f"{head:>10}" for head in heads))
     peak = max((rank.peak for rank in plan.ranks), key=lambda peak: peak.total)
@@ -87,13 +90,15 @@ def comparison(plan: PipelinePlan, others: Sequence[Rival], machine: Machine) ->
     rows += [(r.name, r.peak, r.seconds, r.tokens, r.sent, r.held) for r in others]
     for name, most, time, tokens, passed, held in rows:
         activations = most.activations + most.head_and_loss
-        cells = [gib(most.total), gib(activations), f"{time:.3g}", f"{tokens / time:,.0f}"]
+        cells = [_size(most.total, unit), _size(activations, unit), f"{time:.3g}", f"{tokens / time:,.0f}"]
         cells += [f"{passed / 1e9:.3g}", str(held)]
         lines.append(f"{name:24}" + "".join(f"{cell:>10}" for cell in cells))
-    notes = "(held: micro-batches whose activations a device holds; sent: by a device in a step"
+    lines.append("(held: micro-batches whose activations a device holds; sent: by a device in a step)")
     if any(r.tokens != plan.tokens for r in others):
-        notes += "; FSDP2 takes a whole micro-batch on each device: other steps, compare tokens/s"
-    return "\n".join([*lines, notes + ")", ""])
+        lines.append(
+            "(FSDP2 has a whole micro-batch on each device, so its step is another: compare tokens/s)"
+        )
+    return "\n".join([*lines, ""])
 
 
 def as_json(plan: PipelinePlan, others: Sequence[Rival], machine: Machine) -> dict[str, Any]:
@@ -168,6 +173,15 @@ def _hiding(plan: PipelinePlan, machine: Machine) -> list[str]:
             more = f"with --pipeline_depth {deeper} from {rate:.2g} GB/s on"
             return [f"{words}, at no rate, as the latency is too long for --pipeline_depth {depth}: {more}."]
     return [f"{words} at any rate: the latency is too long, which more micro-batches a step help against."]
+
+
+def _unit(plan: PipelinePlan) -> str:
+    """Return the unit of sizes: MiB if no process needs a GiB."""
+    return "GiB" if max(rank.peak.total for rank in plan.ranks) >= GIB else "MiB"
+
+
+def _size(nbytes: int, unit: str) -> str:
+    return gib(nbytes if unit == "GiB" else 1024 * nbytes)
 
 
 def _sizes(peak: Bytes) -> list[int]:
