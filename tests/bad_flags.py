@@ -92,7 +92,11 @@ FLAGS: list[tuple[str, str, str]] = [
     ("sft", "--save_steps 1e300", "--save_steps must be <= 2147483647 (got 1000"),
     ("sft", "--per_device_train_batch_size 9999999999", "must be >= 1 and <= 2147483647 (got 9999999999)"),
     ("compare", "--seeds -1", "--seeds must be >= 0 and <= 4294967295 (got -1)"),
-    ("compare", "--limit 5", "--limit has no effect without --adaptation_tasks or --retention_tasks: add"),
+    (
+        "compare",
+        "--limit 5",
+        "--limit has no effect without --adaptation_tasks or --retention_tasks or --retention_rows",
+    ),
     ("sft", "--retention_tokens 9", "--retention_tokens has no effect without --retention_text: add it"),
     ("grpo", "--reward_weights nan", "--reward_weights must be finite"),
     ("grpo", "--reward_weights 0", "--reward_weights are all 0, so that nothing would be learned"),

@@ -68,7 +68,7 @@ CASES: list[tuple[str, str, str]] = [
     ("sft", "--train_file s3://bucket/rows.jsonl", "rows.jsonl needs a package that is not installed"),
     ("sft", "--train_file talk.jsonl --model_name_or_path strict", "no such role as assistant"),
     # -- models
-    ("sft", "!--model_name_or_path", "--model_name_or_path is missing: give a folder, a hub id or gemma3"),
+    ("sft", "!--model_name_or_path", "--model_name_or_path is missing: give a folder, a hub id, gemma3"),
     ("sft", "--model_name_or_path ./nowhere", "--model_name_or_path ./nowhere is not a folder: give one"),
     ("sft", "--model_name_or_path rows.jsonl", "--model_name_or_path rows.jsonl is not a folder: give one"),
     ("sft", "--model_name_or_path data", "--model_name_or_path data cannot be loaded"),

@@ -92,3 +92,24 @@ def test_dataset_text_field_of_rows_that_have_another_format_as_well(
     args.dataset_text_field = "nothing"
     with pytest.raises(ValueError, match="`dataset_text_field` nothing is no column of the rows, which have"):
         cli_rows.sft_rows(model, DataArguments(dataset_name="a/b"), args)
+
+
+def test_rows_of_retention_are_rendered_as_they_are_trained_on(tmp_path: Path, rows: Path) -> None:
+    chat, plain = (
+        AutoTokenizer.from_pretrained(save_tiny(tmp_path / name, chat_template=template))
+        for name, template in (("chat", CHAT), ("plain", None))
+    )
+    pair = ("<user>Hi<eos><assistant>", "Hello<eos>")
+    assert cli_rows.retention_rows([str(rows)], chat, limit=3) == {"rows": [pair]}
+    questions = tmp_path / "more.jsonl"
+    questions.write_text(
+        "".join(json.dumps({"prompt": f"{n}?", "completion": str(n)}) + "\n" for n in range(9))
+    )
+    found = cli_rows.retention_rows([str(questions)], plain, limit=2)
+    assert found == {"more": [("0?", "0"), ("1?", "1")]}
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "no question"}) + "\n")
+    with pytest.raises(ValueError, match=r"`retention_rows` .*texts.jsonl has rows without an answer"):
+        cli_rows.retention_rows([str(texts)], plain, limit=None)
+    with pytest.raises(ValueError, match="given twice"):
+        cli_rows.retention_rows([str(rows), str(rows)], chat, limit=None)

@@ -186,7 +186,7 @@ def check_model(model_args: ModelArguments) -> None:
     """Refuse a command without a model."""
     if model_args.model_name_or_path is None:
         raise ValueError(
-            "--model_name_or_path is missing: give a folder, a hub id or gemma3-270m (the packaged model)"
+            "--model_name_or_path is missing: give a folder, a hub id, gemma3-270m or smollm2-135m"
         )
 
 

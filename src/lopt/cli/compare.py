@@ -20,7 +20,7 @@ from lopt.cli.output import check_writable, spare_model
 from lopt.cli.parsing import check_effect, parse
 from lopt.cli.record import record_of
 from lopt.cli.report_flags import CompareArguments
-from lopt.cli.rows import SFTRows, dpo_rows, sft_rows
+from lopt.cli.rows import SFTRows, dpo_rows, retention_rows, sft_rows
 from lopt.cli.sft import check
 from lopt.cli.training import load, load_reference_alike
 from lopt.core.config import LoPTConfig
@@ -116,7 +116,10 @@ def _check(
     check_number("limit", compare.limit, minimum=2)
     check_number("text_tokens", compare.text_tokens, minimum=2)
     check_effect(
-        compare, adaptation_tasks_or_retention_tasks=("limit", "data_dir"), retention_text=("text_tokens",)
+        compare,
+        adaptation_tasks_or_retention_tasks_or_retention_rows=("limit",),
+        adaptation_tasks_or_retention_tasks=("data_dir",),
+        retention_text=("text_tokens",),
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("lopt compare runs in one process: start it without torchrun or accelerate launch")
@@ -195,6 +198,7 @@ def _setup(
             adaptation=compare.adaptation_tasks,
             texts=texts,
             text_tokens=compare.text_tokens,
+            rows=retention_rows(compare.retention_rows, rows.tokenizer, compare.limit),
             drift_texts=list(texts.values()) or [_plain_text(row) for row in held_out],
             data_dir=None if compare.data_dir is None else Path(compare.data_dir),
             limit=compare.limit,
@@ -236,6 +240,7 @@ def _setting(
             "retention_tasks": compare.retention_tasks,
             "limit": compare.limit,
             "texts": {k: [len(v), compare.text_tokens] for k, v in texts.items()},
+            **({"rows": {k: len(v) for k, v in kept.items()}} if (kept := setup.metrics.rows) else {}),
         },
     }
 

@@ -63,7 +63,7 @@ def check(args: EvalArguments) -> dict[str, str]:
     names = args.model_name_or_path or []
     if not names:
         raise ValueError(
-            "--model_name_or_path is missing: give folders, hub ids or gemma3-270m (the packaged model)"
+            "--model_name_or_path is missing: give folders, hub ids, gemma3-270m or smollm2-135m"
         )
     if not args.tasks and not args.text:
         raise ValueError(f"nothing to measure: give --tasks ({BENCHMARKS}) or --text FILE")

@@ -35,8 +35,8 @@ class ModelArguments:
 
     model_name_or_path: str | None = flag(
         None,
-        "A folder, a hub id, an alias (qwen3-4b, qwen2.5-7b, llama3.1-8b, ...) or gemma3-270m, the "
-        "packaged model that needs no hub.",
+        "A folder, a hub id, an alias (qwen3-4b, qwen2.5-7b, llama3.1-8b, ...) or gemma3-270m or "
+        "smollm2-135m, the packaged models that need no hub.",
     )
     model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
     param_dtype: str = flag(

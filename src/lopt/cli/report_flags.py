@@ -43,8 +43,11 @@ class CompareArguments:
     retention_tasks: list[str] = flag([], "Benchmarks of what should be kept, as in lopt eval.")
     retention_text: list[str] = flag([], "Plain text files whose loss should not rise.")
     text_tokens: int = flag(2048, "Tokens of each text that are measured.")
+    retention_rows: list[str] = flag(
+        [], "Files of other tasks' rows, as of --train_file, whose answers' loss should not rise."
+    )
     data_dir: str | None = flag(None, "Local copies of the benchmarks, as in lopt eval.")
-    limit: int | None = flag(None, "Items per benchmark. Default: all.")
+    limit: int | None = flag(None, "Items per benchmark and file of --retention_rows. Default: all.")
     keep_models: bool = flag(False, "Keep the trained model of every run under --output_dir/models.")
 
 
@@ -214,7 +217,7 @@ class PlanArguments:
     model_name_or_path: str | None = flag(
         None,
         "A folder, a config.json, a hub id or, without any network: qwen3-4b, qwen3-8b, qwen3-14b, "
-        "qwen3-32b, qwen2.5-7b, qwen2.5-32b, llama3.1-8b, gemma3-270m.",
+        "qwen3-32b, qwen2.5-7b, qwen2.5-32b, llama3.1-8b, gemma3-270m, smollm2-135m.",
     )
     model_revision: str | None = flag(None, "Branch, tag or commit on the hub.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
@@ -382,7 +385,7 @@ class DemoArguments:
         "Output": "output_dir",
     }
 
-    model: str = flag("gemma3-270m", "A folder, a hub id, or the packaged gemma3-270m.")
+    model: str = flag("gemma3-270m", "A folder, a hub id, or a packaged model: gemma3-270m or smollm2-135m.")
     task: str = flag("chain_sum", "A reasoning-gym task: chain_sum or gsm_symbolic.")
     held_out: int = flag(64, "Problems kept back for the evaluation.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")

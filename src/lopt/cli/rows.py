@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from lopt.cli.flag_names import renamed
 from lopt.cli.flags import DataArguments, ModelArguments, TaskArguments
+from lopt.data.chat import Chat
 from lopt.data.columns import infer_format, needed_columns
 from lopt.data.files import Choose
 from lopt.data.formats import format_rows
@@ -17,7 +19,9 @@ from lopt.data.preferences import preference_columns, preference_rows
 from lopt.data.procedural import TASKS
 from lopt.data.question_tasks import QUESTION_TASKS
 from lopt.data.questions import procedural_rows, question_rows
+from lopt.data.rendering import template_options
 from lopt.data.rows import column_names
+from lopt.evaluation.names import text_names
 from lopt.models.load import load_chat_template, load_tokenizer
 from lopt.rewards import REWARDS, checked, load_reward
 from lopt.trainers.turns import check_turns
@@ -77,6 +81,37 @@ def sft_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) ->
         )
     train, held_out = split_held_out(rows, data_args.held_out, args.seed)
     return SFTRows(train, held_out, tokenizer, read, kind)
+
+
+def retention_rows(
+    paths: Sequence[str], tokenizer: Any, limit: int | None
+) -> dict[str, list[tuple[str, str]]]:
+    """Return the first `limit` prompts of every file with their answers, as text, by short names.
+
+    Raises:
+        ValueError: a file is given twice, cannot be read or formatted, or has rows without an answer.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for path, name in zip(paths, text_names(paths), strict=True):
+        if name in found:
+            raise ValueError(f"`retention_rows` {path} is given twice: leave it out")
+        with renamed(train_file="retention_rows"):
+            rows = load_rows(path, choose=needed_columns)
+            rows = format_rows(rows.select(range(min(len(rows), limit or len(rows)))), tokenizer)
+        if "completion" not in column_names(rows):
+            raise ValueError(f"`retention_rows` {path} has rows without an answer: give prompts with answers")
+        found[name] = [_as_text(row, tokenizer) for row in rows]
+    return found
+
+
+def _as_text(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
+    """Return prompt and answer as text, rendered by the chat template where they are messages."""
+    prompt, answer = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        return prompt, answer
+    chat, options = Chat(tokenizer), template_options(row)
+    opening = chat.render(prompt, add_generation_prompt=True, **options)
+    return opening, chat.render([*prompt, *answer], **options).removeprefix(opening)
 
 
 def dpo_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:

@@ -21,12 +21,22 @@ def completion_loss(
     batch_size: int = 16,
 ) -> float:
     """Return the mean loss in nats over the tokens of all completions, each after its prompt."""
-    rows = []
-    for prompt, completion in pairs:
-        before = tokenizer(prompt)["input_ids"]
-        after = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        rows.append((before + after, [False] * len(before) + [True] * len(after)))
-    return _mean(_sums(model, rows, batch_size))
+    return _mean(_completion_sums(model, tokenizer, pairs, batch_size))
+
+
+def completion_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int = 16,
+) -> list[float]:
+    """Return the mean loss in nats per token of each completion after its prompt.
+
+    With a chat template, both are text that it has rendered, which has its special tokens already.
+    """
+    rendered = tokenizer.chat_template is not None
+    sums = _completion_sums(model, tokenizer, pairs, batch_size, add_special_tokens=not rendered)
+    return [total / count for total, count in sums]
 
 
 class WindowLoss(NamedTuple):
@@ -91,6 +101,24 @@ def text_loss(
     """
     losses = text_losses(model, tokenizer, text, tokens, window, batch_size)
     return _mean([(part.loss * part.tokens, part.tokens) for part in losses])
+
+
+def _completion_sums(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int,
+    add_special_tokens: bool = True,
+) -> list[tuple[float, int]]:
+    """Return summed loss and number of tokens of each completion, in the order of `pairs`."""
+    rows = []
+    for prompt, completion in pairs:
+        before = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+        after = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        rows.append((before + after, [False] * len(before) + [True] * len(after)))
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))  # little padding in a batch
+    sums = dict(zip(order, _sums(model, [rows[index] for index in order], batch_size), strict=True))
+    return [sums[index] for index in range(len(rows))]
 
 
 def _mean(sums: Sequence[tuple[float, int]]) -> float:

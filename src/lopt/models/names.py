@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lopt.models.packaged import PACKAGED_MODEL, packaged_model
+from lopt.models.packaged import PACKAGES, packaged_model
 
 ALIASES = {
     "qwen3-4b": "Qwen/Qwen3-4B",
@@ -23,13 +23,13 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def resolve_model(name: str) -> str:
-    """Return the folder or hub id that `name` stands for: an alias, the packaged model, a folder or a hub id.
+    """Return the folder or hub id that `name` stands for: an alias, a packaged model, a folder or a hub id.
 
     Raises:
         ValueError: `name` looks like a folder and there is none.
     """
-    if name == PACKAGED_MODEL:
-        return str(packaged_model())
+    if name in PACKAGES:
+        return str(packaged_model(name))
     if name in ALIASES:
         return ALIASES[name]
     path = Path(name).expanduser()

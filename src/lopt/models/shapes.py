@@ -51,6 +51,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_attention_heads=4, num_key_value_heads=1, head_dim=256, vocab_size=262144,
         sliding_window=512, tie_word_embeddings=True,
     ),
+    "smollm2-135m": dict(
+        model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def compare(tiny_folder: Path, sums_file: Path, tmp_path_factory: pytest.TempPat
             "--model_name_or_path": tiny_folder, "--train_file": sums_file, "--held_out": 8,
             "--max_steps": 6, "--learning_rate": 1e-3, "--head_warmup_steps": 3,
             "--per_device_train_batch_size": 4, "--output_dir": folder, "--retention_text": text,
-            "--disable_tqdm": "true",
+            "--retention_rows": sums_file, "--limit": 6, "--disable_tqdm": "true",
         }  # fmt: skip
         given = [str(part) for pair in settings.items() for part in pair]
         return main(["compare", *given, "--methods", *methods, "--seeds", *seeds, *flags])
@@ -96,13 +96,17 @@ def test_the_summary_is_what_the_cells_say(study: Path) -> None:
     e2e = [c["adaptation"]["loss"] for c in results["cells"] if c["arm"] == "e2e"]
     paired = summary["against"]["e2e"]["lopt k=2"]["loss"]["seeds"]
     assert paired == pytest.approx([a - b for a, b in zip(losses, e2e, strict=True)])
-    (key,) = results["base"]["items"]
+    assert list(results["base"]["items"]) == ["text:other", "rows:sums"]
+    key = "text:other"
     base = results["base"]["items"][key]["values"]
     tuned = [c["items"][key]["values"] for c in results["cells"] if c["arm"] == "e2e"]
     expected = paired_difference(base, [mean(v) for v in zip(*tuned, strict=True)])
     assert summary["items"]["e2e"][key] == pytest.approx(expected._asdict())
+    rows = [results["base"], next(c for c in results["cells"] if c["arm"] == "e2e")]
+    rows = [cell["items"]["rows:sums"]["values"] for cell in rows]
+    assert [len(values) for values in rows] == [6, 6] and mean(rows[1]) < mean(rows[0])  # its own task
     rise = summary["arms"]["e2e"]["forgetting"]["seeds"][0]
-    assert rise == pytest.approx(mean(tuned[0]) - mean(base))
+    assert rise == pytest.approx((mean(tuned[0]) - mean(base) + mean(rows[1]) - mean(rows[0])) / 2)
 
 
 def test_the_page_is_whole(study: Path) -> None:
@@ -213,6 +217,7 @@ CASES = {
     "limit": (("--limit", "0"), "--limit must be >= 2 (got 0)"),
     "unknown task": (("--retention_tasks", "chess"), "chess"),
     "no such text": (("--retention_text", "nowhere.txt"), "--retention_text nowhere.txt"),
+    "no such rows": (("--retention_rows", "nowhere.jsonl"), "--retention_rows: nowhere.jsonl does not exist"),
 }
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lopt.evaluation.compare.summary import ANSWERS
 from lopt.evaluation.drift import Reference
-from lopt.evaluation.loss import text_losses
+from lopt.evaluation.loss import completion_losses, text_losses
 
 DRIFT_TOKENS = 1024
 
@@ -26,6 +26,7 @@ class Metrics:
         retention: benchmarks that have nothing to do with the task.
         adaptation: benchmarks of the task itself.
         texts: plain texts by name, for the loss in nats per token.
+        rows: prompts with their answers by name, for the loss of the answers in nats per token.
         drift_texts: what hidden states are compared on.
         text_tokens: tokens of each text that count.
         data_dir, limit: as in `lopt.evaluation.harness.evaluate`.
@@ -35,6 +36,7 @@ class Metrics:
     retention: Sequence[str] = ()
     adaptation: Sequence[str] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     text_tokens: int = 2048
     drift_texts: Sequence[str] = ()
     data_dir: Path | None = None
@@ -75,6 +77,9 @@ class Metrics:
             windows = text_losses(model, self.tokenizer, text, tokens=self.text_tokens)
             losses = [window.loss for window in windows]
             measures[f"text:{name}"] = _measure("retention", "loss", False, losses)
+        for name, pairs in self.rows.items():
+            losses = completion_losses(model, self.tokenizer, pairs)
+            measures[f"rows:{name}"] = _measure("retention", "loss", False, losses)
         return measures
 
 

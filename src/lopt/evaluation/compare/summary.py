@@ -78,7 +78,8 @@ def _measures(base: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dic
         made[key] = measure(label, item["kind"], item["higher_is_better"], mean(item["values"]))
     losses, scores = _elsewhere(base)
     if losses:
-        of = "the right answers" if losses[0].endswith(ANSWERS) else "the texts"
+        rows = any(key.startswith("rows:") for key in losses)
+        of = "the right answers" if losses[0].endswith(ANSWERS) else "texts and rows" if rows else "the texts"
         made["forgetting"] = measure(f"forgetting: mean rise of the losses of {of}", "retention", False, 0.0)
     if scores:
         made["retained"] = measure("mean change of the scores elsewhere", "retention", True, 0.0)
