@@ -12,9 +12,10 @@ from transformers import LlamaConfig
 
 from lopt import LoPTConfig
 from lopt.core.blocks import split
+from lopt.planning.balance import balance
 from lopt.planning.devices import Machine
 from lopt.planning.end_to_end import rivals
-from lopt.planning.pipeline import PipelinePlanner, balance
+from lopt.planning.pipeline import PipelinePlanner
 from lopt.planning.plan import Planner
 from lopt.planning.run import Run, Setting
 

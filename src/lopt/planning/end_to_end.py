@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from lopt.planning.balance import balance
 from lopt.planning.devices import Machine
 from lopt.planning.measure import Parts
 from lopt.planning.optimizer_step import parts_of, state_of, temporary_bytes, traffic_of
-from lopt.planning.pipeline import balance
 from lopt.planning.plan import Planner
 from lopt.planning.run import Bytes, Run, Setting
 from lopt.planning.schedules import (

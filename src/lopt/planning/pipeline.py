@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 from lopt.core.blocks import split
 from lopt.engine.stages import dealt
+from lopt.planning.balance import balance, evenly
 from lopt.planning.devices import Machine
+from lopt.planning.kept import Linked
 from lopt.planning.measure import Parts, Segment
 from lopt.planning.optimizer_step import parts_of, state_of, temporary_bytes, traffic_of
 from lopt.planning.plan import Planner
@@ -164,7 +165,7 @@ class PipelinePlanner:
         blocks = self._planner.sizes.blocks(cut)
         spans = split(len(self._planner.sizes.layers), cut)
         parts = self._planner.measured(setting)
-        waits = _Hidden(size, depth, run.accumulation, parts.boundary)
+        waits = Linked(size, depth, run.accumulation, parts.boundary)
         ranks = []
         for position in range(size):
             numbers = dealt(len(blocks), position, size)
@@ -200,11 +201,11 @@ class PipelinePlanner:
 
         def seconds(position: int, count: int) -> float:
             start = sum(owned[:position])
-            counts = _evenly(count, owned[position])
+            counts = evenly(count, owned[position])
             return sum(costs[start + n](c).of_step(run.accumulation) for n, c in enumerate(counts))
 
         counts = balance(layers, least, seconds)
-        of_blocks = [c for count, own in zip(counts, owned, strict=True) for c in _evenly(count, own)]
+        of_blocks = [c for count, own in zip(counts, owned, strict=True) for c in evenly(count, own)]
         starts = [sum(of_blocks[:n]) for n in range(1, len(of_blocks))]
         return replace(setting, block_boundaries=tuple(starts))
 
@@ -252,7 +253,7 @@ class PipelinePlanner:
         own: Sequence[BlockSizes],
         position: int,
         place: str,
-        waits: _Hidden,
+        waits: Linked,
     ) -> Bytes:
         """Follow an optimizer step of a process's blocks, and return the largest moment."""
         run, sizes = self._planner.run, self._planner.sizes
@@ -286,68 +287,5 @@ class PipelinePlanner:
         return replace(base, gradients=block.gradients, optimizer=base.optimizer + added, stash=stash)
 
 
-@dataclass(frozen=True)
-class _Hidden:
-    """Counts the hidden states (B, T, H) of a process, as `lopt.engine.links` keeps them; in bytes.
-
-    An output is kept until `depth` others have been sent after it, whenever the next process has taken it.
-    """
-
-    size: int
-    depth: int
-    micro_batches: int
-    boundary: int
-
-    def of_link(self, position: int) -> int:
-        """Return what the link holds in the midst of a step, without the hidden state at work."""
-        receives = min(self.depth, self.micro_batches - 1) if position > 0 else 0
-        return self.boundary * (receives + self.depth * (position < self.size - 1))
-
-    def during(self, position: int, number: int, blocks: int, slot: int) -> tuple[int, int]:
-        """Return what waits while micro-batch `slot` is in a process's block, before and after its output.
-
-        Args:
-            position: Of the process.
-            number: Of the block, from 0 in this process, which has so many `blocks`.
-            slot: Of the micro-batch, from 0.
-        """
-        left = self.micro_batches - slot
-        received = 1 + min(self.depth, left - 1) if position > 0 else 0  # with posted receives
-        inputs = left if number > 0 else received
-        is_last, sends = number == blocks - 1, self.depth * (position < self.size - 1)
-        outputs = sends if is_last else sends + slot
-        return self.boundary * (inputs + outputs), self.boundary * (
-            inputs + outputs - (is_last and sends > 0)
-        )
-
-    def at_step(self, position: int, number: int, blocks: int) -> int:
-        """Return what waits while a block is stepped."""
-        inner = self.micro_batches * (number < blocks - 1)
-        return self.boundary * (inner + self.depth * (position < self.size - 1))
-
-
-def balance(layers: int, least: Sequence[int], seconds: Callable[[int, int], float]) -> list[int]:
-    """Deal out layers to processes so that the slowest one is as quick as can be.
-
-    Args:
-        layers: How many there are.
-        least: How many each process has at least.
-        seconds: The time of a process with so many layers, which grows with them.
-
-    Returns:
-        How many each has. What is left over once none has to be slower goes where the time is then shortest.
-    """
-    counts, seconds = list(least), cache(seconds)
-    for _ in range(layers - sum(least)):
-        position = min(range(len(counts)), key=lambda p: seconds(p, counts[p] + 1))
-        counts[position] += 1
-    return counts
-
-
 def _size(setting: Setting) -> int:
     return setting.num_blocks if setting.pipeline_size is None else setting.pipeline_size
-
-
-def _evenly(count: int, parts: int) -> list[int]:
-    size, rest = divmod(count, parts)
-    return [size + (n < rest) for n in range(parts)]
