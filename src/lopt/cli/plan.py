@@ -47,7 +47,6 @@ IF_CHANGED = (
     "use_cpu", "gradient_checkpointing", "schedule", "block_boundaries", "pipeline_size", "pipeline_depth",
     "stages", "offload", "optimizer_device", "clip", "tied_embeddings", "precompute_ref_log_probs",
 )  # fmt: skip
-
 SHARED = (
     "schedule", "pipeline_size", "pipeline_depth", "offload", "prefetch_gib", "aux_loss", "frozen_blocks",
 )  # fmt: skip
@@ -64,18 +63,17 @@ def main(arguments: Sequence[str]) -> None:
     """Check the flags, measure the parts, print the table and what was asked for beside it."""
     (args,) = parse("plan", arguments)
     limit = check_arguments(args)
+    planner = Planner(_run(args))
     if args.schedule == "pipeline":
-        planner = Planner(run_of(args))
-        print(planned(args, planner, machine_of_flags(args, planner.run), command_of))
+        print(planned(args, planner, _machine(args, planner.run), command_of))
         return
-    planner = Planner(run_of(args))
     blocks = _blocks(args, len(planner.sizes.layers))
     if args.calibrate:
         print(_calibrated(planner, _calibrated_setting(args, blocks[0])))
         return
-    machine = machine_of_flags(args, planner.run)
+    machine = _machine(args, planner.run)
     plans = [planner.plan(setting) for setting in settings(args, blocks)]
-    print(headline(args, planner))
+    print(_headline(args, planner))
     print(
         report.table(plans),
         report.bars(plans),
@@ -229,15 +227,13 @@ def command_of(setting: Setting, args: PlanArguments, processes: int, prefetch: 
     return launch + f"lopt {args.command} " + " \\\n    ".join(lines)
 
 
-def machine_of_flags(args: PlanArguments, run: Run) -> Machine:
-    """Return the machine that the flags describe."""
+def _machine(args: PlanArguments, run: Run) -> Machine:
     given = args.device_name, args.tflops, args.bandwidth
     links = args.link_gbps, args.latency_ms
     return machine_of(*given, args.host_gbps, *links, on_gpu=run.device == "cuda")
 
 
-def run_of(args: PlanArguments) -> Run:
-    """Return the run that the flags describe."""
+def _run(args: PlanArguments) -> Run:
     on_gpu = not (args.use_cpu or (args.calibrate and not torch.cuda.is_available()))
     return Run(
         config=model_config(str(args.model_name_or_path), args.model_revision, args.trust_remote_code),
@@ -309,16 +305,15 @@ def _calibrated_setting(args: PlanArguments, blocks: int) -> Setting:
 # -- what is printed -------------------------------------------------------------------------------
 
 
-def headline(args: PlanArguments, planner: Planner) -> str:
-    """Return what is planned, in words."""
+def _headline(args: PlanArguments, planner: Planner) -> str:
     run, layers = planner.run, len(planner.sizes.layers)
     numbers = args.param_dtype + (", bfloat16 autocast" if run.autocast else "")
     cut = f", the first {run.frozen_blocks} blocks frozen" if run.frozen_blocks else ""
     cut += ", earlier blocks predict the next token" if run.aux_loss == "next_token" else ""
     device = "GPU" if run.device == "cuda" else "CPU"
+    how = "FSDP2" if run.fsdp2 else "DDP"
     several = (
-        f"({run.processes} processes by {'FSDP2' if run.fsdp2 else 'DDP'}: host is all of theirs, tokens are "
-        "of one; times are with\n"
+        f"({run.processes} processes by {how}: host is all of theirs, tokens are of one; times are with\n"
         "averaged gradients and with steps of all in host memory, without others on the bus)\n"
     )
     pairs = ", 2 rows a pair" * (args.command == "dpo")

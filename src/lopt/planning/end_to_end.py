@@ -148,7 +148,7 @@ class _Stages:
         """Return the largest moment of a stage that holds activations of `count` micro-batches."""
         run, parts = self._run, self._parts
         base = Bytes(weights=stage.nbytes + self._sizes.buffers, optimizer=state_of(run, stage.trained))
-        trace, received = Trace(base), 0 if stage.before else parts.boundary
+        trace, received = Trace(base), parts.boundary
         trace.gradients = stage.gradients  # of the micro-batches before
         forwards = ["forward0", *["forward"] * (len(stage.layers) - 1)]
         kept = received + sum(parts.again["whole", what].activations for what in forwards)
