@@ -238,7 +238,7 @@ class Planner:
         computed, parts = narrow.sizes.blocks(cut), narrow.measured(setting)
         peak = sharded_peak(run, blocks, computed, parts)
         every = run.local_every if setting.method == "lopt" else 1
-        return peak, sharded_work(narrow.run, computed, parts, every)
+        return peak, sharded_work(run, blocks, computed, parts, every)
 
     def _micro_batches(self, trace: Trace, parts: Parts) -> Iterator[dict[tuple[str, str], Segment]]:
         """Yield the segments of the first two micro-batches; a third is like the second."""

@@ -62,16 +62,17 @@ def sharded_peak(
     return trace.peak
 
 
-def sharded_work(run: Run, blocks: Sequence[BlockSizes], parts: Parts, every: int) -> Work:
+def sharded_work(
+    run: Run, blocks: Sequence[BlockSizes], computed: Sequence[BlockSizes], parts: Parts, every: int
+) -> Work:
     """Return the blocks' work one by one: forwards, and backwards, beside which units are gathered.
 
     Args:
-        run, parts: As of `sharded_peak`.
-        blocks: In the dtype of `computes_in`.
+        run, blocks, computed, parts: As of `sharded_peak`.
         every: Earlier blocks of lopt learn in every N-th step.
     """
     turns, updates, count = list[Turn](), [], run.accumulation
-    for index, block in enumerate(blocks):
+    for index, (stored, block) in enumerate(zip(blocks, computed, strict=True)):
         trace = Trace(Bytes())
         trace.run_forward(parts.fresh, block)
         forward = trace.flops
@@ -85,7 +86,7 @@ def sharded_work(run: Run, blocks: Sequence[BlockSizes], parts: Parts, every: in
             trained = [t for t in block.tensors if t.requires_grad]
             scatters = _others(run, size_of(trained) + 2 * size_of(block.head))  # heads by an all-reduce
             turns.append(_turn(run, index, True, count * rest, count * head, again + scatters))
-        updates.append(updates_of(run, [_own(part, block, run.processes) for part in parts_of(block)]))
+        updates.append(updates_of(run, [_own(part, stored, run.processes) for part in parts_of(stored)]))
     turns += [Turn(index, steps=True) for index, own in enumerate(updates) if own]
     return Work(turns, [[] for _ in blocks], updates)
 
