@@ -163,7 +163,9 @@ def test_bfloat16_and_frozen_and_one_row() -> None:
 def test_aliases_have_the_published_size(name: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", None)  # no network
     assert Sizes.of(model_config(name)).model == elements
-    names = "qwen3-4b qwen3-8b qwen3-14b qwen3-32b qwen2.5-7b qwen2.5-32b llama3.1-8b gemma3-270m"
+    names = (
+        "qwen3-4b qwen3-8b qwen3-14b qwen3-32b qwen2.5-7b qwen2.5-32b llama3.1-8b gemma3-270m smollm2-135m"
+    )
     assert set(SHAPES) == set(names.split())
 
 
