@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from fsdp2 import FSDP, allow_fsdp_on_cpu
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
@@ -48,23 +48,6 @@ LAUNCHER = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     "FSDP_ACTIVATION_CHECKPOINTING": "false",
 }
-FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
-FSDP["state_dict_type"] = "FULL_STATE_DICT"
-
-
-def allow_fsdp_on_cpu() -> None:
-    """accelerate offers FSDP on accelerators only; all it does there works on gloo as well."""
-    start = AcceleratorState.__init__
-
-    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        kinds = (DistributedType.MULTI_CPU, DistributedType.FSDP)
-        if fsdp_plugin is not None and self.distributed_type in kinds:
-            self.distributed_type = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = init
 
 
 @contextmanager

@@ -193,3 +193,72 @@ def test_fit_of_stages(capsys: pytest.CaptureFixture) -> None:
 def test_sizes() -> None:
     assert size_in_bytes("24GiB") == size_in_bytes("24") == size_in_bytes("24 g") == 24 * GIB
     assert size_in_bytes("80GB") == 80 * 10**9
+
+
+def test_a_pipeline(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Ranks, links, boundaries, what it is compared with, and a command that cuts the model as planned."""
+    small = ("--per_device_train_batch_size", 2, "--max_length", 128, "--use_cpu")
+    slow = ("--link_gbps", 0.001, 10, "--latency_ms", 5, "--num_processes", 6, "--pipeline_depth", 4)
+    file = tmp_path / "plan.json"
+    flags = (*small, *slow, "--schedule", "pipeline", "--pipeline_size", 3, "--svg", tmp_path / "plan.svg")
+    assert plan("--model_name_or_path", folder, *flags, "--json", file) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.partition("torchrun")[0].splitlines()[1:])) <= 120
+    found = json.loads(file.read_text())["pipeline"]
+    assert found["boundary"] == 2 * 128 * 256 * 4 and found["link_bytes"] == 8 * found["boundary"]
+    assert [rank["ranks"] for rank in found["ranks"]] == [[0, 1], [2, 3], [4, 5]]
+    assert found["tokens"] == 2 * 8 * 2 * 128
+    shares = [rank["predicted"]["busy_share"] for rank in found["ranks"]]
+    rows = [line.split() for line in out.splitlines() if re.match(r" *\d-\d ", line)]
+    assert [row[-1] for row in rows] == [f"{share:.0%}" for share in shares]
+    assert found["predicted"]["bound"] == "link" and "bound by the link" in out and max(shares) < 0.95
+    assert "It does not hide" in out and "2.1 GB" not in out and "0.262 MB a micro-batch" in out
+    assert [other["name"] for other in found["end_to_end"]] == ["FSDP2", "1F1B", "zero bubble"]
+    words = shlex.split(out[out.index("torchrun") :].replace("\\\n", " "))
+    assert words[:6] == ["torchrun", "--nproc_per_node", "6", "--no-python", "lopt", "sft"]
+    starts = [str(start) for start in found["setting"]["block_boundaries"]]
+    at = words.index("--block_boundaries")
+    assert words[at + 1 : at + 3] == starts and words[words.index("--pipeline_depth") + 1] == "4"
+    assert (
+        words[words.index("--num_blocks") + 1] == "3" and "--pipeline_size" not in words
+    )  # as many as blocks
+    assert "rank 4-5" in (tmp_path / "plan.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--schedule", "pipeline"], "--pipeline_size must be given"),
+        (["--schedule", "pipeline", "--pipeline_size", "1"], "--pipeline_size must be >= 2"),
+        (
+            ["--schedule", "pipeline", "--pipeline_size", "2", "--method", "e2e"],
+            "--method must be one of lopt",
+        ),
+        (["--schedule", "pipeline", "--pipeline_size", "2", "--num_processes", "3"], "multiple of 2"),
+        (["--schedule", "pipeline", "--pipeline_size", "2", "--fit", "8GiB"], "--fit must be left out"),
+        (["--schedule", "pipeline", "--pipeline_size", "2", "--clip", "global"], "--clip global waits"),
+        (["--schedule", "pipeline", "--pipeline_size", "7"], "--num_blocks must be <= 6"),
+        (["--latency_ms", "3"], "--latency_ms must be given with --schedule pipeline"),
+        (["--block_boundaries", "3"], "--block_boundaries must be given with --schedule pipeline"),
+        (["--num_processes", "2", "--link_gbps", "1", "2"], "--link_gbps must be one number"),
+        (["--fsdp2"], "--fsdp2 must be given with --num_processes"),
+        (["--fsdp2", "--num_processes", "2", "--stages", "4"], "--stages must be left out with --fsdp2"),
+    ],
+)
+def test_mistakes_about_several_processes(
+    folder: str, flags: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert plan("--model_name_or_path", folder, *flags) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_fsdp2(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ("--max_length", 128, "--use_cpu", "--num_processes", 4, "--fsdp2", "--num_blocks", 2)
+    assert (
+        plan("--model_name_or_path", folder, *flags, "--fit", "8GiB", "--json", tmp_path / "plan.json") == 0
+    )
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert [row["name"] for row in rows] == ["e2e", "e2e, checkpointed", "k=2", "k=2, checkpointed"]
+    assert all(row["sent"] > 0 for row in rows) and "4 processes by FSDP2" in out and "sent GB" in out
+    assert "accelerate launch --config_file examples/fsdp2.yaml --num_processes 4 --no_python lopt sft" in out

@@ -168,6 +168,7 @@ def test_bfloat16_and_frozen_and_one_row() -> None:
         ("qwen2.5-32b", 32_763_876_352),
         ("llama3.1-8b", 8_030_261_248),
         ("gemma3-270m", 268_098_176),
+        ("smollm2-135m", 134_515_008),
     ],
 )
 def test_aliases_have_the_published_size(name: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:

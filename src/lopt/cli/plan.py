@@ -18,6 +18,7 @@ import torch
 
 from lopt.cli.checks import check_lora
 from lopt.cli.parsing import check_effect, parse
+from lopt.cli.plan_pipeline import check_several, planned
 from lopt.cli.report_flags import PlanArguments
 from lopt.core.config import LoPTConfig
 from lopt.files import write_text
@@ -43,14 +44,19 @@ ALWAYS = (
 )  # fmt: skip
 IF_CHANGED = (
     "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
-    "use_cpu", "gradient_checkpointing", "schedule", "stages", "offload", "optimizer_device", "clip",
-    "tied_embeddings", "precompute_ref_log_probs",
+    "use_cpu", "gradient_checkpointing", "schedule", "block_boundaries", "pipeline_size", "pipeline_depth",
+    "stages", "offload", "optimizer_device", "clip", "tied_embeddings", "precompute_ref_log_probs",
 )  # fmt: skip
-
+SHARED = (
+    "schedule", "pipeline_size", "pipeline_depth", "offload", "prefetch_gib", "aux_loss", "frozen_blocks",
+)  # fmt: skip
 LORA = ("lora_r", "lora_alpha", "lora_target_modules")
 TIMED = 5
 """Steps that `--calibrate` times."""
-CHOSEN = ("method", "num_blocks", "schedule", "stages", "offload", "optimizer_device")
+CHOSEN = (
+    "method", "num_blocks", "block_boundaries", "schedule", "pipeline_size", "pipeline_depth", "stages",
+    "offload", "optimizer_device",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -58,6 +64,9 @@ def main(arguments: Sequence[str]) -> None:
     (args,) = parse("plan", arguments)
     limit = check_arguments(args)
     planner = Planner(_run(args))
+    if args.schedule == "pipeline":
+        print(planned(args, planner, _machine(args, planner.run), command_of))
+        return
     blocks = _blocks(args, len(planner.sizes.layers))
     if args.calibrate:
         print(_calibrated(planner, _calibrated_setting(args, blocks[0])))
@@ -100,11 +109,9 @@ def check_arguments(args: PlanArguments) -> int | None:
         check_number(name, getattr(args, name), minimum=1)
     check_number("max_length", args.max_length, minimum=2)
     check_number("num_processes", args.num_processes, minimum=1)
-    one = args.num_processes == 1 or not args.calibrate
-    check(one, "num_processes", args.num_processes, "1 with `calibrate`")
     _check_machine(args)
-    names = ("schedule", "offload", "prefetch_gib", "aux_loss", "frozen_blocks")
-    LoPTConfig(**{name: getattr(args, name) for name in names})
+    LoPTConfig(**{name: getattr(args, name) for name in SHARED})
+    check_several(args)
     for count in args.stages or ():
         check_number("stages", count, minimum=1)
     for count in args.stage_layers or ():
@@ -122,7 +129,8 @@ def check_arguments(args: PlanArguments) -> int | None:
     else:
         asked = args.precompute_ref_log_probs
         check(not asked, "precompute_ref_log_probs", asked, "given with `command` dpo")
-    check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
+    if args.schedule != "pipeline":
+        check_effect(args, calibrate=("schedule", "offload", "gradient_checkpointing"))
     for name in ("json", "svg"):
         if (value := getattr(args, name)) is not None:
             path = Path(value).absolute()
@@ -144,10 +152,7 @@ def _check_machine(args: PlanArguments) -> None:
         check(values is None or len(values) in counts, name, values, f"{counts[0]} or {counts[1]} numbers")
         for value in values or ():
             check_number(name, value, above=0)
-    for name in ("host_gbps", "link_gbps"):
-        check_number(name, getattr(args, name), above=0)
-    several = args.link_gbps is None or args.num_processes > 1
-    check(several, "link_gbps", args.link_gbps, "given with `num_processes` 2 or more")
+    check_number("host_gbps", args.host_gbps, above=0)
     if args.device_name is not None:
         check_choice("device_name", args.device_name, DEVICES)
         check(not args.use_cpu, "device_name", args.device_name, "left out with `use_cpu`")
@@ -180,6 +185,9 @@ def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
     stages: Sequence[int | None] = args.stages or (None,)
     ways = [(1, method) for method in _methods(args) if method in ONE_BLOCK]
     ways += [(k, method) for k in blocks for method in _methods(args) if method not in ONE_BLOCK]
+    if args.fsdp2:
+        rows += [s for k, method in ways for s in candidates(k, method) if s.schedule == "eager"]
+        return list(dict.fromkeys(rows))
     host = args.optimizer_device == "cpu" or args.stages is not None or args.stage_layers is not None
     for k, method in ways:
         rows += [
@@ -192,9 +200,15 @@ def settings(args: PlanArguments, blocks: Iterable[int]) -> list[Setting]:
 
 def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     """Return the `lopt sft` command line of a plan, with `prefetch` bytes where it offloads."""
-    setting = plan.setting
+    return command_of(plan.setting, args, args.num_processes, prefetch)
+
+
+def command_of(setting: Setting, args: PlanArguments, processes: int, prefetch: int) -> str:
+    """Return the command line of a setting, for so many processes."""
     values = asdict(args) | {name: getattr(setting, name) for name in CHOSEN}
     values |= {"gradient_checkpointing": setting.checkpointing, "prefetch_gib": f"{prefetch / GIB:g}"}
+    if setting.pipeline_size == setting.num_blocks:
+        values["pipeline_size"] = None
     defaults = asdict(PlanArguments())
     left_out = {"method": setting.method == "lopt", "num_blocks": setting.method in ONE_BLOCK}
     names = [name for name in ALWAYS if not left_out.get(name)]
@@ -203,15 +217,20 @@ def command(plan: Plan, args: PlanArguments, prefetch: int) -> str:
     names += ["prefetch_gib"] if setting.offload != "none" else []
     flags = {name: values[name] for name in names}
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}
-    words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    words = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in flags.items()}
     lines = [f"--{name} {shlex.join(map(str, values))}" for name, values in words.items()]
-    launch = f"torchrun --nproc_per_node {args.num_processes} --no-python " * (args.num_processes > 1)
+    launch = f"torchrun --nproc_per_node {processes} --no-python " * (processes > 1)
+    if args.fsdp2:
+        launch = (
+            f"accelerate launch --config_file examples/fsdp2.yaml --num_processes {processes} --no_python "
+        )
     return launch + f"lopt {args.command} " + " \\\n    ".join(lines)
 
 
 def _machine(args: PlanArguments, run: Run) -> Machine:
     given = args.device_name, args.tflops, args.bandwidth
-    return machine_of(*given, args.host_gbps, args.link_gbps, on_gpu=run.device == "cuda")
+    links = args.link_gbps, args.latency_ms
+    return machine_of(*given, args.host_gbps, *links, on_gpu=run.device == "cuda")
 
 
 def _run(args: PlanArguments) -> Run:
@@ -233,6 +252,7 @@ def _run(args: PlanArguments) -> Run:
         tied_embeddings=args.tied_embeddings,
         reference=args.command == "dpo" and not args.precompute_ref_log_probs,
         processes=args.num_processes,
+        fsdp2=args.fsdp2,
         adapters=_adapters(args),
         clip=args.clip,
         device="cuda" if on_gpu else "cpu",
@@ -291,8 +311,9 @@ def _headline(args: PlanArguments, planner: Planner) -> str:
     cut = f", the first {run.frozen_blocks} blocks frozen" if run.frozen_blocks else ""
     cut += ", earlier blocks predict the next token" if run.aux_loss == "next_token" else ""
     device = "GPU" if run.device == "cuda" else "CPU"
+    how = "FSDP2" if run.fsdp2 else "DDP"
     several = (
-        f"({run.processes} processes by DDP: host is all of theirs, tokens are of one; times are with\n"
+        f"({run.processes} processes by {how}: host is all of theirs, tokens are of one; times are with\n"
         "averaged gradients and with steps of all in host memory, without others on the bus)\n"
     )
     pairs = ", 2 rows a pair" * (args.command == "dpo")

@@ -272,7 +272,22 @@ class PlanArguments:
     max_length: int = flag(1024, "Tokens in a row.")
     num_processes: int = flag(
         1,
-        "Processes of DDP on one machine, with a GPU each; the batch is that of each. FSDP2 is not planned.",
+        "Processes with a GPU each, by DDP on one machine; the batch is that of each. With --schedule "
+        "pipeline those of all pipelines.",
+    )
+    fsdp2: bool = flag(
+        False, "With --num_processes: FSDP2 shards weights, gradients and optimizer state over them."
+    )
+    pipeline_size: int | None = flag(
+        None, "With --schedule pipeline: processes of a pipeline. Default: as many as blocks."
+    )
+    pipeline_depth: int = flag(
+        2, "With --schedule pipeline: micro-batches that may be on their way between two processes."
+    )
+    block_boundaries: list[int] | None = flag(
+        None,
+        "With --schedule pipeline: layers (from 0) at which blocks 2..k start. Default: chosen so that the "
+        "slowest process is as quick as can be.",
     )
     optim: str = flag("adamw_torch_fused", f"The optimizer: {OPTIMIZERS}.")
     device_name: str | None = flag(
@@ -291,10 +306,13 @@ class PlanArguments:
     host_gbps: float | None = flag(
         None, "GB/s at which steps in host memory read and write weights, gradients and state. Default: 40."
     )
-    link_gbps: float | None = flag(
+    link_gbps: list[float] | None = flag(
         None,
-        "With --num_processes: GB/s each way at which processes exchange gradients. Default: 0.8 of the "
-        "GPU's NVLink, or its PCIe.",
+        "GB/s each way between processes (10 Gbit/s are 1.25); in pipelines with replicas two numbers if it "
+        "differs between the replicas of a block. Default: 0.8 of the GPU's NVLink, or its PCIe.",
+    )
+    latency_ms: float = flag(
+        0.0, "With --schedule pipeline: milliseconds from one process to the next, half of what ping shows."
     )
     fit: str | None = flag(
         None,
@@ -311,11 +329,15 @@ class PlanArguments:
         "Measure this machine's rates, run a few steps of the first method and k here, and compare memory "
         "and time with the plan.",
     )
-    schedule: Literal["eager", "block_major"] = flag("eager", "What --calibrate runs: eager or block_major.")
+    schedule: Literal["eager", "block_major", "pipeline"] = flag(
+        "eager",
+        "pipeline plans a block on each device; eager or block_major is what --calibrate runs, and without "
+        "it both are planned.",
+    )
     offload: Literal["none", "optimizer", "block"] = flag(
         "none", "What --calibrate keeps in host memory: none, optimizer or block."
     )
-    gradient_checkpointing: bool = flag(False, "Whether --calibrate recomputes activations.")
+    gradient_checkpointing: bool = flag(False, "Whether --calibrate, or a pipeline, recomputes activations.")
 
 
 @dataclass

@@ -79,6 +79,9 @@ def measured(
             lopt_config=LoPTConfig(
                 method=setting.method,
                 num_blocks=setting.num_blocks,
+                block_boundaries=None if setting.block_boundaries is None else [*setting.block_boundaries],
+                pipeline_size=setting.pipeline_size,
+                pipeline_depth=setting.pipeline_depth,
                 frozen_blocks=run.frozen_blocks,
                 tied_embeddings=run.tied_embeddings,
                 aux_loss=run.aux_loss,
@@ -155,7 +158,8 @@ class _Memory(TrainerCallback):
             return
         trainer = self._trainer
         gc.collect()  # host memory of runs before this one
-        self._tracker = MemoryTracker(trainer.model, trainer.lopt.heads, optimizer=trainer.optimizer)
+        modules = (trainer.model, trainer.lopt.heads)  # in a pipeline what others have is on the meta device
+        self._tracker = MemoryTracker(*modules, optimizer=trainer.optimizer, device=args.device.type)
         self._tracker.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

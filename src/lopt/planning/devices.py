@@ -67,7 +67,9 @@ class Machine:
         bandwidth: GB/s to the device, and back.
         memory_gbps: GB/s of the device's memory.
         host_gbps: GB/s at which a step in host memory reads and writes.
-        link_gbps: GB/s each way at which processes exchange gradients.
+        link_gbps: GB/s each way between processes.
+        replica_gbps: GB/s each way between the replicas of a block; None: as between others.
+        latency: Seconds from one process to another.
         rounded: Numbers a second that are rounded stochastically in host memory, beside that; None: in that.
         beside: Whether copies and steps in host memory run beside the device's work, as those of a GPU do.
     """
@@ -78,6 +80,8 @@ class Machine:
     host_gbps: float = HOST_GBPS
     rounded: float | None = ROUNDED
     link_gbps: float = BANDWIDTH
+    replica_gbps: float | None = None
+    latency: float = 0.0
     beside: bool = True
 
     @property
@@ -111,7 +115,8 @@ def machine_of(
     tflops: list[float] | None = None,
     bandwidth: list[float] | None = None,
     host_gbps: float | None = None,
-    link_gbps: float | None = None,
+    link_gbps: list[float] | None = None,
+    latency_ms: float = 0.0,
     on_gpu: bool = True,
 ) -> Machine:
     """Return a machine with a GPU of `DEVICES`, or with one like an RTX 4090; what is given wins.
@@ -120,7 +125,9 @@ def machine_of(
         tflops: One for all, or three as in `Machine`.
         bandwidth: One for both ways, or two.
         host_gbps: With all that a step in host memory does, as it is measured.
-        link_gbps: Default: what is reached of NVLink, or the way back over PCIe.
+        link_gbps: One for all, or two: between processes, and between the replicas of a block. Default: what
+            is reached of NVLink, or the way back over PCIe.
+        latency_ms: Milliseconds from one process to another.
         on_gpu: Whether the device is a GPU; else it is the CPU.
     """
     device = DEVICES[name] if name is not None else None
@@ -128,13 +135,15 @@ def machine_of(
     rates = tflops or [known]
     ways = bandwidth or [BANDWIDTH if device is None else PCIE[device.pcie]]
     nvlink = None if device is None else device.nvlink
-    link = ways[-1] if nvlink is None else NVLINK_REACHED * nvlink
+    links = link_gbps or [ways[-1] if nvlink is None else NVLINK_REACHED * nvlink]
     return Machine(
         tflops=(rates[0], rates[1 % len(rates)], rates[2 % len(rates)]),
         bandwidth=(ways[0], ways[-1]),
         memory_gbps=MEMORY_GBPS if device is None else device.memory_gbps,
         host_gbps=HOST_GBPS if host_gbps is None else host_gbps,
         rounded=ROUNDED if host_gbps is None else None,
-        link_gbps=link if link_gbps is None else link_gbps,
+        link_gbps=links[0],
+        replica_gbps=links[1] if len(links) > 1 else None,
+        latency=latency_ms / 1e3,
         beside=on_gpu,
     )

@@ -1,8 +1,9 @@
-"""What waits between the stages of a planned optimizer step: hidden states (B, T, H) and their gradients."""
+"""What waits between stages, or processes, in a planned step: hidden states (B, T, H) and their gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lopt.planning.run import Run
 from lopt.planning.sizes import StageSizes
@@ -64,3 +65,43 @@ class Kept:
         first = self._stages[0]
         local = any(s.head for s in self._stages if s.block == 0)
         return stage.block == 0 and local and bool(first.layers) and not first.closes
+
+
+@dataclass(frozen=True)
+class Linked:
+    """Counts the hidden states (B, T, H) of a process, as `lopt.engine.links` keeps them; in bytes.
+
+    An output is kept until `depth` others have been sent after it, whenever the next process has taken it.
+    """
+
+    size: int
+    depth: int
+    micro_batches: int
+    boundary: int
+
+    def of_link(self, position: int) -> int:
+        """Return what the link holds in the midst of a step, without the hidden state at work."""
+        receives = min(self.depth, self.micro_batches - 1) if position > 0 else 0
+        return self.boundary * (receives + self.depth * (position < self.size - 1))
+
+    def during(self, position: int, number: int, blocks: int, slot: int) -> tuple[int, int]:
+        """Return what waits while micro-batch `slot` is in a process's block, before and after its output.
+
+        Args:
+            position: Of the process.
+            number: Of the block, from 0 in this process, which has so many `blocks`.
+            slot: Of the micro-batch, from 0.
+        """
+        left = self.micro_batches - slot
+        received = 1 + min(self.depth, left - 1) if position > 0 else 0  # with posted receives
+        inputs = left if number > 0 else received
+        is_last, sends = number == blocks - 1, self.depth * (position < self.size - 1)
+        outputs = sends if is_last else sends + slot
+        return self.boundary * (inputs + outputs), self.boundary * (
+            inputs + outputs - (is_last and sends > 0)
+        )
+
+    def at_step(self, position: int, number: int, blocks: int) -> int:
+        """Return what waits while a block is stepped."""
+        inner = self.micro_batches * (number < blocks - 1)
+        return self.boundary * (inner + self.depth * (position < self.size - 1))

@@ -20,11 +20,11 @@ from lopt.planning.devices import Machine
 from lopt.planning.measure import Parts, Segment, measure
 from lopt.planning.optimizer_step import OPTIMIZERS, parts_of, state_of, temporary_bytes
 from lopt.planning.run import Bytes, Run, Setting
+from lopt.planning.sharded import computes_in, sharded_peak, sharded_work
 from lopt.planning.sizes import BlockSizes, Sizes, StageSizes, size_of
 from lopt.planning.staged import Reference, StagedStep, averaged, updates_of
 from lopt.planning.timeline import StepTime, Turn, Update, Work, step_time
 from lopt.planning.trace import Trace, casts
-from lopt.residency import Residency
 from lopt.validation import check, check_choice
 
 BACKWARD = 2 / 3
@@ -69,6 +69,11 @@ class Plan:
     def total(self) -> int:
         """Peak bytes on the device."""
         return self.peak.total
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each process sends to the others per optimizer step."""
+        return sum(nbytes for turn in self.work.turns for nbytes, _ in turn.averaged)
 
     def time(self, machine: Machine) -> StepTime:
         """Return the time of one optimizer step."""
@@ -116,10 +121,10 @@ class Planner:
         """
         block_major, offload = setting.schedule == "block_major", setting.offload
         check(offload == "none" or block_major, "offload", offload, "none unless `schedule` is block_major")
-        sizes, cut = self._sizes(setting), self._cut(setting)
+        sizes, cut = self._sizes(setting), self.cut(setting)
         run = replace(self.run, masters=cut.keeps_masters(self.run.masters))
         prefetch = run.prefetch if prefetch is None else prefetch
-        blocks, parts = sizes.blocks(cut), self._measured(setting)
+        blocks, parts = sizes.blocks(cut), self.measured(setting)
         trained = [t for block in blocks for t in block.trained]
         weights, state = sum(block.nbytes for block in blocks), state_of(run, trained)
         model = sum(size_of(block.tensors) for block in blocks)
@@ -130,6 +135,10 @@ class Planner:
         reference, buffers = self._reference(setting, parts, blocks[-1].place), sizes.buffers
         if reference is not None:
             buffers += self.sizes.buffers + self.sizes.model * run.dtype.itemsize
+        if run.fsdp2:
+            check(not block_major, "schedule", setting.schedule, "eager with FSDP2")
+            peak, work = self._sharded(setting, run, blocks, cut)
+            return Plan(setting, peak, host=0, flops=_flops(work), work=work, **common)
         if not block_major:
             resident = Bytes(weights=weights + buffers, optimizer=state)
             peak = self._eager(setting, parts, blocks, resident, reference)
@@ -157,7 +166,7 @@ class Planner:
     def _sizes(self, setting: Setting) -> Sizes:
         return self._adapted_sizes if setting.method == "lora" else self.sizes
 
-    def _cut(self, setting: Setting) -> LoPTConfig:
+    def cut(self, setting: Setting) -> LoPTConfig:
         """Return the config of a run in `setting`.
 
         Raises:
@@ -176,10 +185,10 @@ class Planner:
         if ("resting", "forward") not in parts.fresh:
             if all(stage.closes and stage.learns for stage in stages):
                 return _NOTHING
-            parts = self._measured(setting, without_graph=True)
+            parts = self.measured(setting, without_graph=True)
         return parts.fresh["resting", "forward"]
 
-    def _measured(self, setting: Setting, without_graph: bool = False) -> Parts:
+    def measured(self, setting: Setting, without_graph: bool = False) -> Parts:
         """Return the parts of a micro-batch, or those of one whose first layers run without a graph."""
         run, adapters = self.run, self.run.adapters if setting.method == "lora" else None
         method = "frozen" if without_graph else setting.method
@@ -198,7 +207,7 @@ class Planner:
         """Return the forward of DPO's reference model; adapters have none, whose base model is."""
         if not self.run.reference or setting.method == "lora":
             return None
-        layer = self._measured(setting, without_graph=True).fresh["resting", "forward"]
+        layer = self.measured(setting, without_graph=True).fresh["resting", "forward"]
         head = parts.fresh[last, "head"]
         flops = layer.flops * len(self.sizes.layers)
         return Reference(max(layer.rise, head.rise), flops, head.flops)
@@ -220,6 +229,16 @@ class Planner:
                 trace.run_block(segments, block, casts(setting, parts, block))
         trace.step(self._temporaries(blocks))
         return trace.peak
+
+    def _sharded(
+        self, setting: Setting, run: Run, blocks: list[BlockSizes], cut: LoPTConfig
+    ) -> tuple[Bytes, Work]:
+        """Return peak and work under FSDP2, which gathers weights in the dtype that is computed with."""
+        narrow = Planner(replace(run, dtype=computes_in(run), autocast=False), self)
+        computed, parts = narrow.sizes.blocks(cut), narrow.measured(setting)
+        peak = sharded_peak(run, blocks, computed, parts)
+        every = run.local_every if setting.method == "lopt" else 1
+        return peak, sharded_work(run, blocks, computed, parts, every)
 
     def _micro_batches(self, trace: Trace, parts: Parts) -> Iterator[dict[tuple[str, str], Segment]]:
         """Yield the segments of the first two micro-batches; a third is like the second."""
@@ -266,4 +285,4 @@ def _flops(work: Work) -> float:
 
 
 _NOTHING = Segment(0, 0, 0, 0, 0.0)
-_CUT = ("method", "num_blocks", *({f.name for f in fields(Residency)} & {f.name for f in fields(Setting)}))
+_CUT = {f.name for f in fields(LoPTConfig)} & {f.name for f in fields(Setting)}

@@ -21,21 +21,27 @@ class Setting:
     Attributes:
         stages, stage_layers: as in `lopt.residency.Residency`; of the block-major schedule.
         optimizer_device: "cpu" steps in host memory.
+        block_boundaries: layers (from 0) at which blocks 2..k start; None splits them evenly.
+        pipeline_size, pipeline_depth: as in `lopt.residency.Residency`.
     """
 
     method: Method = "lopt"
     num_blocks: int = 2
-    schedule: Literal["eager", "block_major"] = "eager"
+    schedule: Literal["eager", "block_major", "pipeline"] = "eager"
     checkpointing: bool = False
     offload: Literal["none", "optimizer", "block"] = "none"
     stages: int | None = None
     stage_layers: int | None = None
     optimizer_device: Literal["auto", "cpu"] = "auto"
+    block_boundaries: tuple[int, ...] | None = None
+    pipeline_size: int | None = None
+    pipeline_depth: int = 2
 
     def __str__(self) -> str:
         words = [f"k={self.num_blocks}" if self.method in ("lopt", "frozen") else self.method]
         if self.method == "frozen":
             words.append("frozen")
+        words += ["pipeline"] * (self.schedule == "pipeline")
         if self.schedule == "block_major":
             words += [f"{self.stages} stages"] if self.stages is not None else []
             words += [f"{self.stage_layers} layers a stage"] if self.stage_layers is not None else []
@@ -66,6 +72,7 @@ class Run:
         reference: whether a second model that does not learn is on the device and run forward,
             as that of DPO unless its log-probabilities are known before.
         processes: of DDP on one machine, each with a device and micro-batches of its own.
+        fsdp2: whether they have shards of the model in place of all of it, as FSDP2 deals them out.
     """
 
     config: PreTrainedConfig
@@ -88,6 +95,7 @@ class Run:
     device: str = "cuda"
     reference: bool = False
     processes: int = 1
+    fsdp2: bool = False
 
     @property
     def step_tokens(self) -> int:

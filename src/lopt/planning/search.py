@@ -86,6 +86,8 @@ def search(
     settings += [s for m in methods if m in ONE_BLOCK for s in candidates(1, m, counts)]
     if optimizer_device is not None:
         settings = [s for s in settings if s.offload != "block" or s.optimizer_device == optimizer_device]
+    if planner.run.fsdp2:
+        settings = [setting for setting in settings if setting.schedule == "eager"]
     room = limit - (RESERVE if planner.run.device == "cuda" else 0)
     if planner.run.device == "cpu":  # there host and device are one memory
         settings = [setting for setting in settings if setting.offload == "none"]

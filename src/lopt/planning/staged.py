@@ -224,7 +224,7 @@ class StagedStep:
             if with_graph:
                 self._run_with_graph(trace, segments, stage)
             else:
-                self._run_without_graph(trace, stage)
+                trace.run_without_graph(self.forward, len(stage.layers), self.parts.casts)
             if segments is self.parts.fresh:  # a shared matrix was measured with both of its gradients
                 trace.gradients += stage.left
         self._see(trace.peak)
@@ -295,13 +295,6 @@ class StagedStep:
         trace.activations = self.run.accumulation * self._rows
         trace.run(replace(head, rise=head.rise + of_layers, activations=kept), "head")
         trace.run(loss, "loss")
-
-    def _run_without_graph(self, trace: Trace, stage: StageSizes) -> None:
-        for number, _ in enumerate(stage.layers):
-            before = trace.activations
-            trace.run(self.forward, "forward")
-            if number:  # the input of a layer goes, autocast's copies stay
-                trace.activations = before + self.parts.casts
 
     def _step(self, stage: StageSizes, following: StageSizes | None) -> None:
         """Step a stage on the device, part by part."""

@@ -51,14 +51,35 @@ class Trace:
             casts: bytes of autocast's copies of weights that go when the block is done, beside those that
                 were measured.
         """
-        count = len(block.layers)
-        order = ["forward0", *["forward"] * (count - 1), "head", "loss"]
-        order += [*["backward"] * (count - 1), "backward0", "embedding", "end"]
+        self.run_forward(segments, block)
+        self.run_loss(segments, block, casts)
+
+    def run_forward(self, segments: dict[tuple[str, str], Segment], block: BlockSizes) -> None:
+        """Run one micro-batch forward through the layers of a block."""
+        for what in ("forward0", *["forward"] * (len(block.layers) - 1)):
+            self.run(segments[block.place, what], what)
+
+    def run_loss(self, segments: dict[tuple[str, str], Segment], block: BlockSizes, casts: int) -> None:
+        """Run the loss of a block and its backward, after `run_forward`; `casts` as of `run_block`."""
+        order = ["head", "loss", *["backward"] * (len(block.layers) - 1), "backward0", "embedding", "end"]
         end = "end" if block.place in ("first", "middle") else "head"
         for what in order:
             segment = segments.get((block.place, what))
             if segment is not None:
                 self.run(segment, what, freed=casts if what == end else 0)
+
+    def run_without_graph(self, forward: Segment, layers: int, casts: int) -> None:
+        """Run one micro-batch through layers without a graph.
+
+        Args:
+            forward: of one layer.
+            casts: bytes of autocast's copies of a layer's weights.
+        """
+        for number in range(layers):
+            before = self.activations
+            self.run(forward, "forward")
+            if number:  # the input of a layer goes, autocast's copies stay
+                self.activations = before + casts
 
     def run_stage(self, segments: dict[tuple[str, str], Segment], stage: StageSizes, freed: int) -> None:
         """Run one micro-batch through one stage of several of its block, forward and backward.

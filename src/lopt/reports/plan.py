@@ -30,7 +30,7 @@ def table(plans: Sequence[Plan]) -> str:
     lines = [" " * names + "".join(f"{head:>7}" for head in heads)]
     for plan in plans:
         sizes = [*_parts(plan).values(), plan.total, plan.host, plan.checkpoint]
-        lines.append(f"{plan.setting!s:{names}}" + "".join(f"{_gib(size):>7}" for size in sizes))
+        lines.append(f"{plan.setting!s:{names}}" + "".join(f"{gib(size):>7}" for size in sizes))
     return "\n".join([*lines, "(head: with the loss; stash: with transfers; disk: one checkpoint)", ""])
 
 
@@ -42,7 +42,8 @@ def times(plans: Sequence[Plan], machine: Machine) -> str:
     where = f"{rates} TFLOP/s, {ways}, {machine.host_gbps:.3g} GB/s of host memory"
     lines = [f"Predicted time of a step, at {where}:"]
     several = any(plan.processes > 1 for plan in plans)
-    heads = ["PFLOP", "bus GB", "s", "tokens/s", "copies", "host", *["ranks"] * several, "bound by"]
+    between = ["sent GB", "ranks"] if several else []
+    heads = ["PFLOP", "bus GB", "s", "tokens/s", "copies", "host", *between, "bound by"]
     lines.append(" " * names + "".join(f"{head:>9}" for head in heads))
     for plan in plans:
         time = plan.time(machine)
@@ -50,14 +51,17 @@ def times(plans: Sequence[Plan], machine: Machine) -> str:
         cells += [f"{time.seconds:.{1 if time.seconds >= 10 else 2}f}", f"{plan.tokens / time.seconds:,.0f}"]
         waits = (time.copies / time.seconds, time.host / time.seconds)
         cells += [f"{wait:.0%}" if plan.bus else "-" for wait in waits]
-        cells += [f"{time.ranks / time.seconds:.0%}"] * several
+        cells += [f"{plan.sent / 1e9:.3g}", f"{time.ranks / time.seconds:.0%}"] if several else []
         lines.append(f"{plan.setting!s:{names}}" + "".join(f"{cell:>9}" for cell in [*cells, time.bound]))
     notes = (
         "(bus: to the device; copies, host: share of the time in which the device waits for them;",
         "bound by host: steps in host memory take longer than the device's work; wait: they do not, but what",
         "they step last is needed first)",
     )
-    ranks = f"(ranks: the same of averaging gradients over processes, at {machine.link_gbps:g} GB/s each way)"
+    ranks = (
+        "(sent: by each process to the others; ranks: the same of waiting for that, at "
+        f"{machine.link_gbps:g} GB/s each way)"
+    )
     return "\n".join([*lines, *notes, *[ranks] * several, ""])
 
 
@@ -88,6 +92,7 @@ def as_row(plan: Plan, machine: Machine) -> dict[str, Any]:
     time = plan.time(machine)
     row = {name: value for name, value in vars(plan).items() if name != "work"}
     return row | {
+        "sent": plan.sent,
         "setting": asdict(plan.setting),
         "peak": asdict(plan.peak),
         "name": str(plan.setting),
@@ -151,5 +156,6 @@ def _parts(plan: Plan) -> dict[str, int]:
     return {k: sum(getattr(plan.peak, name) for name in names) for k, (_, names) in PARTS.items()}
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Return bytes in GiB with one decimal, a dash for none."""
     return f"{size / GIB:.{0 if size >= 1000 * GIB else 1}f}" if size else "-"
