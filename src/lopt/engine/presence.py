@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -44,7 +45,8 @@ class Presence:
             for name, value in _PROBES.items():
                 if hasattr(socket, name):
                     connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        os.register_at_fork(after_in_child=self.close)  # a worker that survives would keep them open
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self.close)  # a worker that survives would keep them open
 
     def gone(self) -> list[int]:
         """Return the ranks that have ended, as far as this process can know."""
