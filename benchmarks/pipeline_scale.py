@@ -81,7 +81,7 @@ def case(planner: Planner, blocks: int, machine: Machine) -> dict[str, Any]:
     hides = plan.hidden_from(machine)
     row: dict[str, Any] = {
         "tokens/s": plan.tokens / plan.time(machine).seconds,
-        "without a link": plan.tokens / plan.compute(machine),
+        "without a link": plan.tokens / plan.work(machine),
         "busy": sum(r.seconds(machine, MICRO_BATCHES) for r in plan.ranks)
         / (blocks * plan.time(machine).seconds),
         "GiB": max(rank.peak.total for rank in plan.ranks) / 2**30,

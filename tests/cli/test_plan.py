@@ -212,7 +212,7 @@ def test_a_pipeline(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture) 
     rows = [line.split() for line in out.splitlines() if re.match(r" *\d-\d ", line)]
     assert [row[-1] for row in rows] == [f"{share:.0%}" for share in shares]
     assert found["predicted"]["bound"] == "link" and "bound by the link" in out and max(shares) < 0.95
-    assert "It does not hide" in out and "2.1 GB" not in out and "0.262 MB a micro-batch" in out
+    assert "The links cost time" in out and "2.1 GB" not in out and "0.262 MB a micro-batch" in out
     assert [other["name"] for other in found["end_to_end"]] == ["FSDP2", "1F1B", "zero bubble"]
     words = shlex.split(out[out.index("torchrun") :].replace("\\\n", " "))
     assert words[:6] == ["torchrun", "--nproc_per_node", "6", "--no-python", "lopt", "sft"]

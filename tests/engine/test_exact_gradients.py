@@ -13,6 +13,7 @@ from torch import Tensor
 from lopt import LoPTConfig, attach
 from lopt.engine.exact_gradients import StagedGradients, exact_gradients
 from lopt.engine.plain_loop import block_major
+from lopt.losses.rows import Rows
 from small_model import tiny_llama
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -55,6 +56,12 @@ def test_they_are_those_of_the_whole_model_and_nothing_else_changes(way: str) ->
         torch.testing.assert_close(gradient, expected[key][1])
     assert trainable == [p.requires_grad for p in model.parameters()]
     assert all(p.grad is None for p in model.parameters())
+    for (block, slot), pair in found.items():
+        batch = batches[slot]
+        handle.heads[block].add(
+            *pair, Rows(batch["attention_mask"], batch["input_ids"], labels=batch["labels"])
+        )
+        handle.heads[block].fit()
     if config.is_staged:
         assert len(schedule.step(2, lambda slot: model(**batches[slot]).loss / 2)) == 2  # as ever
         schedule.close()

@@ -26,7 +26,9 @@ def head() -> nn.Linear:
 def test_the_map_is_a_ridge_regression_on_outputs_and_labels(head: nn.Linear) -> None:
     hidden, gradient = torch.randn(2, 5, H) * 30, torch.randn(2, 5, H)
     found = GradientMap(H, head)
-    assert not found(hidden, ROWS).any()
+    assert not found.predict(hidden, ROWS).any()
+    with pytest.raises(ValueError, match="nothing was fitted yet"):
+        found(hidden, ROWS)
     found.add(hidden, gradient, ROWS)
     found.fit()
     known = torch.stack([hidden[place] for place in PLACES])
@@ -54,4 +56,4 @@ def test_an_output_learns_along_the_prediction(head: nn.Linear) -> None:
 
 def test_rows_without_labels_are_refused(head: nn.Linear) -> None:
     with pytest.raises(ValueError, match="needs tokens and labels"):
-        GradientMap(H, head)(torch.randn(2, 5, H), Rows(MASK, IDS))
+        GradientMap(H, head).predict(torch.randn(2, 5, H), Rows(MASK, IDS))

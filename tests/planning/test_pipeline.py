@@ -46,14 +46,14 @@ def test_boundaries_let_the_slowest_process_be_as_quick_as_can_be() -> None:
     pipelines = PipelinePlanner(PLANNER)
     chosen = pipelines.balanced(PIPELINE, MACHINE)
     plan, even = pipelines.plan(chosen), pipelines.plan(PIPELINE)
-    assert plan.compute(MACHINE) < 0.9 * even.compute(MACHINE)
+    assert plan.work(MACHINE) < 0.9 * even.work(MACHINE)
     assert [rank.layers for rank in even.ranks] == split(9, LoPTConfig(num_blocks=3))
     every = (
         pipelines.plan(replace(PIPELINE, block_boundaries=(a, b)))
         for a in range(1, 8)
         for b in range(a + 1, 9)
     )
-    assert plan.compute(MACHINE) == pytest.approx(min(other.compute(MACHINE) for other in every))
+    assert plan.work(MACHINE) == pytest.approx(min(other.work(MACHINE) for other in every))
     assert chosen.block_boundaries == tuple(rank.layers[0] for rank in plan.ranks[1:])
     # Where only the last block learns, it is not cut short.
     frozen = pipelines.balanced(replace(PIPELINE, method="frozen"), MACHINE)
@@ -71,9 +71,9 @@ def test_what_passes_a_link_and_from_which_rate_on_it_hides() -> None:
     rate = plan.hidden_from(MACHINE)
     assert plan.hides(replace(MACHINE, link_gbps=rate)) and plan.bound(MACHINE) == "compute"
     slow = replace(MACHINE, link_gbps=0.9 * rate)
-    assert plan.bound(slow) == "link" and plan.time(slow).seconds > 1.05 * plan.compute(slow)
+    assert plan.bound(slow) == "link" and plan.time(slow).seconds > 1.05 * plan.work(slow)
     assert plan.hidden_from(replace(MACHINE, latency=1.0)) == math.inf
-    far = replace(MACHINE, latency=plan.compute(MACHINE) / 8)
+    far = replace(MACHINE, latency=plan.work(MACHINE) / 8)
     assert plan.time(far, depth=1).seconds > plan.time(far, depth=4).seconds
 
 

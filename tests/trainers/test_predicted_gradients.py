@@ -19,9 +19,12 @@ ROWS = [{"prompt": f"Question {i} ", "completion": "answer " * (i % 4 + 1)} for 
 BLOCK_MAJOR = dict(schedule="block_major", stages=5, offload="block")
 
 
-def train(tiny_folder: Path, folder: Path, checkpoint: str | None = None, **config: Any) -> LoPTSFTTrainer:
+def train(
+    tiny_folder: Path, folder: Path, checkpoint: str | None = None, batch: int = 2, **config: Any
+) -> LoPTSFTTrainer:
     args = LoPTSFTConfig(
-        output_dir=str(folder), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        output_dir=str(folder), max_steps=6, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=4 // batch,
         learning_rate=1e-3, logging_steps=1, save_steps=3, report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = LoPTSFTTrainer(
@@ -62,7 +65,33 @@ def test_schedules_and_a_resumed_run_end_alike(tiny_folder: Path, tmp_path: Path
     assert all(torch.equal(value, staged[name]) for name, value in resumed.items())
 
 
-def test_other_losses_than_that_of_sft_are_refused(tmp_path: Path) -> None:
-    config = LoPTConfig(aux_loss="predicted_gradient")
-    with pytest.raises(ValueError, match="labelled tokens, which SFT alone has: use `aux_loss` recon"):
-        check_settings(LoPTDPOConfig(output_dir=str(tmp_path), use_cpu=True), config)
+def test_micro_batches_count_by_their_labels(tiny_folder: Path, tmp_path: Path) -> None:
+    """Also where earlier blocks rest in the steps before a fit."""
+    whole, parts = (
+        weights(train(tiny_folder, tmp_path / str(batch), batch=batch, local_every=2)) for batch in (4, 1)
+    )
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
+
+
+REFUSED = {
+    "DPO": (LoPTDPOConfig, {}, {}, "labelled tokens, which SFT alone has: use `aux_loss` recon"),
+    "another loss": (LoPTSFTConfig, dict(loss_type="dft"), {}, "plain cross-entropy: use `loss_type` nll"),
+    "one block": (LoPTSFTConfig, {}, dict(num_blocks=1), "needs an earlier block that learns"),
+    "all frozen": (
+        LoPTSFTConfig,
+        {},
+        dict(num_blocks=3, frozen_blocks=2),
+        "needs an earlier block that learns",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tmp_path: Path) -> None:
+    kind, args, config, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        check_settings(
+            kind(output_dir=str(tmp_path), use_cpu=True, **args),
+            LoPTConfig(aux_loss="predicted_gradient", **config),
+        )

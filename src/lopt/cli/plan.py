@@ -119,6 +119,7 @@ def check_arguments(args: PlanArguments) -> int | None:
     if args.stage_layers is not None and (args.stages is not None or args.fit is not None):
         rule = "left out with `stages` or `fit`, which chooses among numbers of `stages`"
         check(False, "stage_layers", args.stage_layers, rule)
+    check_choice("aux_loss", args.aux_loss, ("recon", "next_token"))
     for method in args.method or [""]:
         check_choice("method", method, ("lopt", "e2e", "frozen", "lora"))
     if "lora" in args.method:

@@ -82,6 +82,11 @@ def _check_pipeline(args: PlanArguments) -> None:
     check(len(counts) <= 1, "num_blocks", counts, "one number with `schedule` pipeline")
     known = bool(counts or args.pipeline_size or args.block_boundaries)
     check(known, "pipeline_size", None, "given with `schedule` pipeline: how many devices have a block each")
+    starts = args.block_boundaries
+    agree = not counts or starts is None or counts[0] == len(starts) + 1
+    check(
+        agree, "num_blocks", counts, f"left out with `block_boundaries`, which make {len(starts or ()) + 1}"
+    )
     setting = setting_of(args)
     size = int(setting.pipeline_size or 0)
     check(size >= 2, "pipeline_size", size, ">= 2")
@@ -89,6 +94,9 @@ def _check_pipeline(args: PlanArguments) -> None:
     check(
         args.num_processes == 1 or args.num_processes % size == 0, "num_processes", args.num_processes, rule
     )
+    one_pipeline = args.num_processes in (1, size)
+    rule = "one number with one pipeline, whose blocks have no replicas"
+    check(not one_pipeline or len(args.link_gbps or ()) < 2, "link_gbps", args.link_gbps, rule)
     names = ("method", "num_blocks", "schedule", "pipeline_size", "pipeline_depth")
     shared = ("aux_loss", "frozen_blocks", "clip")
     values = {name: getattr(setting, name) for name in names} | {n: getattr(args, n) for n in shared}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lopt.cli.flag_names import renamed
 from lopt.cli.flags import DataArguments, ModelArguments, TaskArguments
-from lopt.data.chat import Chat
+from lopt.data.chat import Chat, common_start
 from lopt.data.columns import infer_format, needed_columns
 from lopt.data.files import Choose
 from lopt.data.formats import format_rows
@@ -110,8 +110,10 @@ def _as_text(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
     if isinstance(prompt, str):
         return prompt, answer
     chat, options = Chat(tokenizer), template_options(row)
-    opening = chat.render(prompt, add_generation_prompt=True, **options)
-    return opening, chat.render([*prompt, *answer], **options).removeprefix(opening)
+    whole = chat.render([*prompt, *answer], **options)
+    # A template may end the prompt of a generation in what an answer does not have, such as <think>.
+    opening = common_start(chat.render(prompt, add_generation_prompt=True, **options), whole)
+    return opening, whole.removeprefix(opening)
 
 
 def dpo_rows(model_args: ModelArguments, data_args: DataArguments, args: Any) -> SFTRows:

@@ -168,7 +168,7 @@ class LoPT:
         """
         steps = self.config.head_warmup_steps if steps is None else steps
         rate = self.config.head_warmup_lr if learning_rate is None else learning_rate
-        if self._boundaries is None or not steps:
+        if self._boundaries is None or not steps or next(self.heads.parameters(), None) is None:
             return []
         self._boundaries.forget_cleared_gradients()
         return warm_up_heads(self, batches, steps, rate, progress)

@@ -45,7 +45,7 @@ class LoPTConfig(Residency):
         refit_every: Optimizer steps between two fits of `aux_loss` predicted_gradient.
         lambda_aux: λ, the weight of the mean local loss beside the task loss; a predicted gradient has none.
         lr_k1: Learning rate of blocks 1 to k−1, the embedding and the heads. Default: of `learning_rate` a
-            tenth, all with `aux_loss` next_token (as published) or 0.3 with predicted_gradient.
+            tenth, 0.3 with `aux_loss` predicted_gradient, all with next_token (in the paper with recon).
         local_every: Earlier blocks learn on every N-th optimizer step and run without gradients on the
             others, which makes those faster. 1 is the published recipe.
         head_warmup_steps: Steps in which the heads alone learn, before the first optimizer
@@ -88,10 +88,19 @@ class LoPTConfig(Residency):
             object.__setattr__(self, "block_boundaries", starts)
             rising = all(a < b for a, b in itertools.pairwise([0, *starts]))
             check(rising, "block_boundaries", starts, "increasing layer numbers from 1 on, for example 6 12")
+        if self.aux_loss == "predicted_gradient":
+            self._check_predicted_gradient()
+        elif self.refit_every != 10:
+            raise ValueError("`refit_every` needs `aux_loss` predicted_gradient: leave it out")
         if self.frozen_blocks and not self.is_local:
             raise ValueError(f"`frozen_blocks` needs `method` lopt (got {self.method}): leave it out")
         rule = f">= {self.block_count}, the number of blocks"
         check(self.stages is None or self.stages >= self.block_count, "stages", self.stages, rule)
+
+    def _check_predicted_gradient(self) -> None:
+        for name, default in (("lambda_aux", 10.0), ("head_warmup_steps", 60), ("head_warmup_lr", 1e-2)):
+            if getattr(self, name) != default:
+                raise ValueError(f"`{name}` has no effect with `aux_loss` predicted_gradient: leave it out")
 
     @property
     def is_local(self) -> bool:

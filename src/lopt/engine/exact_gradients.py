@@ -113,11 +113,13 @@ class StagedGradients:
 def _nothing_learns(lopt: LoPT) -> Iterator[None]:
     """Within, no parameter of the model gets a gradient, and forwards record what hidden states need."""
     learning = [parameter for parameter in lopt.model.parameters() if parameter.requires_grad]
+    learns, lopt.learns_locally = lopt.learns_locally, True  # or earlier blocks would run without a graph
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
         with torch.enable_grad():
             yield
     finally:
+        lopt.learns_locally = learns
         for parameter in learning:
             parameter.requires_grad_(True)

@@ -251,8 +251,9 @@ def join(size: int, use_cpu: bool = False) -> Grid:
     except (RuntimeError, OSError) as error:  # of torch.distributed, and of sockets
         why = str(error).partition("\n")[0]
         raise ValueError(
-            f"not all {ranks} processes have joined the pipeline within {JOIN_TIMEOUT.total_seconds():g} s "
-            f"({why}): look at what the others say, and whether they can reach MASTER_ADDR"
+            f"the {ranks} processes of the pipeline have not all joined ({why}), for which they have "
+            f"{JOIN_TIMEOUT.total_seconds():g} s: look at what the others say, and whether they can reach "
+            "MASTER_ADDR"
         ) from error
     if on_gpu:
         torch.cuda.set_device(_local_rank())

@@ -49,10 +49,24 @@ class GradientMap(nn.Module):
         self.register_buffer("weight", torch.zeros(features, hidden_size, device=device))
         self.register_buffer("units", torch.ones(2, hidden_size, device=device))
         self.statistics = torch.zeros(features, features + hidden_size)
+        self.is_fitted = False
+
+    def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """Return the predicted gradient (B, T, H) of the mean loss over labels; 0 where there is none.
+
+        Raises:
+            ValueError: The map was never fitted, or the rows have no labels.
+        """
+        if not self.is_fitted:
+            raise ValueError(
+                "`aux_loss` predicted_gradient: nothing was fitted yet: train with LoPTSFTTrainer, which does "
+                "that, or use `aux_loss` recon"
+            )
+        return self.predict(hidden, rows)
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
-        """Return the predicted gradient (B, T, H) of the mean loss over labels; 0 where there is none."""
+    def predict(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """Return what `forward` returns, 0 before the first fit."""
         places, labels = labelled(rows)
         gradient = torch.zeros_like(hidden)
         predicted = self._features(hidden, places, labels) @ self.weight / max(1, len(places))
@@ -86,14 +100,21 @@ class GradientMap(nn.Module):
         gram.diagonal().add_(RIDGE * gram.diagonal().mean())
         self.weight.copy_(torch.cholesky_solve(cross, torch.linalg.cholesky(gram)))
         self.statistics *= DECAY
+        self.is_fitted = True
 
     def get_extra_state(self) -> Tensor:
         """Return the statistics."""
         return self.statistics
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the statistics of a checkpoint."""
+        """Take the statistics of a checkpoint, whose map was fitted."""
         self.statistics.copy_(state)
+        self.is_fitted = True
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.statistics.zero_()
+        self.is_fitted = False
 
     def _features(self, hidden: Tensor, places: Tensor, labels: Tensor) -> Tensor:
         """Return (N, F)."""
@@ -137,7 +158,7 @@ class PredictedGradient:
         return GradientMap(hidden_size, self._lm_head, device)
 
     def check(self, rows: Rows) -> None:
-        """Raise nothing: `labelled` looks when a block learns, and exact gradients have labels apart."""
+        """Do nothing: `labelled` raises when a block learns."""
 
     def loss(self, prediction: Tensor, block_output: Tensor, block_input: Tensor, rows: Rows) -> Tensor:
         """Return the norm of the predicted gradient (B, T, H), as a loss whose gradient is the prediction."""

@@ -63,7 +63,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor | None)
 class Reconstruction:
     """The published local loss: a block learns to reconstruct its input, `mean (g_b(h_b) − sg(h_{b−1}))²`.
 
-    `sg` stops the gradient. Other local losses (`lopt.losses`) have the same methods.
+    `sg` stops the gradient. The other losses of heads that learn have the same methods.
 
     Attributes:
         new_head: Makes the head g_b of a block of hidden size H, on a device, in a dtype.

@@ -77,8 +77,10 @@ def packaged_model(name: str = PACKAGED_MODEL) -> Path:
         return folder
     package = PACKAGES[name]
     try:
-        files = importlib.metadata.files(package.distribution) or []
+        files = importlib.metadata.files(package.distribution)
         importlib.metadata.version("gguf")
+        if not files:
+            raise importlib.metadata.PackageNotFoundError(package.distribution)
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(f"the packaged model {name} is not installed: {package.install}") from error
     folder.parent.mkdir(parents=True, exist_ok=True)

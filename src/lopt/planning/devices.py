@@ -85,6 +85,11 @@ class Machine:
     beside: bool = True
 
     @property
+    def between_replicas(self) -> float:
+        """GB/s each way between the replicas of a block."""
+        return self.link_gbps if self.replica_gbps is None else self.replica_gbps
+
+    @property
     def bytes_in(self) -> float:
         """Bytes a second to the device."""
         return self.bandwidth[0] * 1e9

@@ -117,9 +117,20 @@ class _Stages:
             max(peaks, key=total),
             end_to_end(times, orders, Link.of(self._machine, self._parts.boundary)),
             run.step_tokens * self._replicas,
-            2 * self._parts.boundary * run.accumulation,  # of a stage in the midst, both ways
+            self._sent(),
             max(most),
         )
+
+    def _sent(self) -> int:
+        """Return what the stage with the most to send sends in a step: to its neighbours and to replicas."""
+        passed, last = self._parts.boundary * self._run.accumulation, self._size - 1
+        return max(
+            passed * ((n > 0) + (n < last)) + round(self._averaged(stage))
+            for n, stage in enumerate(self._stages)
+        )
+
+    def _averaged(self, stage: BlockSizes) -> float:
+        return 2 * (self._replicas - 1) / self._replicas * stage.gradients  # a ring
 
     def _stage(self, position: int, layers: list) -> BlockSizes:
         sizes, last = self._sizes, position == self._size - 1
@@ -135,8 +146,7 @@ class _Stages:
         weights = min(forward, back / 2)
         top = sum(fresh["whole", what].flops for what in ("head", "loss")) if stage.after else 0.0
         step = sum(machine.seconds_of_update(*traffic_of(run, part)) for part in parts_of(stage))
-        between = machine.link_gbps if machine.replica_gbps is None else machine.replica_gbps
-        step += 2 * (self._replicas - 1) / self._replicas * stage.gradients / (between * 1e9)
+        step += self._averaged(stage) / (machine.between_replicas * 1e9)
         return StageTime(
             machine.seconds_of(forward, 0.0, True),
             machine.seconds_of(back - weights, top * 2 / 3, True),

@@ -81,8 +81,9 @@ class BlockWork:
 
     def time(self, machine: Machine, micro_batches: int) -> BlockTime:
         """Return how long it takes."""
-        between = machine.link_gbps if machine.replica_gbps is None else machine.replica_gbps
-        step = self.averaged / (between * 1e9) + sum(machine.seconds_of_update(*u) for u in self.updates)
+        step = self.averaged / (machine.between_replicas * 1e9) + sum(
+            machine.seconds_of_update(*u) for u in self.updates
+        )
         forward = machine.seconds_of(self.forward, 0.0, self.learns)
         return BlockTime(forward, machine.seconds_of(self.rest, self.loss, self.learns), step)
 
@@ -115,32 +116,38 @@ class PipelinePlan:
             times, self.micro_batches, self.setting.pipeline_depth if depth is None else depth, link
         )
 
-    def compute(self, machine: Machine) -> float:
-        """Return the time of the process that has most to do: of a step in which nobody waits."""
+    def work(self, machine: Machine) -> float:
+        """Return the time of the process that has most to do: of a step in which no link is waited for."""
         return max(rank.seconds(machine, self.micro_batches) for rank in self.ranks)
 
     def bound(self, machine: Machine) -> str:
-        """Return what bounds a step: "compute" or "link"."""
-        return "compute" if self.hides(machine) else "link"
+        """Return what bounds a step: "compute", "link", or "replicas", which average gradients."""
+        if not self.hides(machine):
+            return "link"
+        alone = self.work(replace(machine, replica_gbps=math.inf))
+        return "compute" if self.work(machine) <= HIDDEN * alone else "replicas"
+
+    @property
+    def sent(self) -> int:
+        """Bytes that the process with the most to send sends in a step, to the next one and to replicas."""
+        passed, last = self.micro_batches * self.boundary, len(self.ranks) - 1
+        averaged = [round(sum(work.averaged for work in rank.work)) for rank in self.ranks]
+        return max(passed * (n < last) + own for n, own in enumerate(averaged))
 
     def hides(self, machine: Machine, depth: int | None = None) -> bool:
         """Return whether what passes the links costs next to no time."""
-        return self.time(machine, depth).seconds <= HIDDEN * self.compute(machine)
+        return self.time(machine, depth).seconds <= HIDDEN * self.work(machine)
 
     def hidden_from(self, machine: Machine, depth: int | None = None) -> float:
         """Return the GB/s of the links from which on they hide; infinity if latency alone is too long."""
         low, high = math.log(SLOWEST), math.log(FASTEST)
-        if not self.hides(replace(machine, link_gbps=FASTEST, replica_gbps=_between(machine)), depth):
+        if not self.hides(replace(machine, link_gbps=FASTEST, replica_gbps=machine.between_replicas), depth):
             return math.inf
         while high - low > 0.01:
             middle = (low + high) / 2
-            rate = replace(machine, link_gbps=math.exp(middle), replica_gbps=_between(machine))
+            rate = replace(machine, link_gbps=math.exp(middle), replica_gbps=machine.between_replicas)
             low, high = (low, middle) if self.hides(rate, depth) else (middle, high)
         return math.exp(high)
-
-
-def _between(machine: Machine) -> float:
-    return machine.link_gbps if machine.replica_gbps is None else machine.replica_gbps
 
 
 class PipelinePlanner:

@@ -118,10 +118,10 @@ class Guard:
             raise NonFiniteError(self._step_message(bad, self._trainer.batches))
 
     def check_warm_up(self, step: int, losses: list[float]) -> None:
-        """Stop a head warm-up whose local losses are not finite."""
+        """Stop a head warm-up whose local losses, or hidden states for the next process, are not finite."""
         names = [f"the local loss of block {block + 1}" for block in self._trainer.lopt.learning]
-        if bad := non_finite(names, losses):
-            self._largest_sent()
+        names = [*names[: len(losses)], "a hidden state that this rank computes for the next one"]
+        if bad := non_finite(names, [*losses, self._largest_sent()]):
             raise NonFiniteError(
                 f"head warm-up, step {step}: {bad}; no weight of the model has been changed. "
                 "Lower `head_warmup_lr`, or leave the warm-up out with `head_warmup_steps` 0"

@@ -85,8 +85,7 @@ def comparison(plan: PipelinePlan, others: Sequence[Rival], machine: Machine) ->
     lines = [f"Beside it, end to end on {devices} devices (predicted; the device that needs most):"]
     lines.append(" " * 24 + "".join(f"{head:>10}" for head in heads))
     peak = max((rank.peak for rank in plan.ranks), key=lambda peak: peak.total)
-    seconds, sent = plan.time(machine).seconds, plan.micro_batches * plan.boundary
-    rows = [(str(plan.setting), peak, seconds, plan.tokens, sent, 1)]
+    rows = [(str(plan.setting), peak, plan.time(machine).seconds, plan.tokens, plan.sent, 1)]
     rows += [(r.name, r.peak, r.seconds, r.tokens, r.sent, r.held) for r in others]
     for name, most, time, tokens, passed, held in rows:
         activations = most.activations + most.head_and_loss
@@ -156,8 +155,8 @@ def _rank_json(
 
 
 def _bound(plan: PipelinePlan, machine: Machine) -> str:
-    if plan.bound(machine) == "link":
-        return "bound by the link"
+    if (bound := plan.bound(machine)) != "compute":
+        return "bound by the link" if bound == "link" else "bound by replicas, which average gradients"
     times = [rank.seconds(machine, plan.micro_batches) for rank in plan.ranks]
     return f"bound by compute, of rank {_ranks(times.index(max(times)), plan.replicas)}"
 
@@ -165,14 +164,17 @@ def _bound(plan: PipelinePlan, machine: Machine) -> str:
 def _hiding(plan: PipelinePlan, machine: Machine) -> list[str]:
     """Return whether the links hide, and from which rate on they do."""
     depth, rate = plan.setting.pipeline_depth, plan.hidden_from(machine)
-    words = "It hides" if plan.hides(machine) else "It does not hide"
+    cost = "cost no time" if plan.hides(machine) else "cost time"
     if math.isfinite(rate):
-        return [f"{words}: links do from {rate:.2g} GB/s on at this latency (--pipeline_depth {depth})."]
+        none = f"they cost none from {rate:.2g} GB/s on at this latency (--pipeline_depth {depth})"
+        return [f"The links {cost}: {none}."]
     for deeper in (d for d in DEPTHS if d > depth):
         if math.isfinite(rate := plan.hidden_from(machine, deeper)):
-            more = f"with --pipeline_depth {deeper} from {rate:.2g} GB/s on"
-            return [f"{words}, at no rate, as the latency is too long for --pipeline_depth {depth}: {more}."]
-    return [f"{words} at any rate: the latency is too long, which more micro-batches a step help against."]
+            more = f"with --pipeline_depth {deeper} they cost none from {rate:.2g} GB/s on"
+            return [
+                f"The links {cost} at any rate, as the latency is long for --pipeline_depth {depth}: {more}."
+            ]
+    return [f"The links {cost} at any rate: the latency is long. More micro-batches a step help."]
 
 
 def _unit(plan: PipelinePlan) -> str:

@@ -298,6 +298,15 @@ def _check_predicted_gradient(args: TrainingArguments, config: LoPTConfig) -> No
             "`aux_loss` predicted_gradient is fitted to the loss of labelled tokens, which SFT alone has: "
             "use `aux_loss` recon"
         )
+    if args.loss_type not in ("nll", "chunked_nll") or args.label_smoothing_factor:
+        raise ValueError(
+            "`aux_loss` predicted_gradient is fitted to plain cross-entropy: use `loss_type` nll without "
+            "`label_smoothing_factor`, or `aux_loss` recon"
+        )
+    if not config.block_count - 1 - config.frozen_blocks:
+        raise ValueError(
+            "`aux_loss` predicted_gradient needs an earlier block that learns: give more `num_blocks`"
+        )
     if args.world_size > 1:
         raise ValueError("`aux_loss` predicted_gradient runs in one process: use `aux_loss` recon")
 

@@ -58,9 +58,11 @@ def warm_up_heads(trainer: Any) -> None:
             if lopt.learning:
                 history = lopt.warm_up_heads(trainer.head_warm_up_batches(), progress=show)
             else:
-                for batch in itertools.islice(itertools.cycle(trainer.head_warm_up_batches()), steps):
+                batches = itertools.islice(itertools.cycle(trainer.head_warm_up_batches()), steps)
+                for step, batch in enumerate(batches, start=1):
                     boundary_states(lopt, batch)
                     bar.update()
+                    trainer.guard.check_warm_up(step, [])
     if trainer.reduction is not None:
         trainer.reduction.broadcast_heads()
     trainer.head_warmup_history = history
@@ -95,4 +97,6 @@ def load_heads(lopt: LoPT, folder: Path) -> None:
         )
     saved = {name: value for path in paths for name, value in safetensors.torch.load_file(path).items()}
     own = {name for name, value in lopt.heads.state_dict().items() if not value.is_meta}
+    if own - saved.keys():
+        raise ValueError(f"{folder} has heads of another `aux_loss`: resume with that of the run")
     lopt.heads.load_state_dict({name: saved[name] for name in own}, strict=False)

@@ -119,7 +119,7 @@ class LoPTMixin(WritesCheckpoints, Trainer):
         self.reports = None if self.grid is None else Reports(self.grid)
         self.throughput = Throughput(self.args.device, in_stages=self.block_major is not None)
         self.head_warmup_history: list[list[float]] = []
-        predicts = config.is_local and config.aux_loss == "predicted_gradient"
+        predicts = bool(self.lopt.learners) and config.aux_loss == "predicted_gradient"
         self.predicted_gradients = PredictedGradients(self) if predicts else None
         self.add_callback(LoopEvents(self))
 
@@ -314,6 +314,8 @@ class LoPTMixin(WritesCheckpoints, Trainer):
             tokens = self.real_tokens(inputs)
             self.share = self.loss_share(tokens)
             self.lopt.loss_scale = self.share * self._scale
+            if self.predicted_gradients is not None:
+                self.lopt.loss_scale = self.predicted_gradients.share(inputs) * self._scale
             self.throughput.count(tokens or 0)
         return inputs
 

@@ -32,6 +32,14 @@ def join_pipeline(config: LoPTConfig, use_cpu: bool = False) -> Grid:
     return grid.join(size, use_cpu)
 
 
+def leave_pipeline() -> None:
+    """Leave the pipeline at the end of a script; waits in the first process until all others have left.
+
+    Without it, a process that ends early looks like one that was killed to those still at work.
+    """
+    grid.leave()
+
+
 def take_place(config: LoPTConfig) -> Grid | None:
     """Return the place of this process; None if the run is no pipeline.
 
@@ -43,7 +51,7 @@ def take_place(config: LoPTConfig) -> Grid | None:
     place = grid.current()
     if place is None:
         raise ValueError(
-            "`schedule` pipeline: this process has joined none. lopt sft and lopt dpo do it; in Python call "
+            "`schedule` pipeline: this process has joined none. The commands of lopt do it; in Python call "
             "join_pipeline(lopt_config), from lopt.trainers.pipeline, before the arguments are made"
         )
     return place
