@@ -1,4 +1,4 @@
-"""A pipeline of two processes through a slow link: measured, and as `lopt plan` predicts it.
+"""A pipeline of two processes through a slow link: measured, and as the model of `lopt plan` says.
 
 Each process is in a network namespace of its own, with one interface (a TUN device), and this script
 carries the packets between them at a limited rate and with a delay, as a line would. Schedule, link and gloo

@@ -1,4 +1,4 @@
-"""Which processes of a run are still there: each has a connection to the first, which a dead one closes.
+"""Which processes of a run are still there: each has a connection to the first, closed when it ends.
 
 A process that was killed says nothing, and one that computes may be silent for long. The system closes the
 connections of a process that is gone, whatever it was doing; where a machine is gone, unanswered probes do

@@ -59,8 +59,8 @@ class GradientMap(nn.Module):
         """
         if not self.is_fitted:
             raise ValueError(
-                "`aux_loss` predicted_gradient: nothing was fitted yet: train with LoPTSFTTrainer, which does "
-                "that, or use `aux_loss` recon"
+                "`aux_loss` predicted_gradient: nothing was fitted yet: train with LoPTSFTTrainer, which "
+                "does that, or use `aux_loss` recon"
             )
         return self.predict(hidden, rows)
 

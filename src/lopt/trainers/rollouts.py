@@ -1,4 +1,4 @@
-"""Rollouts of GRPO in a pipeline, whose processes have no whole model: a vLLM server has it.
+"""Rollouts of GRPO in a pipeline come from a vLLM server, since no process has the whole model.
 
 The process with the last block asks the server and computes the rewards, and the others, which have the same
 prompts, take both from it. Before that each sends its weights to it, and it passes them on to the server.
