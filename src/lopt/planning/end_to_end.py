@@ -55,7 +55,7 @@ class Rival:
 
 
 def rivals(planner: Planner, size: int, replicas: int, machine: Machine, checkpointing: bool) -> list[Rival]:
-    """Return FSDP2, 1F1B and zero-bubble on `size` x `replicas` devices, with a step of as many tokens (FSDP2: about).
+    """Return FSDP2 (a step of about as many tokens), 1F1B and zero-bubble on `size` x `replicas` devices.
 
     Args:
         planner: Of the run.
