@@ -158,7 +158,8 @@ def _steps(facts: Mapping[str, Any], what: str) -> str:
         parts.append(f"{accumulated} micro-batches")
     if ranks > 1:
         parts.append(f"{ranks} processes")
-    words = f"{facts['steps']:,}, each of {rows * accumulated * ranks} {what}"
+    count = rows * accumulated * ranks
+    words = f"{facts['steps']:,}, each of {count} {what.removesuffix('s') if count == 1 else what}"
     if len(parts) > 1:
         words += f" ({' × '.join(parts)})"
     if facts["first_step"]:
