@@ -47,6 +47,31 @@ def test_the_card_of_a_run(tmp_path: Path, sums_file: Path, method: str) -> None
     exec(code.replace("max_new_tokens=128", "max_new_tokens=2"), {})
 
 
+def test_a_packaged_model_is_named_as_on_the_hub(
+    tmp_path: Path, sums_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOPT_CACHE", str(tmp_path))
+    save_tiny(tmp_path / "smollm2-135m")
+    words = [
+        "--model_name_or_path",
+        "smollm2-135m",
+        "--train_file",
+        sums_file,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    words += ["--method", "frozen", "--max_steps", 1]
+    assert main(["sft", *map(str, words)]) == 0
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(text)
+    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", base)
+    assert (
+        f"[{base}](https://huggingface.co/{base}), whose licence is apache-2.0 (weights rounded to 4 bits"
+        in text
+    )
+
+
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_cards_of_the_other_trainers(tiny_folder: Path, tmp_path: Path, name: str) -> None:
     model, common = (

