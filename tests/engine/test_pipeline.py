@@ -80,8 +80,8 @@ def compare(folder: Path, config: LoPTConfig, batches: list[Any], mesh: DeviceMe
         folder, replace(config, offload="none", optimizer_device="auto"), batches, ADAMW
     )
     handle, losses, schedule = in_pipeline(folder, config, batches, ADAMW, mesh)
-    names = config.num_blocks, config.method, config.tied_embeddings, config.offload, len(batches)
-    saved = folder / "-".join(map(str, ("saved", *names)))
+    parts = config.num_blocks, config.stages, config.method, config.tied_embeddings, config.offload
+    saved = folder / "-".join(map(str, ("saved", *parts, len(batches))))
     save_model(handle, schedule, saved)
     plain = AutoModelForCausalLM.from_pretrained(saved)
     for name, value in plain.named_parameters():
@@ -109,7 +109,7 @@ def bit_for_bit(folder: Path, size: int) -> None:
         LoPTConfig(num_blocks=size, schedule="block_major", offload="block", optimizer_device="cpu"),
         LoPTConfig(num_blocks=size, tied_embeddings="freeze", schedule="block_major"),
     ]
-    for config, slots in itertools.product(configs, (1, 7) if size == 2 else (4,)):
+    for config, slots in itertools.product(configs, {2: (1, 7), 3: (4,), 4: (1, 4, 7)}[size]):
         compare(folder, config, [BATCHES[slot % 4] for slot in range(slots)], mesh)
 
 
@@ -125,7 +125,7 @@ def with_replicas(folder: Path) -> None:
             torch.testing.assert_close(value, whole.model.get_parameter(name), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_weights_of_one_process_bit_for_bit(tmp_path: Path, size: int) -> None:
     tiny("llama-tied").save_pretrained(tmp_path, max_shard_size="20KB")
     run_ranks(size, tmp_path, bit_for_bit, tmp_path, size)
