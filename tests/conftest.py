@@ -146,9 +146,21 @@ def pytest_runtest_setup() -> None:
     """Leave what modules hold, millions of objects, out of garbage collection: every `train()` collects."""
     global _modules_when_frozen
     if len(sys.modules) > _modules_when_frozen + 100:
-        gc.collect()
-        gc.freeze()
+        freeze_after_collecting()
         _modules_when_frozen = len(sys.modules)
+
+
+def freeze_after_collecting() -> None:
+    """Collect all garbage, also what was in use when it was frozen, and freeze the rest."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def no_garbage() -> None:
+    """For tests that count bytes: models of the modules before are gone."""
+    freeze_after_collecting()
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,8 @@ from lopt.instruments.memory import (
     peak_memory,
 )
 
+pytestmark = pytest.mark.usefixtures("no_garbage")
+
 N = 1000
 S = 4 * N  # bytes of one activation in the chains below
 EXPS = 10  # exponentials per block: each saves its result

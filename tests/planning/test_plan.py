@@ -18,6 +18,8 @@ from lopt.planning.run import Run, Setting
 from lopt.planning.sizes import Sizes
 from plan_accuracy import live
 
+pytestmark = pytest.mark.usefixtures("no_garbage")
+
 WIDTH = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, head_dim=32)
 CONFIGS = {
     "llama": LlamaConfig(**WIDTH, num_hidden_layers=10, num_key_value_heads=2, vocab_size=512),
