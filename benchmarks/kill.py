@@ -20,11 +20,8 @@ import os
 import random
 import shutil
 import signal
-import socket
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,7 +37,7 @@ from lopt.engine import grid
 from lopt.reliability.checkpoint import WRITING, checkpoints, choose, damage, recover
 from lopt.trainers.config import LoPTGRPOConfig, LoPTSFTConfig
 from lopt.trainers.pipeline import join_pipeline
-from small_model import byte_tokenizer, flags, keep, tiny_llama
+from small_model import byte_tokenizer, flags, fork_ranks, keep, tiny_llama
 
 KINDS = ("eager", "block_major", "stages", "grpo", "ranks", "pipeline", "pipeline_sizes")
 RANKS = {"ranks": 2, "pipeline": 3, "pipeline_sizes": 3}
@@ -100,31 +97,9 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
 def start(kind: str, folder: Path, steps: int, ranks: int) -> list[int]:
     """Fork a process per rank; returns their ids."""
     recover(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(ranks):
-        child = os.fork()
-        if child:
-            started.append(child)
-            continue
-        if ranks > 1:
-            places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_PORT=port)
-            os.environ.update({k: str(v) for k, v in places.items()}, MASTER_ADDR="127.0.0.1")
-        log = os.open(folder / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = 1
-        try:
-            train(kind, folder, steps, ranks)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return started
+    return fork_ranks(
+        ranks, lambda rank: folder / f"log-{rank}.txt", lambda rank: train(kind, folder, steps, ranks)
+    )
 
 
 @dataclass

@@ -90,17 +90,18 @@ def batches(count: int, rows: int, tokens: int, vocabulary: int = 64) -> list[di
 
 
 class Sleep(torch.autograd.Function):
-    """Take a unit of time in the forward, and two in the backward."""
+    """Take the time of a device: so many seconds in the forward, and so many in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        time.sleep(UNIT)
+    def forward(ctx: Any, hidden: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.seconds = backward
+        time.sleep(forward)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        time.sleep(2 * UNIT)
-        return gradient
+        time.sleep(ctx.seconds)
+        return gradient, None, None
 
 
 def simulated_rank(steps: int, micro_batches: int) -> dict[str, float]:
@@ -109,7 +110,7 @@ def simulated_rank(steps: int, micro_batches: int) -> dict[str, float]:
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("pipeline",))
     model = llama(size, 16)
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda module, args, output: Sleep.apply(output))
+        layer.mlp.register_forward_hook(lambda module, args, output: Sleep.apply(output, UNIT, 2 * UNIT))
     handle = attach(model, LoPTConfig(num_blocks=size, schedule="block_major"))
     schedule = pipeline(handle, handle.parameter_groups(1e-3), ADAMW, mesh, device=CPU)
     link, data = schedule.link, batches(micro_batches, 1, 8)

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from pipeline import Sleep
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -108,20 +108,6 @@ def compared(case: Case, steps: int) -> dict[str, Any]:
     }
 
 
-class Sleep(torch.autograd.Function):
-    """Take the time of a device."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        time.sleep(FORWARD)
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        time.sleep(BACKWARD)
-        return gradient
-
-
 def measured_rank(case: Case, steps: int) -> tuple[float, float, int]:
     """Train; return seconds of a step in which this process has not waited, all its seconds, bytes sent."""
     torch.set_num_threads(1)
@@ -129,7 +115,7 @@ def measured_rank(case: Case, steps: int) -> tuple[float, float, int]:
     model: Any = LlamaForCausalLM(CONFIG)
     for layer in model.model.layers:  # what a layer would compute takes its time by a sleep
         layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-        layer.mlp.forward = Sleep.apply
+        layer.mlp.forward = lambda hidden: Sleep.apply(hidden, FORWARD, BACKWARD)
     handle = attach(model, LoPTConfig(num_blocks=2, schedule="block_major"))
     schedule = pipeline(handle, handle.parameter_groups(1e-4), ADAMW, mesh, device=CPU, depth=case.depth)
     link = schedule.link

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,39 @@ def tiny_llama(vocab_size: int, dropout: float = 0.2) -> LlamaForCausalLM:
             num_attention_heads=4, num_key_value_heads=2, attention_dropout=dropout, pad_token_id=0,
         )
     )  # fmt: skip
+
+
+def fork_ranks(ranks: int, log_of: Callable[[int], Path], work: Callable[[int], int | None]) -> list[int]:
+    """Fork a process per rank, in a launcher's environment if there are several; return their ids.
+
+    Args:
+        log_of: returns the file that a rank's output is added to.
+        work: what a rank does; returns its exit code. An error is printed, and gives 1.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child:
+            started.append(child)
+            continue
+        if ranks > 1:
+            places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_PORT=port)
+            os.environ.update({k: str(v) for k, v in places.items()}, MASTER_ADDR="127.0.0.1")
+        log = os.open(log_of(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = 1
+        try:
+            code = work(rank) or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return started
 
 
 def flags(description: str | None, results: str) -> argparse.ArgumentParser:

@@ -18,11 +18,8 @@ import random
 import select
 import shutil
 import signal
-import socket
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +37,7 @@ from lopt.evaluation.retention_callback import RetentionCallback
 from lopt.reliability.checkpoint import checkpoints, damage
 from lopt.reliability.stop import EXIT_STOPPED
 from lopt.trainers import LoPTGRPOTrainer, LoPTSFTTrainer
-from small_model import byte_tokenizer, flags, keep, tiny_llama
+from small_model import byte_tokenizer, flags, fork_ranks, keep, tiny_llama
 
 LONGEST = 60.0
 LEFT = 128
@@ -132,32 +129,13 @@ def _marked(function: Callable[..., Any], number: int, told: int) -> Callable[..
 
 def start(job: Job, arguments: list[str], folder: Path, told: int, telling: int) -> list[int]:
     """Fork a process per rank that runs the job, of which rank `telling` tells; returns their ids."""
-    ranks, started = RANKS.get(job.name, 1), []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for rank in range(ranks):
-        child = os.fork()
-        if child:
-            started.append(child)
-            continue
-        if ranks > 1:
-            places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_PORT=port)
-            os.environ.update({k: str(v) for k, v in places.items()}, MASTER_ADDR="127.0.0.1")
-        log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = 1
-        try:
-            if rank == telling:
-                mark(job.name, told)
-            code = lopt_main([*arguments, "--output_dir", str(folder)])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return started
+
+    def run(rank: int) -> int:
+        if rank == telling:
+            mark(job.name, told)
+        return lopt_main([*arguments, "--output_dir", str(folder)])
+
+    return fork_ranks(RANKS.get(job.name, 1), lambda rank: folder.with_suffix(".log"), run)
 
 
 class Clock:

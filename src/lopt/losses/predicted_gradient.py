@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lopt.losses.next_token import predicted_positions
-from lopt.losses.rows import Rows
+from lopt.losses.rows import Rows, channel_rms
 
 RIDGE = 1.0
 """Strength of the regression, in units of the mean square of a feature over all positions."""
@@ -86,7 +86,7 @@ class GradientMap(nn.Module):
             return
         if not self.statistics.any():  # the first rows
             for unit, values in zip(self.units, self._known(hidden, places, labels), strict=True):
-                unit.copy_(values.square().mean(0).sqrt().clamp(min=torch.finfo(values.dtype).tiny))
+                unit.copy_(channel_rms(values[None], None))
         features = self._features(hidden, places, labels)
         exact = gradient.flatten(0, 1)[places].to(features) * len(places)
         self.statistics += (features.T @ torch.cat([features, exact], 1)).to(self.statistics.device)

@@ -268,12 +268,11 @@ class PipelinePlanner:
         borrowed = sizes.tied if own[-1].place == "last" and run.tied_embeddings == "freeze" else []
         weights = sum(block.nbytes for block in own) + size_of(borrowed) + sizes.buffers
         base, peak = Bytes(weights=weights, optimizer=state), Bytes()
-        ids = 3 * 8 * run.batch * run.tokens  # of a micro-batch: tokens, mask and labels
         for number, block in enumerate(own):
             trace = Trace(base)
             for slot, segments in enumerate((parts.fresh, parts.again)[: run.accumulation]):
                 before, after = waits.during(position, number, len(own), slot)
-                trace.activations, trace.stash = (run.accumulation - 1) * ids, before
+                trace.activations, trace.stash = (run.accumulation - 1) * run.ids_bytes, before
                 trace.run(segments[place, "start"], "start")
                 if not block.learns:
                     trace.run_without_graph(self._forward(setting), len(block.layers), parts.casts)

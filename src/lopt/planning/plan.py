@@ -242,7 +242,7 @@ class Planner:
 
     def _micro_batches(self, trace: Trace, parts: Parts) -> Iterator[dict[tuple[str, str], Segment]]:
         """Yield the segments of the first two micro-batches; a third is like the second."""
-        waiting = (self.run.accumulation - 1) * 3 * 8 * self.run.batch * self.run.tokens  # ids, mask, labels
+        waiting = (self.run.accumulation - 1) * self.run.ids_bytes
         for segments in (parts.fresh, parts.again)[: self.run.accumulation]:
             trace.activations = waiting
             yield segments

@@ -98,6 +98,11 @@ class Run:
     fsdp2: bool = False
 
     @property
+    def ids_bytes(self) -> int:
+        """Bytes of a micro-batch as it waits: tokens, mask and labels."""
+        return 3 * 8 * self.batch * self.tokens
+
+    @property
     def step_tokens(self) -> int:
         """Tokens per optimizer step, padding included."""
         return self.batch * self.tokens * self.accumulation

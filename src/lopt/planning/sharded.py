@@ -50,10 +50,9 @@ def sharded_peak(
     own = [_own(block.trained, block, n) for block in blocks]
     trained = [t for tensors in own for t in tensors]
     trace = ShardedTrace(run, computed, Bytes(weights=weights, optimizer=state_of(run, trained)))
-    ids = 3 * 8 * run.batch * run.tokens  # of a micro-batch: tokens, mask and labels
     for number, segments in enumerate((parts.fresh, parts.again)[: run.accumulation]):
         trace.averages = number + 1 == run.accumulation
-        trace.activations = (run.accumulation - 1) * ids
+        trace.activations = (run.accumulation - 1) * run.ids_bytes
         trace.run(segments[blocks[0].place, "start"], "start")
         for block in computed:
             trace.run_block(segments, block, 0)

@@ -69,7 +69,7 @@ class StagedStep:
         self._reference = reference
         self.run, self.setting, self.parts, self.forward, self.stages = run, setting, parts, forward, stages
         self._kept = Kept(run, stages)
-        self._rows = 3 * 8 * run.batch * run.tokens  # of a micro-batch: tokens, mask and labels
+        self._rows = run.ids_bytes
         self.peak = Bytes()
         self.host_work = self.host_gradients = self.bytes_in = self.stash_in = 0
         self._moves = setting.offload == "block"
