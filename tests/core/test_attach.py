@@ -458,3 +458,33 @@ def test_casts_of_weights_go_with_their_block() -> None:
             model(**batch_of([8, 8]))
     casts = sum(2 * p.numel() for p in handle.blocks.layers[0].parameters() if p.ndim > 1)
     assert live[-1] - live[1] < casts
+
+
+def test_the_task_gradient_passes_through_a_frozen_top() -> None:
+    """Layers in the middle have the gradients of the plain model, all others none."""
+    plain, model = tiny("llama", num_hidden_layers=6), tiny("llama", num_hidden_layers=6)
+    model.load_state_dict(plain.state_dict())
+    batch = batch_of([5, 3])
+    plain(**batch).loss.backward()
+    handle = attach(model, LoPTConfig(method="frozen", block_boundaries=[2], frozen_top=2))
+    model(**batch).loss.backward()
+    middle = {f"model.layers.{index}" for index in (2, 3)}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".layers.")[0] and ".".join(name.split(".")[:3]) in middle:
+            assert torch.equal(parameter.grad, plain.get_parameter(name).grad), name
+        else:
+            assert not parameter.requires_grad and parameter.grad is None, name
+    handle.detach()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_frozen_top_keeps_a_shared_embedding() -> None:
+    model = tiny("llama-tied")
+    attach(model, LoPTConfig(num_blocks=2, frozen_top=1, head_warmup_steps=0))
+    embedding = model.get_input_embeddings().weight
+    assert model.lm_head.weight is embedding and not embedding.requires_grad
+
+
+def test_a_frozen_top_leaves_a_layer_of_the_last_block() -> None:
+    with pytest.raises(ValueError, match=r"`frozen_top` must be < 2, the layers of the last block"):
+        attach(tiny("llama"), LoPTConfig(num_blocks=2, frozen_top=2))

@@ -17,6 +17,7 @@ from lopt import LoPTConfig
         ("num_blocks", [0, -1]),
         ("aux_loss", ["next"]),
         ("frozen_blocks", [-1]),
+        ("frozen_top", [-1]),
         ("lambda_aux", [-1.0, math.nan, math.inf]),
         ("lr_k1", [-1e-5, math.nan]),
         ("head_warmup_steps", [-1]),
@@ -47,6 +48,7 @@ def test_defaults_and_alias() -> None:
     ("settings", "message"),
     [
         (dict(method="frozen", frozen_blocks=1), "`frozen_blocks` needs `method` lopt"),
+        (dict(method="lora", frozen_top=1), "`frozen_top` has no effect with `method` lora"),
         (dict(offload="block"), "`offload` block needs `schedule` block_major"),
         (dict(stages=4), "`stages` 4 needs `schedule` block_major"),
         (dict(schedule="block_major", stages=2, stage_layers=2), "give one of them"),

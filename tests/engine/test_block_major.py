@@ -112,6 +112,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "next token": dict(num_blocks=2, aux_loss="next_token", stages=5),
     "frozen": dict(method="frozen", num_blocks=2, stages=4),
     "frozen block": dict(num_blocks=3, frozen_blocks=1, stages=5),
+    "frozen top": dict(method="frozen", num_blocks=2, stages=4, frozen_top=1),
     "global": dict(num_blocks=2, stages=4, clip="global"),
 }
 PLACES: dict[str, dict[str, Any]] = {

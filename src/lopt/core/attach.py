@@ -85,6 +85,8 @@ class LoPT:
         self.after_local_backward: Callable[[int], None] | None = None
         self.offload_device: torch.device | None = None
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        for module in self.blocks.top(config.frozen_top):
+            module.requires_grad_(False)
         self._untied = separate_embeddings(base, config.tied_embeddings, len(self.blocks))
         self.local_loss = AUX_LOSSES[config.aux_loss](self.blocks.tail, base.get_output_embeddings())
         self.heads = nn.ModuleList(self._new_head(b) for b in self.blocks[:-1] if config.is_local)

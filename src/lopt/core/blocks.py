@@ -43,6 +43,11 @@ class Blocks(Sequence[Block]):
         self.decoder, self.layers = found.module, found.layers
         self.tail, self.front, self.others = found.tail, found.front, found.others
         spans = split(len(self.layers), config)
+        if config.frozen_top >= (size := spans[-1][1] - spans[-1][0]):
+            raise ValueError(
+                f"`frozen_top` must be < {size}, the layers of the last block, or nothing learns from the task "
+                f"(got {config.frozen_top})"
+            )
         self._blocks = [Block(index, start, stop) for index, (start, stop) in enumerate(spans)]
         self._check_owners(model)
 
@@ -62,6 +67,10 @@ class Blocks(Sequence[Block]):
         for name, parameter in model.named_parameters():
             if owners.get(id(parameter), 0) == index:
                 yield name, parameter
+
+    def top(self, layers: int) -> list[nn.Module]:
+        """Return the last so many layers, and the norm and LM head after them; nothing for 0 layers."""
+        return [*self.layers[-layers:], *self.tail, self._base.get_output_embeddings()] if layers else []
 
     def _claims(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield (block index, module) for every module that holds parameters."""

@@ -22,7 +22,7 @@ _CHOICES: dict[str, Any] = {
     "tied_embeddings": ("untie", "freeze"),
     "clip": ("global", "block"),
 }
-_AT_LEAST_0 = ("frozen_blocks", "lambda_aux", "lr_k1", "head_warmup_steps", "head_warmup_lr")
+_AT_LEAST_0 = ("frozen_blocks", "frozen_top", "lambda_aux", "lr_k1", "head_warmup_steps", "head_warmup_lr")
 
 
 @documented
@@ -42,6 +42,9 @@ class LoPTConfig(Residency):
             prediction of the task's gradient, fitted to exact ones every `refit_every` steps.
         frozen_blocks: How many blocks, from the first on, do not learn at all: they need no activations,
             gradients or optimizer state. Useful with `aux_loss` next_token, which teaches low blocks little.
+        frozen_top: How many of the last layers do not learn, nor do the norm and LM head after them, or an
+            embedding that the LM head shares. The task gradient passes through them, so that with `method`
+            frozen only layers in the middle learn.
         refit_every: Optimizer steps between two fits of `aux_loss` predicted_gradient.
         lambda_aux: λ, the weight of the mean local loss beside the task loss; a predicted gradient has none.
         lr_k1: Learning rate of blocks 1 to k−1, the embedding and the heads. Default: of `learning_rate` a
@@ -65,6 +68,7 @@ class LoPTConfig(Residency):
     block_boundaries: list[int] | None = None
     aux_loss: Literal["recon", "next_token", "predicted_gradient"] = "recon"
     frozen_blocks: int = 0
+    frozen_top: int = 0
     refit_every: int = 10
     lambda_aux: float = 10.0
     lr_k1: float | None = None
@@ -94,6 +98,8 @@ class LoPTConfig(Residency):
             raise ValueError("`refit_every` needs `aux_loss` predicted_gradient: leave it out")
         if self.frozen_blocks and not self.is_local:
             raise ValueError(f"`frozen_blocks` needs `method` lopt (got {self.method}): leave it out")
+        if self.frozen_top and self.method == "lora":
+            raise ValueError("`frozen_top` has no effect with `method` lora: leave it out")
         rule = f">= {self.block_count}, the number of blocks"
         check(self.stages is None or self.stages >= self.block_count, "stages", self.stages, rule)
 

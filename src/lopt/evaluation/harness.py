@@ -14,7 +14,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from lopt.evaluation.tasks import (
     quiet_harness,
     random_state_kept,
 )
-from lopt.instruments.memory import HOST, free_memory
+from lopt.instruments.memory import free_memory
 from lopt.models.router_logits import without_router_logits
 
 try:
@@ -53,8 +53,23 @@ __all__ = [
     "run_tasks",
 ]
 
-CPU_TOKENS = 2048
-"""Tokens in a batch on a CPU, padding included: larger batches are hardly faster there, and need memory."""
+
+class Budget(NamedTuple):
+    """What a batch may have with "auto", if memory allows: more is hardly faster on that device.
+
+    Attributes:
+        scored: tokens, padding included, of a batch whose log-likelihoods are computed.
+        generated: tokens, prompts and answers, of a batch that generates.
+        sequences: in any batch.
+    """
+
+    scored: int
+    generated: int
+    sequences: int
+
+
+CPU_BUDGET = Budget(scored=2048, generated=2048, sequences=64)
+GPU_BUDGET = Budget(scored=16384, generated=2**17, sequences=256)
 
 
 def evaluate(
@@ -170,18 +185,18 @@ def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
 class _LiveModel(HFLM):
     """HFLM on a model in memory, with batches that fit and a count of prompts that do not.
 
-    Log-likelihoods and generations are HFLM's own. On a CPU, "auto" is the batch that a budget of tokens and
-    the free memory allow; elsewhere HFLM searches for the largest that fits, for generation at the length
-    that is needed.
+    Log-likelihoods and generations are HFLM's own. "auto" is the batch that a budget of tokens and half of the
+    free memory allow, not HFLM's search for the largest that fits: the device may be shared.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int | str) -> None:
-        self.budget = model.device.type == "cpu" and batch_size == "auto"
+        self.budget = None
+        if batch_size == "auto":
+            batch_size = 1
+            self.budget = CPU_BUDGET if model.device.type == "cpu" else GPU_BUDGET
         self.needed: int | None = None
         self.cut: dict[str, int] = {}
-        super().__init__(
-            model, tokenizer=tokenizer, backend="causal", batch_size=1 if self.budget else batch_size
-        )
+        super().__init__(model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
     @property
     def max_length(self) -> int:
@@ -195,8 +210,7 @@ class _LiveModel(HFLM):
         if longest > most // 2:  # characters are a rough guide only
             longest = self._longest(texts, most)
         if self.budget:
-            room = free_memory(HOST) // 2 // bytes_per_token
-            self.batch_size_per_gpu = max(1, min(64, min(CPU_TOKENS, room) // longest))
+            self._fit(self.budget.scored, bytes_per_token, longest)
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -209,12 +223,20 @@ class _LiveModel(HFLM):
             )
         longest = self._longest([request.args[0] for request in requests], most - new) + new
         if self.budget:
-            self.batch_size_per_gpu = max(1, min(64, CPU_TOKENS // longest))
+            config = self.model.config.get_text_config()
+            cached = 2 * config.num_hidden_layers * config.hidden_size * self.model.dtype.itemsize
+            self._fit(self.budget.generated, cached, longest)  # keys and values; fewer heads need less
         self.needed = min(most, longest)
         try:
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:
             self.needed = None
+
+    def _fit(self, tokens: int, bytes_per_token: int, longest: int) -> None:
+        """Set the batch to so many tokens, or to what half of the free memory has room for."""
+        assert self.budget is not None
+        room = free_memory(self.model.device) // 2 // bytes_per_token
+        self.batch_size_per_gpu = max(1, min(self.budget.sequences, min(tokens, room) // longest))
 
     def _longest(self, texts: list[str], most: int) -> int:
         """Return the tokens of the longest text; count the texts that the harness cuts from the left."""

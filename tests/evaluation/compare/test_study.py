@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lopt.cli.main import main
 from lopt.evaluation import text_losses
 from lopt.evaluation.compare import arm_run
 from lopt.evaluation.compare.metrics import answer_loss
+from lopt.evaluation.compare.study import _once
 from lopt.evaluation.compare.summary import COSTS, summarise
 from lopt.evaluation.statistics import mean_interval, paired_difference
 from lopt.reports.compare import findings
@@ -134,7 +137,7 @@ def test_it_goes_on_where_it_stopped(
     stop = True
     flags = dict(methods=["e2e", "lopt"], seeds=("3",))
     assert compare(tmp_path / "a", **flags) == 130
-    assert len(list((tmp_path / "a" / "cells").iterdir())) == 1
+    assert len(list((tmp_path / "a" / "cells").glob("*.json"))) == 1
     stop = False
     assert compare(tmp_path / "a", **flags) == 0
     assert len(trained) == 2 and "1 of 2 arm runs are finished already" in capsys.readouterr().out
@@ -157,6 +160,29 @@ def test_it_goes_on_where_it_stopped(
     assert len(list((tmp_path / "a" / "cells").iterdir())) == 1
     assert len(read(tmp_path / "a" / "run.json")["attempts"]) == 1
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+
+
+def test_processes_with_one_folder_share_the_arm_runs(tmp_path: Path) -> None:
+    """What another process has taken is left to it, and made here only if it ends without a result."""
+    path, made = tmp_path / "cells" / "a.json", []
+
+    def make() -> dict[str, int]:
+        made.append(path)
+        return {"made": len(made)}
+
+    path.parent.mkdir()
+    other = FileLock(path.with_suffix(".lock"))
+    with other:
+        _once(path, make, wait=False)
+        assert not made
+        later = threading.Thread(target=_once, args=(path, make, True))
+        later.start()
+        path.write_text('{"made": 0}')
+    later.join()
+    assert not made and read(path) == {"made": 0}
+    path.unlink()
+    _once(path, make, wait=True)
+    assert read(path) == {"made": 1} and list(path.parent.iterdir()) == [path]
 
 
 def test_an_arm_that_breaks_down_is_a_result(compare: Compare, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ _SHORT = {
     "lambda_aux": "λ=",
     "learning_rate": "lr=",
     "frozen_blocks": "frozen=",
+    "frozen_top": "top frozen=",
     "aux_loss": "",
 }
 
@@ -126,7 +127,7 @@ def _applies(key: str, method: str) -> bool:
         return method == "lora"
     if key in CUTS:
         return method in ("lopt", "frozen")
-    if key in ("clip", "tied_embeddings"):
+    if key in ("clip", "tied_embeddings", "frozen_top"):
         return method != "lora"
     return key in TRAINING_KEYS or (key in METHOD_KEYS and method == "lopt")
 
@@ -160,6 +161,8 @@ def _arm(method: str, settings: Mapping[str, Any], base: LoPTConfig) -> Arm:
         own.setdefault("block_boundaries", None)  # which would otherwise override it
     if method != "lopt":  # these need blocks that learn from local losses
         own |= {"schedule": "eager", "offload": "none", "frozen_blocks": 0}
+    if method == "lora":
+        own["frozen_top"] = 0
     changes = {key: value for key, value in settings.items() if key not in METHOD_KEYS}
     config = base.replace(method=method, **own)
     return Arm(_name(config, settings), config, changes)

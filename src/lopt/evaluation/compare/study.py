@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from lopt.evaluation.compare.arm_run import Setup, measure_base, run_arm
 from lopt.evaluation.compare.arms import Arm
@@ -40,20 +42,27 @@ class Study:
     def run(self) -> dict[str, Any]:
         """Run what is not on disk yet, then write `compare.json` and return its content.
 
+        Several processes with one folder share the work: each takes what no other has taken.
+
         Raises:
             ValueError: see `check_folder`; an arm does not fit into memory.
         """
         self.check_folder()
-        base = _once(self.folder / "base.json", self._base)
         todo = [(arm, seed) for arm, seed in self._pairs() if not self._path(arm, seed).exists()]
         total = len(self.arms) * len(self.seeds)
         if len(todo) < total:
             print(f"{total - len(todo)} of {total} arm runs are finished already and are not run again")
         if todo and self.setup.metrics.drift_texts:
             self.setup.metrics.prepare(self.setup.load())
+        parts = {self.folder / "base.json": self._base}
         for number, (arm, seed) in enumerate(todo, start=1):
-            print(f"\nArm run {number} of {len(todo)}: {arm.name}, seed {seed}", flush=True)
-            _once(self._path(arm, seed), functools.partial(self._run, arm, seed))
+            title = f"\nArm run {number} of {len(todo)}: {arm.name}, seed {seed}"
+            parts[self._path(arm, seed)] = functools.partial(self._run, arm, seed, title)
+        # First what no other process works on, then what one has not finished, because it was stopped.
+        for wait in (False, True):
+            for path, make in parts.items():
+                _once(path, make, wait)
+        base = read_json(self.folder / "base.json")
         results: dict[str, Any] = {
             "title": "Comparison",
             "setting": dict(self.setting),
@@ -95,7 +104,8 @@ class Study:
         print("The base model", flush=True)
         return measure_base(self.setup, self.arms[0], self.folder / "runs" / "base") | _provenance()
 
-    def _run(self, arm: Arm, seed: int) -> dict[str, Any]:
+    def _run(self, arm: Arm, seed: int, title: str) -> dict[str, Any]:
+        print(title, flush=True)
         name = self._path(arm, seed).stem
         try:
             return run_arm(self.setup, arm, seed, self.folder / "runs" / name, name) | _provenance()
@@ -110,11 +120,20 @@ class Study:
             ) from error
 
 
-def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the content of `path`, made and written first if it is not there."""
-    if not path.exists():
-        _write(path, make())
-    return read_json(path)
+def _once(path: Path, make: Callable[[], dict[str, Any]], wait: bool) -> None:
+    """Make the content of `path` and write it, unless it is there or another process makes it.
+
+    Args:
+        wait: for the other process; what it has not made when it ends is made here.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    with contextlib.suppress(Timeout), FileLock(lock, timeout=-1 if wait else 0):
+        if not path.exists():
+            _write(path, make())
+        lock.unlink(missing_ok=True)  # who waited for it finds the content
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
