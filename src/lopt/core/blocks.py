@@ -45,8 +45,8 @@ class Blocks(Sequence[Block]):
         spans = split(len(self.layers), config)
         if config.frozen_top >= (size := spans[-1][1] - spans[-1][0]):
             raise ValueError(
-                f"`frozen_top` must be < {size}, the layers of the last block, or nothing learns from the task "
-                f"(got {config.frozen_top})"
+                f"`frozen_top` must be < {size}, the layers of the last block, or nothing learns from the "
+                f"task (got {config.frozen_top})"
             )
         self._blocks = [Block(index, start, stop) for index, (start, stop) in enumerate(spans)]
         self._check_owners(model)

@@ -185,8 +185,8 @@ def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
 class _LiveModel(HFLM):
     """HFLM on a model in memory, with batches that fit and a count of prompts that do not.
 
-    Log-likelihoods and generations are HFLM's own. "auto" is the batch that a budget of tokens and half of the
-    free memory allow, not HFLM's search for the largest that fits: the device may be shared.
+    Log-likelihoods and generations are HFLM's own. "auto" is the batch that a budget of tokens and half of
+    the free memory allow, not HFLM's search for the largest that fits: the device may be shared.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int | str) -> None:
