@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ class Driver:
     def __init__(self) -> None:
         self.pages: dict[int, int] = {}
         self.limit = 2**60
+        self.mapped: list[bool] = []
 
     def register(self, address: int, nbytes: int) -> int:
         if sum(self.pages.values()) + nbytes > self.limit:
@@ -27,12 +31,21 @@ class Driver:
         self.pages[address] = nbytes
         return 0
 
-    def unregister(self, address: int, nbytes: int) -> None:
-        assert self.pages.pop(address) == nbytes
+    def unregister(self, address: int, nbytes: int, process: int) -> None:
+        assert self.pages.pop(address) == nbytes and process == os.getpid()
+        self.mapped.append(is_mapped(address))
 
     @property
     def nbytes(self) -> int:
         return sum(self.pages.values())
+
+
+def is_mapped(address: int) -> bool:
+    """Return whether this process has a page at `address`; where the system does not tell, True."""
+    if sys.platform != "linux":
+        return True
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
 
 
 @pytest.fixture
@@ -51,6 +64,7 @@ def test_memory_is_pinned_as_long_as_somebody_holds_it(driver: Driver) -> None:
     row = first[1].fill_(7)
     del first, second
     assert driver.nbytes == memory.nbytes == 60 and row.eq(7).all()  # a view of it holds all of it
+    assert driver.mapped == [True]  # unpinned first, then given back
     memory.close()
     assert driver.nbytes == memory.nbytes == 0 and row.eq(7).all()
     memory.close()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lopt.instruments.flops import FlopCounter
@@ -29,3 +32,16 @@ def test_attention_is_two_products_forward_and_five_backward() -> None:
         assert counter.total == 2 * product
         out.sum().backward()
     assert counter.total == 7 * product
+
+
+def test_a_product_in_another_dtype_as_of_the_fused_head_on_a_gpu() -> None:
+    """Only a GPU has `addmm` with an `out_dtype`: its arguments, as the hook is given them."""
+    left, right, out = torch.empty(6, 8), torch.empty(8, 4), torch.empty(6, 4)
+
+    def product(*args: Any, **kwargs: Any) -> Tensor:
+        return out
+
+    product.overloadpacket = torch.ops.aten.addmm  # type: ignore[attr-defined]
+    counter = FlopCounter()
+    counter._dispatch(product, (), (out, left, right, torch.float32), {"out": out})
+    assert counter.total == 2 * 6 * 8 * 4

@@ -239,7 +239,7 @@ def test_two_trainers_in_one_process(run, monkeypatch: pytest.MonkeyPatch) -> No
     """Beside each other, after each other on one model, and gone: pinned memory goes with its owners."""
     pages: dict[int, int] = {}
     monkeypatch.setattr(pinned, "_register", lambda address, nbytes: pages.update({address: nbytes}) or 0)
-    monkeypatch.setattr(pinned, "_unregister", lambda address, nbytes: pages.pop(address))
+    monkeypatch.setattr(pinned, "_unregister", lambda address, *_: pages.pop(address))
     make = HostTransfer.__init__
 
     def pinning(self: HostTransfer, *args: Any) -> None:

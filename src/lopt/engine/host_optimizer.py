@@ -8,6 +8,7 @@ for it (`TensorGroup.pending`), so nothing is ever stale.
 from __future__ import annotations
 
 import os
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -90,4 +91,5 @@ def step_threads(device: torch.device, workers: int) -> int:
     """Return how many threads step: one core is left for each data-loader worker and for a GPU's launches."""
     if device.type == "cpu":
         return torch.get_num_threads()
-    return max(1, (os.cpu_count() or 1) - 1 - workers)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores - 1 - workers)

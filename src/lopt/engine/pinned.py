@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
+import os
 import weakref
 from contextlib import suppress
 
@@ -35,7 +37,8 @@ class PinnedMemory:
         Raises:
             ValueError: the driver refuses to pin so much.
         """
-        pages = mmap.mmap(-1, tensor.nbytes)
+        # An array over the map, since a map's pages are gone before its finalizer is called.
+        pages = (ctypes.c_char * tensor.nbytes).from_buffer(mmap.mmap(-1, tensor.nbytes))
         flat = host_tensor(lambda: torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()))
         error = _register(flat.data_ptr(), flat.nbytes)
         if error:
@@ -47,7 +50,7 @@ class PinnedMemory:
                 f"{format_bytes(self.nbytes)} of this trainer (error {error}): raise the limit on locked "
                 "memory (ulimit -l), or let go of other trainers of this process"
             )
-        unpin = weakref.finalize(pages, _unregister, flat.data_ptr(), flat.nbytes)
+        unpin = weakref.finalize(pages, _unregister, flat.data_ptr(), flat.nbytes, os.getpid())
         unpin.atexit = False  # the system takes back all memory of a process that ends
         self._pinned.append(unpin)
         return flat.view(tensor.shape)
@@ -63,12 +66,19 @@ def _register(address: int, nbytes: int) -> int:
     """Pin pages and return 0, or the driver's error code."""
     error = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
     if error:
-        with suppress(RuntimeError):  # the next kernel reports it once more, and that clears it
-            torch.zeros(1, device="cuda")
+        _clear_error()
     return error
 
 
-def _unregister(address: int, nbytes: int) -> None:
-    """Unpin pages; a copy that is still on its way ends first."""
+def _unregister(address: int, nbytes: int, process: int) -> None:
+    """Unpin pages; a copy that is still on its way ends first. A forked child leaves them to its parent."""
+    if os.getpid() != process:
+        return
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(address)
+    if int(torch.cuda.cudart().cudaHostUnregister(address)):
+        _clear_error()
+
+
+def _clear_error() -> None:
+    with suppress(RuntimeError):  # the next kernel reports it once more, and that clears it
+        torch.zeros(1, device="cuda")

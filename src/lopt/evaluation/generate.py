@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lopt.architectures import check_positions
+from lopt.architectures import check_positions, compute_device
 from lopt.models.router_logits import without_router_logits
 
 
@@ -45,7 +45,7 @@ def complete(
         tqdm(total=total, desc=progress, unit="token", disable=progress is None) as bar,
     ):
         for done, batch in enumerate(batches, start=1):
-            inputs = tokenizer(list(batch), return_tensors="pt", padding=True).to(model.device)
+            inputs = tokenizer(list(batch), return_tensors="pt", padding=True).to(compute_device(model))
             output = generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,

@@ -49,10 +49,17 @@ def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, *_: 
     return 10 * query.numel() * key.shape[-2]  # five products
 
 
+def _addmm_flops(_: Tensor, left: Tensor, right: Tensor, *__: Any, **___: Any) -> int:
+    # Also of the overload that TRL's fused LM head calls on a GPU: its result's dtype comes third, where
+    # PyTorch's own formula has a shape.
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
 _CPU_ATTENTION, _CPU_ATTENTION_BACKWARD = compat.cpu_attention_operators()
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_counter.flop_registry,
-    torch.ops.aten.addmm_: flop_counter.flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten.addmm: _addmm_flops,
+    torch.ops.aten.addmm_: _addmm_flops,
     _CPU_ATTENTION: _attention_flops,
     _CPU_ATTENTION_BACKWARD: _attention_backward_flops,
 }

@@ -166,7 +166,7 @@ class _Memory(TrainerCallback):
         if self._tracker is not None:
             self._tracker.__exit__(None, None, None)
             self.peak, self.host, self._tracker = self._tracker.peak, self._tracker.host_peak, None
-        elif args.device.type == "cuda":
+        elif args.device.type == "cuda" and state.global_step == self._number + 1:
             self.peak = torch.cuda.max_memory_allocated()
 
 
