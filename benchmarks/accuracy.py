@@ -1,0 +1,169 @@
+"""Real accuracy: methods × seeds on a procedural task until it is learned, what is right and kept over steps.
+
+Accuracy is of greedy answers to held-out problems. Kept: the loss of Python's documentation, and of rows
+{question, answer} (`--retention_rows`). Several processes with one `--output` share the runs; started again,
+what is missing is run.
+
+    python benchmarks/accuracy.py --model smollm2-135m --output accuracy.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from lopt import LoPTConfig, LoPTSFTTrainer
+from lopt.cli.rows import retention_rows
+from lopt.data.procedural import Problem, is_correct, prompt, train_and_held_out
+from lopt.evaluation import complete
+from lopt.evaluation.compare.arms import LORA_KEYS, Arm, parse_arms
+from lopt.evaluation.compare.study import _once
+from lopt.evaluation.demo import MAX_NEW_TOKENS
+from lopt.evaluation.loss import completion_loss, text_loss
+from lopt.files import read_json
+from lopt.models.load import load_model, load_tokenizer, resolve_model
+from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.lora import lora_config
+from small_model import RESULTS, keep
+
+ARMS = [
+    "lopt:num_blocks=2", "e2e", "frozen:num_blocks=2", "lora:learning_rate=2e-4", "frozen:num_blocks=4",
+    "lopt:num_blocks=4", "lopt:num_blocks=4,aux_loss=predicted_gradient", "e2e:learning_rate=5e-6",
+    "frozen:block_boundaries=10,frozen_top=10",
+]  # fmt: skip
+TEXTS = ("assert", "lambda", "import", "with")  # of Python's documentation
+
+
+class Measures:
+    """What is measured on a model in training."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: Any, problems: list[Problem]) -> None:
+        from pydoc_data.topics import topics
+
+        self.args, self.tokenizer, self.problems = args, tokenizer, problems
+        self.text = "\n\n".join(topics[name] for name in TEXTS)
+        self.pairs = [(prompt(p), f" {p.solution}{tokenizer.eos_token}") for p in problems]
+        self.rows = retention_rows(args.retention_rows, tokenizer, args.limit)
+
+    def of(self, model: Any, step: int) -> dict[str, Any]:
+        """Return accuracy, and losses in nats per token."""
+        prompts = [asked for asked, _ in self.pairs]
+        answers = complete(model, self.tokenizer, prompts, MAX_NEW_TOKENS[self.args.task], batch_size=256)
+        right = [is_correct(answer, p) for answer, p in zip(answers, self.problems, strict=True)]
+        found = {
+            "step": step,
+            "accuracy": mean(right),
+            "loss": completion_loss(model, self.tokenizer, self.pairs),
+            "documentation": text_loss(model, self.tokenizer, self.text, tokens=2048),
+        }
+        for name, rows in self.rows.items():
+            found[name] = completion_loss(model, self.tokenizer, rows)
+        return found
+
+
+class Curve(TrainerCallback):
+    """Measures every so many steps and after the last."""
+
+    def __init__(self, measures: Measures, every: int, start: dict[str, Any]) -> None:
+        self.measures, self.every, self.points = measures, every, [start]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.points.append(self.measures.of(model, state.global_step))
+
+
+def run(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
+    """Train an arm with a seed, which chooses problems, their order and heads; return its curve."""
+    tokenizer, model = load_tokenizer(args.model), load_model(args.model)
+    if args.device == "cuda":
+        model = model.to("cuda")
+    count = args.steps * args.batch_size
+    train, held_out = train_and_held_out(args.task, count, args.held_out, seed)
+    measures = Measures(args, tokenizer, held_out)
+    start = measures.of(model, 0)
+    own = {key.removeprefix("lora_"): value for key, value in arm.changes.items() if key in LORA_KEYS}
+    adapters = lora_config(own.get("r", 16), own.get("alpha", 32), "all-linear")
+    rate = arm.changes.get("learning_rate", args.learning_rate)
+    trainer = LoPTSFTTrainer(
+        model,
+        lopt_config=arm.config,
+        args=LoPTSFTConfig(
+            output_dir=str(folder / "runs"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
+            learning_rate=rate, warmup_steps=3, lr_scheduler_type="cosine", logging_steps=1,
+            save_strategy="no", seed=seed, disable_tqdm=True, report_to="none", bf16=False,
+            tf32=args.device == "cuda" or None, use_cpu=args.device == "cpu",
+        ),
+        train_dataset=Dataset.from_list(
+            [{"prompt": prompt(p), "completion": f" {p.solution}"} for p in train]
+        ),
+        processing_class=tokenizer,
+        peft_config=adapters if arm.config.method == "lora" else None,
+    )  # fmt: skip
+    curve = Curve(measures, args.every, start)
+    trainer.add_callback(curve)
+    started = time.perf_counter()
+    trainer.train()
+    return {"arm": arm.name, "seed": seed, "curve": curve.points, "seconds": time.perf_counter() - started}
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean and standard deviation over seeds, of every measure at every step, by arm."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(each["arm"] for each in runs):
+        curves = [each["curve"] for each in runs if each["arm"] == name]
+        rows = found[name] = []
+        for points in zip(*curves, strict=True):
+            row: dict[str, Any] = {"step": points[0]["step"]}
+            for key in points[0]:
+                values = [point[key] for point in points]
+                spread = stdev(values) if len(values) > 1 else None
+                row |= {} if key == "step" else {key: [mean(values), spread]}
+            rows.append(row)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--task", default="chain_sum", choices=list(MAX_NEW_TOKENS))
+    parser.add_argument("--arms", nargs="+", default=ARMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=2e-5)
+    parser.add_argument("--held_out", type=int, default=256)
+    parser.add_argument("--retention_rows", nargs="*", default=[])
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--folder", help="of the runs (default: beside --output)")
+    parser.add_argument("--output", default=str(RESULTS / "accuracy.json"))
+    args = parser.parse_args()
+    name, args.model = args.model, resolve_model(args.model)
+    arms = parse_arms(args.arms, [], LoPTConfig(tied_embeddings="freeze"))
+    folder = Path(args.folder or Path(args.output).with_suffix(""))
+    paths = []
+    for seed, arm in itertools.product(args.seeds, arms):
+        path = folder / f"{arm.name.replace(' ', '_').replace('=', '')}-{seed}.json"
+        paths.append((path, functools.partial(run, args, arm, seed, folder)))
+    for wait in (False, True):
+        for path, make in paths:
+            _once(path, make, wait)
+    runs = [read_json(path) for path, _ in paths]
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "folder", "retention_rows")}
+    settings |= {"model": name, "retention_rows": [Path(file).name for file in args.retention_rows]}
+    keep(Path(args.output), {"settings": settings, "summary": summary(runs), "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
