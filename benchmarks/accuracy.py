@@ -96,8 +96,8 @@ def run(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> dict[str
         model,
         lopt_config=arm.config,
         args=LoPTSFTConfig(
-            output_dir=str(folder / "runs"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-            learning_rate=rate, warmup_steps=3, lr_scheduler_type="cosine", logging_steps=1,
+            output_dir=str(folder / "runs"), max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size, learning_rate=rate, warmup_steps=3, lr_scheduler_type="cosine", logging_steps=1,
             save_strategy="no", seed=seed, disable_tqdm=True, report_to="none", bf16=False,
             tf32=args.device == "cuda" or None, use_cpu=args.device == "cpu",
         ),

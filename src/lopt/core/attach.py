@@ -198,8 +198,6 @@ class LoPT:
         # Quantized weights are integers.
         weight = next(p for p in self.blocks.layers[block.stop - 1].parameters() if p.is_floating_point())
         size = base_model(self.model).config.get_text_config().hidden_size
-        # Heads are small; in float32 they follow the small steps that bfloat16 would round away. They are
-        # drawn on the CPU, so that they start the same wherever the weights are.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        head: nn.Module = self.local_loss.new_head(size, None, dtype)
-        return head if weight.is_meta else head.to(weight.device)  # real where its block is elsewhere
+        device = None if weight.is_meta else weight.device  # a head is real where its block is elsewhere
+        # Heads are small; in float32 they follow the small steps that bfloat16 would round away.
+        return self.local_loss.new_head(size, device, torch.promote_types(weight.dtype, torch.float32))

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from lopt.losses.rows import Rows
 class ReconstructionHead(nn.Module):
     """`Linear(H/4→H) ∘ GELU ∘ Linear(H→H/4) ∘ LayerNorm(H)`; training only, never saved with the model.
 
-    Xavier-uniform weights with gain 0.1 and zero biases (arXiv 2605.04913).
+    Xavier-uniform weights with gain 0.1 and zero biases (arXiv 2605.04913), drawn on the CPU, so that they
+    are the same wherever the model is.
     """
 
     def __init__(
@@ -25,12 +27,16 @@ class ReconstructionHead(nn.Module):
     ) -> None:
         super().__init__()
         bottleneck = max(1, hidden_size // 4)
-        self.norm = nn.LayerNorm(hidden_size, device=device, dtype=dtype)
-        self.down = nn.Linear(hidden_size, bottleneck, device=device, dtype=dtype)
-        self.up = nn.Linear(bottleneck, hidden_size, device=device, dtype=dtype)
+        drawn: dict[str, Any] = dict(device=torch.device("cpu"), dtype=dtype)
+        self.norm = nn.LayerNorm(hidden_size, **drawn)
+        self.down = nn.Linear(hidden_size, bottleneck, **drawn)
+        self.up = nn.Linear(bottleneck, hidden_size, **drawn)
         for linear in (self.down, self.up):
             nn.init.xavier_uniform_(linear.weight, gain=0.1)
             nn.init.zeros_(linear.bias)
+        for module in self.children():  # one by one: `to` cannot move fake tensors, which planning has
+            for name, parameter in module.named_parameters():
+                setattr(module, name, nn.Parameter(parameter.detach().to(device)))
 
     def forward(self, hidden: Tensor, rows: Rows | None = None) -> Tensor:
         """Predict a block's input from its output, (B, T, H) → (B, T, H), in the head's dtype."""
