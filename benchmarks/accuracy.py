@@ -96,17 +96,27 @@ def run(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> dict[str
         model,
         lopt_config=arm.config,
         args=LoPTSFTConfig(
-            output_dir=str(folder / "runs"), max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size, learning_rate=rate, warmup_steps=3, lr_scheduler_type="cosine", logging_steps=1,
-            save_strategy="no", seed=seed, disable_tqdm=True, report_to="none", bf16=False,
-            tf32=args.device == "cuda" or None, use_cpu=args.device == "cpu",
+            output_dir=str(folder / "runs"),
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=rate,
+            warmup_steps=3,
+            lr_scheduler_type="cosine",
+            logging_steps=1,
+            save_strategy="no",
+            seed=seed,
+            disable_tqdm=True,
+            report_to="none",
+            bf16=False,
+            tf32=args.device == "cuda" or None,
+            use_cpu=args.device == "cpu",
         ),
         train_dataset=Dataset.from_list(
             [{"prompt": prompt(p), "completion": f" {p.solution}"} for p in train]
         ),
         processing_class=tokenizer,
         peft_config=adapters if arm.config.method == "lora" else None,
-    )  # fmt: skip
+    )
     curve = Curve(measures, args.every, start)
     trainer.add_callback(curve)
     started = time.perf_counter()

@@ -91,5 +91,7 @@ def step_threads(device: torch.device, workers: int) -> int:
     """Return how many threads step: one core is left for each data-loader worker and for a GPU's launches."""
     if device.type == "cpu":
         return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if sys.platform == "linux":
+        cores = len(os.sched_getaffinity(0))  # those that this process may use
     return max(1, cores - 1 - workers)
