@@ -1,9 +1,9 @@
 """The same training by other software that streams, where it is installed; for gpu.py.
 
 RoundPipe (`pip install roundpipe beartype`), MegaTrain (`infinity` of its repository) and SlideFormer (its
-repository on PYTHONPATH, its extension built) train the same random model on as many random tokens in bfloat16,
-end to end. RoundPipe's optimizer runs beside the next step by default, with weights one step old: that is
-"stale"; in the figure beside it the step is waited for (`is_async=False`).
+repository on PYTHONPATH, its extension built) train the same random model on as many random tokens, in
+bfloat16 and end to end. RoundPipe's optimizer runs beside the next step by default, with weights one step
+old: that is "stale"; in the figure beside it the step is waited for (`is_async=False`).
 Their number formats of state, clipping and accumulation are their own: "notes" says what differs.
 None of this has run yet.
 """
