@@ -12,7 +12,7 @@ from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
 from lopt.engine.clipping import clip_gradients
 from lopt.engine.host_transfer import HostTransfer
-from lopt.engine.optimizer import BlockOptimizer, Precision, split_into_parts, state_bytes
+from lopt.engine.optimizer import BlockOptimizer, Precision, Scratch, split_into_parts, state_bytes
 from lopt.engine.rounding import round_stochastically
 from lopt.instruments.memory import in_host_memory, peak_memory
 
@@ -223,3 +223,25 @@ def test_torchaos_low_bit_state(name: str, size: float) -> None:
     assert state_bytes(make("AdamW"), Precision(state_dtype=torch.bfloat16), torch.float32) == 4
     assert state_bytes(make("AdamW"), Precision(masters=True), torch.bfloat16) == 12
     assert state_bytes(make("SGD"), Precision(), torch.float32) == 0
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_a_step_in_host_memory_uses_its_memory_again(masters: bool) -> None:
+    """And gives what a step with new memory gives, for parts of any size."""
+    start = [torch.randn(shape).bfloat16() for shape in ((8, 16), (4, 16), (3,))]
+    found = []
+    for scratch in (None, Scratch()):
+        parameters = [nn.Parameter(value.clone()) for value in start]
+        groups = [{"params": parameters}]
+        optimizer = BlockOptimizer(groups, torch.optim.AdamW, precision=Precision(masters), part_bytes=200)
+        optimizer.scratch = scratch
+        places = set()
+        for _ in range(3):
+            gradients = {p: p.detach() ** 2 for p in parameters}
+            optimizer.step_stage(0, gradients)
+            places.add(None if scratch is None else scratch._memory.data_ptr())
+        assert len(places) == 1
+        found.append([p.detach() for p in parameters])
+    assert len(optimizer.parts) > 1
+    for ours, plain in zip(*found, strict=True):
+        assert torch.equal(ours, plain)

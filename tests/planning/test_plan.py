@@ -295,3 +295,15 @@ def test_what_cannot_be_planned() -> None:
         llama(batch=10**6, tokens=1024).plan(STAGED)
     with pytest.raises(ValueError, match=r"`num_blocks` must be <= 10, .* \(got 11\)"):
         llama().plan(Setting(num_blocks=11))
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_the_step_of_a_wide_lm_head_is_the_peak(masters: bool) -> None:
+    """Its gradient goes when it has become float32, before the weights do: 18 bytes a number, or 20."""
+    config = CONFIGS["llama"].__class__(**CONFIGS["llama"].to_dict() | dict(vocab_size=20000))
+    run = Run(config, 1, 8, 1, BF16, False, device="cpu", masters=masters, prefetch=10**5)
+    setting = Setting("e2e", 1, "block_major", offload="block", stages=config.num_hidden_layers + 2)
+    predicted, real = Planner(run).plan(setting), live(run, setting)
+    numbers = config.vocab_size * config.hidden_size
+    assert predicted.total == pytest.approx(real.device.total, rel=0.005)
+    assert real.device.total / numbers == pytest.approx(20 if masters else 18, rel=0.02)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lopt.engine.clipping import scale
 from lopt.engine.host_transfer import TensorGroup
-from lopt.engine.optimizer import BlockOptimizer
+from lopt.engine.optimizer import BlockOptimizer, Scratch
 from lopt.instruments.memory import count_as_host, counted_as_host
 
 
@@ -30,6 +30,7 @@ class HostOptimizer:
 
     def __init__(self, optimizer: BlockOptimizer, threads: int) -> None:
         self.optimizer = optimizer
+        optimizer.scratch = Scratch()
         self._running: list[Future] = []
         self._pool = None
         if threads:

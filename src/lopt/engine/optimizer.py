@@ -51,6 +51,30 @@ class _Part:
     state: TensorGroup
 
 
+class Scratch:
+    """float32 copies of bfloat16 values in host memory, at the same place for every part.
+
+    With new memory for each of them a step takes twice as long: the system makes its pages one by one.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._used = 0
+
+    def begin(self, numbers: int) -> None:
+        """Make room for so many numbers in all; what was here before is overwritten."""
+        self._used = 0
+        if len(self._memory) < numbers:
+            self._memory = torch.empty(0)  # let go of it before there is more
+            self._memory = torch.empty(numbers)
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` in float32."""
+        start = self._used
+        self._used += tensor.numel()
+        return self._memory[start : self._used].view(tensor.shape).copy_(tensor)
+
+
 class BlockOptimizer(Optimizer):
     """Wraps any optimizer so that it steps part by part, in the precision that the weights need.
 
@@ -72,6 +96,7 @@ class BlockOptimizer(Optimizer):
 
     Attributes:
         optimizer: the inner optimizer.
+        scratch: where bfloat16 values of parts in host memory become float32; None makes new memory for each.
         parts: in the order in which they are stepped.
     """
 
@@ -88,6 +113,7 @@ class BlockOptimizer(Optimizer):
     ) -> None:
         super().__init__(groups, {})
         self._precision = precision or Precision()
+        self.scratch: Scratch | None = None
         self._transfer = transfer
         self._device = device or (transfer.device if transfer is not None else None)
         self._proxies = {p: self._proxy(p) for group in self.param_groups for p in group["params"]}
@@ -224,8 +250,11 @@ class BlockOptimizer(Optimizer):
         Gradients are taken out of `gradients`.
         """
         learning = [p for p in part.parameters if p in gradients]
+        if self.scratch is not None:
+            narrow = sum(p.numel() for p in learning if _is_rounded(p))
+            self.scratch.begin(narrow if self._precision.masters else 2 * narrow)
         for p in learning:
-            self._load_proxy(p, gradients.pop(p))
+            self._load_proxy(p, gradients)
         yield
         for p in learning:
             proxy = self._proxies[p]
@@ -239,13 +268,19 @@ class BlockOptimizer(Optimizer):
                 self.state[proxy][MASTER] = proxy.data
             proxy.data = proxy.data.new_empty(0)
 
-    def _load_proxy(self, p: nn.Parameter, gradient: Tensor) -> None:
-        proxy = self._proxies[p]
-        master = self.state[proxy].get(MASTER) if proxy in self.state else None
-        proxy.data = p.data.to(proxy.dtype) if master is None else master
-        proxy.grad = gradient.to(proxy.dtype)
+    def _load_proxy(self, p: nn.Parameter, gradients: dict[nn.Parameter, Tensor]) -> None:
+        proxy, gradient = self._proxies[p], gradients.pop(p)
         if self._transfer is not None:
             p.grad = None
+        if not _is_rounded(p):
+            proxy.data, proxy.grad = p.data, gradient.to(p.dtype)
+            return
+        widened = Tensor.float if self.scratch is None else self.scratch.widened
+        gradient = widened(gradient)  # which lets go of it before the weights are copied as well
+        master = self.state[proxy].get(MASTER) if proxy in self.state else None
+        if master is None:  # the first one is new memory, which is kept
+            master = p.data.float() if self._precision.masters else widened(p.data)
+        proxy.data, proxy.grad = master, gradient
 
     @contextmanager
     def _widened_state(self, part: _Part) -> Iterator[None]:

@@ -200,7 +200,8 @@ class _Clock(TrainerCallback):
                 make = partial(kind, **settings)
                 masters = self._trainer.lopt.config.keeps_masters(self._run.masters)
                 run = replace(self._run, masters=masters)
-                self.rates = Rates(run, self._setting.checkpointing, make, args.device)
+                on_host = self._setting.optimizer_device == "cpu"
+                self.rates = Rates(run, self._setting.checkpointing, make, args.device, on_host)
             self.machines.append(self.rates.sample())
         _synchronize(args.device)
         self._began = time.perf_counter()

@@ -36,14 +36,17 @@ def state_of(run: Run, tensors: Iterable[Tensor]) -> int:
 
 
 def temporary_bytes(run: Run, part: Sequence[Tensor]) -> int:
-    """Return the bytes that stepping a part adds, beside its state and gradients in the weights' dtype."""
+    """Return the bytes that stepping a part adds, beside its state and gradients in the weights' dtype.
+
+    Random bits to round a weight come when its float32 gradient has gone, and are no larger; those to round
+    state come before.
+    """
     kinds, _, made = OPTIMIZERS[run.optimizer]
     count, rounded = elements(part), [t.numel() for t in part if t.dtype == torch.bfloat16]
     total = 4 * made * count * (run.device == "cuda")  # there the step works on all of a part at once
     if run.state_dtype != torch.float32:
-        total += 4 * kinds * count
+        total += 4 * kinds * count + 4 * min(max((t.numel() for t in part), default=0), ROUNDED_AT_ONCE)
     total += 4 * sum(rounded) * (1 if run.masters else 2)
-    total += 0 if run.masters else 4 * min(max(rounded, default=0), ROUNDED_AT_ONCE)
     return total
 
 

@@ -21,7 +21,7 @@ from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.engine.clipping import scale, total_norm
 from lopt.engine.host_optimizer import step_threads
-from lopt.engine.optimizer import BlockOptimizer, Precision
+from lopt.engine.optimizer import BlockOptimizer, Precision, Scratch
 from lopt.instruments.flops import FlopCounter
 from lopt.losses.lm_head import lean_fused_head
 from lopt.planning.devices import Machine
@@ -52,10 +52,16 @@ class Rates:
         checkpointing: Whether layers are recomputed.
         make: Makes the optimizer out of parameter groups.
         device: Where the model is trained.
+        on_host: Whether it is stepped in host memory.
     """
 
     def __init__(
-        self, run: Run, checkpointing: bool, make: Callable[[Any], Any], device: torch.device
+        self,
+        run: Run,
+        checkpointing: bool,
+        make: Callable[[Any], Any],
+        device: torch.device,
+        on_host: bool = False,
     ) -> None:
         self.run, self._device = run, device
         self._model = short_model(run, LAYERS, checkpointing).to(device)
@@ -66,6 +72,8 @@ class Rates:
         if device.type == "cuda":
             copies = [nn.Parameter(p.detach().cpu()) for p in layer]
             self._on_host = _Stepper(run, copies, make, precision)
+        if on_host:
+            self._on_host.keep_scratch()
         self._kind, self._now, self._in_layers = "", 0.0, ""
         self._spent: dict[str, float] = {}
         self._counter: FlopCounter | None = None
@@ -189,6 +197,10 @@ class _Stepper:
         self._run, self._parameters = run, parameters
         self._optimizer = BlockOptimizer([{"params": parameters}], make, precision=precision)
         self._traffic = traffic_of(run, parameters)[0]
+
+    def keep_scratch(self) -> None:
+        """Step as a host optimizer does."""
+        self._optimizer.scratch = Scratch()
 
     def fill(self) -> None:
         """Give all parameters a gradient."""
