@@ -320,8 +320,8 @@ class StagedStep:
                 group = self._state[stage.index][number]
                 self._fetch(group)
                 added += state_of(self.run, part)
-                # Gradients in bfloat16 are freed as they are copied; the last of a part meets all copies, which
-                # are fewer than later if there are no masters.
+                # Gradients in bfloat16 are freed as they are copied. The last of a part meets all
+                # copies; without masters there are more of those later.
                 narrow = [t.nbytes for t in part if t.dtype == torch.bfloat16]
                 now = left - own + narrow[-1] * bool(self.run.masters) if narrow else left
                 left -= own
