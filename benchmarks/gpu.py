@@ -109,7 +109,8 @@ class Bench:
 
     def _case(self, name: str, function: Callable[[], dict[str, Any]]) -> None:
         began = time.perf_counter()
-        if any(word in name for word in self.args.skip):
+        parts = set(name.split(", "))
+        if any(parts >= set(given.split(", ")) for given in self.args.skip):
             return
         try:
             self._check_time(5)
@@ -354,7 +355,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--micro_batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--steps", type=int, default=2, help="that are timed")
-    parser.add_argument("--skip", nargs="*", default=[], help="cases with one of these words in their name")
+    parser.add_argument("--skip", nargs="*", default=[], help='cases by name, or by parts of it, as in "8 stages, host optimizer"')
     args = parser.parse_args()
     if args.shape == "tiny":
         args.batch, args.tokens, args.micro_batches = 2, min(args.tokens, 32), [2, 3]
