@@ -123,6 +123,8 @@ def _check(
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("lopt compare runs in one process: start it without torchrun or accelerate launch")
+    if any(c.schedule == "pipeline" for c in (config, *(arm.config for arm in arms))):
+        raise ValueError("lopt compare runs in one process: use --schedule block_major instead of pipeline")
     if any(arm.config.method == "lora" for arm in arms) and importlib.util.find_spec("peft") is None:
         raise ValueError('--methods lora needs peft: pip install "lopt[peft]", or leave lora out')
     tasks = [*compare.adaptation_tasks, *compare.retention_tasks]

@@ -40,11 +40,24 @@ def test_a_sweep_multiplies_the_arms_it_applies_to() -> None:
     assert arm.config.block_boundaries is None
 
 
-def test_what_only_lopt_can_is_left_out_elsewhere() -> None:
-    base = LoPTConfig(schedule="block_major", offload="block", frozen_blocks=1)
-    arms = {a.config.method: a.config for a in parse_arms(["lopt", "e2e"], (), base)}
-    assert (arms["lopt"].schedule, arms["e2e"].schedule) == ("block_major", "eager")
-    assert (arms["lopt"].frozen_blocks, arms["e2e"].frozen_blocks) == (1, 0)
+def test_frozen_blocks_are_left_out_where_there_are_none() -> None:
+    arms = parse_arms(["lopt", "e2e", "frozen", "lora"], (), LoPTConfig(frozen_blocks=1))
+    assert [arm.config.frozen_blocks for arm in arms] == [1, 0, 0, 0]
+
+
+def test_residency_is_that_of_the_command_or_the_arms_own() -> None:
+    """A value of an arm takes back what of the command's does not go with it."""
+    base = LoPTConfig(schedule="block_major", stages=6, offload="block", optimizer_device="cpu")
+    methods = ["e2e", "lopt", "frozen:stage_layers=2", "lora:schedule=eager", "e2e:offload=optimizer,stages=3"]
+    found = [arm.config for arm in parse_arms(methods, (), base)]
+    assert [(c.schedule, c.stages, c.stage_layers, c.offload, c.optimizer_device) for c in found] == [
+        ("block_major", 6, None, "block", "cpu"),
+        ("block_major", 6, None, "block", "cpu"),
+        ("block_major", None, 2, "block", "cpu"),
+        ("eager", None, None, "none", "auto"),
+        ("block_major", 3, None, "optimizer", "auto"),
+    ]
+    assert names(["e2e"], "schedule=eager,block_major") == ["e2e schedule=eager", "e2e schedule=block_major"]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +71,9 @@ def test_what_only_lopt_can_is_left_out_elsewhere() -> None:
         (["lora:learning_rate=fast"], (), "must be a finite number"),
         (["lora:learning_rate=nan"], (), "must be a finite number"),
         (["e2e:gradient_checkpointing=maybe"], (), "must be true or false (got maybe)"),
+        (["e2e:pipeline_size=2"], (), "'pipeline_size' is no setting of e2e: use "),
+        (["e2e:stages=2"], (), "`stages` 2 needs `schedule` block_major: add it"),
+        (["lopt:num_blocks=4,schedule=block_major,stages=2"], (), "`stages` must be >= 4"),
         (["e2e:lambda_aux=1"], (), "'lambda_aux' is no setting of e2e"),
         (["lopt:seed=1"], (), "'seed' is no setting of lopt: use num_blocks, "),
         (["lopt", "ll"], (), "names the arm 'lopt k=2' twice"),

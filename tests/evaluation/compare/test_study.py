@@ -162,6 +162,25 @@ def test_it_goes_on_where_it_stopped(
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
 
 
+def test_weights_in_host_memory_give_the_same_figures(compare: Compare, study: Path, tmp_path: Path) -> None:
+    """What the device holds decides about cost alone, for every method; all are measured as whole models."""
+    streamed = ("--schedule", "block_major", "--stages", "6", "--offload", "block", "--optimizer_device", "cpu")
+    assert compare(tmp_path, *streamed, methods=[*ARMS[:2], *ARMS[3:]], seeds=("0",)) == 0
+    eager, found = (read(folder / "compare.json") for folder in (study, tmp_path))
+    cells = {cell["arm"]: cell for cell in eager["cells"] if cell["seed"] == 0} | {"base": eager["base"]}
+    for other in (*found["cells"], found["base"] | {"arm": "base"}):
+        one, arm = cells[other["arm"]], other["arm"]
+        assert other["adaptation"] == pytest.approx(one["adaptation"], rel=1e-5), arm
+        for key, item in one["items"].items():
+            assert other["items"][key]["values"] == pytest.approx(item["values"], abs=2e-5), (arm, key)
+        if arm != "base":
+            assert other["curve"]["loss"] == pytest.approx(one["curve"]["loss"], rel=1e-5), arm
+            moved = [cell["drift"]["weights"]["all"] for cell in (one, other)]
+            assert moved[1] == pytest.approx(moved[0], rel=1e-3), arm
+            assert other["cost"]["peak_bytes"] < one["cost"]["peak_bytes"], arm
+            assert other["cost"]["flops_per_step"] > 0.9 * one["cost"]["flops_per_step"], arm
+
+
 def test_processes_with_one_folder_share_the_arm_runs(tmp_path: Path) -> None:
     """What another process has taken is left to it, and made here only if it ends without a result."""
     path, made = tmp_path / "cells" / "a.json", []
@@ -241,6 +260,7 @@ CASES = {
     "method flag": (("--method", "e2e"), "--methods names what is compared"),
     "seeds twice": (("--seeds", "1", "1"), "--seeds 1 1"),
     "limit": (("--limit", "0"), "--limit must be >= 2 (got 0)"),
+    "pipeline": (("--schedule", "pipeline"), "use --schedule block_major"),
     "unknown task": (("--retention_tasks", "chess"), "chess"),
     "no such text": (("--retention_text", "nowhere.txt"), "--retention_text nowhere.txt"),
     "no such rows": (("--retention_rows", "nowhere.jsonl"), "--retention_rows: nowhere.jsonl does not exist"),

@@ -52,6 +52,7 @@ class Setup:
 
     def trainer(self, arm: Arm, seed: int, folder: Path) -> Any:
         """Return a trainer for `arm` on a fresh model; rows and their order depend on the seed alone."""
+        gc.collect()  # the model before and its handle point at each other, and each is gigabytes
         args = copy.deepcopy(self.args)
         changes = {key: value for key, value in arm.changes.items() if key not in LORA_KEYS}
         if "gradient_checkpointing" in changes and hasattr(args, "activation_checkpointing"):  # since 5.23
@@ -84,17 +85,16 @@ class Setup:
 def measure_base(setup: Setup, arm: Arm, folder: Path) -> dict[str, Any]:
     """Return the base model's figures, by the same metrics as those of the trained models."""
     trainer = setup.trainer(arm, setup.args.seed, folder)
-    items = setup.metrics.items(trainer.model)
-    return {"rows": _rows(trainer), "adaptation": _held_out(trainer), "items": items}
+    rows, adaptation = _rows(trainer), _held_out(trainer)
+    return {"rows": rows, "adaptation": adaptation, "items": setup.metrics.items(_plain(trainer))}
 
 
 def run_arm(setup: Setup, arm: Arm, seed: int, folder: Path, name: str) -> dict[str, Any]:
-    """Train `arm` with `seed` and return its figures as plain data; nothing of it stays in memory."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    """Train `arm` with `seed` and return its figures as plain data."""
     trainer = setup.trainer(arm, seed, folder)
     flops = _Flops(setup.cycle)
     trainer.add_callback(flops)
+    trainer.add_callback(_PeakOfSteps(trainer))
     started = time.perf_counter()
     with flops.stack:  # an error in a step ends the counting too
         trainer.train()
@@ -116,8 +116,6 @@ def run_arm(setup: Setup, arm: Arm, seed: int, folder: Path, name: str) -> dict[
     }
     if setup.keep_models is not None:
         save_model(model, setup.keep_models / name, setup.tokenizer)
-    del trainer, model
-    gc.collect()  # a model and its handle point at each other, and each is gigabytes
     return result
 
 
@@ -139,8 +137,10 @@ def _rows(trainer: Any) -> dict[str, int]:
 
 
 def _plain(trainer: Any) -> nn.Module:
-    """Return the model that would be saved, adapters merged."""
-    model: Any = trainer.lopt.detach()
+    """Return the model that would be saved, adapters merged, on the device; nothing is trained afterwards."""
+    if trainer.block_major is not None:
+        trainer.block_major.schedule.close()  # all that is offloaded is in host memory now
+    model: Any = trainer.lopt.detach().to(trainer.args.device)
     return model.merge_and_unload() if trainer.lopt.config.method == "lora" else model
 
 
@@ -172,6 +172,21 @@ class _Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print nothing."""
+
+
+class _PeakOfSteps(TrainerCallback):
+    """Leaves out of a GPU's peak what comes before the first optimizer step.
+
+    The head warm-up runs whole models, which takes offloaded weights in if there is room.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 and torch.cuda.is_available():
+            self._trainer.synchronize_weights()
+            torch.cuda.reset_peak_memory_stats()
 
 
 class _Flops(TrainerCallback):

@@ -12,10 +12,24 @@ from lopt.core.config import METHOD_ALIASES, METHODS, LoPTConfig
 from lopt.residency import Residency
 
 CUTS = ("num_blocks", "block_boundaries")
-_RESIDENCY = tuple(f.name for f in fields(Residency))
+_PIPELINE = ("pipeline_size", "pipeline_depth")  # of several processes; a comparison runs in one
+RESIDENCY_KEYS = tuple(f.name for f in fields(Residency) if f.name not in _PIPELINE)
 METHOD_KEYS = (
-    *(f.name for f in fields(LoPTConfig) if f.name not in (*_RESIDENCY, "method")),
-    *_RESIDENCY,
+    *(f.name for f in fields(LoPTConfig) if f.name not in (*RESIDENCY_KEYS, *_PIPELINE, "method")),
+    *RESIDENCY_KEYS,
+)
+# A setting of an arm, its value (None: any), and settings of the command that it takes back.
+_INSTEAD: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
+    ("num_blocks", None, {"block_boundaries": None}),  # which would otherwise override it
+    ("stages", None, {"stage_layers": None}),
+    ("stage_layers", None, {"stages": None}),
+    (
+        "schedule",
+        "eager",
+        {"stages": None, "stage_layers": None, "offload": "none", "optimizer_device": "auto"},
+    ),
+    ("offload", "none", {"optimizer_device": "auto"}),
+    ("offload", "optimizer", {"optimizer_device": "auto"}),
 )
 # What may differ between arms that see the same rows in the same order and take the same number of steps.
 TRAINING_KEYS: dict[str, type] = {
@@ -129,6 +143,8 @@ def _applies(key: str, method: str) -> bool:
         return method in ("lopt", "frozen")
     if key in ("clip", "tied_embeddings", "frozen_top"):
         return method != "lora"
+    if key in RESIDENCY_KEYS:
+        return True
     return key in TRAINING_KEYS or (key in METHOD_KEYS and method == "lopt")
 
 
@@ -157,10 +173,11 @@ def _value(where: str, key: str, text: str) -> Any:
 
 def _arm(method: str, settings: Mapping[str, Any], base: LoPTConfig) -> Arm:
     own = {key: value for key, value in settings.items() if key in METHOD_KEYS}
-    if "num_blocks" in own:
-        own.setdefault("block_boundaries", None)  # which would otherwise override it
-    if method != "lopt":  # these need blocks that learn from local losses
-        own |= {"schedule": "eager", "offload": "none", "frozen_blocks": 0}
+    for key, value, others in _INSTEAD:
+        if key in own and value in (None, own[key]):
+            own = others | own
+    if method != "lopt":  # it needs blocks that learn from local losses
+        own["frozen_blocks"] = 0
     if method == "lora":
         own["frozen_top"] = 0
     changes = {key: value for key, value in settings.items() if key not in METHOD_KEYS}
