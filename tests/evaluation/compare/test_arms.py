@@ -48,7 +48,8 @@ def test_frozen_blocks_are_left_out_where_there_are_none() -> None:
 def test_residency_is_that_of_the_command_or_the_arms_own() -> None:
     """A value of an arm takes back what of the command's does not go with it."""
     base = LoPTConfig(schedule="block_major", stages=6, offload="block", optimizer_device="cpu")
-    methods = ["e2e", "lopt", "frozen:stage_layers=2", "lora:schedule=eager", "e2e:offload=optimizer,stages=3"]
+    methods = ["e2e", "lopt", "frozen:stage_layers=2", "lora:schedule=eager"]
+    methods += ["e2e:offload=optimizer,stages=3"]
     found = [arm.config for arm in parse_arms(methods, (), base)]
     assert [(c.schedule, c.stages, c.stage_layers, c.offload, c.optimizer_device) for c in found] == [
         ("block_major", 6, None, "block", "cpu"),

@@ -164,8 +164,9 @@ def test_it_goes_on_where_it_stopped(
 
 def test_weights_in_host_memory_give_the_same_figures(compare: Compare, study: Path, tmp_path: Path) -> None:
     """What the device holds decides about cost alone, for every method; all are measured as whole models."""
-    streamed = ("--schedule", "block_major", "--stages", "6", "--offload", "block", "--optimizer_device", "cpu")
-    assert compare(tmp_path, *streamed, methods=[*ARMS[:2], *ARMS[3:]], seeds=("0",)) == 0
+    stages = ("--schedule", "block_major", "--stages", "6")
+    host = ("--offload", "block", "--optimizer_device", "cpu")
+    assert compare(tmp_path, *stages, *host, methods=[*ARMS[:2], *ARMS[3:]], seeds=("0",)) == 0
     eager, found = (read(folder / "compare.json") for folder in (study, tmp_path))
     cells = {cell["arm"]: cell for cell in eager["cells"] if cell["seed"] == 0} | {"base": eager["base"]}
     for other in (*found["cells"], found["base"] | {"arm": "base"}):

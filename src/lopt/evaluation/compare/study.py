@@ -53,7 +53,9 @@ class Study:
         if len(todo) < total:
             print(f"{total - len(todo)} of {total} arm runs are finished already and are not run again")
         if todo and self.setup.metrics.drift_texts:
-            self.setup.metrics.prepare(self.setup.load().to(self.setup.args.device))
+            base: Any = self.setup.load()
+            self.setup.metrics.prepare(base.to(self.setup.args.device))
+            del base  # from the device
         parts = {self.folder / "base.json": self._base}
         for number, (arm, seed) in enumerate(todo, start=1):
             title = f"\nArm run {number} of {len(todo)}: {arm.name}, seed {seed}"
