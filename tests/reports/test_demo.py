@@ -76,8 +76,8 @@ def _results(*arms: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 def test_the_sentence_says_what_each_method_did() -> None:
     assert report.outcome(_results(_arm("lopt k=2", 47, 3.22))) == (
-        "In 5 min 40 s on this machine (cpu), held-out exact answers went from 2 of 64 to 47 of 64 (lopt k=2), "
-        "and the loss on unrelated text from 3.20 to 3.22 (lopt k=2)."
+        "In 5 min 40 s on this machine (cpu), held-out exact answers went from 2 of 64 to 47 of 64 "
+        "(lopt k=2), and the loss on unrelated text from 3.20 to 3.22 (lopt k=2)."
     )
     three = report.outcome(_results(_arm("lopt k=2", 30, 3.22), _end_to_end(), _arm("frozen k=2", 0, 3.1)))
     assert "to 30 of 64 (lopt k=2), 47 of 64 (e2e) and 0 of 64 (frozen k=2), and" in three

@@ -167,8 +167,8 @@ def _close(a: Results, b: Results) -> bool:
 def _side_by_side(r: Results) -> str:
     caption = (
         "Adaptation is the gain on the task, here on questions held out from training. Retention is what is "
-        "kept elsewhere, here the loss on Python's documentation. Losses: nats per token. Intervals: Wilson's. "
-        "All methods start from the same weights and see the same problems in the same order."
+        "kept elsewhere, here the loss on Python's documentation. Losses: nats per token. Intervals: "
+        "Wilson's. All methods start from the same weights and see the same problems in the same order."
     )
     heads = ["", "before", *_heads(r)]
     return table(heads, _rows(r), caption, numeric=range(1, len(heads)))
