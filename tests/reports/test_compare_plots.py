@@ -53,11 +53,11 @@ def test_rates_of_one_method_are_one_series_from_the_lowest_on() -> None:
 
 
 def test_reach_is_counted_from_the_top_and_leaves_other_settings_out() -> None:
-    task, kept = compare_plots.reach(results())
-    assert "after training from 1.5 at a reach of 3 to 1 at a reach of 12" in task
-    assert "the base model from 1.7 at a reach of 3" in task
-    assert "after training from 0.25 at a reach of 3 to 2 at a reach of 12" in kept
+    svg = compare_plots.reach(results())
+    assert svg is not None
+    assert "learned: fall of the held-out task loss from 0.2 with layers 3 to 0.7 with layers 12" in svg
+    assert "forgotten: rise of the losses elsewhere from 0.25 with layers 3 to 2 with layers 12" in svg
 
 
 def test_two_reaches_are_no_line() -> None:
-    assert compare_plots.reach(results("e2e", "e2e lr=5e-06", "frozen k=2")) == []
+    assert compare_plots.reach(results("e2e", "e2e lr=5e-06", "frozen k=2")) is None

@@ -31,14 +31,14 @@ def write_report(results: Results, folder: Path) -> Path:
         *map(paragraph, more),
         paragraph(_about_intervals(results), "note"),
     ]
-    plots, reaches = pareto(results), reach(results)
+    plots, reached = pareto(results), reach(results)
     caption = (
         "Means over seeds with 95 % intervals; joined are the learning rates of one method, lowest first."
     )
     sections = [
         ("", "".join(opening)),
         ("Adaptation against retention", figures(figure(svg, caption) for svg in plots)),
-        ("Reach", figures(figure(svg, ABOUT_REACH) for svg in reaches)),
+        ("Reach", figure(reached, ABOUT_REACH) if reached else ""),
         ("All figures", _all_figures(results)),
         ("Against other methods, paired by seed", _against(results)),
         ("Benchmark by benchmark", _by_benchmark(results)),
@@ -55,9 +55,9 @@ def write_report(results: Results, folder: Path) -> Path:
     count = len(results["arms"])
     title = "One way to train" if count == 1 else f"{count} ways to train, side by side"
     write_text(path, page(title, sections, subtitle))
-    for name, drawn in (("pareto.svg", plots), ("reach.svg", reaches)):
-        if drawn:
-            write_text(folder / name, standalone(drawn[0]) + "\n")
+    for name, svg in (("pareto.svg", plots[0] if plots else None), ("reach.svg", reached)):
+        if svg:
+            write_text(folder / name, standalone(svg) + "\n")
     return path
 
 

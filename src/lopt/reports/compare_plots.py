@@ -39,11 +39,11 @@ def pareto(results: Results) -> list[str]:
     return plots
 
 
-def reach(results: Results) -> list[str]:
-    """Return plots of the task and of retention over the layers that the task gradient passes.
+def reach(results: Results) -> str | None:
+    """Return a plot of what was learned and forgotten over the layers that the task gradient passes.
 
-    The arms are those whose layers below are frozen, and end to end, with the study's own settings; there is
-    no plot if there are fewer than three.
+    The arms are those whose layers below are frozen, and end to end, with the study's own settings; None if
+    they have fewer than three different reaches, or no loss elsewhere was measured.
     """
     summary = results["summary"]
     layers = {
@@ -51,21 +51,21 @@ def reach(results: Results) -> list[str]:
         for run in results["cells"]
         if "failed" not in run and not run["changes"] and _is_plain(run["config"])
     }
-    if len(set(layers.values())) < 3:
-        return []
-    depth = max(layers.values())
-    measures = {"loss": ("Reach: the task", f"held-out task loss, {unit(results)}")}
-    measures |= {key: ("Reach: what is kept", label) for key, label in RETENTION.items()}
-    plots = []
-    for key, (title, label) in measures.items():
-        if key not in summary["measures"]:
-            continue
-        line: Points = sorted((layers[name], summary["arms"][name][key]["value"]) for name in layers)
-        base: Points = [(at, summary["measures"][key]["base"]) for at in (min(layers.values()), depth)]
-        series = {"after training": line, "the base model": base}
-        x_label = f"layers that learn, of {depth}, counted from the top"
-        plots.append(line_plot(series, title=title, x_label=x_label, y_label=label, place="at a reach of"))
-    return plots
+    if len(set(layers.values())) < 3 or "forgetting" not in summary["measures"]:
+        return None
+    base = summary["measures"]["loss"]["base"]
+
+    def line(key: str, sign: int, start: float) -> Points:
+        return sorted(
+            (at, sign * (summary["arms"][name][key]["value"] - start)) for name, at in layers.items()
+        )
+
+    series = {
+        "learned: fall of the held-out task loss": line("loss", -1, base),
+        "forgotten: rise of the losses elsewhere": line("forgetting", 1, 0.0),
+    }
+    x_label = f"layers that learn, of {max(layers.values())}, counted from the top"
+    return line_plot(series, title="Reach", x_label=x_label, y_label="nats", place="with layers")
 
 
 def estimate(measured: Results) -> Estimate:
@@ -85,12 +85,12 @@ def _is_plain(config: Results) -> bool:
 
 def _over_rates(results: Results) -> dict[str, list[str]]:
     """Return the arms of each series, those with several in the order of their learning rates."""
-    rate = results["setting"]["training"].get("learning_rate", 2e-5)
     found: dict[str, dict[str, float]] = {}
     for run in results["cells"]:
-        changes = dict(run.get("changes") or {})
-        own = changes.pop("learning_rate", None)
-        # The name without its rate, as another setting may follow it.
-        name = " ".join(word for word in run["arm"].split(" ") if own is None or not word.startswith("lr="))
-        found.setdefault(name, {})[run["arm"]] = rate if own is None else own
+        changed = (run.get("changes") or {}).get("learning_rate")
+        words = run["arm"].split(" ")
+        name = run["arm"] if changed is None else " ".join(w for w in words if not w.startswith("lr="))
+        # A comparison from before rates were kept had TRL's default for rows.
+        rate = run.get("learning_rate", 2e-5 if changed is None else changed)
+        found.setdefault(name, {})[run["arm"]] = rate
     return {name: sorted(arms, key=arms.__getitem__) for name, arms in found.items()}
