@@ -389,11 +389,7 @@ class DemoArguments:
     task: str = flag("chain_sum", "A reasoning-gym task: chain_sum or gsm_symbolic.")
     held_out: int = flag(64, "Problems kept back for the evaluation.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
-    methods: list[str] = flag(
-        ["lopt", "e2e", "frozen"],
-        "What is compared, each from the same weights on the same problems: lopt, e2e, frozen. The model of "
-        "the first one is kept.",
-    )
+    methods: list[str] = flag(["lopt", "e2e", "frozen"], "What is compared; the model of the first is kept.")
     num_blocks: int = flag(2, "k, the number of blocks of lopt and frozen.")
     steps: int = flag(20, "Optimizer steps of each method.")
     batch_size: int = flag(8, "Problems per step.")
