@@ -355,7 +355,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--micro_batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--steps", type=int, default=2, help="that are timed")
-    parser.add_argument("--skip", nargs="*", default=[], help='cases by name, or by parts of it, as in "8 stages, host optimizer"')
+    parser.add_argument(
+        "--skip",
+        nargs="*",
+        default=[],
+        help='cases by name, or by parts of it, as in "8 stages, host optimizer"',
+    )
     args = parser.parse_args()
     if args.shape == "tiny":
         args.batch, args.tokens, args.micro_batches = 2, min(args.tokens, 32), [2, 3]

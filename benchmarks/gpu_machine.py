@@ -9,7 +9,8 @@ import torch
 
 from gpu_training import GIB, adamw, free_host_gib, seconds
 from lopt.engine.host_optimizer import step_threads
-from lopt.engine.optimizer import BlockOptimizer, Precision, Scratch
+from lopt.engine.optimizer import BlockOptimizer, Precision
+from lopt.engine.scratch import Scratch
 
 
 def rates(device: torch.device) -> dict[str, Any]:

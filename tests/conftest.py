@@ -142,6 +142,13 @@ def assert_moved_alike(
 _modules_when_frozen = 0
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from tests that are not about one, which count a CPU's bytes or have several processes."""
+    about_one = "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr
+    if not about_one and os.environ.get("LOPT_TEST_GPU") != "1":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also of the processes that tests start
+
+
 def pytest_runtest_setup() -> None:
     """Leave what modules hold, millions of objects, out of garbage collection: every `train()` collects."""
     global _modules_when_frozen

@@ -24,14 +24,19 @@ Hurt = Callable[[str], str]
 
 def demo(folder: Path, hurt: Hurt = str) -> Path:
     found = json.loads((RESULTS / "demo.json").read_text())
-    for key in ("title", "model", "task", "device", "date", "method"):
+    for key in ("title", "model", "task", "device", "date"):
         found[key] = hurt(found[key])
-    found["blocks"] = [hurt(name) for name in found["blocks"]]
-    for key in ("settings", "versions", "memory"):
-        found[key] = {hurt(name): value for name, value in found[key].items()}
-    found["settings"] = {name: hurt(str(value)) for name, value in found["settings"].items()}
+    for arm in found["arms"]:
+        arm |= {key: hurt(arm[key]) for key in ("name", "method")}
+        arm["blocks"] = [hurt(name) for name in arm["blocks"]]
+        for key in ("config", "memory"):
+            arm[key] = {hurt(name): value for name, value in arm[key].items()}
+    for key in ("settings", "versions"):
+        found[key] = {hurt(name): hurt(str(value)) for name, value in found[key].items()}
     for sample in found["samples"]:
-        sample |= {name: hurt(value) for name, value in sample.items() if isinstance(value, str)}
+        sample |= {name: hurt(sample[name]) for name in ("question", "reference")}
+        for answer in sample["answers"]:
+            answer |= {name: hurt(answer[name]) for name in ("by", "text")}
     return write_demo_report(found, folder)
 
 

@@ -12,8 +12,9 @@ from conftest import batch_of, tiny
 from lopt import LoPTConfig, attach
 from lopt.engine.clipping import clip_gradients
 from lopt.engine.host_transfer import HostTransfer
-from lopt.engine.optimizer import BlockOptimizer, Precision, Scratch, split_into_parts, state_bytes
+from lopt.engine.optimizer import BlockOptimizer, Precision, split_into_parts, state_bytes
 from lopt.engine.rounding import round_stochastically
+from lopt.engine.scratch import Scratch
 from lopt.instruments.memory import in_host_memory, peak_memory
 
 

@@ -109,7 +109,7 @@ def test_every_plot_is_well_formed_whatever_it_is_told() -> None:
         lines.line_plot({LONG: [(0, 1), (1, 2)], "b": [(0, 1)]}, y_label=LONG, marks={1.0: LONG}, **words),
         plots.bar_plot([LONG, "b"], {LONG: [1, 2], "c": [1, 2]}, value=lambda _: LONG, **words),
         plots.interval_plot([LONG, "b"], {LONG: [one, None], "c": [one, one]}, **words),
-        plots.scatter_plot({LONG: (one, one), "b": (one, one)}, y_label=LONG, **words),
+        plots.scatter_plot({LONG: [(one, one)], "b": [(one, one)]}, y_label=LONG, **words),
     ]
     for svg in made:
         root = ET.fromstring(svg)

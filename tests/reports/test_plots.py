@@ -84,7 +84,7 @@ def test_default_text_alternatives_name_places_and_measures() -> None:
     assert root.get("aria-label") == "Loss: lopt from 6.28 at step 1 to 5.1 at step 40."
     root = ET.fromstring(_line({"lopt": [(0, 0.0), (4, 0.25)]}, "Distance", alt="", place="after layer"))
     assert root.get("aria-label") == "Distance: lopt from 0 after layer 0 to 0.25 after layer 4."
-    points = {"e2e": (Estimate(6.283, 6, 7), Estimate(-0.01, -0.02, 0))}
+    points = {"e2e": [(Estimate(6.283, 6, 7), Estimate(-0.01, -0.02, 0))]}
     labels = {
         "x_label": "task loss, nats (lower is better)",
         "y_label": "change of scores (higher is better)",
@@ -95,7 +95,7 @@ def test_default_text_alternatives_name_places_and_measures() -> None:
 
 def test_plots_are_the_same_bytes_and_ids_do_not_collide(monkeypatch: pytest.MonkeyPatch) -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    point = {"a": (Estimate(1, 0, 2), Estimate(1, 0, 2))}
+    point = {"a": [(Estimate(1, 0, 2), Estimate(1, 0, 2))]}
 
     def made(title: str = "Loss") -> str:
         return plots.scatter_plot(point, title=title, x_label="x", y_label="y")
@@ -130,7 +130,7 @@ def test_interval_plot_leaves_gaps_and_shows_every_series() -> None:
 
 def test_scatter_plot_names_every_point() -> None:
     pytest.importorskip("matplotlib")
-    points = {f"m{i}": (Estimate(i, i - 1, i + 1), Estimate(1, 0.5, 1.5)) for i in range(9)}
+    points = {f"m{i}": [(Estimate(i, i - 1, i + 1), Estimate(1, 0.5, 1.5))] * 2 for i in range(9)}
     root = _check_svg(plots.scatter_plot(points, title="t", x_label="x", y_label="y", alt="a"))
     assert all(f"m{i}" in "".join(root.itertext()) for i in range(9))
 

@@ -43,7 +43,7 @@ DRIFT_ROWS = 8
 SETTING = "setting.json"  # marks the folder of a comparison
 # What a comparison writes, and --overwrite_output_dir removes; other files in the folder are the user's.
 WRITTEN = (SETTING, "base.json", "cells", "runs", "models", "compare.json", "report.html", "pareto.svg",
-           RUN_YAML, RUN_JSON)  # fmt: skip
+           "reach.svg", RUN_YAML, RUN_JSON)  # fmt: skip
 # Prefixes of flags that change no figure: where output goes and what is logged.
 _OUTPUT_ONLY = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging", "log_", "seed", "data_seed",
               "hub_", "push_", "save_", "eval_", "do_", "project", "trackio", "local_rank",

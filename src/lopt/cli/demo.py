@@ -10,12 +10,14 @@ from lopt.cli.flag_names import renamed
 from lopt.cli.output import check_output, spare_model
 from lopt.cli.parsing import parse
 from lopt.cli.record import record_of
+from lopt.cli.report_flags import DemoArguments
 from lopt.core.config import LoPTConfig
 from lopt.data.procedural import TASKS
 from lopt.models.load import resolve_model
 from lopt.validation import check_choice, check_number
 
-ROWS = 12
+METHODS = ("lopt", "e2e", "frozen")
+ROWS = 8
 """Rows of the table of a run that is short and logged in every step."""
 
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         check_number(name, getattr(args, name), minimum=1)
     check_number("learning_rate", args.learning_rate, above=0)
     check_choice("task", args.task, TASKS)
-    config = LoPTConfig(method=args.method, num_blocks=args.num_blocks)
+    arms = _arms(args)
     folder = Path(args.output_dir)
 
     from lopt.cli.training import check_cut  # after the checks: this import takes seconds
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         check_output(args.output_dir, resume=None, overwrite=overwrite, resumable=False)
         model = resolve_model(args.model)
         spare_model(args.output_dir, model, ("checkpoint-*", "model"))
-        check_cut(model, [config])
+        check_cut(model, list(arms.values()))
 
     from lopt.cli.display.progress import shown
     from lopt.cli.display.screen import Screen
@@ -48,9 +50,26 @@ def main(arguments: Sequence[str]) -> None:
 
     record_of("demo", arguments).write(folder)
     names = ("model", "task", "steps", "batch_size", "learning_rate", "held_out", "seed", "trust_remote_code")
-    demo = Demo(config=config, **{name: getattr(args, name) for name in names})
+    demo = Demo(arms=arms, **{name: getattr(args, name) for name in names})
     with renamed(model_name_or_path="model"), Screen().open() as screen:
         results = demo.run(folder, lambda trainer: shown(trainer, screen, "demo", ROWS))
     report = write_demo_report(results, folder)
     print(summary(results))
-    print(f"\nReport: {report}\nFigures: {folder / 'results.json'}\nModel: {folder / 'model'}")
+    first = next(iter(arms))
+    print(f"\nReport: {report}\nFigures: {folder / 'results.json'}\nModel ({first}): {folder / 'model'}")
+
+
+def _arms(args: DemoArguments) -> dict[str, LoPTConfig]:
+    """Return the configs of the methods by name.
+
+    Raises:
+        ValueError: no method, an unknown one, or one twice.
+    """
+    if not args.methods or len(set(args.methods)) < len(args.methods):
+        raise ValueError(f"--methods {' '.join(args.methods)}: give one or more, each once")
+    arms = {}
+    for method in args.methods:
+        check_choice("methods", method, METHODS)
+        config = LoPTConfig(method=method, num_blocks=args.num_blocks)  # type: ignore[arg-type]
+        arms[f"{method} k={args.num_blocks}" if config.is_cut else method] = config
+    return arms

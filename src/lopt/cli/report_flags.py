@@ -381,7 +381,7 @@ class DemoArguments:
 
     groups: ClassVar[dict[str, str]] = {
         "Model and task": "model",
-        "Training": "method",
+        "Training": "methods",
         "Output": "output_dir",
     }
 
@@ -389,9 +389,9 @@ class DemoArguments:
     task: str = flag("chain_sum", "A reasoning-gym task: chain_sum or gsm_symbolic.")
     held_out: int = flag(64, "Problems kept back for the evaluation.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model.")
-    method: Literal["lopt", "e2e", "frozen"] = flag("lopt", "What the earlier blocks learn from.")
-    num_blocks: int = flag(2, "k, the number of blocks.")
-    steps: int = flag(60, "Optimizer steps.")
+    methods: list[str] = flag(["lopt", "e2e", "frozen"], "What is compared; the model of the first is kept.")
+    num_blocks: int = flag(2, "k, the number of blocks of lopt and frozen.")
+    steps: int = flag(20, "Optimizer steps of each method.")
     batch_size: int = flag(8, "Problems per step.")
     learning_rate: float = flag(2e-5, "Learning rate of the last block.")
     seed: int = flag(0, "Seed of problems, heads and order.")

@@ -58,9 +58,19 @@ class Chat:
 
     def knows(self, name: str) -> bool:
         """Return whether the template reads a key of this name, as far as its text tells."""
-        # transformers gives reasoning under each of its names.
-        names = REASONING if name in REASONING else (name,)
-        return any(re.search(rf"\b{re.escape(name)}\b", self.source) for name in names)
+        return self._reads(self.name_of(name))
+
+    def name_of(self, name: str) -> str:
+        """Return `name`, or the other name of reasoning that the template reads in its place.
+
+        transformers gives reasoning under all of its names, but only since 5.23.
+        """
+        if name not in REASONING or self._reads(name):
+            return name
+        return next((other for other in REASONING if self._reads(other)), name)
+
+    def _reads(self, name: str) -> bool:
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
     def knows_role(self, role: str) -> bool:
         """Return whether the template asks for messages of this role by name."""

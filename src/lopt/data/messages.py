@@ -72,6 +72,10 @@ def read_messages(value: Any, column: str, chat: Chat | None, notes: Notes) -> l
             if not isinstance(turn[name], str):
                 raise column_error(column, f"has a message whose `{name}` is not text")
         read = {name: turn[name] for name in turn if name in keys}
+        if chat is not None:
+            read = {chat.name_of(name): value for name, value in read.items()} | {
+                name: value for name, value in read.items() if chat.name_of(name) == name
+            }
         if "tool_calls" in read:
             read["tool_calls"] = _calls(read["tool_calls"], column)
         lost = keys if chat is None else {name for name in keys if not chat.knows(name)}

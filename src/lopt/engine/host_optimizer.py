@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lopt.engine.clipping import scale
 from lopt.engine.host_transfer import TensorGroup
-from lopt.engine.optimizer import BlockOptimizer, Scratch
+from lopt.engine.optimizer import BlockOptimizer
+from lopt.engine.scratch import Scratch
 from lopt.instruments.memory import count_as_host, counted_as_host
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lopt.engine.host_transfer import HostTransfer, TensorGroup, Tensors
 from lopt.engine.rounding import round_stochastically
+from lopt.engine.scratch import Scratch
 from lopt.instruments.memory import dense_parts
 
 PART_BYTES = 256 * 2**20
@@ -49,30 +50,6 @@ class _Part:
     proxies: list[list[nn.Parameter]]  # by parameter group
     stage: int
     state: TensorGroup
-
-
-class Scratch:
-    """float32 copies of bfloat16 values in host memory, at the same place for every part.
-
-    With new memory for each of them a step takes twice as long: the system makes its pages one by one.
-    """
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-        self._used = 0
-
-    def begin(self, numbers: int) -> None:
-        """Make room for so many numbers in all; what was here before is overwritten."""
-        self._used = 0
-        if len(self._memory) < numbers:
-            self._memory = torch.empty(0)  # let go of it before there is more
-            self._memory = torch.empty(numbers)
-
-    def widened(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` in float32."""
-        start = self._used
-        self._used += tensor.numel()
-        return self._memory[start : self._used].view(tensor.shape).copy_(tensor)
 
 
 class BlockOptimizer(Optimizer):

@@ -1,11 +1,13 @@
-"""The demo: a real model learns a procedural task by LoPT; what it gained and what it kept.
+"""The demo: a real model learns a procedural task by several methods; what each gained and what it kept.
 
 Held-out problems of the task measure adaptation; a text that has nothing to do with it, Python's
-own documentation (PSF licence, in every Python), measures retention.
+own documentation (PSF licence, in every Python), measures retention. Every method starts from the same
+weights and sees the same problems in the same order.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -40,15 +42,15 @@ class Demo:
     Attributes:
         model: a folder, a hub id or the packaged model.
         task: a procedural task of `lopt.data`, a key of `MAX_NEW_TOKENS`.
-        config: method and blocks.
-        steps, batch_size: optimizer steps, and problems in each.
+        arms: the methods and their blocks, by name.
+        steps, batch_size: optimizer steps of each, and problems in each step.
         learning_rate: of the last block.
         held_out: problems that are kept back for the evaluation.
     """
 
     model: str
     task: str
-    config: LoPTConfig
+    arms: Mapping[str, LoPTConfig]
     steps: int
     batch_size: int
     learning_rate: float
@@ -57,57 +59,69 @@ class Demo:
     trust_remote_code: bool = False
 
     def run(
-        self, folder: Path, shown: Callable[[LoPTSFTTrainer], AbstractContextManager[Any]] = nullcontext
+        self,
+        folder: Path,
+        shown: Callable[[LoPTSFTTrainer], AbstractContextManager[Any]] = nullcontext,
     ) -> dict[str, Any]:
-        """Evaluate, train and evaluate again; writes `results.json`, which is returned, and `model/`.
+        """Evaluate, then train and evaluate by each method; writes `results.json`, which is returned.
+
+        The model of the first method is saved in `model/`.
 
         Args:
             shown: makes the context in which a trainer trains, to show how it goes.
         """
         tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
-        model = load_model(self.model, trust_remote_code=self.trust_remote_code)
         count = self.steps * self.batch_size
         train, held_out = train_and_held_out(self.task, count, self.held_out, self.seed)
         print(
-            f"{self.model} learns {self.task} by {self.config.method}: {self.steps} steps of "
-            f"{self.batch_size} problems, evaluated on {len(held_out)} others. "
+            f"{self.model} learns {self.task} by {', '.join(self.arms)}: {self.steps} steps of "
+            f"{self.batch_size} problems each, evaluated on {len(held_out)} others. "
             "Retention: loss on Python's documentation."
         )
         started = time.perf_counter()
         evaluation = _Evaluation(self.task, held_out, tokenizer)
-        before, answers_before = evaluation.run(model, "Evaluation before")
-        trainer = self._trainer(model, tokenizer, train, folder)
-        curve = _Curve(evaluation, model, every=-(-self.steps // 3))
-        trainer.add_callback(curve)
-        with shown(trainer):
-            trainer.train()
-        after, answers_after = evaluation.run(model, "Evaluation after ")
+        before: dict[str, Any] = {}
+        answers: dict[str, list[str]] = {}
+        arms: list[dict[str, Any]] = []
+        for name, config in self.arms.items():
+            trainer = self._trainer(config, tokenizer, train, folder)
+            if not before:
+                before, answers["before"] = evaluation.run(trainer.model, "Evaluation before")
+            print(f"\n{name}", flush=True)
+            curve = _Curve(evaluation, every=-(-self.steps // 2))
+            trainer.add_callback(curve)
+            with shown(trainer):
+                trainer.train()
+            after, answers[name] = evaluation.run(trainer.model, f"Evaluation of {name}")
+            points = [_point(0, before), *curve.points, _point(self.steps, after)]
+            if not arms:
+                trainer.save_model(str(folder / "model"))
+            arms.append({"name": name, **_facts(trainer), "after": after, "curve": points})
+            del trainer, curve
+            gc.collect()  # a model and its handle point at each other, and each is gigabytes
         results = {
-            **self._facts(trainer),
+            **self._setting(),
             "before": before,
-            "after": after,
-            "samples": _samples(held_out, answers_before, answers_after),
-            "train": _training_log(trainer),
-            "curve": [_point(0, before), *curve.points, _point(self.steps, after)],
+            "arms": arms,
+            "samples": _samples(held_out, answers),
             "total_seconds": time.perf_counter() - started,
         }
         write_json(folder / "results.json", results)
-        trainer.save_model(str(folder / "model"))
         return results
 
     def _trainer(
         self,
-        model: PreTrainedModel,
+        config: LoPTConfig,
         tokenizer: PreTrainedTokenizerBase,
         problems: list[Problem],
         folder: Path,
     ) -> LoPTSFTTrainer:
         rows = [{"prompt": prompt(p), "completion": f" {p.solution}"} for p in problems]
         return LoPTSFTTrainer(
-            model,
+            load_model(self.model, trust_remote_code=self.trust_remote_code),
             # The shared embedding is 168 of the packaged model's 268 million parameters: freezing it saves
             # a third of a step's time (docs/experiments.md).
-            lopt_config=self.config.replace(tied_embeddings="freeze"),
+            lopt_config=config.replace(tied_embeddings="freeze"),
             args=LoPTSFTConfig(
                 output_dir=str(folder),
                 max_steps=self.steps,
@@ -123,33 +137,34 @@ class Demo:
             processing_class=tokenizer,
         )
 
-    def _facts(self, trainer: LoPTSFTTrainer) -> dict[str, Any]:
-        config, peak = trainer.lopt.config, trainer.throughput.peak
-        own = {key: value for key, value in vars(self).items() if key != "config"}
-        method = {key: value for key, value in asdict(config).items() if key not in ("method", "num_blocks")}
+    def _setting(self) -> dict[str, Any]:
+        own = {key: value for key, value in vars(self).items() if key != "arms"}
         return {
             "title": "LoPT demo",
             "date": date.today().isoformat(),
             "model": self.model,
             "task": self.task,
-            "method": config.method,
-            "num_blocks": len(trainer.lopt.blocks),
-            "blocks": [f"layers {b.start}-{b.stop - 1}" for b in trainer.lopt.blocks],
-            "settings": {
-                **own,
-                "method": self.config.method,
-                "num_blocks": self.config.num_blocks,
-                **method,
-                "lr_k1": config.early_learning_rate(self.learning_rate),
-            },
+            "settings": own,
             "versions": versions(("lopt", "torch", "transformers", "trl", "reasoning-gym")),
             "device": device(),
-            "head_warmup": [
-                {"step": i, "local_loss": row} for i, row in enumerate(trainer.head_warmup_history, start=1)
-            ],
-            "memory": asdict(peak) if peak is not None else {},
-            "seconds_per_step": median_high(row["seconds_per_step"] for row in _steps(trainer)),
         }
+
+
+def _facts(trainer: LoPTSFTTrainer) -> dict[str, Any]:
+    """Return what a run was and what it took."""
+    config, peak = trainer.lopt.config, trainer.throughput.peak
+    changed = {key: value for key, value in asdict(config).items() if value != getattr(LoPTConfig(), key)}
+    return {
+        "method": config.method,
+        "config": changed | {"lr_k1": config.early_learning_rate(trainer.args.learning_rate)},
+        "blocks": [f"layers {b.start}-{b.stop - 1}" for b in trainer.lopt.blocks],
+        "head_warmup": [
+            {"step": i, "local_loss": row} for i, row in enumerate(trainer.head_warmup_history, start=1)
+        ],
+        "train": _training_log(trainer),
+        "memory": asdict(peak) if peak is not None else {},
+        "seconds_per_step": median_high(row["seconds_per_step"] for row in _steps(trainer)),
+    }
 
 
 class _Evaluation:
@@ -183,13 +198,13 @@ class _Evaluation:
 class _Curve(TrainerCallback):
     """Held-out and retention loss during the run, on the problems of the evaluation."""
 
-    def __init__(self, evaluation: _Evaluation, model: PreTrainedModel, every: int) -> None:
-        self.evaluation, self.model, self.every = evaluation, model, every
+    def __init__(self, evaluation: _Evaluation, every: int) -> None:
+        self.evaluation, self.every = evaluation, every
         self.points: list[dict[str, float]] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self.points.append(_point(state.global_step, self.evaluation.losses(self.model)))
+            self.points.append(_point(state.global_step, self.evaluation.losses(model)))
 
 
 def _point(step: int, figures: Mapping[str, Any]) -> dict[str, float]:
@@ -215,16 +230,16 @@ def _training_log(trainer: LoPTSFTTrainer) -> list[dict[str, Any]]:
     ]
 
 
-def _samples(problems: list[Problem], before: list[str], after: list[str]) -> list[dict[str, Any]]:
+def _samples(problems: list[Problem], answers: Mapping[str, list[str]]) -> list[dict[str, Any]]:
     """Return the first problems with their answers, whatever the outcome: a selection would flatter."""
     return [
         {
             "question": p.question,
             "reference": p.solution,
-            "before": a.strip(),
-            "after": z.strip(),
-            "before_correct": is_correct(a, p),
-            "after_correct": is_correct(z, p),
+            "answers": [
+                {"by": name, "text": texts[index].strip(), "correct": is_correct(texts[index], p)}
+                for name, texts in answers.items()
+            ],
         }
-        for p, a, z in zip(problems[:SAMPLES], before, after, strict=False)
+        for index, p in enumerate(problems[:SAMPLES])
     ]

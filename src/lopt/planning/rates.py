@@ -21,7 +21,8 @@ from lopt.core.blocks import Blocks
 from lopt.core.config import LoPTConfig
 from lopt.engine.clipping import scale, total_norm
 from lopt.engine.host_optimizer import step_threads
-from lopt.engine.optimizer import BlockOptimizer, Precision, Scratch
+from lopt.engine.optimizer import BlockOptimizer, Precision
+from lopt.engine.scratch import Scratch
 from lopt.instruments.flops import FlopCounter
 from lopt.losses.lm_head import lean_fused_head
 from lopt.planning.devices import Machine

@@ -8,30 +8,37 @@ from statistics import mean
 from typing import Any
 
 from lopt.evaluation.compare.summary import COSTS
-from lopt.evaluation.statistics import Estimate
 from lopt.files import write_text
 from lopt.instruments.memory import format_bytes
+from lopt.reports.compare_plots import estimate, pareto, reach, unit
 from lopt.reports.lines import line_plot
 from lopt.reports.page import figure, figures, page, paragraph, table
-from lopt.reports.plots import bar_plot, interval_plot, scatter_plot, standalone
+from lopt.reports.plots import bar_plot, interval_plot, standalone
 from lopt.reports.text import columns, number, setting_text
 
 Results = Mapping[str, Any]
 """What `lopt.evaluation.compare.study.Study.run` returns, or a part of it."""
 
 
+ABOUT_REACH = "Layers below are frozen; where all learn it is end to end. Means over seeds."
+
+
 def write_report(results: Results, folder: Path) -> Path:
-    """Write `report.html` and `pareto.svg`; returns the path of the page."""
+    """Write `report.html`, `pareto.svg` and, where reaches differ, `reach.svg`; return the page's path."""
     finding, more = findings(results)
     opening = [
         paragraph(finding, "lede"),
         *map(paragraph, more),
         paragraph(_about_intervals(results), "note"),
     ]
-    plots, caption = pareto(results), "Means over seeds with 95 % intervals."
+    plots, reached = pareto(results), reach(results)
+    caption = (
+        "Means over seeds with 95 % intervals; joined are the learning rates of one method, lowest first."
+    )
     sections = [
         ("", "".join(opening)),
         ("Adaptation against retention", figures(figure(svg, caption) for svg in plots)),
+        ("Reach", figure(reached, ABOUT_REACH) if reached else ""),
         ("All figures", _all_figures(results)),
         ("Against other methods, paired by seed", _against(results)),
         ("Benchmark by benchmark", _by_benchmark(results)),
@@ -48,8 +55,9 @@ def write_report(results: Results, folder: Path) -> Path:
     count = len(results["arms"])
     title = "One way to train" if count == 1 else f"{count} ways to train, side by side"
     write_text(path, page(title, sections, subtitle))
-    if plots:
-        write_text(folder / "pareto.svg", standalone(plots[0]) + "\n")
+    for name, svg in (("pareto.svg", plots[0] if plots else None), ("reach.svg", reached)):
+        if svg:
+            write_text(folder / name, standalone(svg) + "\n")
     return path
 
 
@@ -140,34 +148,6 @@ def _with_interval(measured: Results, digits: int = 3) -> str:
     return f"{text}\u00a0±\u00a0{(measured['high'] - measured['low']) / 2:.{digits}f}"
 
 
-def pareto(results: Results) -> list[str]:
-    """Return plots of adaptation against retention: by losses and by scores, as far as there are any."""
-    summary = results["summary"]
-    plots = []
-    for key, label in (
-        ("forgetting", "rise of the losses elsewhere, nats (lower is better)"),
-        ("retained", "change of the scores elsewhere (higher is better)"),
-    ):
-        if key not in summary["measures"]:
-            continue
-        points = {
-            name: (_estimate(measured["loss"]), _estimate(measured[key]))
-            for name, measured in summary["arms"].items()
-            if None not in (measured["loss"]["value"], measured[key]["value"])
-        }
-        x_label = f"held-out task loss, {_unit(results)} (lower is better)"
-        plots.append(
-            scatter_plot(points, title="Adaptation against retention", x_label=x_label, y_label=label)
-        )
-    return plots
-
-
-def _estimate(measured: Results) -> Estimate:
-    """Return what a plot draws: without an interval, a dot."""
-    value = measured["value"]
-    return Estimate(value, *(value if measured[end] is None else measured[end] for end in ("low", "high")))
-
-
 def _arms_table(
     results: Results,
     measured: Mapping[str, Results],
@@ -225,7 +205,7 @@ def _by_benchmark(results: Results) -> str:
     ):
         keys = [key for key, item in items.items() if (item["metric"] == "loss") == losses]
         if keys:
-            series = {name: [_estimate(own[key]) for key in keys] for name, own in found.items()}
+            series = {name: [estimate(own[key]) for key in keys] for name, own in found.items()}
             sizes = ", ".join(f"{key}: {len(items[key]['values'])}" for key in keys)
             caption = f"Every item against itself, averaged over seeds; 95 % intervals over items ({sizes})."
             parts.append(figure(interval_plot(keys, series, title=title, x_label=label), caption))
@@ -271,13 +251,9 @@ def _means(lists: list[list[float]], start: int) -> list[tuple[float, float]]:
     return [(i, mean(values)) for i, values in enumerate(zip(*lists, strict=True), start=start)]
 
 
-def _unit(results: Results) -> str:
-    return "nats per pair" if "pair_accuracy" in results["base"]["adaptation"] else "nats per token"
-
-
 def _training_loss(results: Results) -> str:
     series = {n: _means(lists, 1) for n, lists in _by_arm(results, lambda run: run["curve"]["loss"]).items()}
-    label = f"{_unit(results)}, mean over seeds"
+    label = f"{unit(results)}, mean over seeds"
     return figure(line_plot(series, title="Training loss", x_label="optimizer step", y_label=label))
 
 

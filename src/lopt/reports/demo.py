@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,51 +35,78 @@ def write_demo_report(results: Results, folder: Path) -> Path:
 
 
 def demo_page(results: Results) -> str:
-    """Return the report of one demo run as a whole HTML page.
+    """Return the report of a demo as a whole HTML page.
 
     Args:
-        results: plain JSON values. `curve` and `head_warmup` may be missing or empty; losses are in nats per
-            token, memory in bytes.
+        results: plain JSON values, of one method or several (`arms`). An arm's `curve` and `head_warmup` may
+            be missing or empty; losses are in nats per token, memory in bytes.
 
     Raises:
         KeyError: a required part is missing.
         ImportError: matplotlib is not installed.
     """
-    r = results
-    count = "1 block" if r["num_blocks"] == 1 else f"{r['num_blocks']} blocks"
-    named = "; ".join(
-        f"block {i} is {layers}".replace("-", "\u2011") for i, layers in enumerate(r["blocks"], start=1)
-    )
-    method = f"{_METHODS.get(r['method'], r['method'])} This run has {count}: {named}."
+    r, arms = results, results["arms"]
+    methods = "".join(paragraph(f"{arm['name']}: {_described(arm)}") for arm in arms)
     sections = [
-        ("", paragraph(outcome(r), "lede") + _caveat(r) + paragraph(method)),
-        ("Adaptation and retention", _before_after(r)),
-        ("Training", _curves(r)),
-        ("Peak memory", _memory(r["memory"])),
+        ("", paragraph(outcome(r), "lede") + _caveats(r)),
+        ("Adaptation and retention", _side_by_side(r)),
+        ("Methods", methods),
+        ("Training", _curves(arms)),
+        ("Peak memory", _memory(arms)),
         ("Sample answers", "".join(_sample(i, s) for i, s in enumerate(r["samples"], start=1))),
         ("Settings and versions", _facts(r)),
     ]
-    return page(r["title"], sections, f"{r['model']} · {r['task']} · {r['method']}, {count} · {r['date']}")
+    return page(r["title"], sections, f"{r['model']} · {r['task']} · {_names(arms)} · {r['date']}")
 
 
 def summary(results: Results) -> str:
     """Return sample answers and the main figures as text for a terminal."""
-    before, after = sides = results["before"], results["after"]
     lines = []
     for sample in results["samples"]:
+        width = 1 + max(len(answer["by"]) for answer in sample["answers"])
         lines += ["", sample["question"]]
-        lines += [f"  {key + ':':8}{_one_line(sample[key])}" for key in ("before", "after")]
+        lines += [f"  {a['by'] + ':':{width}} {_one_line(a['text'])}" for a in sample["answers"]]
+    return "\n".join([*lines, "", columns([["", "before", *_heads(results)], *_rows(results)])])
+
+
+def _heads(results: Results) -> list[str]:
+    return [arm["name"] for arm in results["arms"]]
+
+
+def _rows(results: Results) -> list[list[str]]:
+    """Return the figures, a column for the base model and for each method."""
+    before, arms = results["before"], results["arms"]
+    sides = [before, *(arm["after"] for arm in arms)]
+    kept = [side["retention_loss"] for side in sides]
+    memory = [sum(arm["memory"].values()) for arm in arms]
     rows = [
-        ["", "before", "after"],
-        ["held-out loss", *(f"{side['loss']:.3f}" for side in sides)],
         ["held-out exact answers", *(f"{side['correct']}/{side['total']}" for side in sides)],
-        ["retention loss", f"{before['retention_loss']:.3f}", f"{after['retention_loss']:.3f}"],
-        ["seconds per step (median)", "", f"{results['seconds_per_step']:.2f}"],
-        ["seconds in all", "", f"{results['total_seconds']:.0f}"],
+        ["95 % interval", *map(_interval, sides)],
+        ["held-out loss", *(number(side["loss"], ".3f") for side in sides)],
+        ["loss on unrelated text", *(number(loss, ".3f") for loss in kept)],
+        ["forgotten: its rise", "", *(number(loss - kept[0], "+.3f") for loss in kept[1:])],
+        ["seconds per step (median)", "", *(number(arm["seconds_per_step"], ".2f") for arm in arms)],
     ]
-    if results["memory"]:
-        rows.append(["peak of live bytes", "", format_bytes(sum(results["memory"].values()))])
-    return "\n".join([*lines, "", columns(rows)])
+    if any(memory):
+        rows.append(["peak of live bytes", "", *map(format_bytes, memory)])
+    return rows
+
+
+def _interval(side: Results) -> str:
+    low, high = wilson_interval(side["correct"], side["total"]) if side["total"] else (0.0, 1.0)
+    return f"{100 * low:.0f}–{100 * high:.0f}\u00a0%"
+
+
+def _names(arms: Sequence[Results]) -> str:
+    return ", ".join(arm["name"] for arm in arms)
+
+
+def _described(arm: Results) -> str:
+    count = "1 block" if len(arm["blocks"]) == 1 else f"{len(arm['blocks'])} blocks"
+    named = "; ".join(
+        f"block {i} is {layers}".replace("-", "\u2011") for i, layers in enumerate(arm["blocks"], start=1)
+    )
+    return f"{_METHODS.get(arm['method'], arm['method'])} {count}: {named}."
 
 
 def _one_line(text: str) -> str:
@@ -88,91 +115,99 @@ def _one_line(text: str) -> str:
 
 
 def outcome(results: Results) -> str:
-    """Return the outcome of a demo run in one sentence, for better or worse."""
-    a, b = results["before"], results["after"]
+    """Return the outcome of a demo in one sentence, for better or worse."""
+    before, arms = results["before"], results["arms"]
     where = f"In {duration(results['total_seconds'])} on this machine ({results['device']})"
     answers = "no held-out answers were checked"
-    if a["total"] and b["total"]:
-        old, new = (f"{r['correct']} of {r['total']}" for r in (a, b))
-        answers = f"held-out exact answers {_change(old, new, _share(b) - _share(a))}"
-    losses = a["retention_loss"], b["retention_loss"]
-    kept = _change(f"{losses[0]:.2f}", f"{losses[1]:.2f}", losses[0] - losses[1])
-    return f"{where}, {answers}, while loss on unrelated text {kept}."
+    if before["total"]:
+        found = [(f"{arm['after']['correct']} of {before['total']}", arm["name"]) for arm in arms]
+        answers = (
+            f"held-out exact answers went from {before['correct']} of {before['total']} to {_list(found)}"
+        )
+    losses = [(f"{arm['after']['retention_loss']:.2f}", arm["name"]) for arm in arms]
+    start = f"{before['retention_loss']:.2f}"
+    return f"{where}, {answers}, and the loss on unrelated text from {start} to {_list(losses)}."
 
 
-def _share(side: Results) -> float:
-    return float(side["correct"] / side["total"])
+def _list(found: Sequence[tuple[str, str]]) -> str:
+    named = [f"{value} ({name})" for value, name in found]
+    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
 
 
-def _change(old: str, new: str, gain: float) -> str:
-    if old == new and math.isfinite(gain):
-        return f"stayed at {new}" if gain == 0 else f"stayed at about {new}"
-    verb = "improved" if gain > 0 else "got worse," if gain < 0 else "went"
-    return f"{verb} from {old} to {new}"
-
-
-def _caveat(r: Results) -> str:
-    a, b = r["before"], r["after"]
-    if not (a["total"] and b["total"]) or _share(a) == _share(b):
+def _caveats(r: Results) -> str:
+    """Say which accuracies are too close to be told apart."""
+    arms, total = r["arms"], r["before"]["total"]
+    if not total:
         return ""
-    old, new = (wilson_interval(side["correct"], side["total"]) for side in (a, b))
-    overlap = "The 95 % intervals overlap: these numbers do not settle whether the accuracy changed."
-    return paragraph(overlap, "note") if old[0] <= new[1] and new[0] <= old[1] else ""
-
-
-def _before_after(r: Results) -> str:
-    sides = r["before"], r["after"]
-
-    def row(name: str, values: Iterable[float], form: str, sign: int) -> list[str]:
-        old, new = values
-        gain = sign * (new - old)
-        verdict = "better" if gain > 0 else "worse" if gain < 0 else ""
-        change = f"{new - old:+{form}} {verdict}" if verdict else "same" if gain == 0 else "unknown"
-        change = change.replace("%", " points").replace("-", "−")
-        return [name, number(old, form), number(new, form), change]
-
-    def interval(side: Results) -> str:
-        low, high = wilson_interval(side["correct"], side["total"]) if side["total"] else (0.0, 1.0)
-        return f"{100 * low:.1f}–{100 * high:.1f}\u00a0%"
-
-    rows = [
-        row("Task loss, held out", (s["loss"] for s in sides), ".3f", -1),
-        ["Exact answers", *(f"{s['correct']} of {s['total']}" for s in sides), ""],
-        row("Accuracy", (s["accuracy"] for s in sides), ".1%", 1),
-        ["95 % interval", *map(interval, sides), ""],
-        row("Retention loss", (s["retention_loss"] for s in sides), ".3f", -1),
-        row("Retention perplexity", (math.exp(min(s["retention_loss"], 700)) for s in sides), ".2f", -1),
+    unsettled = [arm["name"] for arm in arms if _close(r["before"], arm["after"])]
+    pairs = [
+        f"{a['name']} and {b['name']}"
+        for a, b in itertools.combinations(arms, 2)
+        if _close(a["after"], b["after"])
     ]
+    notes = ""
+    if unsettled:
+        notes += f"Whether {_either(unsettled)} changed the accuracy is not settled. "
+    if pairs:
+        notes += f"Which of {'; of '.join(pairs)} answers more is not settled. "
+    if not notes:
+        return ""
+    return paragraph(f"{notes}The 95 % intervals of {total} answers overlap.", "note")
+
+
+def _either(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _close(a: Results, b: Results) -> bool:
+    (low, high), (start, stop) = (wilson_interval(side["correct"], side["total"]) for side in (a, b))
+    return low <= stop and start <= high
+
+
+def _side_by_side(r: Results) -> str:
     caption = (
         "Adaptation is the gain on the task, here on questions held out from training. Retention is what is "
-        "kept elsewhere, here the loss on unrelated text. Losses: nats per token. Intervals: Wilson's."
+        "kept elsewhere, here the loss on Python's documentation. Losses: nats per token. Intervals: "
+        "Wilson's. All methods start from the same weights and see the same problems in the same order."
     )
-    return table(["", "Before", "After", "Change"], rows, caption, numeric=(1, 2, 3))
+    heads = ["", "before", *_heads(r)]
+    return table(heads, _rows(r), caption, numeric=range(1, len(heads)))
 
 
-def _curves(r: Results) -> str:
-    train, curve, warmup = r["train"], r.get("curve") or [], r.get("head_warmup") or []
-    held_out = {"task loss": _column(curve, "loss"), "retention loss": _column(curve, "retention_loss")}
+def _curves(arms: Sequence[Results]) -> str:
     nats, squares = "nats per token", "mean squared error"
     plots: list[tuple[dict[str, Points], str, str, str]] = [
-        ({"task loss": _column(train, "loss")}, "Task loss in training", nats, "On the training batches."),
         (
-            *(held_out, "Held out: task loss and retention loss", nats),
-            "On held-out questions and on unrelated text; lower is better for both.",
-        ),
-        (
-            *(_by_block(warmup, "local_loss", r["blocks"]), "Local loss in the head warm-up", squares),
-            "Only the reconstruction heads learn here; the blocks stay as they are.",
-        ),
-        (
-            *(_by_block(train, "local_loss", r["blocks"]), "Local loss in training", squares),
-            "The error of each earlier block in reconstructing its own input.",
-        ),
-        (
-            *(_by_block(train, "gradient_share", r["blocks"]), "Gradient share by block", "share"),
-            "Each block's part of the whole gradient.",
-        ),
+            *({arm["name"]: _column(arm["train"], "loss") for arm in arms}, "Task loss in training", nats),
+            "On the training batches.",
+        )
     ]
+    for key, title, caption in (
+        ("loss", "Held out: task loss", "On held-out questions; lower is better."),
+        ("retention_loss", "Retention loss", "On unrelated text; lower is better."),
+    ):
+        series = {arm["name"]: _column(arm.get("curve") or [], key) for arm in arms}
+        plots.append((series, title, nats, caption))
+    for arm in arms:
+        of = "" if len(arms) == 1 else f", {arm['name']}"
+        blocks = arm["blocks"]
+        warmup = _by_block(arm.get("head_warmup") or [], "local_loss", blocks)
+        local = _by_block(arm["train"], "local_loss", blocks)
+        plots += [
+            (
+                *(warmup, f"Local loss in the head warm-up{of}", squares),
+                "Only the reconstruction heads learn here; the blocks stay as they are.",
+            ),
+            (
+                *(local, f"Local loss in training{of}", squares),
+                "The error of each earlier block in reconstructing its own input.",
+            ),
+        ]
+        if local:
+            share = _by_block(arm["train"], "gradient_share", blocks)
+            plots.append(
+                (share, f"Gradient share by block{of}", "share", "Each block's part of the gradient.")
+            )
     shown = []
     for series, title, label, caption in plots:
         series = {name: points for name, points in series.items() if points}
@@ -192,30 +227,35 @@ def _by_block(rows: Sequence[Results], key: str, blocks: Sequence[str]) -> dict[
     return {f"block {i + 1} ({layers})": _column(rows, key, i) for i, layers in enumerate(blocks[:width])}
 
 
-def _memory(memory: Mapping[str, float]) -> str:
-    sizes = {"bytes": list(memory.values())}
+def _memory(arms: Sequence[Results]) -> str:
+    kinds = list(dict.fromkeys(kind for arm in arms for kind in arm["memory"]))
+    if not kinds:
+        return ""
+    sizes = {kind: [arm["memory"].get(kind, 0) for arm in arms] for kind in kinds}
     title = "Memory by category at the peak"
-    svg = bar_plot(list(memory), sizes, title=title, value=lambda size: format_bytes(round(size)))
-    return figure(svg, f"Together {format_bytes(round(sum(memory.values())))}.")
+    names = [arm["name"] for arm in arms]
+    svg = bar_plot(names, sizes, title=title, stacked=True, value=lambda size: format_bytes(round(size)))
+    return figure(svg, "Live bytes of tensors during an optimizer step.")
 
 
 def _sample(index: int, s: Results) -> str:
     panes = [Pane("Reference", s["reference"])]
-    panes += [Pane(key.title(), s[key], bool(s[f"{key}_correct"])) for key in ("before", "after")]
+    panes += [Pane(answer["by"], answer["text"], bool(answer["correct"])) for answer in s["answers"]]
     return side_by_side(panes, heading=f"Question {index}", prompt=s["question"])
 
 
 def _facts(r: Results) -> str:
-    rates = [row["tokens_per_second"] for row in r["train"]]
-    run = [
-        ("Device", r["device"]),
-        ("Date", r["date"]),
-        ("Records of training", len(rates)),
-        ("Time per step", duration(r["seconds_per_step"])),
-        ("Time in all", duration(r["total_seconds"])),
-    ]
-    if rates:
-        run.append(("Tokens per second, mean", f"{sum(rates) / len(rates):,.0f}"))
+    run = [("Device", r["device"]), ("Date", r["date"]), ("Time in all", duration(r["total_seconds"]))]
+    for arm in r["arms"]:
+        rates = [row["tokens_per_second"] for row in arm["train"]]
+        if rates:
+            run.append((f"Tokens per second, mean, {arm['name']}", f"{sum(rates) / len(rates):,.0f}"))
     settings = table(["Setting", "Value"], r["settings"].items(), "Settings")
+    own = [
+        (f"{arm['name']}: {key}", value)
+        for arm in r["arms"]
+        for key, value in (arm.get("config") or {}).items()
+    ]
+    methods = table(["Setting", "Value"], own, "Settings of the methods that are no defaults") if own else ""
     versions = table(["Package", "Version"], r["versions"].items(), "Versions")
-    return table(["Run", "Value"], run, "The run") + settings + versions
+    return table(["Run", "Value"], run, "The run") + settings + methods + versions

@@ -106,27 +106,32 @@ def interval_plot(
 
 
 def scatter_plot(
-    points: Mapping[str, tuple[Estimate, Estimate]],
+    points: Mapping[str, Sequence[tuple[Estimate, Estimate]]],
     *,
     title: str,
     x_label: str,
     y_label: str,
     alt: str = "",
 ) -> str:
-    """Draw named dots over two measures, each with its two intervals as a cross.
+    """Draw dots over two measures, each with its two intervals as a cross.
 
     Args:
-        points: (x, y) by name; what is not finite is left out.
+        points: one or more (x, y) by name, joined in their order; what is not finite is left out.
     """
     # Without units and explanations, which follow the name of a measure.
     across, up = (re.split("[,(]", label)[0].strip() for label in (x_label, y_label))
-    values = (f"{n} {across} {x.value:.4g}, {up} {y.value:.4g}" for n, (x, y) in points.items())
+    values = (
+        f"{n} {across} {x.value:.4g}, {up} {y.value:.4g}" for n, several in points.items() for x, y in several
+    )
     alt = alt or text_alternative(title, values)
     with _canvas(title, alt, 3.0, points) as (fig, axes):
         handles = []
-        for i, (x, y) in enumerate(points.values()):
-            finite = all(map(math.isfinite, (*x, *y)))
-            handles.append(_dots(axes, i, [(x, y)] if finite else []))
+        for i, several in enumerate(points.values()):
+            finite = [(x, y) for x, y in several if all(map(math.isfinite, (*x, *y)))]
+            handles.append(_dots(axes, i, finite))
+            axes.plot(
+                [x.value for x, _ in finite], [y.value for _, y in finite], lw=0.8, color=_style(i)["color"]
+            )
         axes.set_xlabel(short(x_label, 120))
         axes.grid(color=_INK, alpha=0.14, lw=0.7)
         axes.margins(0.1)

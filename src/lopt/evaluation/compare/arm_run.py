@@ -107,6 +107,7 @@ def run_arm(setup: Setup, arm: Arm, seed: int, folder: Path, name: str) -> dict[
         "seed": seed,
         "config": asdict(arm.config),
         "changes": dict(arm.changes),
+        "learning_rate": trainer.args.learning_rate,
         "blocks": [[block.start, block.stop] for block in trainer.lopt.blocks],
         "adaptation": adaptation,
         "items": setup.metrics.items(model),

@@ -1,0 +1,30 @@
+"""Host memory that the parts of a step use one after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """float32 copies of bfloat16 values in host memory, at the same place for every part.
+
+    With new memory for each of them a step takes twice as long: the system makes its pages one by one.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._used = 0
+
+    def begin(self, numbers: int) -> None:
+        """Make room for so many numbers in all; what was here before is overwritten."""
+        self._used = 0
+        if len(self._memory) < numbers:
+            self._memory = torch.empty(0)  # let go of it before there is more
+            self._memory = torch.empty(numbers)
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` in float32."""
+        start = self._used
+        self._used += tensor.numel()
+        return self._memory[start : self._used].view(tensor.shape).copy_(tensor)
