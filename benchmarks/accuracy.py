@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import itertools
 import time
 from pathlib import Path
@@ -82,6 +83,7 @@ class Curve(TrainerCallback):
 
 def run(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
     """Train an arm with a seed, which chooses problems, their order and heads; return its curve."""
+    gc.collect()  # the model before and its handle point at each other
     tokenizer, model = load_tokenizer(args.model), load_model(args.model)
     if args.device == "cuda":
         model = model.to("cuda")
@@ -161,7 +163,15 @@ def main() -> None:
     args = parser.parse_args()
     name, args.model = args.model, resolve_model(args.model)
     arms = parse_arms(args.arms, [], LoPTConfig(tied_embeddings="freeze"))
+    if unknown := {key for arm in arms for key in arm.changes} - {"learning_rate", *LORA_KEYS}:
+        raise ValueError(f"--arms: {', '.join(sorted(unknown))} cannot differ between arms here")
     folder = Path(args.folder or Path(args.output).with_suffix(""))
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "folder", "retention_rows")}
+    settings |= {"model": name, "retention_rows": [Path(file).name for file in args.retention_rows]}
+    shared = {k: v for k, v in settings.items() if k not in ("arms", "seeds")}
+    _once(folder / "settings.json", lambda: shared, wait=True)
+    if read_json(folder / "settings.json") != shared:
+        raise ValueError(f"{folder} has runs with other settings: choose another --folder")
     paths = []
     for seed, arm in itertools.product(args.seeds, arms):
         path = folder / f"{arm.name.replace(' ', '_').replace('=', '')}-{seed}.json"
@@ -170,8 +180,6 @@ def main() -> None:
         for path, make in paths:
             _once(path, make, wait)
     runs = [read_json(path) for path, _ in paths]
-    settings = {k: v for k, v in vars(args).items() if k not in ("output", "folder", "retention_rows")}
-    settings |= {"model": name, "retention_rows": [Path(file).name for file in args.retention_rows]}
     keep(Path(args.output), {"settings": settings, "summary": summary(runs), "runs": runs})
 
 

@@ -305,5 +305,11 @@ def test_the_step_of_a_wide_lm_head_is_the_peak(masters: bool) -> None:
     setting = Setting("e2e", 1, "block_major", offload="block", stages=config.num_hidden_layers + 2)
     predicted, real = Planner(run).plan(setting), live(run, setting)
     numbers = config.vocab_size * config.hidden_size
+    # A frozen embedding lets the norm come into one part with the head, behind it.
+    frozen = replace(setting, method="frozen", num_blocks=2)
+    together = replace(run, prefetch=2**31)
+    assert Planner(together).plan(frozen).total == pytest.approx(
+        live(together, frozen).device.total, rel=0.005
+    )
     assert predicted.total == pytest.approx(real.device.total, rel=0.005)
     assert real.device.total / numbers == pytest.approx(20 if masters else 18, rel=0.02)

@@ -16,6 +16,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "e2e lr=0.0001": dict(method="e2e", start=0, loss=0.9, forgetting=4.0, changes={"learning_rate": 1e-4}),
     "frozen k=2": dict(method="frozen", start=6, loss=1.2, forgetting=0.5),
     "frozen cut at 9": dict(method="frozen", start=9, loss=1.5, forgetting=0.25),
+    "frozen k=3 clip=global": dict(method="frozen", start=8, loss=9.0, forgetting=9.0, clip="global"),
     "frozen cut at 3 top frozen=3": dict(method="frozen", start=3, loss=1.4, forgetting=0.1, top=3),
 }
 
@@ -29,7 +30,7 @@ def results(*names: str) -> dict[str, Any]:
             {
                 "arm": name,
                 "changes": arm.get("changes", {}),
-                "config": {"method": arm["method"], "frozen_top": arm.get("top", 0)},
+                "config": {"method": arm["method"], "frozen_top": arm.get("top", 0), "clip": arm.get("clip")},
                 "blocks": [[0, arm["start"]], [arm["start"], 12]] if arm["start"] else [[0, 12]],
             }
             for name, arm in arms.items()

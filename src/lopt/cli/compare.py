@@ -165,7 +165,9 @@ def _folder(args: LoPTSFTConfig | LoPTDPOConfig) -> Path:
     """Return the output folder: new, empty, or of a comparison that is continued."""
     folder = Path(str(args.output_dir))
     check_writable(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / SETTING).is_file():
+    # Names with a dot are files that another process of this comparison is about to write.
+    others = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if others and not (folder / SETTING).is_file():
         raise ValueError(f"--output_dir {folder} holds something else: choose a new folder")
     return folder
 

@@ -17,6 +17,7 @@ from lopt.models.load import resolve_model
 from lopt.validation import check_choice, check_number
 
 METHODS = ("lopt", "e2e", "frozen")
+
 ROWS = 8
 """Rows of the table of a run that is short and logged in every step."""
 

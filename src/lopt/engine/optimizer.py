@@ -233,6 +233,9 @@ class BlockOptimizer(Optimizer):
         for p in learning:
             self._load_proxy(p, gradients)
         yield
+        for proxy, key, value in self._state_tensors(part.proxies) if self.scratch is not None else ():
+            if self.scratch is not None and self.scratch.holds(value):  # an optimizer that keeps a gradient
+                self.state[proxy][key] = value.clone()
         for p in learning:
             proxy = self._proxies[p]
             proxy.grad = None
@@ -256,7 +259,7 @@ class BlockOptimizer(Optimizer):
         gradient = widened(gradient)  # which lets go of it before the weights are copied as well
         master = self.state[proxy].get(MASTER) if proxy in self.state else None
         if master is None:  # the first one is new memory, which is kept
-            master = p.data.float() if self._precision.masters else widened(p.data)
+            master = p.data.float().contiguous() if self._precision.masters else widened(p.data)
         proxy.data, proxy.grad = master, gradient
 
     @contextmanager

@@ -23,6 +23,11 @@ class Scratch:
             self._memory = torch.empty(0)  # let go of it before there is more
             self._memory = torch.empty(numbers)
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether the values of `tensor` are here, and will be overwritten."""
+        same = type(tensor) is Tensor and tensor.device == self._memory.device
+        return same and tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
+
     def widened(self, tensor: Tensor) -> Tensor:
         """Return `tensor` in float32."""
         start = self._used

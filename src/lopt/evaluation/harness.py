@@ -213,6 +213,13 @@ class _LiveModel(HFLM):
             self._fit(self.budget.scored, bytes_per_token, longest)
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        if self.budget:
+            self._fit(
+                self.budget.scored, 12 * self.model.get_input_embeddings().weight.shape[0], self.max_length
+            )
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         limits = [normalize_gen_kwargs(dict(r.args[1]), self.max_gen_toks)["max_gen_toks"] for r in requests]
         new, most = max(limits), self.max_length
@@ -224,8 +231,11 @@ class _LiveModel(HFLM):
         longest = self._longest([request.args[0] for request in requests], most - new) + new
         if self.budget:
             config = self.model.config.get_text_config()
-            cached = 2 * config.num_hidden_layers * config.hidden_size * self.model.dtype.itemsize
-            self._fit(self.budget.generated, cached, longest)  # keys and values; fewer heads need less
+            heads = config.num_attention_heads
+            width = getattr(config, "head_dim", None) or config.hidden_size // heads
+            kept = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width  # keys and values
+            cached = config.num_hidden_layers * kept * self.model.dtype.itemsize
+            self._fit(self.budget.generated, cached, longest)
         self.needed = min(most, longest)
         try:
             return super().generate_until(requests, disable_tqdm=disable_tqdm)

@@ -320,10 +320,11 @@ class StagedStep:
                 group = self._state[stage.index][number]
                 self._fetch(group)
                 added += state_of(self.run, part)
-                # Gradients in bfloat16 are freed as they are copied. The last of a part meets all
-                # copies; without masters there are more of those later.
+                # Gradients in bfloat16 are freed as they are copied. A large one meets the copies of
+                # those before it; without masters there are more copies later.
                 narrow = [t.nbytes for t in part if t.dtype == torch.bfloat16]
-                now = left - own + narrow[-1] * bool(self.run.masters) if narrow else left
+                met = max((b - sum(narrow[i + 1 :]) for i, b in enumerate(narrow)), default=0)
+                now = left - sum(narrow) + met * bool(self.run.masters)
                 left -= own
             moment = replace(
                 base,

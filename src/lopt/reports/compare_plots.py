@@ -46,19 +46,19 @@ def reach(results: Results) -> str | None:
     they have fewer than three different reaches, or no loss elsewhere was measured.
     """
     summary = results["summary"]
+    plain = [run for run in results["cells"] if "failed" not in run and not run["changes"] and _is_plain(run)]
     layers = {
         run["arm"]: run["blocks"][-1][1] - run["blocks"][-1][0]
-        for run in results["cells"]
-        if "failed" not in run and not run["changes"] and _is_plain(run["config"])
+        for run in plain
+        if _beside_the_cut(run["config"]) == _beside_the_cut(plain[0]["config"])
     }
     if len(set(layers.values())) < 3 or "forgetting" not in summary["measures"]:
         return None
     base = summary["measures"]["loss"]["base"]
 
     def line(key: str, sign: int, start: float) -> Points:
-        return sorted(
-            (at, sign * (summary["arms"][name][key]["value"] - start)) for name, at in layers.items()
-        )
+        values = [(at, summary["arms"][name][key]["value"]) for name, at in layers.items()]
+        return sorted((at, sign * (value - start)) for at, value in values if value is not None)
 
     series = {
         "learned: fall of the held-out task loss": line("loss", -1, base),
@@ -79,18 +79,24 @@ def unit(results: Results) -> str:
     return "nats per pair" if "pair_accuracy" in results["base"]["adaptation"] else "nats per token"
 
 
-def _is_plain(config: Results) -> bool:
-    return config["method"] in ("frozen", "e2e") and not config.get("frozen_top")
+def _is_plain(run: Results) -> bool:
+    return run["config"]["method"] in ("frozen", "e2e") and not run["config"].get("frozen_top")
+
+
+def _beside_the_cut(config: Results) -> dict[str, Any]:
+    return {key: v for key, v in config.items() if key not in ("method", "num_blocks", "block_boundaries")}
 
 
 def _over_rates(results: Results) -> dict[str, list[str]]:
     """Return the arms of each series, those with several in the order of their learning rates."""
     found: dict[str, dict[str, float]] = {}
+    shared = results["setting"]["training"].get("learning_rate", 2e-5)  # TRL's default for rows
     for run in results["cells"]:
+        if "failed" in run:
+            continue
         changed = (run.get("changes") or {}).get("learning_rate")
         words = run["arm"].split(" ")
         name = run["arm"] if changed is None else " ".join(w for w in words if not w.startswith("lr="))
-        # A comparison from before rates were kept had TRL's default for rows.
-        rate = run.get("learning_rate", 2e-5 if changed is None else changed)
+        rate = run.get("learning_rate", shared if changed is None else changed)
         found.setdefault(name, {})[run["arm"]] = rate
     return {name: sorted(arms, key=arms.__getitem__) for name, arms in found.items()}

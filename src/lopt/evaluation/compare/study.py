@@ -131,11 +131,22 @@ def _once(path: Path, make: Callable[[], dict[str, Any]], wait: bool) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_suffix(".lock")
-    with contextlib.suppress(Timeout), FileLock(lock, timeout=-1 if wait else 0):
+    place = path.with_suffix(".lock")
+    lock = FileLock(place)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            return
+        print(f"Waiting for {path.stem}, which another process runs", flush=True)
+        lock.acquire()
+    try:
         if not path.exists():
             _write(path, make())
-        lock.unlink(missing_ok=True)  # who waited for it finds the content
+        with contextlib.suppress(OSError):  # Windows keeps what is open
+            place.unlink()  # who waited for it finds the content
+    finally:
+        lock.release()
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
