@@ -10,7 +10,7 @@ JOBS ?= 2
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-demo: $(STAMP)  ## set up, then post-train a real model by LoPT on this machine (about 12 minutes)
+demo: $(STAMP)  ## set up, then post-train a real model in three ways on this machine (about 12 minutes)
 	$(BIN)/lopt demo $(ARGS)
 
 test: $(STAMP) lint docs  ## set up, then lint, types, docs and all tests (under 15 minutes on 2 cores)
