@@ -228,7 +228,7 @@ def _by_block(rows: Sequence[Results], key: str, blocks: Sequence[str]) -> dict[
 
 
 def _memory(arms: Sequence[Results]) -> str:
-    kinds = list(dict.fromkeys(kind for arm in arms for kind in arm["memory"]))
+    kinds = list(dict.fromkeys(kind for arm in arms for kind, size in arm["memory"].items() if size))
     if not kinds:
         return ""
     sizes = {kind: [arm["memory"].get(kind, 0) for arm in arms] for kind in kinds}
