@@ -18,17 +18,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from datasets import Dataset
 from transformers import TrainerCallback
 
 from lopt import LoPTConfig, LoPTSFTTrainer
 from lopt.cli.rows import retention_rows
-from lopt.data.procedural import Problem, is_correct, prompt, train_and_held_out
-from lopt.evaluation import complete
+from lopt.data.procedural import Problem, train_and_held_out
 from lopt.evaluation.compare.arms import LORA_KEYS, Arm, parse_arms
-from lopt.evaluation.compare.study import _once
-from lopt.evaluation.demo import MAX_NEW_TOKENS
-from lopt.evaluation.loss import completion_loss, text_loss
+from lopt.evaluation.compare.study import share
+from lopt.evaluation.demo import MAX_NEW_TOKENS, TaskEvaluation, training_rows
+from lopt.evaluation.loss import completion_loss
 from lopt.files import read_json
 from lopt.models.load import load_model, load_tokenizer, resolve_model
 from lopt.trainers.config import LoPTSFTConfig
@@ -40,34 +38,20 @@ ARMS = [
     "lopt:num_blocks=4", "lopt:num_blocks=4,aux_loss=predicted_gradient", "e2e:learning_rate=5e-6",
     "frozen:block_boundaries=10,frozen_top=10",
 ]  # fmt: skip
-TEXTS = ("assert", "lambda", "import", "with")  # of Python's documentation
 
 
 class Measures:
     """What is measured on a model in training."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: Any, problems: list[Problem]) -> None:
-        from pydoc_data.topics import topics
-
-        self.args, self.tokenizer, self.problems = args, tokenizer, problems
-        self.text = "\n\n".join(topics[name] for name in TEXTS)
-        self.pairs = [(prompt(p), f" {p.solution}{tokenizer.eos_token}") for p in problems]
+        self.tokenizer, self.evaluation = tokenizer, TaskEvaluation(args.task, problems, tokenizer)
         self.rows = retention_rows(args.retention_rows, tokenizer, args.limit)
 
     def of(self, model: Any, step: int) -> dict[str, Any]:
         """Return accuracy, and losses in nats per token."""
-        prompts = [asked for asked, _ in self.pairs]
-        answers = complete(model, self.tokenizer, prompts, MAX_NEW_TOKENS[self.args.task], batch_size=256)
-        right = [is_correct(answer, p) for answer, p in zip(answers, self.problems, strict=True)]
-        found = {
-            "step": step,
-            "accuracy": mean(right),
-            "loss": completion_loss(model, self.tokenizer, self.pairs),
-            "documentation": text_loss(model, self.tokenizer, self.text, tokens=2048),
-        }
-        for name, rows in self.rows.items():
-            found[name] = completion_loss(model, self.tokenizer, rows)
-        return found
+        figures, _ = self.evaluation.run(model)
+        found = {"step": step} | {key: figures[key] for key in ("accuracy", "loss", "retention_loss")}
+        return found | {n: completion_loss(model, self.tokenizer, rows) for n, rows in self.rows.items()}
 
 
 class Curve(TrainerCallback):
@@ -113,9 +97,7 @@ def run(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> dict[str
             tf32=args.device == "cuda" or None,
             use_cpu=args.device == "cpu",
         ),
-        train_dataset=Dataset.from_list(
-            [{"prompt": prompt(p), "completion": f" {p.solution}"} for p in train]
-        ),
+        train_dataset=training_rows(train),
         processing_class=tokenizer,
         peft_config=adapters if arm.config.method == "lora" else None,
     )
@@ -169,17 +151,15 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("output", "folder", "retention_rows")}
     settings |= {"model": name, "retention_rows": [Path(file).name for file in args.retention_rows]}
     shared = {k: v for k, v in settings.items() if k not in ("arms", "seeds")}
-    _once(folder / "settings.json", lambda: shared, wait=True)
+    share({folder / "settings.json": lambda: shared})
     if read_json(folder / "settings.json") != shared:
         raise ValueError(f"{folder} has runs with other settings: choose another --folder")
-    paths = []
+    parts = {}
     for seed, arm in itertools.product(args.seeds, arms):
         path = folder / f"{arm.name.replace(' ', '_').replace('=', '')}-{seed}.json"
-        paths.append((path, functools.partial(run, args, arm, seed, folder)))
-    for wait in (False, True):
-        for path, make in paths:
-            _once(path, make, wait)
-    runs = [read_json(path) for path, _ in paths]
+        parts[path] = functools.partial(run, args, arm, seed, folder)
+    share(parts)
+    runs = [read_json(path) for path in parts]
     keep(Path(args.output), {"settings": settings, "summary": summary(runs), "runs": runs})
 
 

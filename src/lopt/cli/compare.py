@@ -7,7 +7,6 @@ import itertools
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +236,7 @@ def _setting(
             "rows": [len(setup.train), fingerprint(setup.train)],
             "held_out": [len(setup.held_out), fingerprint(setup.held_out)],
         },
-        "method": {k: v for k, v in asdict(config).items() if v != getattr(LoPTConfig(), k)},
+        "method": config.changed(),
         "training": _changed(setup.args),
         "measured": {
             "adaptation_tasks": compare.adaptation_tasks,

@@ -13,6 +13,7 @@ from lopt.cli.record import record_of
 from lopt.cli.report_flags import DemoArguments
 from lopt.core.config import LoPTConfig
 from lopt.data.procedural import TASKS
+from lopt.evaluation.compare.arms import parse_arms
 from lopt.models.load import resolve_model
 from lopt.validation import check_choice, check_number
 
@@ -68,9 +69,8 @@ def _arms(args: DemoArguments) -> dict[str, LoPTConfig]:
     """
     if not args.methods or len(set(args.methods)) < len(args.methods):
         raise ValueError(f"--methods {' '.join(args.methods)}: give one or more, each once")
-    arms = {}
     for method in args.methods:
         check_choice("methods", method, METHODS)
-        config = LoPTConfig(method=method, num_blocks=args.num_blocks)  # type: ignore[arg-type]
-        arms[f"{method} k={args.num_blocks}" if config.is_cut else method] = config
-    return arms
+    return {
+        arm.name: arm.config for arm in parse_arms(args.methods, [], LoPTConfig(num_blocks=args.num_blocks))
+    }

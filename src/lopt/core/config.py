@@ -133,6 +133,11 @@ class LoPTConfig(Residency):
         """Return the factor on each of the local losses of so many blocks, beside the task loss."""
         return 1.0 if self.aux_loss == "predicted_gradient" else self.lambda_aux / learners
 
+    def changed(self) -> dict[str, Any]:
+        """Return the fields that are not at their defaults."""
+        default = LoPTConfig()
+        return {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(default, k)}
+
     def replace(self, **changes: Any) -> LoPTConfig:
         """Return a copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)

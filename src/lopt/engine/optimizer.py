@@ -233,9 +233,7 @@ class BlockOptimizer(Optimizer):
         for p in learning:
             self._load_proxy(p, gradients)
         yield
-        for proxy, key, value in self._state_tensors(part.proxies) if self.scratch is not None else ():
-            if self.scratch is not None and self.scratch.holds(value):  # an optimizer that keeps a gradient
-                self.state[proxy][key] = value.clone()
+        self._keep_state(part)
         for p in learning:
             proxy = self._proxies[p]
             proxy.grad = None
@@ -247,6 +245,14 @@ class BlockOptimizer(Optimizer):
             if _is_rounded(p) and self._precision.masters:
                 self.state[proxy][MASTER] = proxy.data
             proxy.data = proxy.data.new_empty(0)
+
+    def _keep_state(self, part: _Part) -> None:
+        """Copy state that is in the scratch, as of an optimizer that keeps a gradient."""
+        if self.scratch is None:
+            return
+        for proxy, key, value in self._state_tensors(part.proxies):
+            if self.scratch.holds(value):
+                self.state[proxy][key] = value.clone()
 
     def _load_proxy(self, p: nn.Parameter, gradients: dict[nn.Parameter, Tensor]) -> None:
         proxy, gradient = self._proxies[p], gradients.pop(p)

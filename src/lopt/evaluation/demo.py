@@ -79,7 +79,7 @@ class Demo:
             "Retention: loss on Python's documentation."
         )
         started = time.perf_counter()
-        evaluation = _Evaluation(self.task, held_out, tokenizer)
+        evaluation = TaskEvaluation(self.task, held_out, tokenizer)
         before: dict[str, Any] = {}
         answers: dict[str, list[str]] = {}
         arms: list[dict[str, Any]] = []
@@ -116,7 +116,6 @@ class Demo:
         problems: list[Problem],
         folder: Path,
     ) -> LoPTSFTTrainer:
-        rows = [{"prompt": prompt(p), "completion": f" {p.solution}"} for p in problems]
         return LoPTSFTTrainer(
             load_model(self.model, trust_remote_code=self.trust_remote_code),
             # The shared embedding is 168 of the packaged model's 268 million parameters: freezing it saves
@@ -133,7 +132,7 @@ class Demo:
                 save_strategy="no",
                 seed=self.seed,
             ),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=training_rows(problems),
             processing_class=tokenizer,
         )
 
@@ -153,10 +152,9 @@ class Demo:
 def _facts(trainer: LoPTSFTTrainer) -> dict[str, Any]:
     """Return what a run was and what it took."""
     config, peak = trainer.lopt.config, trainer.throughput.peak
-    changed = {key: value for key, value in asdict(config).items() if value != getattr(LoPTConfig(), key)}
     return {
         "method": config.method,
-        "config": changed | {"lr_k1": config.early_learning_rate(trainer.args.learning_rate)},
+        "config": config.changed() | {"lr_k1": config.early_learning_rate(trainer.args.learning_rate)},
         "blocks": [f"layers {b.start}-{b.stop - 1}" for b in trainer.lopt.blocks],
         "head_warmup": [
             {"step": i, "local_loss": row} for i, row in enumerate(trainer.head_warmup_history, start=1)
@@ -167,8 +165,18 @@ def _facts(trainer: LoPTSFTTrainer) -> dict[str, Any]:
     }
 
 
-class _Evaluation:
-    """Held-out loss, exact answers and retention of a model."""
+def training_rows(problems: list[Problem]) -> Dataset:
+    """Return problems as rows to train on, in their order."""
+    return Dataset.from_list([{"prompt": prompt(p), "completion": f" {p.solution}"} for p in problems])
+
+
+class TaskEvaluation:
+    """Held-out loss, exact answers and retention of a model.
+
+    Args:
+        task: a key of `MAX_NEW_TOKENS`.
+        problems: held out, of that task.
+    """
 
     def __init__(self, task: str, problems: list[Problem], tokenizer: PreTrainedTokenizerBase) -> None:
         from pydoc_data.topics import topics
@@ -185,8 +193,8 @@ class _Evaluation:
             "retention_loss": text_loss(model, self.tokenizer, self.text, tokens=RETENTION_TOKENS),
         }
 
-    def run(self, model: PreTrainedModel, label: str) -> tuple[dict[str, Any], list[str]]:
-        """Return all figures, and the model's answers; `label` is that of the progress bar."""
+    def run(self, model: PreTrainedModel, label: str | None = None) -> tuple[dict[str, Any], list[str]]:
+        """Return all figures, and the model's answers; `label` is that of the progress bar, if any."""
         prompts = [p for p, _ in self.pairs]
         answers = complete(model, self.tokenizer, prompts, self.max_new_tokens, progress=label)
         correct = sum(is_correct(a, p) for a, p in zip(answers, self.problems, strict=True))
@@ -198,7 +206,7 @@ class _Evaluation:
 class _Curve(TrainerCallback):
     """Held-out and retention loss during the run, on the problems of the evaluation."""
 
-    def __init__(self, evaluation: _Evaluation, every: int) -> None:
+    def __init__(self, evaluation: TaskEvaluation, every: int) -> None:
         self.evaluation, self.every = evaluation, every
         self.points: list[dict[str, float]] = []
 

@@ -202,22 +202,23 @@ class _LiveModel(HFLM):
     def max_length(self) -> int:
         return self.needed or super().max_length
 
+    @property
+    def _logit_bytes(self) -> int:
+        """Bytes of a position's logits and their softmax, in float32: what takes the memory of scoring."""
+        return 12 * int(self.model.get_input_embeddings().weight.shape[0])
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        # Logits of every position and their softmax, in float32, are what takes the memory.
-        bytes_per_token = 12 * self.model.get_input_embeddings().weight.shape[0]
         texts = ["".join(request.args) for request in requests]
         longest, most = len(self.tok_encode(max(texts, key=len))), self.max_length + 1
         if longest > most // 2:  # characters are a rough guide only
             longest = self._longest(texts, most)
         if self.budget:
-            self._fit(self.budget.scored, bytes_per_token, longest)
+            self._fit(self.budget.scored, self._logit_bytes, longest)
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         if self.budget:
-            self._fit(
-                self.budget.scored, 12 * self.model.get_input_embeddings().weight.shape[0], self.max_length
-            )
+            self._fit(self.budget.scored, self._logit_bytes, self.max_length)
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

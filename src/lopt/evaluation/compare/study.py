@@ -60,10 +60,7 @@ class Study:
         for number, (arm, seed) in enumerate(todo, start=1):
             title = f"\nArm run {number} of {len(todo)}: {arm.name}, seed {seed}"
             parts[self._path(arm, seed)] = functools.partial(self._run, arm, seed, title)
-        # First what no other process works on, then what one has not finished, because it was stopped.
-        for wait in (False, True):
-            for path, make in parts.items():
-                _once(path, make, wait)
+        share(parts)
         base = read_json(self.folder / "base.json")
         results: dict[str, Any] = {
             "title": "Comparison",
@@ -120,6 +117,16 @@ class Study:
                 "`per_device_train_batch_size` or `max_length`, or ask `lopt plan --fit` what would; "
                 "finished arm runs are kept"
             ) from error
+
+
+def share(parts: Mapping[Path, Callable[[], dict[str, Any]]]) -> None:
+    """Make and write what is missing of `parts`, together with other processes that have the same.
+
+    First what no other process works on, then what one has not finished, because it was stopped.
+    """
+    for wait in (False, True):
+        for path, make in parts.items():
+            _once(path, make, wait)
 
 
 def _once(path: Path, make: Callable[[], dict[str, Any]], wait: bool) -> None:
