@@ -39,10 +39,10 @@ if TYPE_CHECKING:  # evaluation takes seconds to import
 
 HELD_OUT_ROWS = 64
 DRIFT_ROWS = 8
-SETTING = "setting.json"  # marks the folder of a comparison
+MARKS = ("setting.json", "compare.json")  # either marks the folder of a comparison
 # What a comparison writes, and --overwrite_output_dir removes; other files in the folder are the user's.
-WRITTEN = (SETTING, "base.json", "cells", "runs", "models", "compare.json", "report.html", "pareto.svg",
-           "reach.svg", RUN_YAML, RUN_JSON)  # fmt: skip
+WRITTEN = (*MARKS, "base.json", "cells", "runs", "models", "report.html", "pareto.svg", "reach.svg",
+           RUN_YAML, RUN_JSON)  # fmt: skip
 # Prefixes of flags that change no figure: where output goes and what is logged.
 _OUTPUT_ONLY = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging", "log_", "seed", "data_seed",
               "hub_", "push_", "save_", "eval_", "do_", "project", "trackio", "local_rank",
@@ -166,7 +166,7 @@ def _folder(args: LoPTSFTConfig | LoPTDPOConfig) -> Path:
     check_writable(folder)
     # Names with a dot are files that another process of this comparison is about to write.
     others = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if others and not (folder / SETTING).is_file():
+    if others and not any((folder / name).is_file() for name in MARKS):
         raise ValueError(f"--output_dir {folder} holds something else: choose a new folder")
     return folder
 

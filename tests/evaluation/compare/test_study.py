@@ -145,6 +145,13 @@ def test_it_goes_on_where_it_stopped(
     whole, parts = (read(tmp_path / name / "compare.json")["cells"] for name in "ba")
     for a, b in zip(whole, parts, strict=True):
         assert a["adaptation"] == b["adaptation"] and a["curve"] == b["curve"] and a["items"] == b["items"]
+    # Of its results alone the folder is made again.
+    alone = tmp_path / "alone" / "compare.json"
+    alone.parent.mkdir()
+    alone.write_bytes((tmp_path / "a" / "compare.json").read_bytes())
+    assert compare(alone.parent, **flags) == 0 and len(trained) == 4
+    for name in ("setting.json", "base.json", *(f"cells/{p.name}" for p in (tmp_path / "a/cells").iterdir())):
+        assert (alone.parent / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
     # Another seed joins; another setting is refused and nothing is touched.
     assert compare(tmp_path / "a", methods=["e2e", "lopt"], seeds=("3", "4")) == 0
     assert len(trained) == 6

@@ -30,7 +30,7 @@ class Study:
     Attributes:
         setting: what all arm runs share, as plain data; a folder belongs to one setting.
         folder: holds `setting.json`, `base.json`, one file per arm run in `cells/`, and at the end
-            `compare.json`.
+            `compare.json`. Where only that one is there, the others are made of it.
     """
 
     setup: Setup
@@ -48,7 +48,7 @@ class Study:
             ValueError: see `check_folder`; an arm does not fit into memory.
         """
         self.check_folder()
-        todo = [(arm, seed) for arm, seed in self._pairs() if not self._path(arm, seed).exists()]
+        todo = [(arm, seed) for arm, seed in self._pairs() if not self._path(arm.name, seed).exists()]
         total = len(self.arms) * len(self.seeds)
         if len(todo) < total:
             print(f"{total - len(todo)} of {total} arm runs are finished already and are not run again")
@@ -59,7 +59,7 @@ class Study:
         parts = {self.folder / "base.json": self._base}
         for number, (arm, seed) in enumerate(todo, start=1):
             title = f"\nArm run {number} of {len(todo)}: {arm.name}, seed {seed}"
-            parts[self._path(arm, seed)] = functools.partial(self._run, arm, seed, title)
+            parts[self._path(arm.name, seed)] = functools.partial(self._run, arm, seed, title)
         share(parts)
         base = read_json(self.folder / "base.json")
         results: dict[str, Any] = {
@@ -68,7 +68,7 @@ class Study:
             "arms": [arm.name for arm in self.arms],
             "seeds": list(self.seeds),
             "base": base,
-            "cells": [read_json(self._path(arm, seed)) for arm, seed in self._pairs()],
+            "cells": [read_json(self._path(arm.name, seed)) for arm, seed in self._pairs()],
         }
         results["summary"] = summarise(results)
         _write(self.folder / "compare.json", results)
@@ -81,6 +81,8 @@ class Study:
             ValueError: the setting on disk differs.
         """
         path = self.folder / "setting.json"
+        if not path.exists() and (self.folder / "compare.json").exists():
+            self._unpack(read_json(self.folder / "compare.json"))
         if not path.exists():
             _write(path, self.setting)
             return
@@ -92,12 +94,19 @@ class Study:
                 "choose another folder, or start anew with `overwrite_output_dir`"
             )
 
+    def _unpack(self, results: Mapping[str, Any]) -> None:
+        """Write the parts that `compare.json` was made of, the setting, which marks the folder, at the end."""
+        _write(self.folder / "base.json", results["base"])
+        for cell in results["cells"]:
+            _write(self._path(cell["arm"], cell["seed"]), cell)
+        _write(self.folder / "setting.json", results["setting"])
+
     def _pairs(self) -> Iterator[tuple[Arm, int]]:
         """Yield seed by seed, so that an interrupted study has whole rounds."""
         return ((arm, seed) for seed in self.seeds for arm in self.arms)
 
-    def _path(self, arm: Arm, seed: int) -> Path:
-        return self.folder / "cells" / f"{hashed_file_name(arm.name)}-seed{seed}.json"
+    def _path(self, arm: str, seed: int) -> Path:
+        return self.folder / "cells" / f"{hashed_file_name(arm)}-seed{seed}.json"
 
     def _base(self) -> dict[str, Any]:
         print("The base model", flush=True)
@@ -105,7 +114,7 @@ class Study:
 
     def _run(self, arm: Arm, seed: int, title: str) -> dict[str, Any]:
         print(title, flush=True)
-        name = self._path(arm, seed).stem
+        name = self._path(arm.name, seed).stem
         try:
             return run_arm(self.setup, arm, seed, self.folder / "runs" / name, name) | _provenance()
         except NonFiniteError as error:  # a result of this arm, not an error of the study
