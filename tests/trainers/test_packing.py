@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from conftest import SHAPE, byte_tokenizer, tiny
@@ -61,7 +63,11 @@ def gpt_oss() -> PreTrainedModel:
     return GptOssForCausalLM(GptOssConfig(**shape, layer_types=["sliding_attention", "full_attention"] * 2))
 
 
-@pytest.mark.parametrize("name", ["opt", "falcon", "lfm2", "gpt_oss"])
+# Falcon has known the positions since transformers 5.24.
+SEEING = ["opt", "lfm2", "gpt_oss", *(["falcon"] if Version(transformers.__version__) < Version("5.24") else [])]
+
+
+@pytest.mark.parametrize("name", SEEING)
 def test_a_model_whose_rows_see_each_other_is_refused(tmp_path: Path, name: str) -> None:
     model = gpt_oss() if name == "gpt_oss" else tiny(name, vocab_size=260, max_position_embeddings=256)
     modes = [module.training for module in model.modules()]

@@ -6,6 +6,7 @@ The commands that train have some two hundred flags. `--help` shows those of `CO
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import textwrap
@@ -203,12 +204,12 @@ def _documented(config: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in config.__mro__:
         if base.__module__.startswith("lopt.trainers"):
-            found |= dict.fromkeys(
-                vars(base).get("__annotations__", ()), "Training: lopt's own, or with another default"
-            )
+            own = "Training: lopt's own, or with another default"
+            found |= dict.fromkeys(inspect.get_annotations(base), own)
             continue
         title, package = "", base.__module__.partition(".")[0]
-        for section, name in re.findall(r"^ {8}(?:> (?!\[)(.+)|(\w+) ?\()", base.__doc__ or "", re.MULTILINE):
+        text = inspect.cleandoc(base.__doc__ or "")  # Python 3.13 takes the indentation off itself
+        for section, name in re.findall(r"^ {4}(?:> (?!\[)(.+)|(\w+) ?\()", text, re.MULTILINE):
             title = section.removeprefix("Parameters that control ") or title
             if name:
                 found.setdefault(name, f"{package}: {title or 'general'}")
