@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from lopt import LoPTConfig, LoPTSFTTrainer
 from lopt.cli.rows import retention_rows
 from lopt.data.procedural import Problem, train_and_held_out
+from lopt.evaluation.compare.arm_run import adapters
 from lopt.evaluation.compare.arms import LORA_KEYS, Arm, parse_arms
 from lopt.evaluation.compare.study import share
 from lopt.evaluation.demo import MAX_NEW_TOKENS, TaskEvaluation, training_rows
@@ -30,7 +31,6 @@ from lopt.evaluation.loss import completion_loss
 from lopt.files import read_json
 from lopt.models.load import load_model, load_tokenizer, resolve_model
 from lopt.trainers.config import LoPTSFTConfig
-from lopt.trainers.lora import lora_config
 from small_model import RESULTS, keep
 
 ARMS = [
@@ -38,6 +38,7 @@ ARMS = [
     "lopt:num_blocks=4", "lopt:num_blocks=4,aux_loss=predicted_gradient", "e2e:learning_rate=5e-6",
     "frozen:block_boundaries=10,frozen_top=10",
 ]  # fmt: skip
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
 class Measures:
@@ -75,8 +76,6 @@ def run(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> dict[str
     train, held_out = train_and_held_out(args.task, count, args.held_out, seed)
     measures = Measures(args, tokenizer, held_out)
     start = measures.of(model, 0)
-    own = {key.removeprefix("lora_"): value for key, value in arm.changes.items() if key in LORA_KEYS}
-    adapters = lora_config(own.get("r", 16), own.get("alpha", 32), "all-linear")
     rate = arm.changes.get("learning_rate", args.learning_rate)
     trainer = LoPTSFTTrainer(
         model,
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> dict[str
         ),
         train_dataset=training_rows(train),
         processing_class=tokenizer,
-        peft_config=adapters if arm.config.method == "lora" else None,
+        peft_config=adapters(arm, LORA),
     )
     curve = Curve(measures, args.every, start)
     trainer.add_callback(curve)

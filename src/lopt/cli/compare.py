@@ -23,6 +23,7 @@ from lopt.cli.rows import SFTRows, dpo_rows, retention_rows, sft_rows
 from lopt.cli.sft import check
 from lopt.cli.training import load, load_reference_alike
 from lopt.core.config import LoPTConfig
+from lopt.data.templates import as_text
 from lopt.evaluation.compare.arms import Arm, parse_arms
 from lopt.evaluation.texts import read_texts
 from lopt.models.load import resolve_model
@@ -264,7 +265,4 @@ def _plain_text(row: Mapping[str, Any]) -> str:
     parts = [row["messages"]] if "messages" in row else [
         row[key] for key in ("text", "prompt", "completion", "chosen") if key in row
     ]  # fmt: skip
-    return "".join(
-        part if isinstance(part, str) else "\n".join(str(message["content"]) for message in part)
-        for part in parts
-    )
+    return "".join(as_text(part) for part in parts)

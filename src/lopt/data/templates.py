@@ -50,3 +50,10 @@ def plain_conversation(messages: list[Message]) -> str:
 def conversation_prompt(messages: list[Message]) -> str:
     """Return a conversation as text that the assistant goes on from; the answer follows after one space."""
     return f"{plain_conversation(messages)}\nAssistant:"
+
+
+def as_text(value: Any) -> str:
+    """Return a prompt or a completion, which may be a list of messages, as text without roles."""
+    if isinstance(value, str):
+        return value
+    return "\n".join(str(message.get("content") or "") for message in value)

@@ -13,6 +13,7 @@ import io
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,8 +186,9 @@ def combine(parts: Mapping[str, Evaluation], loaded: LoadedTasks) -> Evaluation:
 class _LiveModel(HFLM):
     """HFLM on a model in memory, with batches that fit and a count of prompts that do not.
 
-    Log-likelihoods and generations are HFLM's own. "auto" is the batch that a budget of tokens and half of
-    the free memory allow, not HFLM's search for the largest that fits: the device may be shared.
+    Log-likelihoods and generations are HFLM's own, but for what it never reads: logits before the first token
+    that is scored. "auto" is the batch that a budget of tokens and half of the free memory allow, not HFLM's
+    search for the largest that fits: the device may be shared.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int | str) -> None:
@@ -196,6 +198,7 @@ class _LiveModel(HFLM):
             self.budget = CPU_BUDGET if model.device.type == "cpu" else GPU_BUDGET
         self.needed: int | None = None
         self.cut: dict[str, int] = {}
+        self._scored: dict[tuple[int, ...], int] = {}
         super().__init__(model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
     @property
@@ -220,6 +223,39 @@ class _LiveModel(HFLM):
         if self.budget:
             self._fit(self.budget.scored, self._logit_bytes, self.max_length)
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> Any:
+        """Return HFLM's; note how many tokens at the end of each input are scored."""
+        for _, context, scored in requests:
+            key = tuple((context + scored)[-(self.max_length + 1) : -1])
+            self._scored[key] = max(len(scored), self._scored.get(key, 0))
+        try:
+            return super()._loglikelihood_tokens(requests, *args, **options)
+        finally:
+            self._scored = {}
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """Return logits (B, n, V) of the last n of T positions, from the first one that is scored on.
+
+        HFLM counts positions from the end. The LM head and the softmax would else cost more than all layers
+        of a small model with a large vocabulary.
+        """
+        keep = max(map(self._scored_from_end, inps.tolist())) if self._scored else inps.shape[1]
+        if keep == inps.shape[1] or "logits_to_keep" not in signature(self.model.forward).parameters:
+            return super()._model_call(inps, *args, **options)
+        with torch.no_grad():
+            return self.model(inps, logits_to_keep=keep).logits
+
+    def _scored_from_end(self, row: list[int]) -> int:
+        """Return how far before the end of a row, which may be padded with 0, its first scored token is."""
+        end = len(row)
+        found = [0]
+        while True:
+            scored = self._scored.get(tuple(row[:end]))
+            found.append(0 if scored is None else len(row) - end + scored)
+            if end == 0 or row[end - 1]:
+                return max(found) or len(row)
+            end -= 1
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         limits = [normalize_gen_kwargs(dict(r.args[1]), self.max_gen_toks)["max_gen_toks"] for r in requests]

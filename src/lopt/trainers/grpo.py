@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 
 from lopt.compat import send_weights_to_vllm, vllm_engine_made_by
 from lopt.core.boundaries import BoundaryReached
+from lopt.data.templates import as_text
 from lopt.models.router_logits import without_router_logits
 from lopt.trainers.heads import warm_up_batches
 from lopt.trainers.mixin import LoPTMixin
@@ -86,8 +87,8 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         for i in range(min(count, self.num_generations, len(answers))):
             given = {name: list(self._logs["rewards"][name])[i] for name in rewards}
             reward = sum(weights[name] * value for name, value in given.items() if value == value)  # not NaN
-            found.append({"completion": _plain_text(answers[i]), "reward": reward})
-        return {"prompt": _plain_text(prompts[0]), "completions": found}
+            found.append({"completion": as_text(answers[i]), "reward": reward})
+        return {"prompt": as_text(prompts[0]), "completions": found}
 
     def _count_equal_rewards(self) -> None:
         """Count the groups of the generation that TRL has just noted, of all ranks."""
@@ -213,10 +214,3 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
     def _prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]
         return dict(self.processing_class.pad({"input_ids": ids}, return_tensors="pt"))
-
-
-def _plain_text(text: Any) -> str:
-    """Return a prompt or a completion, which may be a list of messages, as text."""
-    if isinstance(text, str):
-        return text
-    return "\n".join(str(message.get("content") or "") for message in text)

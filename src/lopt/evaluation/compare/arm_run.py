@@ -67,19 +67,25 @@ class Setup:
             train_dataset=self.train,
             eval_dataset=self.held_out,
             processing_class=self.tokenizer,
-            peft_config=self._adapters(arm),
+            peft_config=adapters(arm, self.lora),
         )
         trainer.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             trainer.add_callback(_Progress)
         return trainer
 
-    def _adapters(self, arm: Arm) -> Any:
-        if arm.config.method != "lora":
-            return None
-        own = {key.removeprefix("lora_"): value for key, value in arm.changes.items() if key in LORA_KEYS}
-        r, alpha = own.get("r", self.lora["r"]), own.get("alpha", self.lora["lora_alpha"])
-        return lora_config(r, alpha, self.lora["target_modules"])
+
+def adapters(arm: Arm, lora: Mapping[str, Any]) -> Any:
+    """Return PEFT's config of an arm's adapters, None without.
+
+    Args:
+        lora: `r`, `lora_alpha` and `target_modules` of arms that do not say their own.
+    """
+    if arm.config.method != "lora":
+        return None
+    own = {key.removeprefix("lora_"): value for key, value in arm.changes.items() if key in LORA_KEYS}
+    r, alpha = own.get("r", lora["r"]), own.get("alpha", lora["lora_alpha"])
+    return lora_config(r, alpha, lora["target_modules"])
 
 
 def measure_base(setup: Setup, arm: Arm, folder: Path) -> dict[str, Any]:

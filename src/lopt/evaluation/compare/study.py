@@ -95,7 +95,7 @@ class Study:
             )
 
     def _unpack(self, results: Mapping[str, Any]) -> None:
-        """Write the parts that `compare.json` was made of, the setting, which marks the folder, at the end."""
+        """Write the parts that `compare.json` was made of; last the setting, which marks the folder."""
         _write(self.folder / "base.json", results["base"])
         for cell in results["cells"]:
             _write(self._path(cell["arm"], cell["seed"]), cell)
