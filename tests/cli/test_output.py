@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lopt.cli.output import check_output, spare_model, start_anew
+from lopt.cli.output import check_apart, check_output, check_report, spare_model, start_anew
 from lopt.cli.parsing import parse
 from lopt.reliability.checkpoint import MANIFEST, publish, seal, staging
+from lopt.reliability.record import Record
 
 
 def test_new_empty_and_unrelated_folders_are_fine(tmp_path: Path) -> None:
@@ -30,6 +31,33 @@ def test_overwrite_removes_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-4").is_dir()  # until all else is known to be right
     start_anew(str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html", "run.yaml"])
+def test_files_that_a_run_would_write_over_are_asked_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"write over \({name}\): choose another folder"):
+        check_output(str(tmp_path), resume=None, overwrite=False)
+    check_output(str(tmp_path), resume=None, overwrite=True)
+    Record("sft", [], {}, {}).write(tmp_path)  # of a run that was killed before its first checkpoint
+    check_output(str(tmp_path), resume=None, overwrite=False)
+    Record("eval", [], {}, {}).write(tmp_path)
+    with pytest.raises(ValueError, match="write over"):
+        check_output(str(tmp_path), resume=None, overwrite=False)
+
+
+def test_results_stay_apart_from_runs(tmp_path: Path) -> None:
+    check_apart(str(tmp_path / "new"), "eval")
+    Record("eval", [], {}, {}).write(tmp_path)
+    check_apart(str(tmp_path), "eval")
+    with pytest.raises(ValueError, match=f"results of another command: choose .*{tmp_path / 'probe'}"):
+        check_report(str(tmp_path), ["report.html"], "probe", overwrite=True)
+    for name in ("config.json", "adapter_config.json", "trainer_state.json", "checkpoint-4"):
+        folder = tmp_path / "of" / name
+        folder.mkdir(parents=True)
+        (folder / name).mkdir()
+        with pytest.raises(ValueError, match="holds a run, a model"):
+            check_apart(str(folder), "eval")
 
 
 def test_the_model_is_not_written_over(tmp_path: Path) -> None:

@@ -288,3 +288,9 @@ def test_a_run_that_explodes_stops_and_names_the_step(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step 2, batch 1 of 1" in error and "stopped before the optimizer step" in error
     assert not (tmp_path / "out" / "config.json").exists()
+    one = ("--max_steps", "1", "--method", "e2e", "--overwrite_output_dir")
+    assert main(["sft", *map(str, files), *one, "--learning_rate", "1e39"]) == 2
+    assert "after step 1 weights are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert main(["sft", *map(str, files), *one, "--learning_rate", "1e30", "--held_out", "4"]) == 2
+    assert "the held-out loss of the trained model is nan" in capsys.readouterr().err

@@ -260,3 +260,21 @@ def test_a_model_moves_in_with_its_config_last(tmp_path: Path, monkeypatch) -> N
                 assert not (folder / "config.json").exists()
             else:
                 assert moment == 3 and {(folder / n).read_text() for n in names} == {"new"}
+
+
+def test_a_model_that_takes_the_place_of_another_is_alone(tmp_path: Path) -> None:
+    """What is left of the other would be loaded with it or in place of it; the rest is the user's."""
+    whole = ["config.json", "model.safetensors", "chat_template.jinja", "tokenizer.json"]
+    shard, index = "model-00001-of-00002.safetensors", "model.safetensors.index.json"
+    parts = ["config.json", shard, index, "tokenizer.json"]
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    for names in (whole, adapter, parts, whole, parts):
+        staged = tmp_path / "new"
+        staged.mkdir()
+        for name in names:
+            (staged / name).touch()
+        move_in(staged, folder, "config.json" if "config.json" in names else "adapter_config.json")
+        assert {path.name for path in folder.iterdir()} == {*names, "notes.txt"}

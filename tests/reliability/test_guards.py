@@ -116,6 +116,19 @@ def test_not_finite_stops_before_a_block_is_stepped(
     assert damage(checkpoints(tmp_path / "out")[-1]) is None
 
 
+def test_weights_that_are_not_finite_are_not_saved(make: Make, tmp_path: Path) -> None:
+    trainer = make(save_strategy="steps", save_steps=2)
+    weight = trainer.model.model.layers[1].mlp.down_proj.weight
+    trainer.add_callback(At("on_step_end", 4, lambda: weight.data.fill_(float("nan"))))
+    why = r"after step 4 weights are not finite: model\.layers\.1\..*; checkpoint-2 is whole"
+    with pytest.raises(NonFiniteError, match=why):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    with pytest.raises(NonFiniteError, match=why):
+        trainer.save_model()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_a_model_that_is_not_finite_is_refused(make: Make) -> None:
     trainer = make()
     weight = trainer.model.model.layers[1].mlp.down_proj.weight

@@ -64,7 +64,12 @@ def gpt_oss() -> PreTrainedModel:
 
 
 # Falcon has known the positions since transformers 5.24.
-SEEING = ["opt", "lfm2", "gpt_oss", *(["falcon"] if Version(transformers.__version__) < Version("5.24") else [])]
+SEEING = [
+    "opt",
+    "lfm2",
+    "gpt_oss",
+    *(["falcon"] if Version(transformers.__version__) < Version("5.24") else []),
+]
 
 
 @pytest.mark.parametrize("name", SEEING)

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.cli.output import check_writable
+from lopt.cli.output import check_apart
 from lopt.cli.parsing import check_effect, parse
 from lopt.cli.record import record_of
 from lopt.cli.report_flags import BENCHMARKS, EvalArguments
@@ -76,7 +76,7 @@ def check(args: EvalArguments) -> dict[str, str]:
         tasks=("num_fewshot", "limit", "data_dir", "apply_chat_template"),
         text=("text_tokens", "text_window"),
     )
-    check_writable(Path(args.output_dir))
+    check_apart(args.output_dir, "eval")
     size = args.batch_size
     check_value(size == "auto" or (size.isdigit() and int(size) >= 1), "batch_size", size, "auto, or >= 1")
     if args.base is None:

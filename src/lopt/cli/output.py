@@ -11,10 +11,17 @@ from pathlib import Path
 
 from lopt.reliability.checkpoint import WRITING, checkpoints, find_checkpoint
 from lopt.reliability.manifest import Verify
+from lopt.reliability.record import RUN_JSON, RUN_YAML, command_in
 
 _SIGNS_OF_A_RUN = ("config.json", "trainer_state.json", "adapter_config.json", "results.json")
 
-_OF_THE_RUN_BEFORE = ("trainer_state.json", "report.json", "report.html")
+_REPLACED = ("README.md", "report.html", "report.json", RUN_YAML, RUN_JSON)
+"""What a run writes from its start, or over what has this name."""
+_OF_THE_RUN_BEFORE = (
+    "trainer_state.json", "report.json", "report.html", "retention.html", "retention.svg", "all_results.json",
+    "train_results.json", "eval_results.json",
+)  # fmt: skip
+_TRAINING = ("sft", "dpo", "grpo", "demo")
 
 
 def check_output(
@@ -33,7 +40,8 @@ def check_output(
         verify: what is compared of a checkpoint.
 
     Raises:
-        ValueError: It is not a writable folder, holds a run, or has no whole checkpoint to resume.
+        ValueError: It is not a writable folder, holds a run or files that a run would write over, or has no
+            whole checkpoint to resume.
     """
     folder = Path(output_dir)
     if resume and overwrite:
@@ -43,23 +51,51 @@ def check_output(
     check_writable(folder)
     if resume:
         return find_checkpoint(str(folder), resume, verify)
-    if not overwrite and (checkpoints(folder) or any((folder / name).exists() for name in _SIGNS_OF_A_RUN)):
+    if overwrite:
+        return None
+    if _holds_a_run(folder):
         resuming = "go on with --resume, " if resumable else ""
         raise ValueError(
             f"--output_dir {folder} holds a run already: {resuming}start anew with --overwrite_output_dir, "
             "or choose another folder"
         )
+    there = [name for name in _REPLACED if (folder / name).exists()]
+    if there and command_in(folder) not in _TRAINING:
+        raise ValueError(
+            f"--output_dir {folder} has files that the run would write over ({', '.join(there)}): choose "
+            "another folder, or let them be replaced with --overwrite_output_dir"
+        )
     return None
 
 
-def check_report(output_dir: str, names: Sequence[str], *, overwrite: bool) -> Path:
-    """Check the folder for a report of the files `names` before any work, without changing it.
+def check_apart(output_dir: str, command: str) -> None:
+    """Refuse to write the results of `command`, which trains nothing, over the record of something else.
 
     Raises:
-        ValueError: It is not a writable folder, or holds such a report.
+        ValueError: The folder is not writable, or holds a run, a model or what another command wrote.
     """
     folder = Path(output_dir)
     check_writable(folder)
+    other = (folder / RUN_JSON).exists() and command_in(folder) != command
+    if other or _holds_a_run(folder):
+        raise ValueError(
+            f"--output_dir {folder} holds a run, a model or the results of another command: choose another "
+            f"folder, for example {folder / command}"
+        )
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return bool(checkpoints(folder)) or any((folder / name).exists() for name in _SIGNS_OF_A_RUN)
+
+
+def check_report(output_dir: str, names: Sequence[str], command: str, *, overwrite: bool) -> Path:
+    """Check the folder for a report of the files `names` before any work, without changing it.
+
+    Raises:
+        ValueError: See `check_apart`; or the folder holds such a report.
+    """
+    folder = Path(output_dir)
+    check_apart(output_dir, command)
     if not overwrite and any((folder / name).exists() for name in names):
         raise ValueError(
             f"--output_dir {folder} holds a report already: replace it with --overwrite_output_dir, or "

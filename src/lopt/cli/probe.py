@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     with naming_base():
         ((base, base_path),) = labels([args.base]).items()
     models = labels(args.model_name_or_path)
-    folder = check_report(args.output_dir, FILES, overwrite=args.overwrite_output_dir)
+    folder = check_report(args.output_dir, FILES, "probe", overwrite=args.overwrite_output_dir)
     record = record_of("probe", arguments)
     cut = None
     if args.num_blocks is not None or args.block_boundaries is not None:

@@ -27,5 +27,5 @@ def main(arguments: Sequence[str]) -> None:
     if len(folders) == 1:
         print(f"The page is {write_run_page(folders[0], read_run(folders[0]))}")
         return
-    output = check_report(args.output_dir, [PAGE], overwrite=args.overwrite_output_dir)
+    output = check_report(args.output_dir, [PAGE], "report", overwrite=args.overwrite_output_dir)
     print(f"The page is {write_runs_page(output, read_runs(folders))}")

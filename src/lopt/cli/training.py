@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ from lopt.models.part import load_part
 from lopt.models.processor import copy_processor
 from lopt.models.shapes import model_config
 from lopt.reliability.advice import Attempt
+from lopt.reliability.finite import NonFiniteError
 from lopt.reliability.machine_errors import memory_errors_explained
 from lopt.reliability.ranks import on_first_rank, together
 from lopt.reliability.record import Record, data_facts
@@ -224,6 +226,11 @@ def _train_and_save(trainer: Any, checkpoint: str | None, model_args: ModelArgum
         except Stopped as stop:
             raise Stopped(stop.reason, "in the last evaluation: the model is saved") from None
         trainer.save_metrics("eval", metrics)
+        if not math.isfinite(loss := metrics.get("eval_loss", 0.0)):
+            raise NonFiniteError(
+                f"the held-out loss of the trained model is {loss}: it has diverged and is of no use. Lower "
+                "`learning_rate`, or clip with a smaller `max_grad_norm`"
+            )
     trainer.create_model_card()  # again, with what was measured
     trainer.save_state()
 

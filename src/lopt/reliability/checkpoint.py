@@ -20,6 +20,7 @@ from pathlib import Path
 from lopt.files import follow_umask, fsync
 from lopt.instruments.memory import format_bytes
 from lopt.models.pickles import check_pickles
+from lopt.models.processor import FILES as PROCESSOR_FILES
 from lopt.reliability.manifest import (
     MANIFEST,
     CheckpointError,
@@ -35,6 +36,14 @@ WRITING = ".writing"
 """Folder in the output folder for what is unfinished; `recover` finishes or removes what a kill left."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ASIDE = "replaced-"
+_CONFIGS = ("config.json", "adapter_config.json")
+_OF_A_MODEL = (
+    "model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors",
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    *PROCESSOR_FILES,
+)  # fmt: skip
+"""Patterns of what transformers and PEFT read, beside the configs."""
 
 
 @dataclass
@@ -110,15 +119,20 @@ def recover(folder: str | Path, verify: Verify = "hash") -> list[Path]:
 
 
 def move_in(staged: Path, folder: Path, last: str) -> None:
-    """Move the files of `staged` into `folder`, replacing others; `last`, without which no model loads, last.
+    """Move the model in `staged` into `folder` in place of another; `last`, without which none loads, last.
 
-    An older `last` goes first: whenever it is killed, the folder holds a whole model or none.
+    The other model's configs go first: whenever it is killed, the folder holds a whole model or none. Then
+    the rest of it, which transformers would load with the new one or in place of it.
     """
     follow_umask(files(staged))
     for path in [*staged.rglob("*"), staged]:
         fsync(path)
-    (folder / last).unlink(missing_ok=True)
+    for name in _CONFIGS:
+        (folder / name).unlink(missing_ok=True)
     fsync(folder)
+    for path in [path for pattern in _OF_A_MODEL for path in folder.glob(pattern)]:
+        if not (staged / path.name).exists():
+            path.unlink()
     for path in sorted(files(staged), key=lambda path: path.name == last):
         target = folder / path.relative_to(staged)
         target.parent.mkdir(parents=True, exist_ok=True)

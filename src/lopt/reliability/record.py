@@ -106,6 +106,15 @@ class Record:
         return head + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
+def command_in(folder: Path) -> str | None:
+    """Return the command that made a folder, such as `sft`; None if no `run.json` of `lopt` says it."""
+    try:
+        words = shlex.split(read_json(folder / RUN_JSON)["attempts"][-1]["command"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return words[1] if words[:1] == ["lopt"] and len(words) > 1 else None
+
+
 def data_facts(rows: Mapping[str, Iterable[Any] | None]) -> dict[str, Any]:
     """Return number and fingerprint of each set of rows by name; nothing is known of a stream beforehand."""
     facts: dict[str, Any] = {}

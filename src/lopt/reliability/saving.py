@@ -38,6 +38,7 @@ from lopt.reliability.checkpoint import (
     rotate,
     staging,
 )
+from lopt.reliability.finite import NonFiniteError, non_finite_weights
 from lopt.reliability.manifest import Hashes, HashingFile, Verify, files, settle, write_manifest
 from lopt.reliability.ranks import on_first_rank, together
 from lopt.reliability.secrets import redacted
@@ -104,6 +105,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the disk is full, read-only or failing; nothing is left half written.
+            NonFiniteError: see `check_weights`.
         """
         trainer = self._trainer
         final = folder / f"checkpoint-{trainer.state.global_step}"
@@ -135,7 +137,21 @@ class Checkpoints:
         if self._trainer.grid is not None:
             self._trainer.grid.gather(None)
 
+    def check_weights(self) -> None:
+        """Check what is about to be saved.
+
+        Raises:
+            NonFiniteError: some weights are not finite.
+        """
+        trainer = self._trainer
+        if bad := non_finite_weights(trainer.model):
+            raise NonFiniteError(
+                f"after step {trainer.state.global_step} weights are not finite: {bad}. They are not saved; "
+                f"{self.newest()}. Lower `learning_rate`, or clip with a smaller `max_grad_norm`"
+            )
+
     def _prepare(self, staged: Path) -> None:
+        self.check_weights()
         if self._trainer.args.should_save:
             shutil.rmtree(staged.parent, ignore_errors=True)
             check_free_space(staged.parents[1], self._bytes(), staged.name)

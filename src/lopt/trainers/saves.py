@@ -54,7 +54,13 @@ class WritesCheckpoints(WritesCard, Trainer):
         """Save the model; a sharded one (FSDP2) is gathered, whatever form its checkpoints have.
 
         In a pipeline all processes call this, and each writes its own blocks.
+
+        Raises:
+            NonFiniteError: some weights are not finite.
         """
+        if not _internal_call:
+            self.synchronize_weights()
+            self.checkpoints.check_weights()
         if self.grid is not None:
             together(functools.partial(self._save, output_dir))
             if not _internal_call:
