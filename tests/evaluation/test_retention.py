@@ -12,7 +12,7 @@ from lopt.evaluation.outcomes import Evaluation
 from lopt.evaluation.retention import compare, examples
 from lopt.reports.eval import results_table, verdict, write_retention
 from lopt.reports.text import columns
-from pages import HOSTILE
+from pages import HOSTILE, ParsedPage
 
 
 def made(values: dict[str, list[float]], **more: Any) -> Evaluation:
@@ -102,6 +102,24 @@ def test_report(tmp_path: Path) -> None:
     html = (tmp_path / "report.html").read_text()
     assert "<script>" not in html and html.count("<svg") == 2 and "not compared" in html
     assert not list(tmp_path.glob(".*"))
+
+
+def test_every_metric_is_drawn_in_its_own_direction(tmp_path: Path) -> None:
+    """A score beyond 1 that is better when higher is no loss, and not every score to lower is in nats."""
+    pytest.importorskip("matplotlib")
+    base, tuned = (made({"arc": [0.0, 1.0], "bleu": [20.0, v], "text:a": [2.0, v]}) for v in (30.0, 35.0))
+    for evaluation in (base, tuned):
+        evaluation.results["results"]["brier"] = {"brier,none": 0.5}
+        evaluation.results["higher_is_better"]["brier"] = {"brier": False}
+        evaluation.results["n-shot"]["brier"] = 0
+        evaluation.samples["brier"] = [{**row, "brier": 0.5} for row in evaluation.samples["arc"]]
+    write_retention(tmp_path, "base", {"base": base, "mine": tuned})
+    page = ParsedPage((tmp_path / "report.html").read_text()).seen
+    found = [page.find(words) for words in (
+        "percentage points; right is better: mine, arc", "nats per token; left is better: mine, text:a",
+        "Other scores, change against the base", "right is better: mine, bleu", "left is better: mine, brier",
+    )]  # fmt: skip
+    assert -1 not in found, page
 
 
 def test_table() -> None:
