@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,29 @@ def test_report(tmp_path: Path) -> None:
     assert "mine against base" in told and "−" not in told.split("\n")[2] and "14" in told
     found = json.loads((tmp_path / "retention.json").read_text(), parse_constant=pytest.fail)
     assert found["models"]["mine"]["changes"][0]["gained"] == 14 and "McNemar" in found["statistics"]
-    html = (tmp_path / "report.html").read_text()
-    assert "<script>" not in html and html.count("<svg") == 2 and "not compared" in html
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page and page.count("<svg") == 2 and "not compared" in page
     assert not list(tmp_path.glob(".*"))
+
+
+def test_every_metric_is_drawn_in_its_own_direction(tmp_path: Path) -> None:
+    """A score beyond 1 that is better when higher is no loss, and not every score to lower is in nats."""
+    pytest.importorskip("matplotlib")
+    base, tuned = (made({"arc": [0.0, 1.0], "bleu": [20.0, v], "text:a": [2.0, v]}) for v in (30.0, 35.0))
+    for evaluation in (base, tuned):
+        evaluation.results["results"]["brier"] = {"brier,none": 0.5}
+        evaluation.results["higher_is_better"]["brier"] = {"brier": False}
+        evaluation.results["n-shot"]["brier"] = 0
+        evaluation.samples["brier"] = [{**row, "brier": 0.5} for row in evaluation.samples["arc"]]
+    write_retention(tmp_path, "base", {"base": base, "mine": tuned})
+    page = html.unescape((tmp_path / "report.html").read_text())
+    for words in (
+        "percentage points; right is better: mine, arc",
+        "nats per token; left is better: mine, text:a",
+        "Other scores, change against the base, right is better: mine, bleu",
+        "change against the base; left is better: mine, brier",
+    ):
+        assert words in page
 
 
 def test_table() -> None:

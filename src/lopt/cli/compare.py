@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -23,10 +24,13 @@ from lopt.cli.rows import SFTRows, dpo_rows, retention_rows, sft_rows
 from lopt.cli.sft import check
 from lopt.cli.training import load, load_reference_alike
 from lopt.core.config import LoPTConfig
+from lopt.data.columns import needed_columns
+from lopt.data.load import load_rows
 from lopt.data.templates import as_text
 from lopt.evaluation.compare.arms import Arm, parse_arms
 from lopt.evaluation.texts import read_texts
 from lopt.models.load import resolve_model
+from lopt.models.names import PACKAGES
 from lopt.reliability.provenance import fingerprint
 from lopt.reliability.record import RUN_JSON, RUN_YAML
 from lopt.reliability.secrets import redacted
@@ -44,7 +48,8 @@ MARKS = ("setting.json", "compare.json")  # either marks the folder of a compari
 # What a comparison writes, and --overwrite_output_dir removes; other files in the folder are the user's.
 WRITTEN = (*MARKS, "base.json", "cells", "runs", "models", "report.html", "pareto.svg", "reach.svg",
            RUN_YAML, RUN_JSON)  # fmt: skip
-# Prefixes of flags that change no figure: where output goes and what is logged.
+# Prefixes of flags that change no figure: where output goes, what is logged, when a single run is evaluated.
+# Of data_seed and eval_packing, which do, `_identity` takes care.
 _OUTPUT_ONLY = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging", "log_", "seed", "data_seed",
               "hub_", "push_", "save_", "eval_", "do_", "project", "trackio", "local_rank",
               "distributed_state", "deepspeed_plugin")  # fmt: skip
@@ -72,6 +77,7 @@ def _run(
     data_args.held_out = data_args.held_out or HELD_OUT_ROWS
     check(model_args, data_args, args)
     _check(compare, arms, config, args)
+    benchmark_rows = _check_tasks(compare)
     _check_run(run_args, args)
     texts = read_texts(compare.retention_text, compare.text_tokens, "retention_text")
     folder = _folder(args)
@@ -90,6 +96,7 @@ def _run(
         load_reference_alike(args, model_args)
     setup = _setup(model_args, args, rows, arms, compare, texts)
     setting = _setting(name, setup, compare, model_args, data_args, config)
+    setting |= _identity(name, setup, compare, model_args, benchmark_rows)
     if run_args.overwrite_output_dir and folder.exists():  # only now: no mistake above costs any results
         for part in WRITTEN:
             path = folder / part
@@ -138,11 +145,27 @@ def _check(
         check_settings(args, arm.config)
         if isinstance(args, LoPTDPOConfig):
             check_preference_method(arm.config)
-    if tasks:
-        from lopt.evaluation.harness import check_tasks
 
-        with renamed(tasks="retention_tasks"):
-            check_tasks(tasks, compare.data_dir)
+
+def _check_tasks(compare: CompareArguments) -> str | None:
+    """Refuse benchmarks that cannot be run; return a hash of their local rows, None for rows of the hub."""
+    both = [*compare.adaptation_tasks, *compare.retention_tasks]
+    if not both:
+        return None
+    from lopt.evaluation.tasks import check_tasks, load_tasks, task_identity
+
+    rows: list[str] = []
+    for flag in ("adaptation_tasks", "retention_tasks"):
+        with renamed(tasks=flag):
+            tasks = getattr(compare, flag)
+            if tasks and compare.data_dir is not None:
+                loaded = load_tasks(tasks, compare.data_dir).tasks.values()
+                rows += [task_identity(task)["rows"] for task in loaded]
+            elif tasks:
+                check_tasks(tasks, None)
+    with renamed(tasks="retention_tasks"):  # now only a task that --adaptation_tasks has too
+        check_tasks(both, None)
+    return fingerprint(rows) if rows else None
 
 
 def _check_run(run_args: RunArguments, args: LoPTSFTConfig | LoPTDPOConfig) -> None:
@@ -247,6 +270,52 @@ def _setting(
             **({"rows": {k: len(v) for k, v in kept.items()}} if (kept := setup.metrics.rows) else {}),
         },
     }
+
+
+def _identity(
+    name: str,
+    setup: Setup,
+    compare: CompareArguments,
+    model_args: ModelArguments,
+    benchmark_rows: str | None,
+) -> dict[str, Any]:
+    """Return what else identifies a study; settings of older versions have none of these keys.
+
+    Rows are hashed as they are in their files: a chat template may put the date into them.
+    """
+    rows = {
+        key: fingerprint(itertools.islice(load_rows(path, choose=needed_columns), compare.limit))
+        for key, path in zip(setup.metrics.rows, compare.retention_rows, strict=True)
+    }
+    return {
+        "model_files": _model_files(name, model_args, setup.args.trust_remote_code),
+        "texts": {key: fingerprint([text]) for key, text in setup.metrics.texts.items()},
+        "retention_rows": rows,
+        "benchmark_rows": benchmark_rows,
+        "data_seed": setup.args.data_seed,
+        "eval_packing": getattr(setup.args, "eval_packing", None),
+    }
+
+
+def _model_files(name: str, model_args: ModelArguments, trust_remote_code: bool) -> Any:
+    """Return name and commit of a model on the hub, a hash of a folder's files; None for a packaged model.
+
+    Files are hashed by their content alone, since a comparison may go on on another machine.
+    """
+    from lopt.evaluation.store import model_identity
+
+    path = str(model_args.model_name_or_path)
+    if name in PACKAGES:  # its name says which
+        return None
+    found = model_identity(path, model_args.model_revision, trust_remote_code)
+    if not Path(path).is_dir():
+        return found
+    return fingerprint([file, _content_hash(Path(path) / file)] for file in sorted(found))
+
+
+def _content_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _changed(args: LoPTSFTConfig | LoPTDPOConfig) -> dict[str, Any]:

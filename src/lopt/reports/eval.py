@@ -99,6 +99,15 @@ def _is_share(change: Change) -> bool:
     return change.higher_is_better and 0 <= change.base <= 1 and 0 <= change.tuned <= 1
 
 
+def _kind(change: Change) -> str:
+    """Return which plot a change belongs to."""
+    if _is_share(change):
+        return "share"
+    if change.higher_is_better:
+        return "higher"
+    return "loss" if change.metric == "loss,none" else "lower"
+
+
 def _value(value: float, share: bool) -> str:
     return number(value, ".1%" if share else ".3f")
 
@@ -148,18 +157,20 @@ def verdict(base: str, label: str, changes: Sequence[Change]) -> str:
 
 
 def _plots(comparisons: Mapping[str, Comparison]) -> str:
-    """Return a plot of shares, in points, and one of losses: they have no axis in common."""
+    """Return a plot of shares in points, of losses, of other scores up and down: they share no axis."""
     parts = []
-    for share, title, label in (
-        (True, "Accuracy, change against the base", "percentage points; right is better"),
-        (False, "Loss, change against the base", "nats per token; left is better"),
+    for kind, title, label in (
+        ("share", "Accuracy, change against the base", "percentage points; right is better"),
+        ("loss", "Loss, change against the base", "nats per token; left is better"),
+        ("higher", "Other scores, change against the base", "right is better"),
+        ("lower", "Other scores that fall as a model gets better", "change against the base; left is better"),
     ):
-        scale = 100.0 if share else 1.0
+        scale = 100.0 if kind == "share" else 1.0
         found = {
             name: {
                 c.task: Estimate(*(scale * v for v in c.difference))
                 for c in comparison.changes
-                if _is_share(c) == share
+                if _kind(c) == kind
             }
             for name, comparison in comparisons.items()
         }

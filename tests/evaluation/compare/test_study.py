@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lopt.cli.compare import _check_tasks, _model_files
 from lopt.cli.main import main
-from lopt.evaluation import text_losses
+from lopt.cli.report_flags import CompareArguments
+from lopt.evaluation import text_loss, text_losses
 from lopt.evaluation.compare import arm_run
-from lopt.evaluation.compare.metrics import answer_loss
 from lopt.evaluation.compare.study import _once
-from lopt.evaluation.compare.summary import COSTS, summarise
 from lopt.evaluation.statistics import mean_interval, paired_difference
-from lopt.reports.compare import findings
+from lopt.reliability.guards import DivergedError
 from pages import ParsedPage
 
 Compare = Callable[..., int]
@@ -89,7 +92,7 @@ def test_the_models_kept_are_those_that_were_measured(study: Path) -> None:
         assert [part.loss for part in again] == pytest.approx(found, abs=2e-5)
 
 
-def test_the_summary_is_what_the_cells_say(study: Path) -> None:
+def test_the_summary_is_what_the_cells_say(study: Path, tiny_folder: Path) -> None:
     results = read(study / "compare.json")
     summary = results["summary"]
     losses = [c["adaptation"]["loss"] for c in results["cells"] if c["arm"] == "lopt k=2"]
@@ -100,9 +103,12 @@ def test_the_summary_is_what_the_cells_say(study: Path) -> None:
     paired = summary["against"]["e2e"]["lopt k=2"]["loss"]["seeds"]
     assert paired == pytest.approx([a - b for a, b in zip(losses, e2e, strict=True)])
     assert list(results["base"]["items"]) == ["text:other", "rows:sums"]
-    key = "text:other"
-    base = results["base"]["items"][key]["values"]
-    tuned = [c["items"][key]["values"] for c in results["cells"] if c["arm"] == "e2e"]
+    key, tokens = "text:other", [128, 128, 96]  # windows count as their tokens do
+    texts = [c["items"][key] for c in (results["base"], *results["cells"]) if c.get("arm", "e2e") == "e2e"]
+    assert all(item["tokens"] == tokens for item in texts)
+    base, *tuned = ([v * n * 3 / 352 for v, n in zip(i["values"], tokens, strict=True)] for i in texts)
+    model, tokenizer = (part.from_pretrained(tiny_folder) for part in (AutoModelForCausalLM, AutoTokenizer))
+    assert summary["measures"][key]["base"] == pytest.approx(text_loss(model, tokenizer, TEXT), abs=1e-5)
     expected = paired_difference(base, [mean(v) for v in zip(*tuned, strict=True)])
     assert summary["items"]["e2e"][key] == pytest.approx(expected._asdict())
     rows = [results["base"], next(c for c in results["cells"] if c["arm"] == "e2e")]
@@ -219,49 +225,108 @@ def test_an_arm_that_breaks_down_is_a_result(compare: Compare, tmp_path: Path) -
     assert "not finite: frozen k=2 lr=1e+30" in ParsedPage((tmp_path / "report.html").read_text()).seen
 
 
-def test_right_answers() -> None:
-    assert answer_loss({"target": 1, "filtered_resps": [(-3.0, False), (-0.5, True)]}) == 0.5
-    assert answer_loss({"target": "7", "filtered_resps": ["7"]}) is None
-    assert answer_loss({"target": "so", "filtered_resps": [(-3.0, False)]}) is None
+def test_so_is_one_that_breaks_down_in_its_last_step_or_diverges(
+    compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = arm_run.LoPTSFTTrainer.train
+
+    def diverging(trainer: Any, *args: object, **kwargs: object) -> object:
+        if trainer.lopt.config.method == "lopt":
+            raise DivergedError("block 1 has diverged")
+        return train(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(arm_run.LoPTSFTTrainer, "train", diverging)
+    methods = ["e2e:learning_rate=1e30", "lopt", "e2e"]
+    assert compare(tmp_path, "--max_steps", "1", methods=methods, seeds=("0",)) == 0
+    results = read(tmp_path / "compare.json")
+    assert results["summary"]["failed"] == {
+        "e2e lr=1e+30": "of the trained model, adaptation loss is nan",
+        "lopt k=2": "block 1 has diverged",
+    }
+    assert results["summary"]["arms"]["e2e"]["loss"]["value"] > 0
 
 
-def test_words_for_what_is_beyond_the_noise() -> None:
-    """Against the first arm of each method; the better side is the lower one, for a loss."""
-    losses = {"e2e": 0.8, "e2e slow": 0.9, "lopt k=2": 1.0, "frozen k=2": 1.0}
-    base = {"adaptation": {"loss": 2.0, "token_accuracy": 0.5}, "items": {}}
-    cells = []
-    for arm, loss in losses.items():
-        for seed, noise in enumerate((0.00, 0.01, 0.02 if arm == "lopt k=2" else 0.01)):
-            own = {"loss": loss + noise, "token_accuracy": 0.5}
-            rest = {"items": {}, "drift": None, "cost": dict.fromkeys(COSTS, 1)}
-            cells.append({"arm": arm, "seed": seed, "adaptation": own, **rest})
-    results = {"arms": list(losses), "base": base, "cells": cells}
-    results["summary"] = summarise(results)
-    first, more = findings(results)
-    assert first.startswith("e2e had the lowest held-out task loss: 0.807")
-    assert more == [
-        "Beyond the seeds' noise, compared with e2e: task loss worse with e2e slow, lopt k=2, frozen k=2.",
-        "Beyond the seeds' noise, compared with frozen k=2: task loss better with e2e, e2e slow.",
-    ]
-    assert list(results["summary"]["against"]) == ["e2e", "e2e slow", "frozen k=2"]
+NEWER = ("model_files", "texts", "retention_rows", "benchmark_rows", "data_seed", "eval_packing")
+MIXED = {
+    "texts": ("--retention_text", "other.txt"),
+    "retention_rows": ("--retention_rows", "sums.jsonl"),
+    "data_seed": ("--data_seed", "7"),
+    "eval_packing": ("--eval_packing", "false"),
+}
 
 
-def test_a_summary_of_nothing_but_failures() -> None:
-    base = {"adaptation": {"loss": 1.0, "token_accuracy": 0.5}, "items": {}}
-    cells = [{"arm": "e2e", "seed": 0, "failed": "the loss is nan"}]
-    summary = summarise({"arms": ["e2e"], "base": base, "cells": cells})
-    assert summary["arms"]["e2e"]["loss"]["value"] is None and summary["cost"] == {}
+@pytest.mark.parametrize("key", MIXED)
+def test_what_changes_a_figure_is_not_mixed(
+    compare: Compare,
+    study: Path,
+    sums_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    key: str,
+) -> None:
+    """Texts and rows of the same names and sizes, but with another content, for example."""
+    (tmp_path / "other.txt").write_text(TEXT.replace("sums", "seas"))
+    (tmp_path / "sums.jsonl").write_text(sums_file.read_text().replace("What is 1 ", "What is 3 "))
+    flag, value = MIXED[key]
+    given = tmp_path / value
+    assert compare(study, flag, str(given) if given.exists() else value) == 2
+    assert f"other settings ({key})" in capsys.readouterr().err
 
 
-def test_a_text_of_one_window_has_no_interval() -> None:
-    item = {"metric": "loss", "kind": "retention", "higher_is_better": False}
-    base = {"adaptation": {"loss": 1.0, "pair_accuracy": 0.5}, "items": {"text:a": item | {"values": [3.0]}}}
-    rest = {"items": {"text:a": {"values": [3.5]}}, "drift": None, "cost": dict.fromkeys(COSTS, 1)}
-    cells = [{"arm": "e2e", "seed": 0, "adaptation": {"loss": 0.9, "pair_accuracy": 1.0}, **rest}]
-    summary = summarise({"arms": ["e2e"], "base": base, "cells": cells})
-    assert summary["items"]["e2e"]["text:a"] == {"value": 0.5, "low": None, "high": None}
-    assert summary["measures"]["pair_accuracy"]["label"] == "held-out pair accuracy"
-    json.dumps(summary, allow_nan=False)
+def test_results_of_an_older_version_are_continued(
+    compare: Compare, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Their setting has fewer keys, and their windows do not say how many tokens they have."""
+    old = read(study / "compare.json")
+    assert set(NEWER) < set(old["setting"]) == set(read(study / "setting.json"))
+    old["setting"] = {key: value for key, value in old["setting"].items() if key not in NEWER}
+    for run in (old["base"], *old["cells"]):
+        del run["items"]["text:other"]["tokens"]
+    del old["base"]["items"]["rows:sums"]
+    (tmp_path / "compare.json").write_text(json.dumps(old))
+    assert compare(tmp_path, "--weight_decay", "0.1") == 2
+    assert "other settings (training)" in capsys.readouterr().err
+    assert compare(tmp_path) == 0
+    results = read(tmp_path / "compare.json")
+    assert all(list(run["items"]) == ["text:other"] for run in (results["base"], *results["cells"]))
+    mean_of_windows = mean(old["base"]["items"]["text:other"]["values"])
+    assert results["summary"]["measures"]["text:other"]["base"] == mean_of_windows
+    assert compare(tmp_path, "--data_seed", "7") == 2  # from now on it is known
+    assert "other settings (data_seed)" in capsys.readouterr().err
+
+
+def test_a_model_is_known_by_its_files(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder, copy_function=shutil.copyfile)  # with other times of change
+
+    def files(name: str) -> object:
+        args = SimpleNamespace(model_name_or_path=str(folder), model_revision=None)
+        return _model_files(name, args, False)  # type: ignore[arg-type]
+
+    before = files("model")
+    shutil.rmtree(folder)
+    shutil.copytree(tiny_folder, folder, copy_function=shutil.copyfile)
+    assert files("model") == before and files("smollm2-135m") is None
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert files("model") != before
+
+
+def test_benchmarks_are_known_by_their_local_rows(tmp_path: Path) -> None:
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(8)]
+
+    def identity() -> str | None:
+        for split in ("train", "test"):
+            path = tmp_path / "gsm8k" / f"{split}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return _check_tasks(CompareArguments(adaptation_tasks=["gsm8k"], data_dir=str(tmp_path)))
+
+    first = identity()
+    assert first is not None and identity() == first
+    rows[0]["question"] = "1 + 0?"
+    assert identity() != first and _check_tasks(CompareArguments()) is None
 
 
 CASES = {
@@ -269,7 +334,12 @@ CASES = {
     "seeds twice": (("--seeds", "1", "1"), "--seeds 1 1"),
     "limit": (("--limit", "0"), "--limit must be >= 2 (got 0)"),
     "pipeline": (("--schedule", "pipeline"), "use --schedule block_major"),
-    "unknown task": (("--retention_tasks", "chess"), "chess"),
+    "unknown task": (("--retention_tasks", "gsm9k"), "--retention_tasks gsm9k does not exist"),
+    "unknown task to adapt to": (("--adaptation_tasks", "gsm9k"), "--adaptation_tasks gsm9k does not exist"),
+    "task of both": (
+        ("--adaptation_tasks", "gsm8k", "--retention_tasks", "gsm8k"),
+        "--retention_tasks names gsm8k twice",
+    ),
     "no such text": (("--retention_text", "nowhere.txt"), "--retention_text nowhere.txt"),
     "no such rows": (("--retention_rows", "nowhere.jsonl"), "--retention_rows: nowhere.jsonl does not exist"),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lopt.evaluation.compare.arms import LORA_KEYS, Arm
 from lopt.evaluation.compare.metrics import Metrics
 from lopt.instruments.flops import FlopCounter
 from lopt.models.load import save_model
+from lopt.reliability.finite import NonFiniteError
 from lopt.trainers import LoPTDPOTrainer, LoPTSFTTrainer
 from lopt.trainers.config import LoPTDPOConfig, LoPTSFTConfig
 from lopt.trainers.lora import lora_config
@@ -89,14 +91,25 @@ def adapters(arm: Arm, lora: Mapping[str, Any]) -> Any:
 
 
 def measure_base(setup: Setup, arm: Arm, folder: Path) -> dict[str, Any]:
-    """Return the base model's figures, by the same metrics as those of the trained models."""
+    """Return the base model's figures, by the same metrics as those of the trained models.
+
+    Raises:
+        NonFiniteError: one of them is not finite.
+    """
     trainer = setup.trainer(arm, setup.args.seed, folder)
     rows, adaptation = _rows(trainer), _held_out(trainer)
-    return {"rows": rows, "adaptation": adaptation, "items": setup.metrics.items(_plain(trainer))}
+    result = {"rows": rows, "adaptation": adaptation, "items": setup.metrics.items(_plain(trainer))}
+    _check_finite(result, "the base model")
+    return result
 
 
 def run_arm(setup: Setup, arm: Arm, seed: int, folder: Path, name: str) -> dict[str, Any]:
-    """Train `arm` with `seed` and return its figures as plain data."""
+    """Train `arm` with `seed` and return its figures as plain data.
+
+    Raises:
+        NonFiniteError: a number in training, or one of the figures, is not finite.
+        DivergedError: a block has diverged, with `on_divergence="stop"`.
+    """
     trainer = setup.trainer(arm, seed, folder)
     flops = _Flops(setup.cycle)
     trainer.add_callback(flops)
@@ -107,6 +120,7 @@ def run_arm(setup: Setup, arm: Arm, seed: int, folder: Path, name: str) -> dict[
     seconds = time.perf_counter() - started
     cost = _cost(trainer, flops) | {"train_seconds": seconds}
     adaptation = _held_out(trainer)
+    _check_finite({"adaptation": adaptation}, "the trained model")  # before benchmarks, which take long
     model, starts = _plain(trainer), [block.start for block in trainer.lopt.blocks[1:]]
     result = {
         "arm": arm.name,
@@ -121,9 +135,27 @@ def run_arm(setup: Setup, arm: Arm, seed: int, folder: Path, name: str) -> dict[
         "cost": cost,
         "curve": _curve(trainer),
     }
+    _check_finite(result, "the trained model")
     if setup.keep_models is not None:
         save_model(model, setup.keep_models / name, setup.tokenizer)
     return result
+
+
+def _check_finite(result: Mapping[str, Any], of: str) -> None:
+    if bad := next(_not_finite(result), None):
+        raise NonFiniteError(f"of {of}, {bad}")
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[str]:
+    """Yield "name is nan" for every number of a tree of plain values that is not finite."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _not_finite(part, f"{name} {key}".lstrip())
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _not_finite(part, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} is {value}"
 
 
 def _held_out(trainer: Any) -> dict[str, float]:

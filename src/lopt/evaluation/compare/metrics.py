@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 from lopt.evaluation.compare.summary import ANSWERS
 from lopt.evaluation.drift import Reference
 from lopt.evaluation.loss import completion_losses, text_losses
+from lopt.evaluation.outcomes import task_members
 
 DRIFT_TOKENS = 1024
+SEVERAL_RIGHT = ("truthfulqa_mc2",)
+"""Benchmarks whose items have several right answers: the loss of one of them is no measure."""
 
 
 @dataclass
@@ -61,8 +64,9 @@ class Metrics:
     def items(self, model: Any) -> dict[str, dict[str, Any]]:
         """Return the outcomes of all items by measure: `metric`, `higher_is_better`, `kind` and `values`.
 
-        A multiple-choice benchmark gives two measures: its own metric, and the loss of the right answer,
-        which changes in a small model long before its choice does.
+        The items of a text are windows; `tokens` says how many each predicts, for the mean over tokens.
+        A benchmark whose choices are answers, one of them right, gives two measures: its own metric, and the
+        loss of the right answer, which changes in a small model long before its choice does.
         """
         measures: dict[str, dict[str, Any]] = {}
         if self.adaptation or self.retention:
@@ -75,8 +79,8 @@ class Metrics:
                 measures |= _outcomes(result, kind)
         for name, text in self.texts.items():
             windows = text_losses(model, self.tokenizer, text, tokens=self.text_tokens)
-            losses = [window.loss for window in windows]
-            measures[f"text:{name}"] = _measure("retention", "loss", False, losses)
+            measure = _measure("retention", "loss", False, [window.loss for window in windows])
+            measures[f"text:{name}"] = measure | {"tokens": [window.tokens for window in windows]}
         for name, pairs in self.rows.items():
             losses = completion_losses(model, self.tokenizer, pairs)
             measures[f"rows:{name}"] = _measure("retention", "loss", False, losses)
@@ -90,11 +94,13 @@ def _measure(kind: str, metric: str, higher: bool, values: Sequence[float]) -> d
 
 def _outcomes(result: Any, kind: str) -> dict[str, dict[str, Any]]:
     measures = {}
+    members = task_members(result.results, result.samples)
     for name, outcome in result.outcomes().items():
         measures[name] = _measure(kind, outcome.metric, outcome.higher_is_better, outcome.values)
-        losses = [answer_loss(sample) for sample in result.samples.get(name, ())]
-        found = [loss for loss in losses if loss is not None]
-        if found and len(found) == len(losses):
+        where = outcome.metric.split(",")[1]
+        samples = [s for leaf in members[name] for s in result.samples[leaf] if s["filter"] == where]
+        found = [loss for loss in map(answer_loss, samples) if loss is not None]
+        if found and len(found) == len(samples) and name not in SEVERAL_RIGHT:
             measures[name + ANSWERS] = _measure(kind, "loss", False, found)
     return measures
 

@@ -15,10 +15,11 @@ from filelock import FileLock, Timeout
 
 from lopt.evaluation.compare.arm_run import Setup, measure_base, run_arm
 from lopt.evaluation.compare.arms import Arm
-from lopt.evaluation.compare.summary import summarise
+from lopt.evaluation.compare.summary import shared_items, summarise
 from lopt.evaluation.names import hashed_file_name
 from lopt.files import differences, read_json, write_json
 from lopt.reliability.finite import NonFiniteError
+from lopt.reliability.guards import DivergedError
 from lopt.reliability.machine_errors import OutOfMemory
 from lopt.reliability.provenance import device, versions
 
@@ -61,14 +62,15 @@ class Study:
             title = f"\nArm run {number} of {len(todo)}: {arm.name}, seed {seed}"
             parts[self._path(arm.name, seed)] = functools.partial(self._run, arm, seed, title)
         share(parts)
-        base = read_json(self.folder / "base.json")
+        files = [self.folder / "base.json", *(self._path(arm.name, seed) for arm, seed in self._pairs())]
+        base, *cells = shared_items([read_json(path) for path in files])
         results: dict[str, Any] = {
             "title": "Comparison",
             "setting": dict(self.setting),
             "arms": [arm.name for arm in self.arms],
             "seeds": list(self.seeds),
             "base": base,
-            "cells": [read_json(self._path(arm.name, seed)) for arm, seed in self._pairs()],
+            "cells": cells,
         }
         results["summary"] = summarise(results)
         _write(self.folder / "compare.json", results)
@@ -76,6 +78,9 @@ class Study:
 
     def check_folder(self) -> None:
         """Refuse a folder that belongs to another setting; arms and seeds may be added to it.
+
+        All that the setting on disk has must be the same. It may lack keys of `setting`, those that an older
+        version did not write; they are added to it.
 
         Raises:
             ValueError: the setting on disk differs.
@@ -87,12 +92,13 @@ class Study:
             _write(path, self.setting)
             return
         there = read_json(path)
-        keys = sorted(self.setting.keys() | there.keys())
-        if differ := [key for key in keys if differences(there.get(key), self.setting.get(key))]:
+        if differ := [key for key in sorted(there) if differences(there[key], self.setting.get(key))]:
             raise ValueError(
                 f"`output_dir` {self.folder} holds a comparison with other settings ({', '.join(differ)}): "
                 "choose another folder, or start anew with `overwrite_output_dir`"
             )
+        if there.keys() < self.setting.keys():
+            _write(path, self.setting)
 
     def _unpack(self, results: Mapping[str, Any]) -> None:
         """Write the parts that `compare.json` was made of; last the setting, which marks the folder."""
@@ -117,7 +123,7 @@ class Study:
         name = self._path(arm.name, seed).stem
         try:
             return run_arm(self.setup, arm, seed, self.folder / "runs" / name, name) | _provenance()
-        except NonFiniteError as error:  # a result of this arm, not an error of the study
+        except (NonFiniteError, DivergedError) as error:  # a result of this arm, not an error of the study
             print(f"{arm.name}, seed {seed} failed: {error}", flush=True)
             return {"arm": arm.name, "seed": seed, "failed": str(error)} | _provenance()
         except (torch.OutOfMemoryError, OutOfMemory) as error:

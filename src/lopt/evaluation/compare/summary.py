@@ -32,16 +32,17 @@ COSTS = {
 def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of every arm, from `base` and the arm runs in `cells`.
 
+    The items are those that the base and all arm runs have: see `shared_items`.
+
     Returns:
         measures: label, kind (`adaptation`, `retention`, `drift`), direction and base value by key.
         arms: by arm and measure, the mean over seeds with its interval, and the value of every seed.
         against: by reference arm, arm and measure, the mean difference paired by seed.
         items: by arm and measure, the mean difference to the base with an interval over items.
         cost: by arm, medians over seeds.
-        failed: messages by arm, where a run ended in a number that is not finite.
+        failed: messages by arm, where a run ended in a number that is not finite or has diverged.
     """
-    base = results["base"]
-    whole = [run for run in results["cells"] if "failed" not in run]
+    base, *whole = _weighted([results["base"], *(r for r in results["cells"] if "failed" not in r)])
     runs = {name: [run for run in whole if run["arm"] == name] for name in results["arms"]}
     measures = _measures(base, whole)
     figures = {name: {run["seed"]: _figures(run, base) for run in own} for name, own in runs.items()}
@@ -60,6 +61,35 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
         "cost": {name: _costs(own) for name, own in runs.items() if own},
         "failed": {run["arm"]: run["failed"] for run in results["cells"] if "failed" in run},
     }
+
+
+def shared_items(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return runs with the measures of `items` that all have; a run of another version may have others.
+
+    Runs that failed have no `items` and stay as they are.
+    """
+    whole = [run["items"] for run in runs if "items" in run]
+    shared = [key for key in whole[0] if all(key in items for items in whole)]
+    return [
+        {**run, "items": {key: run["items"][key] for key in shared}} if "items" in run else dict(run)
+        for run in runs
+    ]
+
+
+def _weighted(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return runs with the items that all have; those of a text weigh as their tokens do.
+
+    All runs have the same windows of a text. The runs of older versions do not say how many tokens these
+    have: then another run does, or all windows weigh the same.
+    """
+    tokens = {k: item["tokens"] for run in runs for k, item in run["items"].items() if "tokens" in item}
+    weighted = shared_items(runs)
+    for run in weighted:
+        for key in run["items"].keys() & tokens.keys():
+            item, average = run["items"][key], mean(tokens[key])
+            values = [v * n / average for v, n in zip(item["values"], tokens[key], strict=True)]
+            run["items"][key] = {**item, "values": values}
+    return weighted
 
 
 def _measures(base: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -93,9 +123,13 @@ def _figures(run: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float
     """Return one number per measure of one arm run."""
     figures = dict(run["adaptation"])
     figures |= {key: mean(item["values"]) for key, item in run["items"].items()}
-    for name, keys in zip(("forgetting", "retained"), _elsewhere(base), strict=True):
-        if keys:
-            figures[name] = mean(figures[key] - mean(base["items"][key]["values"]) for key in keys)
+    change = {key: figures[key] - mean(item["values"]) for key, item in base["items"].items()}
+    losses, scores = _elsewhere(base)
+    if losses:
+        figures["forgetting"] = mean(change[key] for key in losses)
+    if scores:  # a score that is better when it is lower counts with the other sign
+        better = {key: base["items"][key]["higher_is_better"] for key in scores}
+        figures["retained"] = mean(change[key] if better[key] else -change[key] for key in scores)
     if run["drift"]:
         figures["drift"] = mean(layer["relative_l2"] for layer in run["drift"]["layers"])
         figures["weights"] = run["drift"]["weights"]["all"]
