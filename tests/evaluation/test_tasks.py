@@ -68,9 +68,9 @@ def test_bad_requests(case: str, data: Path) -> None:
 
 
 def test_shots_are_proposed_to_a_caller_who_can_choose_them(data: Path) -> None:
-    with pytest.raises(ValueError, match="add it, or give `num_fewshot` gsm8k=0$"):
+    with pytest.raises(ValueError, match=r"add it, or give `num_fewshot` gsm8k=0$"):
         check_tasks(["gsm8k"], data, {})
-    with pytest.raises(ValueError, match="add it, or leave gsm8k out$"):  # training and `lopt compare`
+    with pytest.raises(ValueError, match=r"add it, or leave gsm8k out$"):  # training and `lopt compare`
         check_tasks(["gsm8k"], data)
 
 

@@ -31,8 +31,6 @@ def main(arguments: Sequence[str]) -> None:
         print(f"The page is {write_run_page(folders[0], read_run(folders[0]))}")
         return
     output = check_report(args.output_dir or TOGETHER, [PAGE], overwrite=args.overwrite_output_dir)
-    one = len(folders) == 1
-    page = (
-        write_run_page(output, read_run(folders[0])) if one else write_runs_page(output, read_runs(folders))
-    )
+    runs = read_runs(folders)
+    page = write_run_page(output, runs[0]) if len(runs) == 1 else write_runs_page(output, runs)
     print(f"The page is {page}")

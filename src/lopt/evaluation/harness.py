@@ -93,8 +93,8 @@ def evaluate(
         data_dir: local rows (see `lopt.evaluation.tasks`); None for the hub.
         limit: the first so many items of each task (each subject of MMLU); None for all.
         num_fewshot: shots by task name; others as the task's definition sets them, 5 for MMLU.
-        batch_size: sequences in a batch, or "auto", which None is as well: for a caller who has no such choice,
-            so that no message proposes one.
+        batch_size: sequences in a batch, or "auto", as which None counts: for a caller who has no such
+            choice, so that no message proposes one.
         apply_chat_template: put prompts into the tokenizer's chat template.
         progress: show the harness's progress bars.
         seed: of the choice of shots and of everything else that is random; None for the harness's own seeds.
