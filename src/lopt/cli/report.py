@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: name the --output_dir of a run")
-    if len(folders) == 1 and args.output_dir is None:
+    if len(folders) == 1 and not args.output_dir:
         print(f"The page is {write_run_page(folders[0], read_run(folders[0]))}")
         return
     output = check_report(args.output_dir or TOGETHER, [PAGE], overwrite=args.overwrite_output_dir)

@@ -347,8 +347,8 @@ class ReportArguments:
     groups: ClassVar[dict[str, str]] = {"Runs": "run", "Output": "output_dir"}
 
     run: list[str] = flag([], "One or more folders of lopt sft, dpo or grpo; may be given without the flag.")
-    output_dir: str | None = flag(
-        None, "Folder for report.html. Default: of one run its own, of several outputs/report."
+    output_dir: str = flag(
+        "", "Folder for report.html. Default: of one run its own, of several outputs/report."
     )
     overwrite_output_dir: bool = flag(False, "Replace an earlier report there.")
 
