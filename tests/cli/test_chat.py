@@ -105,6 +105,10 @@ def test_a_conversation(say: Say, capsys: pytest.CaptureFixture) -> None:
     assert len(asked[1]) > len("<user>Hi<assistant><user>So?<assistant>")
     out = capsys.readouterr().out
     assert out.count("/reset   forget") == 2 and "There is no /none" in out and "\x1b" not in out
+    say("Hi", "x" * 600)
+    said = capsys.readouterr().err
+    assert "the conversation is full: it has 6" in said
+    assert "the model's context is 512: type /reset to start over" in said
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_program(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +139,8 @@ def test_what_chat_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert message in capsys.readouterr().err
     long = "x" * 600
     assert main(["chat", str(run), "--prompt", long]) == 2
-    assert "tokens and the model's context 512: /reset" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the question is too long" in said and "the model's context is 512: shorten it" in said
 
 
 def test_merged_weights_are_those_of_peft_in_the_dtype_of_the_base(run: Path, capsys) -> None:

@@ -86,6 +86,7 @@ def test_models_against_their_base(
     out, base = tmp_path / "out", ("--base", str(world / "base"))
     assert main(flags(world, out, *base)) == 0
     told = capsys.readouterr().out
+    assert "base: 3 tasks\n" in told
     assert "tuned against base" in told and "text:notes" in told and "report.html" in told
     for label in ("base", "tuned"):
         results = json.loads((out / label / "results.json").read_text())
@@ -142,6 +143,12 @@ def test_other_settings_are_not_mixed_up(
     assert seen == ["text:notes"]
     assert main([*flags(world, out), "--limit", "2", "--overwrite_output_dir"]) == 0
     assert len(seen) == 4 and len(read_results(out / "tuned").samples["winogrande"]) == 2
+
+
+def test_one_task(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model_name_or_path", world / "tuned", "--text", world / "notes.txt", "--output_dir", tmp_path)
+    assert main(["eval", *map(str, words)]) == 0
+    assert "tuned: 1 task\n" in capsys.readouterr().out
 
 
 def test_other_tokenizers(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

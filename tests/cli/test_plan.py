@@ -8,13 +8,15 @@ import shlex
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from lopt.cli.main import main
-from lopt.cli.plan import command, size_in_bytes
+from lopt.cli.parsing import parse
+from lopt.cli.plan import command, command_of, size_in_bytes
 from lopt.cli.report_flags import PlanArguments
 from lopt.models.shapes import model_config
 from lopt.planning.plan import RESERVE, Planner
@@ -81,6 +83,25 @@ def flags_of(text: str) -> dict[str, str]:
     words = shlex.split(text.replace("\\\n", " "))
     assert words[:2] == ["lopt", "sft"]
     return dict(zip(words[2::2], words[3::2], strict=True))
+
+
+@pytest.mark.parametrize("method", ["lopt", "e2e", "frozen", "lora"])
+def test_the_printed_command_is_accepted(folder: str, method: Any) -> None:
+    """Of every method, with flags that belong to some of the methods only."""
+    args = PlanArguments(
+        model_name_or_path=folder, method=["lopt", "e2e", "frozen", "lora"], frozen_blocks=2, local_every=4,
+        aux_loss="next_token", lora_r=8, clip="global", tied_embeddings="freeze", use_cpu=True,
+    )  # fmt: skip
+    k = 1 if method in ("e2e", "lora") else 4
+    settings = [Setting(method, k), Setting(method, k, "block_major", True, "block", 6, None, "cpu")]
+    for setting in settings:
+        words = shlex.split(command_of(setting, args, 1, GIB).replace("\\\n", " "))
+        assert words[:2] == ["lopt", "sft"]
+        *_, config, _ = parse("sft", words[2:])
+        assert (config.method, config.block_count, config.stages) == (method, k, setting.stages)
+        learned = (2, 4, "next_token") if method == "lopt" else (0, 1, "recon")
+        assert (config.frozen_blocks, config.local_every, config.aux_loss) == learned
+        assert ("--lora_r" in words) == (method == "lora") and config.clip == "global"
 
 
 def test_fit_takes_the_fastest_that_fits(folder: str) -> None:
@@ -188,6 +209,10 @@ def test_fit_of_stages(capsys: pytest.CaptureFixture) -> None:
     assert "--num_blocks" not in flags
     assert plan("--model_name_or_path", "qwen2.5-7b", "--method", "qlora") == 2
     assert "--method must be one of lopt, e2e, frozen, lora (got qlora)" in capsys.readouterr().err
+    for more in (("--fit", "8GB"), ("--stages", 4)):
+        assert plan("--model_name_or_path", "qwen2.5-7b", "--stage_layers", 1, *more) == 2
+        said = f"--stage_layers cannot be combined with {more[0]}: leave it out, or give numbers of --stages"
+        assert said in capsys.readouterr().err
 
 
 def test_sizes() -> None:

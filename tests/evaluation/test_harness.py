@@ -30,6 +30,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
+from lopt.evaluation import harness
 from lopt.evaluation.harness import BENCHMARKS, Evaluation, _out_of_memory, combine, evaluate, run_task
 from lopt.evaluation.tasks import LoadedTasks, load_tasks
 
@@ -169,16 +170,30 @@ def test_what_does_not_fit_is_said(shared_data: Path) -> None:
         evaluate(model, tokenizer, ["ifeval"], data_dir=shared_data, limit=1, progress=False)
     with pytest.warns(UserWarning, match=r"cut from the left: truthfulqa_mc1 \(\d+ of \d+\)"):
         evaluate(model, tokenizer, ["truthfulqa_mc1"], data_dir=shared_data, limit=1, progress=False)
-    error = _out_of_memory(
-        torch.OutOfMemoryError("CUDA out of memory"),
-        "mmlu",
-        SimpleNamespace(batch_size=16, model=model, device="cuda:0"),
-    )
-    assert error == (
-        "mmlu does not fit into the memory of cuda:0: try `batch_size` 4 (it was 16), `param_dtype` "
-        "bfloat16, a device with more memory"
-    )
-    assert _out_of_memory(RuntimeError("a bug"), "mmlu", SimpleNamespace()) is None
+    full, lm = torch.OutOfMemoryError("full"), SimpleNamespace(batch_size=16, model=model, device="cuda:0")
+    others = "`param_dtype` bfloat16, a device with more memory"
+    begin = "mmlu does not fit into the memory of cuda:0: try"
+    said = _out_of_memory(full, "mmlu", lm, proposes_batch=True)
+    assert said == f"{begin} `batch_size` 4 (it was 16), {others}"
+    assert _out_of_memory(full, "mmlu", lm, proposes_batch=False) == f"{begin} {others}"
+    assert _out_of_memory(RuntimeError("a bug"), "mmlu", lm, proposes_batch=True) is None
+
+
+def test_no_flag_is_proposed_that_the_caller_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lopt eval` gives `batch_size`; retention tasks and `lopt compare` do not."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(harness.evaluator, "evaluate", fail)
+    tokenizer = byte_tokenizer()
+    model = tiny("llama", vocab_size=len(tokenizer))
+    monkeypatch.setattr(harness._LiveModel, "batch_size", property(lambda self: 16))
+    task = SimpleNamespace(config=SimpleNamespace(task="gsm8k"), set_fewshot_seed=lambda seed: None)
+    for options, proposed in (({}, False), ({"batch_size": "auto"}, True)):
+        with pytest.raises(ValueError, match="gsm8k does not fit") as error:
+            run_task(model, tokenizer, task, progress=False, **options)
+        assert ("batch_size" in str(error.value)) == proposed
 
 
 def part(name: str, right: list[int]) -> Evaluation:

@@ -67,6 +67,13 @@ def test_bad_requests(case: str, data: Path) -> None:
         check_tasks(tasks, data, shots)
 
 
+def test_shots_are_proposed_to_a_caller_who_can_choose_them(data: Path) -> None:
+    with pytest.raises(ValueError, match=r"add it, or give `num_fewshot` gsm8k=0$"):
+        check_tasks(["gsm8k"], data, {})
+    with pytest.raises(ValueError, match=r"add it, or leave gsm8k out$"):  # training and `lopt compare`
+        check_tasks(["gsm8k"], data)
+
+
 def test_bad_files(data: Path) -> None:
     lacking = json.dumps({"question": "?", "choices": {"text": ["a"]}})
     for text, message in (

@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig
 
 from lopt import LoPTConfig
+from lopt.planning.plan import Planner
 from lopt.reliability.advice import Attempt, advice
-from lopt.trainers.config import LoPTSFTConfig
+from lopt.trainers.config import LoPTDPOConfig, LoPTSFTConfig
 
 MODEL = LlamaConfig(
     hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
@@ -25,11 +26,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lopt.reliability.advice.used_memory", lambda device: 0)
 
 
-def told(**options: Any) -> str:
+def told(kind: Any = LoPTSFTConfig, batch: int = 1, precompute: bool = False, **options: Any) -> str:
     """What is said of a run that did not fit."""
-    args = LoPTSFTConfig(
-        output_dir="unused", per_device_train_batch_size=1, max_length=64, use_cpu=True, bf16=False
+    args = kind(
+        output_dir="unused", per_device_train_batch_size=batch, max_length=64, use_cpu=True, bf16=False
     )
+    args.precompute_ref_log_probs = precompute
     config = LoPTConfig(**options)
     return advice(lambda: Attempt(MODEL, args, config, 64, torch.float32, torch.device("cuda")))
 
@@ -51,6 +53,30 @@ def test_a_proposal_fits_better_than_the_run(options: dict[str, Any]) -> None:
     assert "`num_blocks`" not in text or options.get("method") != "e2e"
     if "stage_layers" in options:
         assert "`stage_layers` left out" in text
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_preferences_are_planned_as_such(precompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows a pair, the reference model, and where the model is cut."""
+    planned: list[Any] = []
+    plan = Planner.plan
+
+    def watch(self: Planner, setting: Any, *more: Any) -> Any:
+        planned.append((self.run, setting))
+        return plan(self, setting, *more)
+
+    monkeypatch.setattr(Planner, "plan", watch)
+    cut = dict(block_boundaries=[1, 3, 5], tied_embeddings="freeze")
+    text = told(LoPTDPOConfig, batch=4, precompute=precompute, **cut)
+    (run, setting), (smaller, same) = planned[:2]
+    assert (run.batch, smaller.batch, smaller.accumulation) == (8, 4, 2 * run.accumulation)
+    assert run.reference == smaller.reference == (not precompute) and run.tied_embeddings == "freeze"
+    assert setting == same and setting.num_blocks == 4 and setting.block_boundaries == (1, 3, 5)
+    assert "`per_device_train_batch_size` 2 `gradient_accumulation_steps` " in text
+    assert "`block_boundaries` left out" in text and "`num_blocks` " in text
+    assert run.accumulation == LoPTDPOConfig(output_dir="unused", use_cpu=True).gradient_accumulation_steps
+    told(batch=4)
+    assert planned[-1][0].batch == 4 and not planned[-1][0].reference
 
 
 def test_what_cannot_be_planned_gets_advice_that_is_true() -> None:

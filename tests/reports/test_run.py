@@ -11,6 +11,7 @@ import pytest
 from lopt.cli.main import main
 from lopt.reports import run_callback
 from lopt.reports.facts import histogram
+from lopt.reports.run import outcome
 from lopt.reports.run_data import RunData
 from lopt.reports.run_plots import thinned
 from pages import ParsedPage
@@ -61,6 +62,24 @@ def test_a_page_that_cannot_be_written_costs_a_warning(
     assert main([*words.split(), "--max_steps", "2", "--save_steps", "1", "--method", "e2e"]) == 0
     said = [text for text in caplog.messages if "report.html cannot be written: No space left" in text]
     assert len(said) == 1
+
+
+def test_a_run_shorter_than_its_logging_steps_has_a_mean_loss(
+    tiny_folder: Path, sums_file: Path, tmp_path: Path
+) -> None:
+    words = f"sft --model_name_or_path {tiny_folder} --train_file {sums_file} --output_dir {tmp_path / 'out'}"
+    assert main([*words.split(), "--max_steps", "1", "--method", "e2e"]) == 0
+    mean = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"][-1]["train_loss"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"In 1 step, mean loss was {mean:.4g}." in ParsedPage(page).seen
+    elsewhere = tmp_path / "page"
+    assert main(["report", str(tmp_path / "out"), "--output_dir", str(elsewhere)]) == 0
+    assert (elsewhere / "report.html").read_text(encoding="utf-8") == page
+    assert main(["report", str(tmp_path / "out"), "--output_dir", str(elsewhere)]) == 2  # there is one
+    rows = [{"step": 9, "loss": 2.0}, {"step": 9, "train_loss": 3.0}]
+    assert outcome(RunData("a", rows)) == "In 9 steps, loss was 2."
+    nothing = "9 steps; nothing has been logged yet."
+    assert outcome(RunData("a", rows, {"command": "grpo"})) == nothing
 
 
 def test_points_and_bins() -> None:

@@ -43,14 +43,18 @@ ALWAYS = (
     "gradient_accumulation_steps", "max_length", "optim",
 )  # fmt: skip
 IF_CHANGED = (
-    "model_revision", "state_dtype", "master_weights", "frozen_blocks", "aux_loss", "local_every", "bf16",
-    "use_cpu", "gradient_checkpointing", "schedule", "block_boundaries", "pipeline_size", "pipeline_depth",
-    "stages", "offload", "optimizer_device", "clip", "tied_embeddings", "precompute_ref_log_probs",
+    "model_revision", "state_dtype", "master_weights", "bf16", "use_cpu", "gradient_checkpointing",
+    "schedule", "block_boundaries", "pipeline_size", "pipeline_depth", "stages", "offload",
+    "optimizer_device", "clip", "tied_embeddings", "precompute_ref_log_probs",
 )  # fmt: skip
 SHARED = (
     "schedule", "pipeline_size", "pipeline_depth", "offload", "prefetch_gib", "aux_loss", "frozen_blocks",
 )  # fmt: skip
-LORA = ("lora_r", "lora_alpha", "lora_target_modules")
+OF_METHOD = {
+    "lopt": ("frozen_blocks", "aux_loss", "local_every"),
+    "lora": ("lora_r", "lora_alpha", "lora_target_modules"),
+}
+"""Method -> flags that only its command says, where they are not the default."""
 TIMED = 5
 """Steps that `--calibrate` times."""
 CHOSEN = (
@@ -116,9 +120,12 @@ def check_arguments(args: PlanArguments) -> int | None:
         check_number("stages", count, minimum=1)
     for count in args.stage_layers or ():
         check_number("stage_layers", count, minimum=1)
-    if args.stage_layers is not None and (args.stages is not None or args.fit is not None):
-        rule = "left out with `stages` or `fit`, which chooses among numbers of `stages`"
-        check(False, "stage_layers", args.stage_layers, rule)
+    for name in ("stages", "fit"):
+        if args.stage_layers is not None and getattr(args, name) is not None:
+            raise ValueError(
+                f"`stage_layers` cannot be combined with `{name}`: leave it out, or give numbers of `stages` "
+                "in its place"
+            )
     check_choice("aux_loss", args.aux_loss, ("recon", "next_token"))
     for method in args.method or [""]:
         check_choice("method", method, ("lopt", "e2e", "frozen", "lora"))
@@ -213,8 +220,8 @@ def command_of(setting: Setting, args: PlanArguments, processes: int, prefetch: 
     defaults = asdict(PlanArguments())
     left_out = {"method": setting.method == "lopt", "num_blocks": setting.method in ONE_BLOCK}
     names = [name for name in ALWAYS if not left_out.get(name)]
-    names += [name for name in IF_CHANGED if values[name] != defaults[name]]
-    names += [name for name in LORA if setting.method == "lora" and values[name] != defaults[name]]
+    changeable = (*IF_CHANGED, *OF_METHOD.get(setting.method, ()))
+    names += [name for name in changeable if values[name] != defaults[name]]
     names += ["prefetch_gib"] if setting.offload != "none" else []
     flags = {name: values[name] for name in names}
     flags |= {"train_file": "data.jsonl", "output_dir": "outputs/run"}

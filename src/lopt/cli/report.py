@@ -12,6 +12,9 @@ from lopt.reports.run import write_run_page
 from lopt.reports.run_data import PAGE, read_run, read_runs
 from lopt.reports.runs import write_runs_page
 
+TOGETHER = "outputs/report"
+"""Where the page of several runs is, unless a folder is given."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Read what the folders of the runs hold, and write the page."""
@@ -24,8 +27,10 @@ def main(arguments: Sequence[str]) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: name the --output_dir of a run")
-    if len(folders) == 1:
+    if len(folders) == 1 and not args.output_dir:
         print(f"The page is {write_run_page(folders[0], read_run(folders[0]))}")
         return
-    output = check_report(args.output_dir, [PAGE], "report", overwrite=args.overwrite_output_dir)
-    print(f"The page is {write_runs_page(output, read_runs(folders))}")
+    output = check_report(args.output_dir or TOGETHER, [PAGE], "report", overwrite=args.overwrite_output_dir)
+    runs = read_runs(folders)
+    page = write_run_page(output, runs[0]) if len(runs) == 1 else write_runs_page(output, runs)
+    print(f"The page is {page}")

@@ -85,7 +85,7 @@ class EvalArguments:
         "Shots of single tasks, as arc_challenge=25 hellaswag=10. Default: as the task is defined (gsm8k 5, "
         "most others 0), mmlu 5.",
     )
-    batch_size: str = flag("auto", "Sequences in a batch, or auto, which searches for the largest that fits.")
+    batch_size: str = flag("auto", "Sequences in a batch, or auto: a number of tokens that suits the device.")
     apply_chat_template: bool = flag(False, "Put prompts into the tokenizer's chat template.")
     text_tokens: int = flag(8192, "Tokens of each --text that are measured.")
     text_window: int = flag(256, "Tokens that are read together.")
@@ -348,7 +348,7 @@ class ReportArguments:
 
     run: list[str] = flag([], "One or more folders of lopt sft, dpo or grpo; may be given without the flag.")
     output_dir: str = flag(
-        "outputs/report", "With several runs: folder for report.html. One run's page lies in its own folder."
+        "", "Folder for report.html. Default: of one run its own, of several outputs/report."
     )
     overwrite_output_dir: bool = flag(False, "Replace an earlier report there.")
 

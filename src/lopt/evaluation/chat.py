@@ -127,7 +127,7 @@ class Conversation:
         Ctrl-C ends the answer, and what there is of it stays in the conversation.
 
         Raises:
-            ValueError: the chat template refuses the question, or the conversation fills the context.
+            ValueError: the chat template refuses the question, or does not fit into the context.
         """
         encoded = self.tokenizer(
             self.prompt(question), return_tensors="pt", add_special_tokens=self.template != "chat"
@@ -137,9 +137,10 @@ class Conversation:
         limit = getattr(shape, "max_position_embeddings", None)
         room = min(sampling.max_new_tokens, limit - length) if limit else sampling.max_new_tokens
         if room < 1:
-            raise ValueError(
-                f"the conversation has {length:,} tokens and the model's context {limit:,}: /reset"
-            )
+            full = f"{length:,} tokens, and the model's context is {limit:,}"
+            if self.remembers and self.said:
+                raise ValueError(f"the conversation is full: it has {full}: type /reset to start over")
+            raise ValueError(f"the question is too long: with its template it has {full}: shorten it")
         config: Any = self.model.generation_config
         stops = stop_tokens(self.tokenizer, config)
         next_turn = _NEXT_TURN.get(self.template)

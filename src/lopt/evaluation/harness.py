@@ -81,7 +81,7 @@ def evaluate(
     data_dir: str | Path | None = None,
     limit: int | None = None,
     num_fewshot: Mapping[str, int] | None = None,
-    batch_size: int | str = "auto",
+    batch_size: int | str | None = None,
     apply_chat_template: bool = False,
     progress: bool = True,
     seed: int | None = None,
@@ -93,7 +93,8 @@ def evaluate(
         data_dir: local rows (see `lopt.evaluation.tasks`); None for the hub.
         limit: the first so many items of each task (each subject of MMLU); None for all.
         num_fewshot: shots by task name; others as the task's definition sets them, 5 for MMLU.
-        batch_size: sequences in a batch, or "auto".
+        batch_size: sequences in a batch, or "auto", as which None counts: for a caller who has no such
+            choice, so that no message proposes one.
         apply_chat_template: put prompts into the tokenizer's chat template.
         progress: show the harness's progress bars.
         seed: of the choice of shots and of everything else that is random; None for the harness's own seeds.
@@ -130,7 +131,7 @@ def run_task(
     task: Any,
     *,
     limit: int | None = None,
-    batch_size: int | str = "auto",
+    batch_size: int | str | None = None,
     apply_chat_template: bool = False,
     progress: bool = True,
     seed: int | None = None,
@@ -140,7 +141,7 @@ def run_task(
     steady = steady_languages() if name.startswith("ifeval") else contextlib.nullcontext()
     with _state_kept(model, seed), steady, quiet_harness(), _output(progress):
         task.set_fewshot_seed(DEFAULT_OTHER_SEED if seed is None else seed)
-        lm = _LiveModel(model, copy.deepcopy(tokenizer), batch_size)
+        lm = _LiveModel(model, copy.deepcopy(tokenizer), batch_size or "auto")
         try:
             results = evaluator.evaluate(
                 lm,
@@ -150,7 +151,7 @@ def run_task(
                 fewshot_as_multiturn=True,
             )
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if message := _out_of_memory(error, name, lm):
+            if message := _out_of_memory(error, name, lm, proposes_batch=batch_size is not None):
                 raise ValueError(message) from error
             raise
     samples = results.pop("samples")
@@ -331,13 +332,13 @@ def _output(progress: bool) -> Iterator[None]:
         yield
 
 
-def _out_of_memory(error: RuntimeError, task: str, lm: HFLM) -> str | None:
+def _out_of_memory(error: RuntimeError, task: str, lm: HFLM, *, proposes_batch: bool) -> str | None:
     """Return a message with what would fit, None if the error is not about memory."""
     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
         return None
     size = lm.batch_size
     smaller = max(1, size // 4) if isinstance(size, int) else 1
-    fixes = [] if size == 1 else [f"`batch_size` {smaller} (it was {size})"]
+    fixes = [f"`batch_size` {smaller} (it was {size})"] if proposes_batch and size != 1 else []
     if lm.model.dtype == torch.float32:
         fixes.append("`param_dtype` bfloat16")
     fixes.append("a device with more memory")

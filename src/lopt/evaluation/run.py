@@ -84,7 +84,8 @@ class EvaluationRun:
         evaluations = {}
         for label, store in stores.items():
             done = len(works) - len(missing[label])
-            print(f"{label}: {len(works)} tasks" + (f", {done} of them finished before" if done else ""))
+            count = f"{len(works)} task{'s' * (len(works) != 1)}"
+            print(f"{label}: {count}" + (f", {done} of them finished before" if done else ""))
             if missing[label]:
                 self._evaluate(self.models[label], store, missing[label], on_start)
             evaluations[label] = _collect(store, works, loaded)

@@ -74,7 +74,8 @@ def load_tasks(
     Args:
         tasks: names of `BENCHMARKS`, or any other name of the harness.
         data_dir: folder with local rows; None for the hub.
-        num_fewshot: shots by task name, where the task's own definition is not wanted.
+        num_fewshot: shots by task name, where the task's own definition is not wanted. None if the caller has
+            no such choice: no message proposes one.
 
     Raises:
         ValueError: an unknown task; rows that are missing, cannot be read or reached or have other columns;
@@ -95,7 +96,7 @@ def load_tasks(
             part = _load(manager, name, options)
             loaded.tasks.update(part["tasks"])
             loaded.groups.update(part["groups"])
-            _set_shots(name, part["tasks"].values(), shots.get(name))
+            _set_shots(name, part["tasks"].values(), shots.get(name), optional=num_fewshot is not None)
     return loaded
 
 
@@ -243,8 +244,12 @@ def _shots_split(task: Any) -> str | None:
     return given.split or config.training_split or config.validation_split
 
 
-def _set_shots(name: str, tasks: Any, shots: int | None) -> None:
-    """Set the number of shots, as `lm_eval.simple_evaluate` does, but refuse what it would ignore."""
+def _set_shots(name: str, tasks: Any, shots: int | None, *, optional: bool) -> None:
+    """Set the number of shots, as `lm_eval.simple_evaluate` does, but refuse what it would ignore.
+
+    Args:
+        optional: whether the caller can give `num_fewshot`.
+    """
     for task in tasks:
         own = task.config.num_fewshot
         if shots is not None and own == 0 != shots:
@@ -259,9 +264,10 @@ def _set_shots(name: str, tasks: Any, shots: int | None) -> None:
             continue
         split = _shots_split(task)
         if isinstance(task, LocalTask) and split is not None and split not in task.dataset:
+            other = f"give `num_fewshot` {name}=0" if optional else f"leave {name} out"
             raise ValueError(
                 f"{task.folder / split}.jsonl is missing, where the {count} shots of {task.config.task} come "
-                f"from: add it, or give `num_fewshot` {name}=0"
+                f"from: add it, or {other}"
             )
         evaluated = task.config.test_split or task.config.validation_split
         if own is None and split == evaluated:

@@ -110,7 +110,8 @@ class StepTime:
     def bound(self) -> str:
         """What bounds it: "compute", "bus", "host", "wait" or "ranks".
 
-        "host": it has more to do than the device; "wait": it has not, but what it steps last is needed first.
+        "host": it has more to do than the device; "wait": it has less, but the next step begins with the
+        layers that it steps last.
         """
         if self.copies + self.host + self.ranks <= WAITS * self.seconds:
             return "compute"

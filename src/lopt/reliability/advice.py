@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
+from trl import DPOConfig
 
 from lopt.core.config import LoPTConfig
 from lopt.instruments.memory import format_bytes, free_memory, used_memory
@@ -121,12 +122,15 @@ def _changed(plan: Plan, now: Setting) -> dict[str, object]:
     """Return the arguments in which a plan differs from the run."""
     setting = plan.setting
     changed: dict[str, object] = {}
-    names = ["method", "num_blocks", "schedule", "stages", "stage_layers", "offload", "optimizer_device"]
+    names = ["method", "num_blocks", "block_boundaries", "schedule", "stages", "stage_layers", "offload"]
+    names.append("optimizer_device")
     if setting.method == "e2e":
         names.remove("num_blocks")
     for name in names:
         if (value := getattr(setting, name)) != getattr(now, name):
             changed[name] = "left out" if value is None else value
+    if "block_boundaries" in changed and setting.method != "e2e":
+        changed["num_blocks"] = setting.num_blocks  # which the boundaries have overridden
     if setting.checkpointing != now.checkpointing:
         changed["gradient_checkpointing"] = str(setting.checkpointing).lower()
     if setting.offload != "none":
@@ -147,15 +151,17 @@ def _setting(attempt: Attempt) -> Setting:
         config.stages,
         config.stage_layers,
         config.optimizer_device,
+        tuple(config.block_boundaries) if config.block_boundaries and blocks > 1 else None,
     )
 
 
 def _run(attempt: Attempt, batch: int) -> Run:
     args: Any = attempt.args
     assert attempt.tokens is not None
+    preferences = isinstance(args, DPOConfig)
     return Run(
         config=attempt.config,
-        batch=batch,
+        batch=2 * batch if preferences else batch,  # a pair is two rows
         tokens=attempt.tokens,
         accumulation=args.gradient_accumulation_steps * (args.per_device_train_batch_size // batch),
         dtype=attempt.dtype,
@@ -166,6 +172,8 @@ def _run(attempt: Attempt, batch: int) -> Run:
         local_every=attempt.lopt.local_every,
         frozen_blocks=attempt.lopt.frozen_blocks,
         aux_loss=attempt.lopt.aux_loss,
+        tied_embeddings=attempt.lopt.tied_embeddings,
+        reference=preferences and not args.precompute_ref_log_probs,
         clips=bool(args.max_grad_norm),
         clip=attempt.lopt.clip,
         prefetch=int(attempt.lopt.prefetch_gib * 2**30),

@@ -97,7 +97,7 @@ def findings(results: Results) -> tuple[str, list[str]]:
     firsts = {reference.split()[0]: reference for reference in reversed(summary["against"])}
     more = [_beyond(summary["measures"], r, a) for r, a in summary["against"].items() if r in firsts.values()]
     if summary["failed"]:
-        more.append(f"Ended in a number that is not finite: {', '.join(summary['failed'])}.")
+        more.append(f"Ended in a number that is not finite, or diverged: {', '.join(summary['failed'])}.")
     return " ".join(filter(None, best)), list(filter(None, more))
 
 

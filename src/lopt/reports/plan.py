@@ -55,8 +55,8 @@ def times(plans: Sequence[Plan], machine: Machine) -> str:
         lines.append(f"{plan.setting!s:{names}}" + "".join(f"{cell:>9}" for cell in [*cells, time.bound]))
     notes = (
         "(bus: to the device; copies, host: share of the time in which the device waits for them;",
-        "bound by host: steps in host memory take longer than the device's work; wait: they do not, but what",
-        "they step last is needed first)",
+        "bound by host: optimizer steps in host memory take longer than the device's work; wait: they are",
+        "quicker, but the next step begins with the layers that the host steps last, and waits for them)",
     )
     ranks = (
         "(sent: by each process to the others; ranks: the same of waiting for that, at "

@@ -52,8 +52,10 @@ def outcome(run: RunData) -> str:
     parts = []
     for key, name in OUTCOMES.items():
         points = run.points(key)
-        if "loss" in key and run.points("reward"):
+        if "loss" in key and (run.points("reward") or run.data.get("command") == "grpo"):
             continue  # GRPO's says nothing of what is learned
+        if key == "train_loss" and run.points("loss"):
+            continue
         if len(points) > 1:
             parts.append(f"{name} went from {points[0][1]:.4g} to {points[-1][1]:.4g}")
         elif points:

@@ -25,11 +25,15 @@ Row = Mapping[str, Any]
 OUTCOMES = {
     "reward": "reward",
     "loss": "loss",
+    "train_loss": "mean loss",
     "eval_reward": "held-out reward",
     "eval_loss": "held-out loss",
     "eval_rewards/accuracies": "held-out pairs in which the chosen answer is preferred",
 }
-"""Figure of the log -> its name, in the order in which they are told."""
+"""Figure of the log -> its name, in the order in which they are told.
+
+`train_loss`, the mean over all steps, is told of a run too short to have logged `loss`.
+"""
 
 
 @dataclass(frozen=True)
