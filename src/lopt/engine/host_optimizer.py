@@ -18,7 +18,7 @@ from lopt.engine.clipping import scale
 from lopt.engine.host_transfer import TensorGroup
 from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.scratch import Scratch
-from lopt.instruments.memory import count_as_host, counted_as_host
+from lopt.instruments.memory import count_as_host, host_step
 
 
 class HostOptimizer:
@@ -62,13 +62,13 @@ class HostOptimizer:
         def step() -> None:
             if arrived is not None:
                 arrived.synchronize()
-            with counted_as_host():
+            with host_step():
                 if on_host is not None:
                     scale(gradients.values(), max_norm, on_host)
                 # Not as their `grad`, which belongs to the thread of the training.
                 self.optimizer.step_stage(stage, gradients, settings)
-            for group in self.optimizer.state_groups(stage):
-                count_as_host(group.get().values())
+                for group in self.optimizer.state_groups(stage):
+                    count_as_host(group.get().values())
 
         if self._pool is None:
             step()
