@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
+import sys
 import threading
 import time
 from functools import partial
@@ -221,3 +223,18 @@ def test_memory_is_counted_beside_a_step_in_host_memory() -> None:
     host.wait()
     assert tracker.current.optimizer == tracker.peak.optimizer == 0
     assert tracker.current.host == 4 * (100 + 101 + 102)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores of a process are counted on Linux")
+@pytest.mark.parametrize(
+    ("processes", "workers", "threads"), [(None, 0, 15), ("4", 0, 3), ("4", 2, 1), ("8", 2, 1)]
+)
+def test_processes_of_a_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, processes: str | None, workers: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert host_optimizer.step_threads(torch.device("cuda"), workers) == threads
+    assert host_optimizer.step_threads(torch.device("cpu"), workers) == torch.get_num_threads()

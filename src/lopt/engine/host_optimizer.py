@@ -90,10 +90,14 @@ class HostOptimizer:
 
 
 def step_threads(device: torch.device, workers: int) -> int:
-    """Return how many threads step: one core is left for each data-loader worker and for a GPU's launches."""
+    """Return how many threads step.
+
+    The processes that torchrun has started on this machine share its cores. Of its share each leaves one for
+    every data-loader worker and one for a GPU's launches.
+    """
     if device.type == "cpu":
         return torch.get_num_threads()
     cores = os.cpu_count() or 1
     if sys.platform == "linux":
         cores = len(os.sched_getaffinity(0))  # those that this process may use
-    return max(1, cores - 1 - workers)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1 - workers)
