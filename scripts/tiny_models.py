@@ -113,3 +113,13 @@ def small_model(config: PreTrainedConfig, model: type[PreTrainedModel], seed: in
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter.data, std=0.2)
     return made
+
+
+def small_model_of(model_type: str, **changes: Any) -> PreTrainedModel:
+    """Return the small causal LM of a model type, with some settings of its config changed."""
+    kinds = {config.model_type: (config, model) for config, model in small_configs()}
+    config, model = kinds[model_type]
+    made = small_config(config)
+    for key, value in changes.items():
+        setattr(made, key, value)
+    return small_model(made, model)

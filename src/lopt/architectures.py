@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ def find_decoder(model: PreTrainedModel, is_local: bool = False) -> Decoder:
             f"lopt.architectures.LAYERS['{config.model_type}'] = \"name of the decoder's list of layers\""
         )
     others = [] if config is model.config else _beside(model, decoder)
-    order, inputs = _run(model if others else decoder, decoder, layers, others, is_local)
+    order, inputs, _forms[decoder] = _run(model if others else decoder, decoder, layers, others, is_local)
     if is_local:
         _check_inputs(name, config, inputs)
     first, last = order.index(layers[0]), order.index(layers[-1])
@@ -142,6 +143,11 @@ def find_decoder(model: PreTrainedModel, is_local: bool = False) -> Decoder:
             front.append(part)
     final = [part for _, part in sorted(tail, key=lambda pair: pair[0])]
     return Decoder(decoder, front, layers, final, [part for part in others if part not in order])
+
+
+def as_layer_output(decoder: nn.Module, hidden: Tensor) -> Any:
+    """Return `hidden` as layers of a decoder that `find_decoder` has found return it: alone or in a tuple."""
+    return _forms[decoder](hidden)
 
 
 def _beside(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
@@ -176,8 +182,8 @@ def _parts(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[nn.Module]:
 
 def _run(
     model: nn.Module, decoder: nn.Module, layers: list[nn.Module], others: list[nn.Module], gradients: bool
-) -> tuple[list[nn.Module], list[list[Any]]]:
-    """Return modules in the order in which a forward calls them, and what each layer is given.
+) -> tuple[list[nn.Module], list[list[Any]], Callable[[Tensor], Any]]:
+    """Return modules in the order in which a forward calls them, what each layer is given, and returns.
 
     The forward is on two tokens, with layers that return what they are given. So it costs next to nothing,
     runs on the meta device as well, and changes no weight and no random state.
@@ -213,26 +219,25 @@ def _run(
             for layer in layers:
                 stack.enter_context(_passing_through(layer, form, inputs))
             try:
-                _call(model, elsewhere, dict(given, use_cache=False))
+                last = _call(model, elsewhere, dict(given, use_cache=False))[0]
             except Exception as error:  # of any kind: the model's own code on an input it may not expect
                 reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
                 continue
         if [module for module in calls if module in layers] != layers:
             reason = "it does not run each of its layers once, in order"
-        elif len({hidden.shape for hidden, *_ in inputs}) == 1:  # or this is not what its layers return
-            return calls, inputs
+        elif len({hidden.shape for hidden, *_ in inputs}) == 1 and last.shape[:2] == ids.shape:
+            return calls, inputs, form
     name = type(model).__name__
     raise ValueError(f"{name} is not a plain stack of layers over token ids, and cannot be cut: {reason}")
 
 
-def _call(model: nn.Module, on_meta: bool, given: dict[str, Any]) -> None:
+def _call(model: nn.Module, on_meta: bool, given: dict[str, Any]) -> Any:
     """Call `model`, of which a part may be on the meta device, with all of it there if `on_meta`."""
     if not on_meta:
-        model(**given)
-        return
+        return model(**given)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     empty = {key: t.detach().to("meta").requires_grad_(t.requires_grad) for key, t in tensors}
-    functional_call(model, empty, (), given)
+    return functional_call(model, empty, (), given)
 
 
 # What a layer may return: a hidden state, alone or at the head of a tuple.
@@ -242,6 +247,7 @@ _OUTPUTS: tuple[Callable[[Tensor], Any], ...] = (
     lambda hidden: (hidden, None),
     lambda hidden: (hidden, None, None),
 )
+_forms: WeakKeyDictionary[nn.Module, Callable[[Tensor], Any]] = WeakKeyDictionary()  # that of each decoder
 
 
 def _recorder(calls: list[nn.Module]) -> Callable[[nn.Module, tuple], None]:

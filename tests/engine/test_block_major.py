@@ -22,6 +22,8 @@ from lopt.engine.optimizer import BlockOptimizer, Precision
 from lopt.engine.plain_loop import block_major
 from lopt.engine.random_state import micro_batch_seed, random_numbers
 from lopt.engine.stages import Stage
+from lopt.models.part import replace_parameters
+from tiny_models import small_model_of
 
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 # Adam makes a step of a gradient that is 0 but for rounding, as that of a key's bias.
@@ -175,6 +177,31 @@ def test_every_architecture(architecture: str, method: str) -> None:
     if architecture in ("mixtral", "qwen3_moe"):
         pytest.skip("routers are balanced over all layers at once: refused by the trainers")
     compare(tiny(architecture), slots=2, tolerance=1e-6, make=SGD, **METHODS[method], **PLACES["block"])
+
+
+@pytest.mark.parametrize("config", [{}, dict(stages=5)], ids=["2 stages", "5 stages"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "gpt_neo", "gpt_bigcode", "biogpt", "gemma3_text"])
+def test_no_later_stage_reads_the_weights_in_front_of_the_layers(name: str, config: dict[str, Any]) -> None:
+    """They may be elsewhere: position embeddings and norms as well as the token embedding."""
+    model = small_model_of(name)
+    eager, staged = attached(copy.deepcopy(model)), attached(model, schedule="block_major", **config)
+    expected = run_eagerly(eager, 2, math.inf, SGD, steps=1)
+    weights = dict(staged.model.named_parameters())
+    front = {p for module in staged.blocks.front for p in module.parameters()}
+    assert name == "gemma3_text" or len(front) > 1
+    empty = {p: nn.Parameter(p.detach().to("meta")) for p in front}
+    staged.loss_scale = 0.5
+    schedule = block_major(staged, staged.parameter_groups(1e-2, 1e-3, 0.1), SGD)
+
+    def enter(*_: Any) -> None:
+        is_first = schedule.passes.now.stage.index == 0
+        replace_parameters(staged.model, {e: p for p, e in empty.items()} if is_first else empty)
+
+    staged.blocks.decoder.register_forward_pre_hook(enter)
+    losses = schedule.step(2, lambda slot: staged.model(**BATCHES[slot]).loss / 2)
+    assert [loss.item() for loss in losses] == expected
+    for key, value in eager.model.named_parameters():
+        assert torch.equal(weights[key], value), key
 
 
 @pytest.mark.parametrize("place", ["on the device", "host optimizer"])

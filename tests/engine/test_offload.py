@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 import re
+import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +21,13 @@ from lopt import LoPTConfig, attach
 from lopt.compat import replaced
 from lopt.engine import host_optimizer
 from lopt.engine.block_major import BlockMajor
+from lopt.engine.host_optimizer import HostOptimizer
 from lopt.engine.offload import Offload
 from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.plain_loop import block_major
 from lopt.engine.stages import Stages
 from lopt.engine.updates import Updates
-from lopt.instruments.memory import in_host_memory
+from lopt.instruments.memory import MemoryTracker, in_host_memory
 from plan_accuracy import LateSteps
 
 BATCHES = [batch_of([9, 5, 2]), batch_of([4], seed=1), batch_of([3, 11], side="left", seed=2)]
@@ -195,3 +201,40 @@ def test_a_matrix_waits_for_the_step_of_its_own_stage_alone() -> None:
     schedule.updates._offload.transfer.wait_until_final(embedding)
     assert not torch.equal(model.get_input_embeddings().weight, before)
     assert len(schedule.updates._offload.host._running[0]._pool.waiting) == len(schedule.stages) - 1
+
+
+def test_memory_is_counted_beside_a_step_in_host_memory() -> None:
+    """A tracker looks at the optimizer's state before or after a step in another thread, never within."""
+    started = threading.Event()
+
+    class Slow(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            for number, parameter in enumerate(self.param_groups[0]["params"]):
+                self.state[parameter] = {"kept": torch.zeros(100 + number)}
+                started.set()
+                time.sleep(0.1)
+
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = BlockOptimizer([{"params": parameters}], Slow)
+    host = HostOptimizer(optimizer, threads=1)
+    with MemoryTracker(optimizer=optimizer) as tracker:
+        host.submit(0, {p: torch.ones(3) for p in parameters}, None, [], math.inf, None)
+        started.wait()
+    host.wait()
+    assert tracker.current.optimizer == tracker.peak.optimizer == 0
+    assert tracker.current.host == 4 * (100 + 101 + 102)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores of a process are counted on Linux")
+@pytest.mark.parametrize(
+    ("processes", "workers", "threads"), [(None, 0, 15), ("4", 0, 3), ("4", 2, 1), ("8", 2, 1)]
+)
+def test_processes_of_a_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, processes: str | None, workers: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert host_optimizer.step_threads(torch.device("cuda"), workers) == threads
+    assert host_optimizer.step_threads(torch.device("cpu"), workers) == torch.get_num_threads()

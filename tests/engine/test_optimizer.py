@@ -180,6 +180,41 @@ def test_state_goes_on_where_it_was(options: dict) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16])
+def test_state_goes_on_in_another_dtype(after: torch.dtype, offloaded: bool) -> None:
+    """A master stays what it is."""
+    before = torch.bfloat16 if after == torch.float32 else torch.float32
+    parameter = nn.Parameter(torch.linspace(-1, 1, 7).bfloat16())
+
+    def start(state_dtype: torch.dtype) -> BlockOptimizer:
+        transfer = HostTransfer(torch.device("cpu"), 2**20) if offloaded else None
+        precision = Precision(masters=True, state_dtype=state_dtype)
+        return BlockOptimizer(
+            [{"params": [parameter]}],
+            make("AdamW", lr=1e-2, fused=True),
+            precision=precision,
+            transfer=transfer,
+        )
+
+    first, second = start(before), start(after)
+    parameter.grad = torch.full_like(parameter, 1 / 3)
+    first.step()
+    saved = copy.deepcopy(first.state_dict())
+    second.load_state_dict(saved)
+    (loaded,), old = second.state.values(), saved["state"][0]
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert old[key].dtype == before and torch.equal(loaded[key], old[key].to(after))
+    assert torch.equal(loaded["master"], old["master"])
+    parameter.grad = torch.full_like(parameter, 1 / 3)
+    second.step()
+    (state,) = second.state.values()
+    assert {key: value.dtype for key, value in state.items() if value.ndim} == {
+        "exp_avg": after, "exp_avg_sq": after, "master": torch.float32,
+    }  # fmt: skip
+    assert state["step"] == 2
+
+
 def test_state_in_bfloat16_follows_float32() -> None:
     ends = {}
     for dtype in (torch.float32, torch.bfloat16):

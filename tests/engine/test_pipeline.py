@@ -26,6 +26,7 @@ from lopt.engine.pipeline import check_pipeline, own_blocks, pipeline, save_mode
 from lopt.engine.plain_loop import block_major
 from lopt.models.part import load_part
 from page_commands import ROOT
+from tiny_models import small_model_of
 
 CPU = torch.device("cpu")
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
@@ -113,6 +114,11 @@ def bit_for_bit(folder: Path, size: int) -> None:
         compare(folder, config, [BATCHES[slot % 4] for slot in range(slots)], mesh)
 
 
+def of_one_kind(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pipeline",))
+    compare(folder, LoPTConfig(num_blocks=2, schedule="block_major"), BATCHES[:2], mesh)
+
+
 def with_replicas(folder: Path) -> None:
     """Two pipelines of two that average their gradients learn what one process learns from all rows."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
@@ -129,6 +135,19 @@ def with_replicas(folder: Path) -> None:
 def test_weights_of_one_process_bit_for_bit(tmp_path: Path, size: int) -> None:
     tiny("llama-tied").save_pretrained(tmp_path, max_shard_size="20KB")
     run_ranks(size, tmp_path, bit_for_bit, tmp_path, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gpt2", {}),  # has position embeddings
+        ("bloom", dict(num_hidden_layers=8)),  # a norm of the token embedding, and layers that return tuples
+        ("gptj", dict(num_hidden_layers=8)),  # such layers, and eager attention alone
+    ],
+)
+def test_other_parts_in_front_and_other_layers(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    small_model_of(name, **changes).save_pretrained(tmp_path)
+    run_ranks(2, tmp_path, of_one_kind, tmp_path)
 
 
 def test_replicas_average_their_gradients(tmp_path: Path) -> None:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 import forked
-from lopt.engine.reduction import load_heads_optimizer, save_heads_optimizer
+from conftest import batch_of, tiny
+from lopt import LoPTConfig, attach
+from lopt.compat import replaced
+from lopt.engine.reduction import GradientReduction, load_heads_optimizer, save_heads_optimizer
 
 CASES = ["sft-lopt2", "sft-lopt4", "sft-e2e", "sft_empty-lopt2", "sft_empty-e2e", "grpo-lopt2", "grpo-e2e"]
 # Block-major and the next-token loss are not for FSDP2.
@@ -28,6 +37,7 @@ DDP_ONLY = [
 # As accelerate's launcher starts FSDP2 by default, with the weights of rank 0 alone.
 OWN = {"ddp": DDP_ONLY, "fsdp2": ["sft-lopt2.launcher"]}
 MODES = ["ddp", "fsdp2"] if Version(accelerate.__version__) >= Version("1.15") else ["ddp"]
+ALL_REDUCE = dist.all_reduce
 WORKER = Path(__file__).parents[1] / "ranks.py"
 
 
@@ -64,6 +74,47 @@ def test_two_ranks_are_one(outcomes: Path, case: str, mode: str) -> None:
 def test_resume_is_bit_for_bit(outcomes: Path, mode: str) -> None:
     """Compared by the ranks themselves: `resume`, `checkpoints`, `one_root_and_clipped` in `ranks.py`."""
     assert (outcomes / f"resume.{mode}").is_file()
+
+
+class LateAverage:
+    """An all-reduce that takes until somebody waits for it, as a slow network's does."""
+
+    def __init__(self, tensor: torch.Tensor, group: Any, async_op: bool) -> None:
+        self.wait = functools.partial(ALL_REDUCE, tensor, group=group)
+
+
+def accumulated(rank: int, once: bool = False, reduced: bool = True) -> list[torch.Tensor]:
+    """Return the gradients of three micro-batches of a rank, as docs/howto/plain-loop.md has it."""
+    torch.manual_seed(7)
+    handle = attach(tiny("llama"), LoPTConfig(num_blocks=2))
+    handle.loss_scale, last = 1 / 3, False
+    if reduced:
+        reduction = GradientReduction(handle, (lambda: last) if once else (lambda: True))
+        model = DistributedDataParallel(handle.model)
+    for slot in range(3):
+        last = slot == 2
+        rows = batch_of([5, 7], seed=3 * rank + slot)
+        with model.no_sync() if reduced and once and not last else nullcontext():
+            ((model if reduced else handle.model)(**rows).loss / 3).backward()
+    if reduced:
+        reduction.wait()
+    return [p.grad for part in (handle.model, handle.heads) for p in part.parameters()]
+
+
+def accumulate_on_two_ranks(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    alone = [accumulated(other, reduced=False) for other in (0, 1)]
+    with replaced(dist, all_reduce=LateAverage):
+        found = [accumulated(rank), accumulated(rank, once=True)]
+    for averaged in found:
+        for gradient, *others in zip(averaged, *alone, strict=True):
+            torch.testing.assert_close(gradient, (others[0] + others[1]) / 2, rtol=1e-5, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_gradients_of_several_micro_batches_are_averaged(tmp_path: Path) -> None:
+    mp.start_processes(accumulate_on_two_ranks, (str(tmp_path / "store"),), nprocs=2, start_method="fork")
 
 
 def test_the_state_of_heads_is_loaded_where_the_optimizer_keeps_it(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import lopt.models.part
 from conftest import tiny
 from lopt import LoPTConfig, attach
 from lopt.compat import replaced
+from lopt.models.load import load_model
 from lopt.models.part import load_part
+from tiny_models import small_model_of
 
 HALVES = LoPTConfig(num_blocks=2)
 
@@ -38,6 +40,13 @@ def test_blocks_have_their_weights_and_all_buffers_are_there(architecture: str, 
         assert len(real) < len(weights)
         found |= real.keys()
     assert found == weights.keys()
+
+
+@pytest.mark.parametrize("name", ["gptj", "llama"])
+def test_attention_is_that_of_a_whole_model(name: str, tmp_path: Path) -> None:
+    small_model_of(name).save_pretrained(tmp_path)
+    part, whole = load_part(str(tmp_path), HALVES, [1]), load_model(str(tmp_path))
+    assert part.config._attn_implementation == whole.config._attn_implementation
 
 
 def test_only_files_with_its_weights_are_opened(tmp_path: Path) -> None:

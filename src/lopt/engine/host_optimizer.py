@@ -18,7 +18,7 @@ from lopt.engine.clipping import scale
 from lopt.engine.host_transfer import TensorGroup
 from lopt.engine.optimizer import BlockOptimizer
 from lopt.engine.scratch import Scratch
-from lopt.instruments.memory import count_as_host, counted_as_host
+from lopt.instruments.memory import count_as_host, host_step
 
 
 class HostOptimizer:
@@ -62,13 +62,13 @@ class HostOptimizer:
         def step() -> None:
             if arrived is not None:
                 arrived.synchronize()
-            with counted_as_host():
+            with host_step():
                 if on_host is not None:
                     scale(gradients.values(), max_norm, on_host)
                 # Not as their `grad`, which belongs to the thread of the training.
                 self.optimizer.step_stage(stage, gradients, settings)
-            for group in self.optimizer.state_groups(stage):
-                count_as_host(group.get().values())
+                for group in self.optimizer.state_groups(stage):
+                    count_as_host(group.get().values())
 
         if self._pool is None:
             step()
@@ -90,10 +90,14 @@ class HostOptimizer:
 
 
 def step_threads(device: torch.device, workers: int) -> int:
-    """Return how many threads step: one core is left for each data-loader worker and for a GPU's launches."""
+    """Return how many threads step.
+
+    The processes that torchrun has started on this machine share its cores. Of its share each leaves one for
+    every data-loader worker and one for a GPU's launches.
+    """
     if device.type == "cpu":
         return torch.get_num_threads()
     cores = os.cpu_count() or 1
     if sys.platform == "linux":
         cores = len(os.sched_getaffinity(0))  # those that this process may use
-    return max(1, cores - 1 - workers)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1 - workers)

@@ -103,8 +103,7 @@ class BlockOptimizer(Optimizer):
         _copy_settings(self.optimizer.param_groups, self.param_groups)
         for group in self.param_groups:
             group.setdefault("updates", 0)
-        # Parts since a group's last update:
-        self._stepped: list[set[int]] = [set() for _ in self.param_groups]
+        self._stepped: list[set[int]] = [set() for _ in self.param_groups]  # parts since the last update
         self.defaults = self.optimizer.defaults
         self.state = self.optimizer.state
         self._group = {p: group for group in self.param_groups for p in group["params"]}
@@ -113,8 +112,7 @@ class BlockOptimizer(Optimizer):
             part_bytes = PART_BYTES if transfer is None else part_bytes_within(transfer.budget)
         blocks = {p: group.get("block", 0) for group in self.param_groups for p in group["params"]}
         self._stage_of = stage_of or blocks.__getitem__
-        split = split_into_parts(self.param_groups, part_bytes, self._stage_of)
-        self.parts = [self._part(members) for members in split]
+        self.parts = [self._part(p) for p in split_into_parts(self.param_groups, part_bytes, self._stage_of)]
         self._store_state()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -184,17 +182,15 @@ class BlockOptimizer(Optimizer):
         return saved | {"state": {n: state for n, state in saved["state"].items() if n not in elsewhere}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of what `state_dict` returned; state goes straight to its place, in its own dtype.
+        """Load a copy of what `state_dict` returned; state goes straight to its place, in `state_dtype`.
 
         It may be of a process with other blocks, or of all: what belongs to parameters on the meta device is
         left out.
         """
         small: dict[int, dict[str, Any]] = {}
         large: list[tuple[int, str, Tensor]] = []
-        elsewhere = self._elsewhere()
-        for number, entries in state_dict["state"].items():
-            if number in elsewhere:
-                continue
+        for number in state_dict["state"].keys() - self._elsewhere():
+            entries = state_dict["state"][number]
             rest = {key: value for key, value in entries.items() if not _has_dimensions(value)}
             small[number] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in rest.items()}
             large += [(number, key, value) for key, value in entries.items() if _has_dimensions(value)]
@@ -204,6 +200,8 @@ class BlockOptimizer(Optimizer):
         self.state = self.optimizer.state
         proxies = list(self._proxies.values())
         for number, key, value in large:
+            if _has_state_dtype(key, value):
+                value = value.to(self._precision.state_dtype)
             if self._transfer is None:  # else it is copied when it is stored
                 value = value.to(proxies[number].device, copy=True)
             self.state[proxies[number]][key] = value
@@ -248,10 +246,8 @@ class BlockOptimizer(Optimizer):
 
     def _keep_state(self, part: _Part) -> None:
         """Copy state that is in the scratch, as of an optimizer that keeps a gradient."""
-        if self.scratch is None:
-            return
         for proxy, key, value in self._state_tensors(part.proxies):
-            if self.scratch.holds(value):
+            if self.scratch is not None and self.scratch.holds(value):
                 self.state[proxy][key] = value.clone()
 
     def _load_proxy(self, p: nn.Parameter, gradients: dict[nn.Parameter, Tensor]) -> None:
@@ -282,8 +278,7 @@ class BlockOptimizer(Optimizer):
                 self.state[proxy][key] = value.float()
         yield
         for proxy, key, value in self._state_tensors(part.proxies):
-            quantized = hasattr(value, "__tensor_flatten__")
-            if value.dtype == torch.float32 and key != MASTER and not quantized:
+            if value.dtype == torch.float32 and _has_state_dtype(key, value):
                 place = kept.get((proxy, key))
                 place = torch.empty_like(value, dtype=narrow) if place is None else place
                 round_stochastically(value, place, self._noise(self._parameters[proxy], salt=key))
@@ -394,6 +389,11 @@ def _copy_settings(source: list[dict[str, Any]], target: list[dict[str, Any]]) -
 
 def _has_dimensions(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _has_state_dtype(key: str, value: Tensor) -> bool:
+    quantized = hasattr(value, "__tensor_flatten__")
+    return key != MASTER and not quantized and value.dtype in (torch.float32, torch.bfloat16)
 
 
 def _is_rounded(p: Tensor) -> bool:

@@ -14,6 +14,10 @@ In a plain PyTorch script:
     ...
     loss.backward()
     reduction.wait()                               # before clipping and the optimizer step
+
+With gradient accumulation every micro-batch's gradients are averaged, as DDP does: the sum of those before is
+the same on all ranks and stays what it is. A forward waits for the averages that it would add to. Where DDP
+averages once (`no_sync`), let `is_last` say when.
 """
 
 from __future__ import annotations
@@ -66,6 +70,8 @@ class GradientReduction:
         ]
         compat.leave_out_of_ddp(lopt.model, names)
         lopt.after_local_backward = self._start
+        # The local backward in a forward adds to gradients, which nothing may be averaging then.
+        lopt.hooks.append(lopt.blocks.decoder.register_forward_pre_hook(lambda *_: self.wait()))
 
     def broadcast_heads(self) -> None:
         """Give every rank the heads of rank 0."""

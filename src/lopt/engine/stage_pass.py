@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lopt.architectures import base_model
+from lopt.architectures import as_layer_output, base_model
 from lopt.compat import recompute_forward_only
 from lopt.core.attach import LoPT
 from lopt.core.blocks import Block
@@ -85,12 +85,14 @@ class StagePasses:
         self._learns = learns
         self._link = link
         self._whole = _together(own)
-        self._embedding: Any = base_model(lopt.model).get_input_embeddings()
+        embedding: nn.Module = base_model(lopt.model).get_input_embeddings()
+        # What feeds the first layer, but for what has no weights, as rotary embeddings, which layers read.
+        front = dict.fromkeys([*lopt.blocks.front, embedding])
+        self._front = [module for module in front if next(module.parameters(), None) is not None]
         self._random: dict[tuple[int, int], RandomState] = {}  # before each stage, by stage and micro-batch
         self._pass: Pass | None = None  # that the next forward with gradients is
         self._running: Pass | None = None
         self._own_forwards: dict[Any, Any] = {}
-        self._beside: tuple[None, ...] | None = None  # what layers return beside a hidden state, if tuples
         decoder, layers = lopt.blocks.decoder, lopt.blocks.layers
         # Ahead of the handle's own hooks, which must see the pass and its real input.
         lopt.hooks.append(
@@ -100,7 +102,6 @@ class StagePasses:
         for index, layer in enumerate(layers):
             enter = partial(self._enter_layer, index)
             lopt.hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-        lopt.hooks.append(layers[0].register_forward_hook(self._note_kind))
         lopt.hooks.append(layers[-1].register_forward_hook(self._leave_last_layer))
 
     @property
@@ -178,7 +179,7 @@ class StagePasses:
             layer: self._skip_layer for layer in layers[: one.stage.start]
         }
         if one.stage.index > 0:
-            replaced[self._embedding] = self._skip_embedding
+            replaced |= {module: partial(self._run_empty, module, module.forward) for module in self._front}
         if one.stage.start == len(layers):
             replaced[layers[-1]] = partial(self._skip_to, one.feeds[len(layers)])
         self._running = one
@@ -251,18 +252,26 @@ class StagePasses:
             one.output = output[0] if isinstance(output, tuple | list) else output
             raise BoundaryReached
 
-    def _note_kind(self, module: Any, args: tuple, output: Any) -> None:
-        """Note what a layer returns: stages run in order, so that layer 1 runs before any is skipped."""
-        if isinstance(output, tuple | list):
-            self._beside = (None,) * (len(output) - 1)
+    def _run_empty(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what `forward` of `module` does, with zeros for weights that this stage does not hold.
 
-    def _skip_embedding(self, input_ids: Tensor) -> Tensor:
-        """Return zeros (B, T, E) in place of an embedding that no layer reads."""
-        weight = self._embedding.weight
-        return weight.new_zeros((*input_ids.shape, weight.shape[1]), device=input_ids.device)
+        No layer reads it, but the decoder computes with it. The zeros take no memory.
+        """
+        own = [
+            (part, name, p) for part in module.modules() for name, p in part.named_parameters(recurse=False)
+        ]
+        try:
+            for part, name, p in own:
+                if p.is_floating_point():
+                    zero = torch.zeros((), dtype=p.dtype, device=self._lopt.device).expand(p.shape)
+                    setattr(part, name, nn.Parameter(zero, requires_grad=False))
+            return forward(*args, **kwargs)
+        finally:
+            for part, name, p in own:
+                setattr(part, name, p)
 
     def _skip_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return hidden_states if self._beside is None else (hidden_states, *self._beside)
+        return as_layer_output(self._lopt.blocks.decoder, hidden_states)
 
     def _skip_to(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._skip_layer(hidden)

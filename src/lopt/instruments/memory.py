@@ -74,6 +74,7 @@ class MemoryTracker:
         self._goes_on = goes_on
         self._ledger = _Ledger(self._device)
         self._hook: Any = None  # while active
+        self._thread = 0  # that is measured
         self._undo: list[Callable[[], object]] = []
 
     @property
@@ -104,12 +105,14 @@ class MemoryTracker:
         if not self._goes_on:
             self._ledger = _Ledger(self._device)
         self._hook = compat.operator_hook(self._dispatch)
-        for storage in list(_host_storages):
-            self._ledger.count_host(storage)
-        self._classify_all()
-        if self._optimizer is not None:
-            self._undo.append(self._optimizer.register_step_pre_hook(self._classify_all).remove)
-            self._undo.append(self._optimizer.register_step_post_hook(self._classify_all).remove)
+        self._thread = threading.get_ident()
+        with _host_step:
+            for storage in list(_host_storages):
+                self._ledger.count_host(storage)
+            self._classify_all()
+            if self._optimizer is not None:
+                self._undo.append(self._optimizer.register_step_pre_hook(self._around_step).remove)
+                self._undo.append(self._optimizer.register_step_post_hook(self._around_step).remove)
         for parameter in (p for module in self._modules for p in module.parameters()):
             if parameter.requires_grad and parameter.is_leaf:
                 # An optimizer that steps in such a hook of its own frees the gradient there.
@@ -120,10 +123,11 @@ class MemoryTracker:
 
     def __exit__(self, *error: Any) -> None:
         self._hook.__exit__(*error)
-        while self._undo:
-            self._undo.pop()()
-        self._classify_all()
-        self._hook = None
+        with _host_step:
+            while self._undo:
+                self._undo.pop()()
+            self._classify_all()
+            self._hook = None
         if not self._goes_on:
             self._ledger.entries.clear()  # with them the weak references: the totals now stay
 
@@ -149,15 +153,26 @@ class MemoryTracker:
         """Sort every reachable storage anew: `.data` and `.grad` may be assigned without an operator."""
         if self._hook is None:
             return
-        if self._optimizer is not None:
-            for tensor in _tensors(self._optimizer.state):
-                self._ledger.classify(tensor, "optimizer")
+        self._classify_state()
         for module in self._modules:
             for parameter in module.parameters():
                 self._ledger.classify(parameter, "parameters")
                 self._gradient_ready(parameter)
             for buffer in module.buffers():
                 self._ledger.classify(buffer, "parameters")
+
+    def _classify_state(self) -> None:
+        if self._optimizer is not None:
+            with _host_step:
+                for tensor in _tensors(self._optimizer.state):
+                    self._ledger.classify(tensor, "optimizer")
+
+    def _around_step(self, *_: Any) -> None:
+        """Look at all in the measured thread, and in that of a host optimizer at what this changes."""
+        if threading.get_ident() == self._thread:
+            self._classify_all()
+        else:
+            self._classify_state()
 
 
 def peak_memory(
@@ -190,6 +205,7 @@ def unwrap_optimizer(optimizer: Any, keep: type[Optimizer] | tuple[()] = ()) -> 
 # On a CPU the device and the host share one memory, so what stands for host memory has to be marked.
 _host_storages: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
 _this_thread = threading.local()
+_host_step = threading.RLock()  # held while an optimizer's state changes in a thread beside the measured one
 
 
 @contextmanager
@@ -201,6 +217,13 @@ def counted_as_host() -> Iterator[None]:
         yield
     finally:
         _this_thread.on_host = before
+
+
+@contextmanager
+def host_step() -> Iterator[None]:
+    """Within, this thread steps an optimizer in host memory: no tracker in another looks at its state."""
+    with _host_step, counted_as_host():
+        yield
 
 
 def host_tensor(make: Callable[[], Tensor]) -> Tensor:
@@ -277,7 +300,7 @@ class _Ledger:
     PyTorch keeps one Python object per storage for as long as the storage lives, also while only
     C++ (autograd) holds it, so its id names the storage and a weak reference to it dies exactly when
     the bytes are freed. A free can interrupt any method here (garbage collection): no total is held
-    across a call.
+    across a call. Other threads free as well, and a host optimizer's counts its state.
     """
 
     def __init__(self, device: torch.device | None) -> None:
@@ -286,6 +309,7 @@ class _Ledger:
         self.host_peak = 0
         self.entries: dict[int, _Entry] = {}
         self._device = device
+        self._lock = threading.RLock()
         self._peak_total = self._clock = self._peak_clock = 0
 
     def count(self, value: object) -> None:
@@ -301,24 +325,27 @@ class _Ledger:
     def classify(self, tensor: Tensor, category: str) -> None:
         """Count `tensor` under `category`, in the peak too if it was already live then."""
         for part in dense_parts(tensor):
-            entry = self._entry(part)
-            if entry is None or entry.category in (category, "host"):
-                continue
-            live_at_peak = entry.birth <= self._peak_clock
-            for totals in (self.live, self.peak) if live_at_peak else (self.live,):
-                totals[entry.category] -= entry.nbytes
-                totals[category] += entry.nbytes
-            entry.category = category
+            with self._lock:
+                entry = self._entry(part)
+                if entry is None or entry.category in (category, "host"):
+                    continue
+                live_at_peak = entry.birth <= self._peak_clock
+                for totals in (self.live, self.peak) if live_at_peak else (self.live,):
+                    totals[entry.category] -= entry.nbytes
+                    totals[category] += entry.nbytes
+                entry.category = category
 
     def resize(self, storage: UntypedStorage) -> None:
         """Take up the new size of a storage, if it is counted."""
-        if (entry := self.entries.get(id(storage))) is not None:
-            self._update(entry, storage.nbytes())
+        with self._lock:
+            if (entry := self.entries.get(id(storage))) is not None:
+                self._update(entry, storage.nbytes())
 
     def mark_peak(self) -> None:
         """Make the present totals the peak."""
-        self.peak = dict(self.live)
-        self._peak_total, self._peak_clock = self._total(), self._clock
+        with self._lock:
+            self.peak = dict(self.live)
+            self._peak_total, self._peak_clock = self._total(), self._clock
 
     def _total(self) -> int:
         return sum(self.live.values()) - self.live["host"]
@@ -327,20 +354,17 @@ class _Ledger:
         return self._entry_of(tensor.untyped_storage(), tensor.device)  # a fake tensor's storage is on "meta"
 
     def _entry_of(self, storage: UntypedStorage, device: torch.device) -> _Entry | None:
-        if (entry := self.entries.get(id(storage))) is None:
-            want = self._device
-            if want and (device.type != want.type or want.index not in (None, device.index)):
-                return None
-            category = (
-                "host"
-                if getattr(_this_thread, "on_host", False) or storage in _host_storages
-                else "activations"
-            )
-            entry = _Entry(0, category, 0, weakref.ref(storage, partial(self._free, id(storage))))
-            self.entries[id(storage)] = entry
-        if entry.nbytes != (nbytes := storage.nbytes()):
-            self._update(entry, nbytes)
-        return entry
+        with self._lock:
+            if (entry := self.entries.get(id(storage))) is None:
+                want = self._device
+                if want and (device.type != want.type or want.index not in (None, device.index)):
+                    return None
+                on_host = getattr(_this_thread, "on_host", False) or storage in _host_storages
+                gone = weakref.ref(storage, partial(self._free, id(storage)))
+                entry = self.entries[id(storage)] = _Entry(0, "host" if on_host else "activations", 0, gone)
+            if entry.nbytes != (nbytes := storage.nbytes()):
+                self._update(entry, nbytes)
+            return entry
 
     def _update(self, entry: _Entry, nbytes: int) -> None:
         change = nbytes - entry.nbytes
@@ -352,8 +376,9 @@ class _Ledger:
             self.mark_peak()
 
     def _free(self, key: int, _: object) -> None:
-        entry = self.entries.pop(key)
-        self.live[entry.category] -= entry.nbytes
+        with self._lock:
+            entry = self.entries.pop(key)
+            self.live[entry.category] -= entry.nbytes
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

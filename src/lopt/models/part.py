@@ -51,9 +51,8 @@ def load_part(
     named: Any = {"auto": shape.dtype or torch.float32}.get(str(dtype), dtype)
     dtype = getattr(torch, named) if isinstance(named, str) else named
     assert isinstance(dtype, torch.dtype)
-    attn = attn_implementation or "sdpa"
     with init_empty_weights(include_buffers=False):
-        model = empty_model(shape, dtype=dtype, attn_implementation=attn)
+        model = empty_model(shape, dtype=dtype, attn_implementation=attn_implementation)
     model.config.name_or_path = name
     model.tie_weights()  # anew: each weight has been replaced by an empty one
     model.eval()
