@@ -153,7 +153,8 @@ class LoPT:
     ) -> list[list[float]]:
         """Let the heads alone learn the local loss from the unchanged blocks.
 
-        The forward stops at the last boundary and keeps no graph; model and random state do not change.
+        The forward stops at the last boundary and keeps no graph; model and random state do not change. Heads
+        that have learned already, by a call before, in training or from a checkpoint, go on from there.
 
         Args:
             batches: Model inputs (`input_ids` (B, T), `attention_mask` (B, T), ...; other keys but `labels`
