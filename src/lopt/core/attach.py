@@ -185,6 +185,8 @@ class LoPT:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        if self._boundaries is not None:
+            self._boundaries.forget_unused()
         base: Any = base_model(self.model)
         if self._untied:
             retie_embeddings(base)
