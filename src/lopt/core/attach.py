@@ -56,6 +56,8 @@ class LoPT:
         local_loss: Computes ℓ_b (`lopt.losses`).
         loss_scale: Factor on the local losses of the next forward. With gradient accumulation set it to the
             factor on this micro-batch's task loss, for example its share of the tokens.
+        router_coefficient: Weight of the load-balancing loss of earlier blocks' routers; None takes that in
+            the model's config.
         learns_locally: False if earlier blocks run without gradients in the next forward, as between the
             steps of `config.local_every`, which trainers count.
         active_block: Index of the only block that the next forward is for (block-major); None for all.
@@ -78,6 +80,7 @@ class LoPT:
         self.learning = range(config.frozen_blocks, len(self.blocks) - 1) if config.is_local else range(0)
         self.learners = len(self.learning)
         self.loss_scale = 1.0
+        self.router_coefficient: float | None = None
         self.learns_locally = True
         self.active_block: int | None = None
         self.current_block: int | None = None

@@ -113,7 +113,7 @@ class Boundaries:
             handle.local_loss.check(rows)
         self.forget_cleared_gradients()
         config = base_model(handle.model).config.get_text_config()
-        routers = RouterLoss(config, len(handle.blocks.layers))
+        routers = RouterLoss(config, len(handle.blocks.layers), handle.router_coefficient)
         self._forward = Forward(rows, routers, handle.learns_locally)
         if not handle.learns_locally:
             self._forward.no_grad.enter_context(torch.no_grad())
