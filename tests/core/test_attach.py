@@ -176,6 +176,7 @@ def test_detach_leaves_the_plain_model(name: str) -> None:
     model, reference, batch = tiny(name), tiny(name), batch_of([9, 5, 2])
     handle = attach(model, LoPTConfig(num_blocks=3))
     model(**batch).loss.backward()
+    model(**batch)  # without a backward
     model.zero_grad()
     assert handle.detach() is model
     for each in (model, reference):
@@ -184,6 +185,7 @@ def test_detach_leaves_the_plain_model(name: str) -> None:
     assert dict(model.named_parameters()).keys() == plain.keys()
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, plain[key].grad), key
+    torch.optim.SGD(model.parameters()).step()  # is not refused
     attach(model)  # and it can be attached again
 
 

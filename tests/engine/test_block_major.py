@@ -174,9 +174,29 @@ def test_dropout_and_checkpointing(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["e2e x 3", "lopt x 2"])
 def test_every_architecture(architecture: str, method: str) -> None:
-    if architecture in ("mixtral", "qwen3_moe"):
-        pytest.skip("routers are balanced over all layers at once: refused by the trainers")
-    compare(tiny(architecture), slots=2, tolerance=1e-6, make=SGD, **METHODS[method], **PLACES["block"])
+    changes = {"output_router_logits": False} if architecture in ("mixtral", "qwen3_moe") else {}
+    compare(
+        tiny(architecture, **changes), slots=2, tolerance=1e-6, make=SGD, **METHODS[method], **PLACES["block"]
+    )
+
+
+@pytest.mark.parametrize("stages", [1, 6])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_routers_are_not_balanced_stage_by_stage(architecture: str, stages: int) -> None:
+    handle = attached(tiny(architecture), schedule="block_major", method="e2e", stages=stages)
+    model: Any = handle.model
+    groups = handle.parameter_groups(1e-2)
+    with pytest.raises(ValueError, match="all layers at once: use `schedule` eager, or set `output_router"):
+        block_major(handle, groups, ADAMW)
+    model.config.output_router_logits = False
+    schedule = block_major(handle, groups, ADAMW)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="use `schedule` eager, or leave `output_router_logits` False"):
+        schedule.step(1, lambda slot: model(**BATCHES[0], output_router_logits=True).loss)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        assert model(**BATCHES[0], output_router_logits=True).aux_loss > 0
+    schedule.step(1, lambda slot: model(**BATCHES[0]).loss)
 
 
 @pytest.mark.parametrize("config", [{}, dict(stages=5)], ids=["2 stages", "5 stages"])
@@ -302,7 +322,7 @@ def test_an_error_in_a_stage_leaves_the_model_whole() -> None:
 
 @pytest.mark.parametrize("place", ["on the device", "block", "host optimizer"])
 def test_a_step_after_an_error_is_the_step_without_it(place: str) -> None:
-    """Nothing of the lost step is left: gradients that waited, kept inputs, fetched weights."""
+    """Nothing of the lost step is left: gradients, also those that waited, kept inputs, fetched weights."""
     ends = []
     for fails_at in (0, 3, 8, 13):  # in the forward sweep, in the last stage, in the backward sweep
         model: Any = tiny("llama-tied")
@@ -319,7 +339,6 @@ def test_a_step_after_an_error_is_the_step_without_it(place: str) -> None:
         if fails_at:
             with pytest.raises(RuntimeError, match="no data"):
                 schedule.step(2, forward)
-            model.zero_grad()
         schedule.step(2, forward)
         schedule.synchronize()
         ends.append(dict(model.named_parameters()))

@@ -127,6 +127,11 @@ def test_rounding_keeps_the_average_and_the_representable(monkeypatch) -> None:
     narrow = torch.empty(8, 125, dtype=torch.bfloat16).T
     round_stochastically(exact, narrow, None)
     assert torch.equal(narrow.float(), exact)
+    # NaN as CUDA makes it, its negative, and one whose bits are all in the lower half
+    exact.view(torch.int32)[2, :3] = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
+    round_stochastically(exact, narrow, None)
+    assert narrow[2, :3].isnan().all() and narrow.isnan().sum() == 3
+    assert torch.equal(narrow[3:].float(), exact[3:])
 
 
 def drift(precision: Precision | None) -> tuple[torch.Tensor, BlockOptimizer]:

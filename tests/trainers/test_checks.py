@@ -96,6 +96,26 @@ def test_only_an_embedding_that_is_untied_is_refused(tmp_path: Path) -> None:
     check_settings(args, LoPTConfig(), tiny("llama"))
 
 
+def test_trainers_that_balance_routers_run_eagerly(tmp_path: Path) -> None:
+    """By the model's coefficient if the trainer is given none; before the data is looked at."""
+    staged, words = LoPTConfig(method="e2e", schedule="block_major"), "cannot balance routers over all layers"
+    model = tiny("mixtral", output_router_logits=False)
+    for trainer, args, more in (
+        (LoPTSFTTrainer, LoPTSFTConfig(output_dir=str(tmp_path)), {}),
+        (LoPTDPOTrainer, DPOConfig(output_dir=str(tmp_path), bf16=False), {}),
+        (LoPTGRPOTrainer, LoPTGRPOConfig(output_dir=str(tmp_path)), {"reward_funcs": len}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer(model, args=args, train_dataset=ROWS, lopt_config=staged, **more)
+        args.router_aux_loss_coef = 0.0
+        check_settings(args, staged, model)
+        with pytest.raises(ValueError, match=words):
+            check_settings(args, staged, tiny("mixtral"))
+        args.router_aux_loss_coef = 0.01
+        check_settings(args, staged, tiny("llama"))
+        check_settings(args, LoPTConfig(), model)
+
+
 def test_several_gpus_in_one_process(
     monkeypatch: pytest.MonkeyPatch, shape_only: str, tmp_path: Path, capsys: Any
 ) -> None:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
+from conftest import tiny
 from lopt import LoPTConfig, LoPTDPOTrainer, LoPTMixin
 
 PAIRS = [
@@ -92,6 +93,41 @@ def test_the_two_lines_of_the_readme_make_any_trainer_one(tiny_folder: Path, tmp
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     assert all(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 50.0])
+def test_every_block_balances_its_routers_by_the_trainers_coefficient(
+    tiny_folder: Path, tmp_path: Path, coefficient: float
+) -> None:
+    """As two models whose config says so; the config of the trained one stays as it is."""
+    moved: list[dict[str, torch.Tensor]] = []
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    for given, own in ((coefficient, 0.1), (None, coefficient)):
+        model = tiny(
+            "mixtral", vocab_size=len(tokenizer), max_position_embeddings=256, router_aux_loss_coef=own
+        )
+        trainer = LoPTDPOTrainer(
+            model,
+            args=DPOConfig(
+                output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-3,
+                optim="sgd", max_grad_norm=0, disable_tqdm=True, save_strategy="no", report_to="none",
+                bf16=False, use_cpu=True, precompute_ref_log_probs=True, gradient_checkpointing=False,
+                router_aux_loss_coef=given,
+            ),
+            train_dataset=Dataset.from_list(PAIRS),
+            processing_class=tokenizer,
+            lopt_config=LoPTConfig(head_warmup_steps=0, lr_k1=1e-3, lambda_aux=0),
+        )  # fmt: skip
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trainer.train()
+        assert model.config.router_aux_loss_coef == own
+        moved.append({n: p.detach() - before[n] for n, p in model.named_parameters() if "gate.weight" in n})
+    assert len(moved[0]) == 4
+    for name, change in moved[0].items():
+        assert torch.equal(change, moved[1][name]), name
+        assert change.any() or (
+            coefficient == 0 and trainer.lopt.blocks.owner(model.get_parameter(name)) == 0
+        )
 
 
 def test_predicting_rejected_answers_is_refused(run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -141,10 +142,18 @@ def test_of_offloaded_models_only_the_trained_one_keeps_its_place(
     assert [place for model, place in placed if model is trainer.model] == [False]
 
 
-@pytest.mark.parametrize("head_warmup_steps", [0, 2])
+@pytest.mark.parametrize("head_warmup_steps", [0, 20])
 def test_a_batch_size_is_found_after_an_error(make_trainer, head_warmup_steps: int) -> None:
-    """The gradients of the batch that did not fit are not stepped, and do not end the run."""
+    """The gradients of the batch that did not fit are not stepped, and do not end the run.
+
+    Heads go on from where they are, there and in a second run.
+    """
+    model = tiny("llama", vocab_size=260, max_position_embeddings=256)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1000)  # a factor too much would show
+    histories: list[list[list[float]]] = []
     trainer = make_trainer(
+        model,
         config=LoPTConfig(head_warmup_steps=head_warmup_steps),
         auto_find_batch_size=True,
         per_device_train_batch_size=4,
@@ -154,11 +163,18 @@ def test_a_batch_size_is_found_after_an_error(make_trainer, head_warmup_steps: i
 
     def fail(module, args, output) -> None:
         if len(output) > 2:
+            histories.append(trainer.head_warmup_history)
             raise RuntimeError("CUDA out of memory.")
 
     layer.register_forward_hook(fail)
-    trainer.train()
-    assert trainer.state.global_step == 2
+    for _ in range(2):
+        trainer.train()
+        assert trainer.state.global_step == 2
+        histories.append(trainer.head_warmup_history)
+    if head_warmup_steps:
+        assert len(histories) >= 3
+        for before, after in itertools.pairwise(histories):
+            assert after[-1][0] < after[0][0] < 1.1 * before[-1][0]
 
 
 def test_the_head_warm_up_runs_in_the_precision_of_training(make_trainer) -> None:

@@ -56,6 +56,8 @@ class LoPT:
         local_loss: Computes ℓ_b (`lopt.losses`).
         loss_scale: Factor on the local losses of the next forward. With gradient accumulation set it to the
             factor on this micro-batch's task loss, for example its share of the tokens.
+        router_coefficient: Weight of the load-balancing loss of earlier blocks' routers; None takes that in
+            the model's config.
         learns_locally: False if earlier blocks run without gradients in the next forward, as between the
             steps of `config.local_every`, which trainers count.
         active_block: Index of the only block that the next forward is for (block-major); None for all.
@@ -78,6 +80,7 @@ class LoPT:
         self.learning = range(config.frozen_blocks, len(self.blocks) - 1) if config.is_local else range(0)
         self.learners = len(self.learning)
         self.loss_scale = 1.0
+        self.router_coefficient: float | None = None
         self.learns_locally = True
         self.active_block: int | None = None
         self.current_block: int | None = None
@@ -153,7 +156,8 @@ class LoPT:
     ) -> list[list[float]]:
         """Let the heads alone learn the local loss from the unchanged blocks.
 
-        The forward stops at the last boundary and keeps no graph; model and random state do not change.
+        The forward stops at the last boundary and keeps no graph; model and random state do not change. Heads
+        that have learned already, by a call before, in training or from a checkpoint, go on from there.
 
         Args:
             batches: Model inputs (`input_ids` (B, T), `attention_mask` (B, T), ...; other keys but `labels`
@@ -184,6 +188,8 @@ class LoPT:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        if self._boundaries is not None:
+            self._boundaries.forget_unused()
         base: Any = base_model(self.model)
         if self._untied:
             retie_embeddings(base)

@@ -113,7 +113,7 @@ class Boundaries:
             handle.local_loss.check(rows)
         self.forget_cleared_gradients()
         config = base_model(handle.model).config.get_text_config()
-        routers = RouterLoss(config, len(handle.blocks.layers))
+        routers = RouterLoss(config, len(handle.blocks.layers), handle.router_coefficient)
         self._forward = Forward(rows, routers, handle.learns_locally)
         if not handle.learns_locally:
             self._forward.no_grad.enter_context(torch.no_grad())
@@ -189,7 +189,11 @@ class Boundaries:
     def forget_cleared_gradients(self) -> None:
         """Forget forwards without a backward if their local gradients were cleared."""
         if self._unused and not self._local_gradients():
-            self._unused.clear()
+            self.forget_unused()
+
+    def forget_unused(self) -> None:
+        """Forget forwards without a backward, so that no step is refused for them."""
+        self._unused.clear()
 
     def _local_gradients(self) -> set[int]:
         """Return the ids of the earlier blocks' parameters that have a gradient, not all of it zero."""

@@ -18,11 +18,19 @@ from lopt.compat import captured_outputs
 
 
 class RouterLoss:
-    """Takes router logits out of one running forward, block by block."""
+    """Takes router logits out of one running forward, block by block.
 
-    def __init__(self, config: PretrainedConfig, num_layers: int) -> None:
+    Args:
+        config: The model's.
+        num_layers: Of the whole model.
+        coefficient: Weight of the load-balancing loss; None takes the config's.
+    """
+
+    def __init__(self, config: PretrainedConfig, num_layers: int, coefficient: float | None = None) -> None:
         self._config = config
         self._num_layers = num_layers
+        own = getattr(config, "router_aux_loss_coef", 0.0)
+        self._coefficient: float = own if coefficient is None else coefficient
         self._taken = 0
 
     def take(self, mask: Tensor | None) -> Tensor | None:
@@ -33,7 +41,7 @@ class RouterLoss:
         config: Any = self._config
         loss = load_balancing_loss_func(tuple(logits), config.num_experts, config.num_experts_per_tok, mask)
         assert isinstance(loss, Tensor)
-        return getattr(config, "router_aux_loss_coef", 0.0) * len(logits) / self._num_layers * loss
+        return self._coefficient * len(logits) / self._num_layers * loss
 
     def release(self) -> None:
         """Turn the captured logits into constants, once their block's backward is done."""

@@ -29,35 +29,46 @@ def warm_up_heads(
     """Train the heads for `steps` steps while the blocks stay as they are; return every step's losses.
 
     Channels of a residual stream differ in scale by orders of magnitude, so a head predicts in units of each
-    channel's root mean square over the first batch, which is multiplied into its last layer at the end.
+    channel's root mean square over the first batch, which is multiplied into its last layer at the end, also
+    after an error. A head that has learned already predicts without units: it is converted first.
     """
     optimizer = torch.optim.AdamW(handle.heads.parameters(), lr=learning_rate, weight_decay=0.0)
     heads: list[Any] = [handle.heads[index] for index in handle.learning]
     aux = handle.local_loss
     history: list[list[float]] = []
     scales: list[Tensor] = []
-    for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - (step - 1) / steps)
-        states, rows = boundary_states(handle, batch)
-        # Autocast is for the blocks: it would keep casts of heads as they were, and float16 lose gradients.
-        with torch.autocast(handle.device.type, enabled=False):
-            scales = scales or [channel_rms(aux.prediction_scale(*pair), rows.mask) for pair in states]
-            losses = [
-                aux.loss(scale * head(block_output), block_output, block_input, rows)
-                for head, scale, (block_output, block_input) in zip(heads, scales, states, strict=True)
-            ]
-            torch.stack(losses).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(torch.stack(losses).tolist())
-        if progress is not None:
-            progress(step, history[-1])
+    try:
+        for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps), start=1):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * (1 - (step - 1) / steps)
+            states, rows = boundary_states(handle, batch)
+            # Autocast is for the blocks: it would keep casts of heads, and float16 lose gradients.
+            with torch.autocast(handle.device.type, enabled=False):
+                if not scales:
+                    scales = [channel_rms(aux.prediction_scale(*pair), rows.mask) for pair in states]
+                    _scale_learned(heads, [1 / scale for scale in scales])
+                losses = [
+                    aux.loss(scale * head(block_output), block_output, block_input, rows)
+                    for head, scale, (block_output, block_input) in zip(heads, scales, states, strict=True)
+                ]
+                torch.stack(losses).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(torch.stack(losses).tolist())
+            if progress is not None:
+                progress(step, history[-1])
+    finally:
+        _scale_learned(heads, scales)
     if not history:
         raise ValueError("warm_up_heads needs at least one batch: pass some training batches")
-    for head, scale in zip(heads, scales, strict=True):
-        head.scale_output(scale)
     return history
+
+
+def _scale_learned(heads: list[Any], factors: list[Tensor]) -> None:
+    """Multiply the predictions of the heads that have learned by `factors` (H,) each."""
+    for head, factor in zip(heads, factors, strict=False):
+        if head.has_learned:
+            head.scale_output(factor)
 
 
 @torch.no_grad()

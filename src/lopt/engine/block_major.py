@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lopt.compat import captured_outputs
 from lopt.core.attach import LoPT
 from lopt.core.boundaries import BoundaryReached
 from lopt.engine.links import Link, LinkedStash
@@ -38,6 +39,9 @@ from lopt.engine.updates import Updates
 
 Forward = Callable[[int], Any]
 """Calls the model on the micro-batch of that number, and returns the loss of the task if it comes so far."""
+
+ROUTERS = "`schedule` block_major cannot balance routers over all layers at once: use `schedule` eager"
+"""Why a mixture of experts that returns router logits is refused."""
 
 
 class BlockMajor:
@@ -74,6 +78,7 @@ class BlockMajor:
         self.passes = StagePasses(lopt, self.stages, self.stash, self._learns, link, self.own)
         process = 0 if link is None else link.position  # whose layers draw numbers of their own
         self.passes.seed_of = lambda slot: micro_batch_seed(0, self._steps, slot, process)
+        lopt.hooks.append(lopt.blocks.layers[0].register_forward_pre_hook(self._check_routers))
 
     @property
     def optimizer(self) -> BlockOptimizer:
@@ -118,6 +123,9 @@ class BlockMajor:
 
         Returns:
             The losses, detached; none where another process runs the last stage.
+
+        Raises:
+            ValueError: The model is asked for router logits.
         """
         losses = []
         self.run_to_last_stage(slots, forward)
@@ -233,6 +241,11 @@ class BlockMajor:
             self.link.send(hidden)
         elif one.stage is self.own[-1]:
             self.stash.put(one.stage.index + 1, one.slot, hidden)
+
+    def _check_routers(self, module: Any, args: tuple) -> None:
+        """Raise a ValueError if this pass collects router logits, which would be those of one stage."""
+        if self.passes.now is not None and "router_logits" in captured_outputs():
+            raise ValueError(f"{ROUTERS}, or leave `output_router_logits` False")
 
     def _learns(self, block: int) -> bool:
         is_last = block == len(self._lopt.blocks) - 1

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from lopt.architectures import base_model
 from lopt.core.attach import LoPT
-from lopt.engine.block_major import BlockMajor
+from lopt.engine.block_major import ROUTERS, BlockMajor
 from lopt.engine.host_optimizer import HostOptimizer, step_threads
 from lopt.engine.links import Link
 from lopt.engine.offload import Offload, move_rest
@@ -45,6 +46,9 @@ def block_major(
     Returns:
         A schedule, whose `step` runs one optimizer step; `schedule.optimizer` is for a learning-rate schedule
         and checkpoints.
+
+    Raises:
+        ValueError: The model's config asks for router logits.
     """
     return staged(lopt, Stages(lopt), groups, make, device or lopt.device, None, max_norm, precision, threads)
 
@@ -67,6 +71,9 @@ def staged(
         link: To the neighbours in a pipeline; None outside of one.
         lopt, groups, make, device, max_norm, precision, threads: As of `block_major`.
     """
+    model_config: Any = base_model(lopt.model).config.get_text_config()
+    if getattr(model_config, "output_router_logits", False):
+        raise ValueError(f"{ROUTERS}, or set `output_router_logits` False in the model's config")
     offload = Offload.of_config(lopt, stages, device)
     if offload is None or offload.weights is None:
         move_rest(lopt.model, (), device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def round_stochastically(wide: Tensor, narrow: Tensor, noise: torch.Generator | 
     """Write float32 `wide` into bfloat16 `narrow`, up or down with the odds that keep it on average.
 
     A bfloat16 is the upper half of a float32: random bits are added to the lower half, which is then
-    cut off.
+    cut off. NaN stays NaN, which the carry would turn into another number.
 
     Args:
         wide, narrow: of the same shape, at least one dimension.
@@ -24,3 +26,5 @@ def round_stochastically(wide: Tensor, narrow: Tensor, noise: torch.Generator | 
         bits = torch.randint(0, 1 << 16, some.shape, generator=noise, dtype=torch.int32, device=some.device)
         bits.add_(some.view(torch.int32)).bitwise_and_(-(1 << 16))
         target.copy_(bits.view(torch.float32))
+        mask = bits.view(-1).view(torch.bool)[: some.numel()].view(some.shape)  # in the memory of the bits
+        target.masked_fill_(torch.ne(some, some, out=mask), math.nan)

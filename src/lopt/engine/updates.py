@@ -65,11 +65,14 @@ class Updates:
         self._held: list[Stage] = []  # final, and not stepped yet
 
     def begin(self) -> None:
-        """Begin an optimizer step."""
+        """Begin an optimizer step; gradients of one that an error has ended are dropped."""
         self.norms, self.stepped, self._held = {}, [], []
         self._parameter_norms.clear()
         for waiting in (*self._waiting.values(), self._shared):
-            waiting.hand_over()  # of a step that an error has ended
+            waiting.hand_over()
+        for stage in self.stages:
+            for parameter in self.stages.parameters(stage):
+                parameter.grad = None
 
     def stage_done(self, stage: Stage) -> None:
         """Take over the final gradients of `stage`, whose weights are on the device."""

@@ -42,6 +42,11 @@ class ReconstructionHead(nn.Module):
         """Predict a block's input from its output, (B, T, H) → (B, T, H), in the head's dtype."""
         return self.up(gelu(self.down(self.norm(hidden.to(self.norm.weight.dtype)))))
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether the head was trained; the biases of a new one are zero."""
+        return bool(self.up.bias.any())
+
     @torch.no_grad()
     def scale_output(self, factor: Tensor) -> None:
         """Multiply the head's prediction by `factor` (H,), channel by channel, from now on."""

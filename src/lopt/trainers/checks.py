@@ -19,6 +19,7 @@ from lopt.architectures import base_model, find_decoder
 from lopt.core.blocks import Blocks, split
 from lopt.core.config import LoPTConfig
 from lopt.engine import grid
+from lopt.engine.block_major import ROUTERS
 from lopt.requirements import OLDEST_FOR_FSDP2, check_installed
 from lopt.tied_embeddings import shares_embeddings, will_untie
 from lopt.trainers.inherited import check_inherited
@@ -288,7 +289,8 @@ def _check_block_major(args: TrainingArguments, config: LoPTConfig, model: Any) 
             "use `offload` optimizer"
         )
     if model is not None:
-        check_routers(config, getattr(model, "config", model))
+        coefficient = getattr(args, "router_aux_loss_coef", 0.0)
+        check_routers(config, getattr(model, "config", model), coefficient)
 
 
 def _check_predicted_gradient(args: TrainingArguments, config: LoPTConfig) -> None:
@@ -311,12 +313,20 @@ def _check_predicted_gradient(args: TrainingArguments, config: LoPTConfig) -> No
         raise ValueError("`aux_loss` predicted_gradient runs in one process: use `aux_loss` recon")
 
 
-def check_routers(config: LoPTConfig, model_config: Any) -> None:
-    """Refuse the block-major schedule for a model that balances its routers, by its config."""
-    if config.is_staged and getattr(model_config, "output_router_logits", False):
-        raise ValueError(
-            "`schedule` block_major cannot balance routers over all layers at once: use `schedule` eager"
-        )
+def check_routers(config: LoPTConfig, model_config: Any, coefficient: float | None = 0.0) -> None:
+    """Refuse the block-major schedule for a model that balances its routers.
+
+    Args:
+        model_config: of the model, which asks for router logits by itself or has a coefficient.
+        coefficient: `router_aux_loss_coef` of the trainer, which asks for them unless it is 0; None takes the
+            model's.
+    """
+    text = model_config.get_text_config()
+    if not config.is_staged or not hasattr(text, "output_router_logits"):
+        return
+    own = getattr(text, "router_aux_loss_coef", 0.0)
+    if text.output_router_logits or (own if coefficient is None else coefficient):
+        raise ValueError(ROUTERS)
 
 
 def fsdp_version(args: TrainingArguments) -> int | None:

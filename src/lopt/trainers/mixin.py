@@ -102,6 +102,7 @@ class LoPTMixin(WritesCheckpoints, Trainer):
             torch.manual_seed(self.args.seed)
             self.lopt: LoPT = attach(self.model, config)
         self.lopt.heads.to(self.args.device)
+        self.lopt.router_coefficient = getattr(self, "router_aux_loss_coef", None)  # TRL's, for its own loss
         self.checkpoints, self.stops, self.guard = Checkpoints(self), Stops(self), Guard(self)
         self.lopt.hooks.append(self.model.register_forward_pre_hook(self.stops.before_forward))
         self.block_major = BlockMajorSteps(self) if config.is_staged else None
