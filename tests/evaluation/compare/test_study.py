@@ -222,7 +222,8 @@ def test_an_arm_that_breaks_down_is_a_result(compare: Compare, tmp_path: Path) -
     assert compare(tmp_path, methods=["e2e", "frozen:learning_rate=1e30"], seeds=("0",)) == 0
     results = read(tmp_path / "compare.json")
     assert list(results["summary"]["failed"]) == ["frozen k=2 lr=1e+30"]
-    assert "not finite, or diverged: frozen k=2 lr=1e+30" in ParsedPage((tmp_path / "report.html").read_text()).seen
+    page = ParsedPage((tmp_path / "report.html").read_text())
+    assert "not finite, or diverged: frozen k=2 lr=1e+30" in page.seen
 
 
 def test_so_is_one_that_breaks_down_in_its_last_step_or_diverges(
