@@ -18,11 +18,11 @@ the task loss, as a share of what the sign of the task's own would. Nothing is t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class Gauge:
         places = {start: self.layers[start - 1] for start in self.starts[1:]} | {number: self.layers[-1]}
         with ExitStack() as stack:
             for place, layer in places.items():
-                hook = layer.register_forward_hook(partial(_note, states, place))
+                hook = layer.register_forward_hook(functools.partial(_note, states, place))
                 stack.callback(hook.remove)
             loss = task_loss(self.model, batch)
         own = {i: list(self.layers[i].parameters()) for i in range(self.starts[-1] * with_weights)}
@@ -120,14 +120,14 @@ class Gauge:
     def rules(self, there: Exact, place: int) -> Iterator[tuple[str, Tensor]]:
         """Yield rules and the gradient (B, T, H) that each gives at a boundary."""
         for name in KNOWN:
-            yield name, self._predicted(there, place, name.split("+"))
+            yield name, self._predicted(there, place, name)
         for last in SHORT_CUTS:
             if place <= len(self.layers) - last:
                 yield f"short cut {last}", self._short_cut(there, place, last)
         if place != self.starts[-1]:
             exact = there.gradients[self.starts[-1]]
             yield "identity", exact
-            yield "bridge", self._bridge(exact, place)
+            yield "bridge", exact @ self._bridge(place)
 
     def compare(self, there: Exact, block: int, gradient: Tensor) -> dict[str, float]:
         """Return how much of the task's gradient `gradient` (B, T, H) at the end of a block gives."""
@@ -143,29 +143,33 @@ class Gauge:
             "share": round((task @ ours.sign() / task.abs().sum()).item(), 4),
         }
 
-    def _predicted(self, there: Exact, place: int, known: list[str]) -> Tensor:
-        lens = self._lens(place) if "lens" in known else None
-        raw = [self._known(exact, place, known, lens) for exact in self.fits]
+    def _predicted(self, there: Exact, place: int, name: str) -> Tensor:
+        units, weight = self._fit(place, name)
+        gradient, where = torch.zeros_like(there.states[place]), there.labels >= 0
+        gradient[where] = _scaled(self._known(there, place, name), units) @ weight / where.sum()
+        return gradient
+
+    @functools.cache  # noqa: B019 - a gauge lives as long as its fits
+    def _fit(self, place: int, name: str) -> tuple[list[Tensor], Tensor]:
+        """Return the units of the features, and (F, H) from those to the gradient of the summed loss."""
+        raw = [self._known(exact, place, name) for exact in self.fits]
         units = [rms(torch.cat(columns)) for columns in zip(*raw, strict=True)]
         features = torch.cat([_scaled(columns, units) for columns in raw])
         targets = [e.gradients[place][e.labels >= 0] * (e.labels >= 0).sum() for e in self.fits]
-        weight = ridge(features, torch.cat(targets), self.strength)
-        gradient, where = torch.zeros_like(there.states[place]), there.labels >= 0
-        mine = _scaled(self._known(there, place, known, lens), units)
-        gradient[where] = mine @ weight / where.sum()
-        return gradient
+        return units, ridge(features, torch.cat(targets), self.strength)
 
     @torch.no_grad()
-    def _known(self, exact: Exact, place: int, known: list[str], lens: Tensor | None) -> list[Tensor]:
+    def _known(self, exact: Exact, place: int, name: str) -> list[Tensor]:
         """Return each kind of feature, (N, H), at the N positions with a label."""
         where = exact.labels >= 0
-        hidden = exact.states[place][where]
+        hidden = exact.states[place].detach()[where]
         found = {"label": self.head[exact.labels[where]], "hidden": hidden}
-        if lens is not None:
-            expected = (self.model.model.norm(_with_one(hidden) @ lens) @ self.head.T).softmax(-1)
-            found["lens"] = expected @ self.head
-        return [found[name] for name in known]
+        if "lens" in name:
+            at_end = self.model.model.norm(_with_one(hidden) @ self._lens(place))
+            found["lens"] = (at_end @ self.head.T).softmax(-1) @ self.head
+        return [found[part] for part in name.split("+")]
 
+    @functools.cache  # noqa: B019
     @torch.no_grad()
     def _lens(self, place: int) -> Tensor:
         """Return (H + 1, H), which maps a boundary's state to what the final norm is given."""
@@ -173,11 +177,13 @@ class Gauge:
         last = torch.cat([e.states[len(self.layers)][e.real] for e in self.fits])
         return ridge(states, last, LENS_RIDGE)
 
-    def _bridge(self, exact: Tensor, place: int) -> Tensor:
+    @functools.cache  # noqa: B019
+    def _bridge(self, place: int) -> Tensor:
+        """Return (H, H), from the exact gradient at the last boundary to that at another."""
         last = self.starts[-1]
         features = torch.cat([e.gradients[last][e.real] for e in self.fits])
         targets = torch.cat([e.gradients[place][e.real] for e in self.fits])
-        return exact @ ridge(features, targets, self.strength)
+        return ridge(features, targets, self.strength)
 
     def _short_cut(self, there: Exact, place: int, last: int) -> Tensor:
         hidden = there.states[place].detach().requires_grad_()
@@ -252,7 +258,12 @@ def main() -> None:
     fits = [pair for pair in pairs if len(tokenizer("".join(pair))["input_ids"]) <= args.max_tokens]
     model: Any = load_model(args.model).eval()
     model.get_input_embeddings().weight.requires_grad_(False)
-    batches = encode(tokenizer, fits[: 8 * (args.fit_batches + args.test_batches)])
+    wanted = 8 * (args.fit_batches + args.test_batches)
+    if len(fits) < wanted:
+        raise ValueError(
+            f"--rows has {len(fits)} rows of at most {args.max_tokens} tokens, {wanted} are needed"
+        )
+    batches = encode(tokenizer, fits[:wanted])
     known = json.loads(args.output.read_text()) if args.output.exists() else {}
     found = {f"k={k}": gauge(model, k, batches, args) for k in args.num_blocks}
     settings = {key: vars(args)[key] for key in ("fit_batches", "test_batches", "max_tokens", "ridge")}
