@@ -33,6 +33,7 @@ from cold_start import encode, task_loss
 from lopt import LoPTConfig
 from lopt.cli.rows import retention_rows
 from lopt.core.blocks import split
+from lopt.losses.rows import channel_rms
 from lopt.models.load import load_model, load_tokenizer, resolve_model
 from small_model import flags, keep
 
@@ -50,11 +51,6 @@ def ridge(features: Tensor, targets: Tensor, strength: float) -> Tensor:
     gram = features.T @ features
     gram.diagonal().add_(strength * gram.diagonal().mean())
     return torch.linalg.solve(gram, features.T @ targets)
-
-
-def rms(values: Tensor) -> Tensor:
-    """Return (H,), the root mean square of each channel of (N, H)."""
-    return values.square().mean(0).sqrt().clamp(min=1e-12)
 
 
 @dataclass
@@ -153,7 +149,7 @@ class Gauge:
     def _fit(self, place: int, name: str) -> tuple[list[Tensor], Tensor]:
         """Return the units of the features, and (F, H) from those to the gradient of the summed loss."""
         raw = [self._known(exact, place, name) for exact in self.fits]
-        units = [rms(torch.cat(columns)) for columns in zip(*raw, strict=True)]
+        units = [channel_rms(torch.cat(columns)[None], None) for columns in zip(*raw, strict=True)]
         features = torch.cat([_scaled(columns, units) for columns in raw])
         targets = [e.gradients[place][e.labels >= 0] * (e.labels >= 0).sum() for e in self.fits]
         return units, ridge(features, torch.cat(targets), self.strength)

@@ -6,12 +6,12 @@ the first layer and what follows the last one shows when it runs.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Decoder:
         tail: What runs after the last layer: the final norm, and what follows it. A part that runs at another
             time, or never, is in neither.
         others: Of a model that takes pictures or sound as well, what text never runs through.
+        layer_output: Puts a hidden state into the form in which the layers return it: alone or in a tuple.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class Decoder:
     layers: list[nn.Module]
     tail: list[nn.Module]
     others: list[nn.Module]
+    layer_output: Callable[[Tensor], Any]
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -128,7 +130,7 @@ def find_decoder(model: PreTrainedModel, is_local: bool = False) -> Decoder:
             f"lopt.architectures.LAYERS['{config.model_type}'] = \"name of the decoder's list of layers\""
         )
     others = [] if config is model.config else _beside(model, decoder)
-    order, inputs, _forms[decoder] = _run(model if others else decoder, decoder, layers, others, is_local)
+    order, inputs, form = _run(model if others else decoder, decoder, layers, others, is_local)
     if is_local:
         _check_inputs(name, config, inputs)
     first, last = order.index(layers[0]), order.index(layers[-1])
@@ -142,12 +144,7 @@ def find_decoder(model: PreTrainedModel, is_local: bool = False) -> Decoder:
         elif (times and times[-1] < first) or weightless:
             front.append(part)
     final = [part for _, part in sorted(tail, key=lambda pair: pair[0])]
-    return Decoder(decoder, front, layers, final, [part for part in others if part not in order])
-
-
-def as_layer_output(decoder: nn.Module, hidden: Tensor) -> Any:
-    """Return `hidden` as layers of a decoder that `find_decoder` has found return it: alone or in a tuple."""
-    return _forms[decoder](hidden)
+    return Decoder(decoder, front, layers, final, [part for part in others if part not in order], form)
 
 
 def _beside(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
@@ -240,14 +237,13 @@ def _call(model: nn.Module, on_meta: bool, given: dict[str, Any]) -> Any:
     return functional_call(model, empty, (), given)
 
 
-# What a layer may return: a hidden state, alone or at the head of a tuple.
-_OUTPUTS: tuple[Callable[[Tensor], Any], ...] = (
-    lambda hidden: hidden,
-    lambda hidden: (hidden,),
-    lambda hidden: (hidden, None),
-    lambda hidden: (hidden, None, None),
-)
-_forms: WeakKeyDictionary[nn.Module, Callable[[Tensor], Any]] = WeakKeyDictionary()  # that of each decoder
+def _as_output(beside: int | None, hidden: Tensor) -> Any:
+    """Return a hidden state alone, or in a tuple with so many None beside it."""
+    return hidden if beside is None else (hidden, *[None] * beside)
+
+
+# What a layer may return; picklable, since a model that is attached can be copied.
+_OUTPUTS = [functools.partial(_as_output, beside) for beside in (None, 0, 1, 2)]
 
 
 def _recorder(calls: list[nn.Module]) -> Callable[[nn.Module, tuple], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import itertools
 import os
@@ -284,8 +283,8 @@ def _identity(
     Rows are hashed as they are in their files: a chat template may put the date into them.
     """
     rows = {
-        key: fingerprint(itertools.islice(load_rows(path, choose=needed_columns), compare.limit))
-        for key, path in zip(setup.metrics.rows, compare.retention_rows, strict=True)
+        key: fingerprint(itertools.islice(load_rows(file, choose=needed_columns), compare.limit))
+        for key, file in zip(setup.metrics.rows, compare.retention_rows, strict=True)
     }
     return {
         "model_files": _model_files(name, model_args, setup.args.trust_remote_code),
@@ -297,25 +296,12 @@ def _identity(
     }
 
 
-def _model_files(name: str, model_args: ModelArguments, trust_remote_code: bool) -> Any:
-    """Return name and commit of a model on the hub, a hash of a folder's files; None for a packaged model.
-
-    Files are hashed by their content alone, since a comparison may go on on another machine.
-    """
+def _model_files(name: str, model_args: ModelArguments, trust_remote_code: bool) -> dict[str, str] | None:
+    """Return what identifies a model, also on another machine; None for a packaged one, whose name does."""
     from lopt.evaluation.store import model_identity
 
-    path = str(model_args.model_name_or_path)
-    if name in PACKAGES:  # its name says which
-        return None
-    found = model_identity(path, model_args.model_revision, trust_remote_code)
-    if not Path(path).is_dir():
-        return found
-    return fingerprint([file, _content_hash(Path(path) / file)] for file in sorted(found))
-
-
-def _content_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    path, revision = str(model_args.model_name_or_path), model_args.model_revision
+    return None if name in PACKAGES else model_identity(path, revision, trust_remote_code, whole=True)
 
 
 def _changed(args: LoPTSFTConfig | LoPTDPOConfig) -> dict[str, Any]:

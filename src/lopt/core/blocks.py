@@ -32,6 +32,7 @@ class Blocks(Sequence[Block]):
         front: The modules that run before the first layer: embeddings and their norms.
         others: What text does not run through, in a model of pictures as well; it is not trained.
         tail: The modules between the last layer and the LM head: the final norm, and what follows it.
+        layer_output: Puts a hidden state into the form in which the layers return it: alone or in a tuple.
 
     Raises:
         ValueError: The model cannot be cut as `config` says, or a parameter has no block, or two.
@@ -42,6 +43,7 @@ class Blocks(Sequence[Block]):
         found = find_decoder(self._base, config.is_local or config.is_staged)
         self.decoder, self.layers = found.module, found.layers
         self.tail, self.front, self.others = found.tail, found.front, found.others
+        self.layer_output = found.layer_output
         spans = split(len(self.layers), config)
         if config.frozen_top >= (size := spans[-1][1] - spans[-1][0]):
             raise ValueError(

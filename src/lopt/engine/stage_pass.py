@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopt.architectures import as_layer_output, base_model
+from lopt.architectures import base_model
 from lopt.compat import recompute_forward_only
 from lopt.core.attach import LoPT
 from lopt.core.blocks import Block
@@ -271,7 +271,7 @@ class StagePasses:
                 setattr(part, name, p)
 
     def _skip_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return as_layer_output(self._lopt.blocks.decoder, hidden_states)
+        return self._lopt.blocks.layer_output(hidden_states)
 
     def _skip_to(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._skip_layer(hidden)

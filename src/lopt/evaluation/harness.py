@@ -200,6 +200,7 @@ class _LiveModel(HFLM):
         self.needed: int | None = None
         self.cut: dict[str, int] = {}
         self._scored: dict[tuple[int, ...], int] = {}
+        self._can_keep = "logits_to_keep" in signature(model.forward).parameters
         super().__init__(model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
     @property
@@ -242,21 +243,19 @@ class _LiveModel(HFLM):
         of a small model with a large vocabulary.
         """
         keep = max(map(self._scored_from_end, inps.tolist())) if self._scored else inps.shape[1]
-        if keep == inps.shape[1] or "logits_to_keep" not in signature(self.model.forward).parameters:
+        if keep == inps.shape[1] or not self._can_keep:
             return super()._model_call(inps, *args, **options)
         with torch.no_grad():
             return self.model(inps, logits_to_keep=keep).logits
 
     def _scored_from_end(self, row: list[int]) -> int:
         """Return how far before the end of a row, which may be padded with 0, its first scored token is."""
-        end = len(row)
-        found = [0]
-        while True:
-            scored = self._scored.get(tuple(row[:end]))
-            found.append(0 if scored is None else len(row) - end + scored)
-            if end == 0 or row[end - 1]:
-                return max(found) or len(row)
-            end -= 1
+        ends = [len(row)]
+        while ends[-1] and not row[ends[-1] - 1]:
+            ends.append(ends[-1] - 1)
+        inputs = {end: tuple(row[:end]) for end in ends}
+        found = [len(row) - end + self._scored[key] for end, key in inputs.items() if key in self._scored]
+        return max(found, default=len(row))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         limits = [normalize_gen_kwargs(dict(r.args[1]), self.max_gen_toks)["max_gen_toks"] for r in requests]

@@ -123,10 +123,15 @@ def read_results(folder: str | Path) -> Evaluation:
     return Evaluation(results, {n: _read_samples(file) for n, file in files.items() if file.is_file()})
 
 
-def model_identity(path: str, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, str]:
+def model_identity(
+    path: str, revision: str | None = None, trust_remote_code: bool = False, *, whole: bool = False
+) -> dict[str, str]:
     """Return what identifies a model: hashes of its files by name, or its name and commit on the hub.
 
     Small files are hashed by their content, weights by size and time of change.
+
+    Args:
+        whole: hash weights by their content too, which is the same for a copy on another machine.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -137,9 +142,12 @@ def model_identity(path: str, revision: str | None = None, trust_remote_code: bo
     for pattern in _MODEL_FILES:
         for file in sorted(folder.glob(pattern)):
             state = file.stat()
-            small = state.st_size <= _SMALL
-            content = file.read_bytes() if small else f"{state.st_size} {state.st_mtime_ns}".encode()
-            files[file.name] = hashlib.sha256(content).hexdigest()[:16]
+            if whole or state.st_size <= _SMALL:
+                with file.open("rb") as content:
+                    digest = hashlib.file_digest(content, "sha256")
+            else:
+                digest = hashlib.sha256(f"{state.st_size} {state.st_mtime_ns}".encode())
+            files[file.name] = digest.hexdigest()[:16]
     return files
 
 

@@ -118,15 +118,19 @@ def _sentence(arguments: Mapping[str, object], plan: Plan, why: str = "") -> str
     return f"{words} ({why + ', ' if why else ''}{need})"
 
 
+_CHOSEN = (
+    "method", "num_blocks", "block_boundaries", "schedule", "stages", "stage_layers", "offload",
+    "optimizer_device",
+)  # fmt: skip
+
+
 def _changed(plan: Plan, now: Setting) -> dict[str, object]:
     """Return the arguments in which a plan differs from the run."""
     setting = plan.setting
     changed: dict[str, object] = {}
-    names = ["method", "num_blocks", "block_boundaries", "schedule", "stages", "stage_layers", "offload"]
-    names.append("optimizer_device")
-    if setting.method == "e2e":
-        names.remove("num_blocks")
-    for name in names:
+    for name in _CHOSEN:
+        if name == "num_blocks" and setting.method == "e2e":
+            continue
         if (value := getattr(setting, name)) != getattr(now, name):
             changed[name] = "left out" if value is None else value
     if "block_boundaries" in changed and setting.method != "e2e":
